@@ -1,0 +1,58 @@
+"""The errors a person can act on. Each says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can fix: one sentence on what is wrong, one on the fix.
+
+    The command line prints both without a traceback and leaves with `exit_code`.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
+        # Exceptions pickle by their args, and a job's error crosses a process boundary whole.
+        return type(self), (self.problem, self.fix)
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.fix}".strip()
+
+
+class AdapterNotFound(UserError):
+    """No adapter (or more than one) answers to this name."""
+
+
+class StoreCorrupt(UserError):
+    """A file of the store is not what its manifest or the audit log says it is."""
+
+    exit_code = 1
+
+
+class BaseMismatch(UserError):
+    """The adapter was trained on another base than the one it is asked to run on."""
+
+    exit_code = 3
+
+
+class DoesNotFit(UserError):
+    """The job needs more memory or disk than there is."""
+
+    exit_code = 3
+
+
+class GateFailed(UserError):
+    """A `--fail-if` condition holds."""
+
+    exit_code = 4
+
+
+class Interrupted(UserError):
+    """Stopped on request, after what was done so far was saved."""
+
+    exit_code = 130

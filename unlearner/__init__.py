@@ -1,0 +1,1 @@
+"""Turns a forget request into an adapter: data, prompts, objectives, training."""
