@@ -1,0 +1,81 @@
+"""Which rows meet in which step: a seeded plan, drawn before training starts.
+
+The whole order is a function of the seed, so a resumed run continues it by position alone and a
+run does not depend on how a step is divided into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from unlearner.config import TrainConfig
+from unlearner.prompts import Encoded
+
+
+class Pair(NamedTuple):
+    """Indices of a forget row, the retain row it meets, and the refusal it would get."""
+
+    forget: int
+    retain: int
+    refusal: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows of a run. `refusals[i][j]` is forget row i answered by refusal j."""
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    refusals: Sequence[Sequence[Encoded]] = ()
+
+    def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
+        """The rows of one stream ("forget", "retain" or "refusal") for `pairs`."""
+        if name == "forget":
+            return [self.forget[pair.forget] for pair in pairs]
+        if name == "retain":
+            return [self.retain[pair.retain] for pair in pairs]
+        return [self.refusals[pair.forget][pair.refusal] for pair in pairs]
+
+
+def _draws(rng: np.random.Generator, n: int, count: int) -> Iterator[int]:
+    """`count` indices below `n`: whole permutations one after another."""
+    left = count
+    while left > 0:
+        for index in rng.permutation(n)[:left]:
+            yield int(index)
+        left -= n
+
+
+def plan_steps(
+    n_forget: int, n_retain: int, n_refusals: int, config: TrainConfig
+) -> list[list[Pair]]:
+    """The pairs of every optimizer step.
+
+    Forget rows come in a fresh permutation each epoch. Retain rows are drawn without replacement
+    until all were used, so the pairing is new in every epoch (the released SimNPO code freezes it:
+    each forget row meets one fixed retain row).
+
+    Args:
+        n_forget: forget rows, at least 1.
+        n_retain: retain rows; 0 where the objective has no retain term.
+        n_refusals: refusal answers; 0 where the objective has none.
+        config: gives epochs, batch size and seed.
+    """
+    batch, steps = config.batch_size(n_forget), config.steps(n_forget)
+    total = batch * steps
+    seeds = np.random.SeedSequence(config.seed).spawn(3)
+    forget, retain, refusal = (
+        list(_draws(np.random.default_rng(seed), n, total)) if n else [0] * total
+        for seed, n in zip(seeds, (n_forget, n_retain, n_refusals), strict=True)
+    )
+    pairs = [Pair(*triple) for triple in zip(forget, retain, refusal, strict=True)]
+    return [pairs[start : start + batch] for start in range(0, total, batch)]
+
+
+def micro_batches(steps: Sequence[Sequence[Pair]], size: int) -> list[list[Pair]]:
+    """Every step cut into equally many micro-batches of at most `size` pairs, in order."""
+    return [list(step[i : i + size]) for step in steps for i in range(0, len(step), size)]
