@@ -1,0 +1,115 @@
+"""What a training run tells while it runs, and how it stops when asked to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class StopRequest:
+    """Whether the user asked to stop; the first signal sets it, the second one acts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self, on_progress: Progress | None = None) -> Iterator[StopRequest]:
+        """Inside: Ctrl-C and SIGTERM ask the run to finish its step and save.
+
+        A second signal does what it would have done before (a KeyboardInterrupt). Outside the
+        main thread signals cannot be caught and stay as they are.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            restore()
+            if on_progress is not None:
+                on_progress({"event": "stopping"})
+
+        kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+        for number in kept:
+            signal.signal(number, ask)
+        try:
+            yield self
+        finally:
+            restore()
+
+
+class RunCallback(TrainerCallback):
+    """Writes one line a step to `metrics.jsonl`, reports it, and saves and stops on request."""
+
+    def __init__(
+        self, terms: Callable[[], dict[str, float]], stop: StopRequest, log: Path, report: Progress
+    ) -> None:
+        """Takes what to ask and whom to tell.
+
+        Args:
+            terms: gives the last step's `forget_loss` and `retain_loss`.
+            stop: asked after every step.
+            log: JSON lines, appended.
+            report: called with every line.
+        """
+        self._terms = terms
+        self._stop = stop
+        self._log = log
+        self._report = report
+        self._started = 0.0
+        self._first = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock; a resumed run begins at its own step."""
+        self._started = time.monotonic()
+        self._first = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One line: step, losses, learning rate, elapsed and remaining seconds, memory."""
+        elapsed = time.monotonic() - self._started
+        done = state.global_step - self._first
+        line = {
+            "event": "train",
+            "step": state.global_step,
+            "steps": state.max_steps,
+            **self._terms(),
+            "learning_rate": kwargs["lr_scheduler"].get_last_lr()[0],
+            "elapsed": elapsed,
+            "remaining": elapsed / done * (state.max_steps - state.global_step),
+            "memory_bytes": peak_memory(),
+        }
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._report(line)
+        if self._stop.asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process: allocated on the GPU where there is one, else resident."""
+    import resource
+    import sys
+
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,84 @@
+"""What a result depends on beside data and settings: versions, commit, device, threads."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "unlearner",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+)
+# Below this many weights a second thread spends its time waiting for the first.
+SMALL_MODEL = 20_000_000
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages a result depends on, and Python's."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit this code runs from, `-dirty` with uncommitted changes; None outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def describe(device: str, seed: int) -> dict[str, Any]:
+    """The `env` of a manifest: versions, commit, seed, device and its name."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return {
+        "versions": versions(),
+        "commit": commit(),
+        "seed": seed,
+        "device": device,
+        "device_name": name.replace(" ", "-"),
+    }
+
+
+@contextmanager
+def threads_for(model: torch.nn.Module) -> Iterator[None]:
+    """Inside: one torch thread where the model is small and on the CPU."""
+    import torch
+
+    before = torch.get_num_threads()
+    weights = sum(p.numel() for p in model.parameters())
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if on_cpu and weights < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
