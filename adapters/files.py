@@ -1,0 +1,185 @@
+"""Files that are never torn: strict JSON, SHA-256, write aside, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import StoreCorrupt, UserError
+
+MAX_JSON = 8 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of `value` in the one way that `dump_json` writes it."""
+    return hashlib.sha256(dump_json(value).encode()).hexdigest()
+
+
+def dump_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON with sorted keys; NaN and infinity are refused with ValueError."""
+    separators = (",", ": ") if indent else (",", ":")
+    return json.dumps(
+        value,
+        sort_keys=True,
+        indent=indent,
+        separators=separators,
+        allow_nan=False,
+        ensure_ascii=False,
+    )
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`; StoreCorrupt for anything doubtful.
+
+    Repeated keys, NaN, too much nesting and too much text are refused: two readers could take
+    them differently.
+    """
+    if len(data) > MAX_JSON:
+        raise StoreCorrupt(f"{what} is longer than {MAX_JSON} bytes.", "Restore it from a copy.")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        if b"\\u" in data:
+            dump_json(value).encode()  # half a surrogate pair cannot be written again
+    except (ValueError, RecursionError) as error:
+        raise StoreCorrupt(
+            f"{what} is not valid JSON: {error}", "Restore it from a copy."
+        ) from error
+    if not isinstance(value, dict):
+        raise StoreCorrupt(f"{what} is not a JSON object.", "Restore it from a copy.")
+    return value
+
+
+def read_json(path: Path, what: str | None = None) -> dict[str, Any]:
+    """The JSON object in the file; StoreCorrupt names the file as `what`."""
+    name = what or f"{path.parent.name}/{path.name}"
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise StoreCorrupt(f"{name} is longer than {MAX_JSON} bytes.", "Restore it.")
+        return parse_json(path.read_bytes(), name)
+    except FileNotFoundError as error:
+        raise StoreCorrupt(f"{name} is missing.", "Restore it from a copy.") from error
+    except OSError as error:
+        raise StoreCorrupt(
+            f"{name} cannot be read: {error.strerror}.", "Check the disk."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON; after a crash either the old or the new file is there."""
+    write_bytes(path, (dump_json(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: temporary name, fsync, rename, fsync of the folder."""
+    path = Path(path)
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+    fsync_folder(path.parent)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte; a short write (full disk) raises OSError."""
+    view = memoryview(data)
+    while view:
+        written = os.write(descriptor, view)
+        view = view[written:]
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Hex SHA-256 of the bytes copied to the new file `target`, which is on the disk (fsync)."""
+    digest = hashlib.sha256()
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        while chunk := reader.read(1 << 22):
+            digest.update(chunk)
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return digest.hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable (a no-op where folders cannot be opened)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(name: str = "") -> str:
+    """A hidden name that carries this process's id, so that leftovers of the dead are known."""
+    return f".tmp-{os.getpid()}-{secrets.token_hex(4)}{'-' + name if name else ''}"
+
+
+def left_by_the_dead(name: str) -> bool:
+    """Whether `name` is a temporary whose process is gone."""
+    parts = name.split("-")
+    if not name.startswith(".tmp-") or len(parts) < 3 or not parts[1].isdigit():
+        return False
+    pid = int(parts[1])
+    if pid == os.getpid() or pid > 2**31 or os.name == "nt":
+        return False  # on Windows signal 0 would end the process that is asked about
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """The UserError for a failed write: full disk, read-only folder, or what the system says."""
+    reason = error.strerror or str(error)
+    return UserError(
+        f"{path.name} cannot be written in {path.parent}: {reason}.",
+        "Nothing was changed: free some space or check the folder's permissions, then try again.",
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key appears twice")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:20]} is too large")
+    return value
