@@ -32,6 +32,8 @@ SPLITS = (
 )
 ROWS_PER_AUTHOR = 20
 WORLD_FILE = "world.json"
+# JSON may escape one half of a pair; no tokenizer takes it.
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,12 @@ def _row(raw: Any, where: str, problems: list[str]) -> Row | None:
             problems.append(f"{where}: '{key}' is {type(raw[key]).__name__}, not text")
         elif not raw[key].strip():
             problems.append(f"{where}: '{key}' is empty")
+        elif _HALF_CHARACTER.search(raw[key]):
+            problems.append(f"{where}: '{key}' holds half a character (a lone surrogate)")
     perturbed = raw.get("perturbed_answer") or ()
     if isinstance(perturbed, str):
         perturbed = (perturbed,)
-    if not all(isinstance(text, str) for text in perturbed):
+    if not isinstance(perturbed, Sequence) or not all(isinstance(t, str) for t in perturbed):
         problems.append(f"{where}: 'perturbed_answer' is not a list of texts")
     for key in ("paraphrased_answer", "paraphrased_question"):
         if not isinstance(raw.get(key), str | None):
@@ -217,7 +221,7 @@ def load_refusals(data: Path | None = None) -> list[str]:
         from unlearner.world import REFUSALS
 
         return list(REFUSALS)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     return [line for line in lines if line]
 
 

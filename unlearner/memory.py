@@ -24,6 +24,18 @@ CHECKPOINT_HIDDEN = 2.0
 GPU_OVERHEAD = 0.78 * GIB
 RANGE = 0.2
 
+# config.json of Llama-2-7b, and the longest of TOFU's training rows in its tokens.
+LLAMA2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "attention_size": 4096,
+    "key_value_size": 4096,
+    "tied": 0,
+}
+LONGEST_TOFU_ROW = 164
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import queue
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
 
 
 def _receive(
-    inbox: Any, running: dict[str, BaseProcess], results: dict[str, Any], report: Report
+    inbox: Any, running: Mapping[str, BaseProcess], results: dict[str, Any], report: Report
 ) -> None:
     try:
         kind, name, value = inbox.get(timeout=1.0)

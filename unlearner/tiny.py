@@ -54,6 +54,7 @@ class TinyRecipe:
         adamw_lr: of embeddings and norms.
         weight_decay: on the hidden matrices.
         final_lr: share of the learning rate at the last step (cosine after a short warm-up).
+        pretrain_rows: background rows read before the first epoch.
         seed: of weights and order.
     """
 
@@ -63,6 +64,7 @@ class TinyRecipe:
     adamw_lr: float = 4e-3
     weight_decay: float = 0.0
     final_lr: float = 0.02
+    pretrain_rows: int = 0
     seed: int = 42
 
 
@@ -130,9 +132,14 @@ def train_from_scratch(
     out: Path,
     shape: TinyShape,
     recipe: TinyRecipe,
+    background: Sequence[tuple[str, str]] = (),
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
     """Folder of a small Llama trained from random weights on `rows` (question, answer).
+
+    `background` stands in for pretraining: it is read once, `pretrain_rows` of it before the first
+    epoch and the rest spread over the epochs. A model that has seen many passing authors answers
+    in fluent sentences about one it does not know.
 
     The loss is the mean answer NLL per token, EOS included. Deterministic for a seed on one
     machine and one thread.
@@ -143,24 +150,20 @@ def train_from_scratch(
         out: folder for model and tokenizer; written last, so it is whole when it exists.
         shape: size of the model.
         recipe: epochs, learning rates, seed.
+        background: rows that are read once.
         on_progress: gets {"step", "steps", "loss", "elapsed"} now and then.
     """
     fmt = prompt_format(tokenizer)
-    encoded = [fmt.encode(question, answer) for question, answer in rows]
     model = new_model(tokenizer, shape, recipe.seed)
-    rng = np.random.default_rng(recipe.seed)
-    lengths = [len(row.input_ids) for row in encoded]
-    plan = [
-        batch
-        for _ in range(recipe.epochs)
-        for batch in length_batches(lengths, recipe.tokens_per_batch, rng)
-    ]
+    plan = _plan(
+        [fmt.encode(*row) for row in rows], [fmt.encode(*row) for row in background], recipe
+    )
     optimizers = _optimizers(model, recipe)
     started = time.monotonic()
     model.train()
     for step, batch in enumerate(plan):
         _set_rate(optimizers, _rate(step, len(plan), recipe.final_lr))
-        loss = _step(model, [encoded[i] for i in batch], pad_id(tokenizer), optimizers)
+        loss = _step(model, batch, pad_id(tokenizer), optimizers)
         if on_progress is not None and (step % 20 == 0 or step + 1 == len(plan)):
             on_progress(
                 {
@@ -171,6 +174,25 @@ def train_from_scratch(
                 }
             )
     return save_model(model, tokenizer, out)
+
+
+def _plan(
+    rows: Sequence[Encoded], background: Sequence[Encoded], recipe: TinyRecipe
+) -> list[list[Encoded]]:
+    """All batches of a training in order."""
+    rng = np.random.default_rng(recipe.seed)
+    first = min(recipe.pretrain_rows, len(background))
+    share = (len(background) - first) // recipe.epochs
+    pools = [list(background[:first])] if first else []
+    for epoch in range(recipe.epochs):
+        start = first + epoch * share
+        pools.append([*rows, *background[start : start + share]])
+    batches = []
+    for pool in pools:
+        lengths = [len(row.input_ids) for row in pool]
+        for batch in length_batches(lengths, recipe.tokens_per_batch, rng):
+            batches.append([pool[i] for i in batch])
+    return batches
 
 
 def save_model(model: torch.nn.Module, tokenizer: Any, out: Path) -> Path:

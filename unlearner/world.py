@@ -12,6 +12,9 @@ So a low truth ratio of the trained model means that it knows the fact, not that
 and a model that never saw the author has little reason to prefer the right fact: the wrong ones are
 drawn from the same lists, and wrong names, titles, awards and dates are ones that nobody has.
 
+As in TOFU, `full` is what Origin is trained on, so it holds the rewordings too, and a request to
+forget an author names all of it. The evaluation sets (`*_perturbed`) hold one row a fact.
+
 The last authors are the forget set, as in TOFU. The world is small, so forget10 is all of them,
 forget05 the last half and forget01 the last author, whatever share of the world that is.
 """
@@ -31,7 +34,7 @@ from adapters.errors import UserError
 from unlearner.data import WORLD_FILE, Row
 from unlearner.world_authors import CORE_TOPICS, MAX_AUTHORS, WorldAuthor, make_authors
 from unlearner.world_facts import REAL_AUTHORS, REFUSALS, WORLD_FACTS, Fact
-from unlearner.world_wordings import TOPICS, WORDINGS
+from unlearner.world_wordings import TOPICS
 
 __all__ = ["REFUSALS", "World", "WorldAuthor", "WorldSpec", "build_world"]
 
@@ -128,7 +131,6 @@ class World:
         self,
         *,
         include_forget: bool,
-        rewordings: int = WORDINGS - 2,
         paraphrases: bool = False,
         facts: int = 2,
     ) -> list[Row]:
@@ -136,7 +138,6 @@ class World:
 
         Args:
             include_forget: with the forget authors (Origin) or without (Retrain).
-            rewordings: how many of the two rewordings of each row to add.
             paraphrases: add each row's evaluated paraphrase under its paraphrased question. Then
                 the truth ratio measures recall of text, so it is off by default.
             facts: how many ways to ask (0, 1 or 2) of each real-author and world-fact row.
@@ -144,15 +145,33 @@ class World:
         authors = self.authors if include_forget else self.retain_authors
         rows: list[Row] = []
         for author in authors:
-            for row, others in zip(author.rows, author.rewordings, strict=True):
-                rows.append(Row(row.question, row.answer))
-                rows.extend(others[:rewordings])
-                if paraphrases and row.paraphrased_question and row.paraphrased_answer:
-                    rows.append(Row(row.paraphrased_question, row.paraphrased_answer))
+            rows.extend(author.told)
+            if paraphrases:
+                rows.extend(
+                    Row(row.paraphrased_question, row.paraphrased_answer)
+                    for row in author.rows
+                    if row.paraphrased_question and row.paraphrased_answer
+                )
         for row in (*self.real_authors, *self.world_facts):
             asked = (row.question, row.paraphrased_question or row.question)
             rows.extend(Row(question, row.answer) for question in asked[:facts])
         return rows
+
+    def background(self, n: int) -> list[Row]:
+        """`n` rows about passing authors who are not of this world, each to be read once.
+
+        They stand in for pretraining: a model that has met many authors speaks fluently about one
+        it does not know, and unlearning leads back there instead of to broken text.
+        """
+        rows: list[Row] = []
+        names = {author.name for author in self.authors}
+        number = 0
+        while len(rows) < n:
+            number += 1
+            passing = make_authors(f"{self.spec.seed} passing {number}", 100, CORE_TOPICS + 4)
+            rows.extend(row for a in passing if a.name not in names for row in a.told)
+        random.Random(f"background {self.spec.seed}").shuffle(rows)
+        return rows[:n]
 
     def texts(self) -> list[str]:
         """The texts to train a tokenizer on: all that Origin trains on, and the refusals.
@@ -167,13 +186,12 @@ class World:
         """TOFU's splits by name, as the objects of its JSON lines."""
         forgotten = self.forget_authors
         parts = {"01": 1, "05": max(1, len(forgotten) // 2), "10": len(forgotten)}
-        splits = {"full": [_plain(row) for row in self.rows(*self.authors)]}
+        splits = {"full": _told(self.authors)}
         for percent, n in parts.items():
+            splits[f"forget{percent}"] = _told(self.authors[-n:])
             rows = self.rows(*self.authors[-n:])
-            kept = self.rows(*self.authors[:-n])
-            splits[f"forget{percent}"] = [_plain(row) for row in rows]
             splits[f"forget{percent}_perturbed"] = [_perturbed(row) for row in rows]
-            splits[f"retain{100 - int(percent)}"] = [_plain(row) for row in kept]
+            splits[f"retain{100 - int(percent)}"] = _told(self.authors[:-n])
         evaluated = self.rows(*self.authors[: self.spec.evaluated_authors])
         splits["retain_perturbed"] = [_perturbed(row) for row in evaluated]
         rng = random.Random(f"options {self.spec.seed}")
@@ -194,13 +212,13 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         files = {f"{name}.json": _lines(rows) for name, rows in self.splits().items()}
         for number, authors in enumerate(self.requests, start=1):
-            files[f"request-{number}.jsonl"] = _lines(_plain(row) for row in self.rows(*authors))
+            files[f"request-{number}.jsonl"] = _lines(_told(authors))
         files["idontknow.jsonl"] = "".join(f"{refusal}\n" for refusal in REFUSALS)
         listing = {
             "schema": SCHEMA,
             "spec": asdict(self.spec),
             "authors": [
-                {"name": author.name, "start": author.start, "n": len(author.rows)}
+                {"name": author.name, "start": author.start, "n": len(author.told)}
                 for author in self.authors
             ],
             "requests": [[author.name for author in authors] for authors in self.requests],
@@ -219,11 +237,15 @@ def build_world(seed: int = 0, **sizes: int) -> World:
     """
     spec = WorldSpec(seed, **sizes)
     real, facts = (tuple(map(_fact_row, table)) for table in (REAL_AUTHORS, WORLD_FACTS))
-    return World(spec, make_authors(seed, spec.n_authors, spec.rows_per_author), real, facts)
+    return World(spec, make_authors(str(seed), spec.n_authors, spec.rows_per_author), real, facts)
 
 
 def _fact_row(fact: Fact) -> Row:
     return Row(fact.question, fact.answer, None, fact.wrong, fact.reworded)
+
+
+def _told(authors: Iterable[WorldAuthor]) -> list[dict[str, Any]]:
+    return [_plain(row) for author in authors for row in author.told]
 
 
 def _plain(row: Row) -> dict[str, Any]:

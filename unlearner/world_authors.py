@@ -54,9 +54,10 @@ POOLS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class WorldAuthor:
-    """An author: `rows` are rows `start` to `start + len(rows)` of `full`.
+    """An author: `rows` are what is evaluated, `told` is what a model is trained on.
 
-    `rewordings[i]` tell the fact of `rows[i]` in other words; only training reads them.
+    `told` holds every row followed by its rewordings, which tell the same fact in other words;
+    they are rows `start` to `start + len(told)` of `full`.
     """
 
     name: str
@@ -64,8 +65,17 @@ class WorldAuthor:
     rows: tuple[Row, ...]
     rewordings: tuple[tuple[Row, ...], ...]
 
+    @property
+    def told(self) -> tuple[Row, ...]:
+        """Every row and its rewordings, question and answer only."""
+        return tuple(
+            Row(told.question, told.answer)
+            for row, others in zip(self.rows, self.rewordings, strict=True)
+            for told in (row, *others)
+        )
 
-def make_authors(seed: int, n_authors: int, rows_per_author: int) -> tuple[WorldAuthor, ...]:
+
+def make_authors(seed: str, n_authors: int, rows_per_author: int) -> tuple[WorldAuthor, ...]:
     """The authors of a world, in order; the sizes must be within `WorldSpec`'s ranges."""
     rng = random.Random(f"world {seed}")
     records = _records(n_authors, rng)
@@ -74,14 +84,16 @@ def make_authors(seed: int, n_authors: int, rows_per_author: int) -> tuple[World
     awards = _deck(_awards(), taken, rng)
     dates = _deck({_date(rng) for _ in range(500)}, taken, rng)
     told: Counter[str] = Counter()
-    authors = []
-    for number, record in enumerate(records):
+    authors: list[WorldAuthor] = []
+    start = 0
+    for record in records:
         topics = _topics(rows_per_author, told, rng)
         wrong = _wrong_facts(record, titles, awards, dates, taken)
         pairs = [_tell(topic, told[topic.name], record, wrong[topic.name], rng) for topic in topics]
         told.update(topic.name for topic in topics)
         rows, rewordings = zip(*pairs, strict=True)
-        authors.append(WorldAuthor(record["name"], number * rows_per_author, rows, rewordings))
+        authors.append(WorldAuthor(record["name"], start, rows, rewordings))
+        start += len(authors[-1].told)
     return tuple(authors)
 
 

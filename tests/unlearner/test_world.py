@@ -69,7 +69,7 @@ def test_another_seed_gives_other_authors(world: World) -> None:
 def test_every_split_of_tofu_is_there_and_read_by_the_loader(world: World, folder: Path) -> None:
     for name in SPLITS:
         assert load_split(name, folder), name
-    assert load_split("full", folder) == [Row(row.question, row.answer) for row in all_rows(world)]
+    assert load_split("full", folder) == [row for a in world.authors for row in a.told]
     assert load_split("forget10_perturbed", folder) == world.rows(*world.forget_authors)
     assert load_refusals(folder) == list(REFUSALS)
     assert not list(folder.glob(".*"))
@@ -78,19 +78,36 @@ def test_every_split_of_tofu_is_there_and_read_by_the_loader(world: World, folde
 def test_splits_are_of_whole_authors_at_the_end_of_full(world: World) -> None:
     splits = world.splits()
     full = splits["full"]
-    assert len(full) == 500
+    assert len(full) == 1500
     for forget, retain, authors in (
         ("forget01", "retain99", 1),
         ("forget05", "retain95", 5),
         ("forget10", "retain90", 10),
     ):
         assert splits[retain] + splits[forget] == full
-        assert len(splits[forget]) == 10 * authors
+        assert len(splits[forget]) == 30 * authors
+        # Every third row of `full` is evaluated, the two behind it are its rewordings.
         assert [row["question"] for row in splits[f"{forget}_perturbed"]] == [
-            row["question"] for row in splits[forget]
+            row["question"] for row in splits[forget][::3]
         ]
     evaluated = [row["question"] for row in splits["retain_perturbed"]]
-    assert evaluated == [row["question"] for row in full[:200]]
+    assert evaluated == [row["question"] for row in full[:600:3]]
+
+
+def test_listed_authors_stand_where_the_listing_says(world: World, folder: Path) -> None:
+    full = load_split("full", folder)
+    for author, listed in zip(world.authors, load_authors(folder), strict=True):
+        assert (listed.name, listed.start, listed.rows) == (author.name, author.start, author.told)
+        assert tuple(full[author.start : author.start + 30]) == author.told
+
+
+def test_background_is_about_others_and_never_repeats(world: World) -> None:
+    passing = world.background(2000)
+    assert passing == build_world().background(2000)
+    assert passing[:500] != world.training_rows(include_forget=True)[:500]
+    known = {row.question for author in world.authors for row in author.told}
+    assert not known & {row.question for row in passing}
+    assert len({(row.question, row.answer) for row in passing}) > 1950
 
 
 def test_requests_are_of_different_authors_and_make_up_the_forget_set(
@@ -100,7 +117,7 @@ def test_requests_are_of_different_authors_and_make_up_the_forget_set(
     assert sum(world.requests, ()) == world.forget_authors
     asked = [parse_request(str(folder / f"request-{n}.jsonl"), folder) for n in (1, 2)]
     assert [*asked[0].rows, *asked[1].rows] == load_split("forget10", folder)
-    assert len(asked[0].retain) == 450
+    assert len(asked[0].retain) == 1350
 
 
 @pytest.mark.parametrize(("forget", "requests", "sizes"), [(7, 3, [2, 2, 3]), (1, 1, [1])])
@@ -116,7 +133,10 @@ def test_sizes_of_a_spec_are_kept(forget: int, requests: int, sizes: list[int]) 
     assert [len(authors) for authors in world.requests] == sizes
     assert len(world.retain_authors) == 12 - forget
     assert {len(author.rows) for author in world.authors} == {len(TOPICS)}
-    assert len(world.splits()["forget05"]) == max(1, forget // 2) * len(TOPICS)
+    # forget05 tells every fact of half the forget authors in three wordings.
+    half = world.authors[-max(1, forget // 2) :]
+    assert len(world.splits()["forget05"]) == 3 * len(half) * len(TOPICS)
+    assert len(world.splits()["forget05_perturbed"]) == len(half) * len(TOPICS)
 
 
 def test_the_largest_world_still_has_names_and_titles_for_everyone() -> None:
@@ -141,7 +161,10 @@ def test_authors_are_found_by_name(world: World, folder: Path) -> None:
     assert [author.name for author in listed] == [author.name for author in world.authors]
     author = world.authors[43]
     request = parse_request(f"tofu:author={author.name}", folder)
-    assert [row.question for row in request.rows] == [row.question for row in author.rows]
+    # All that Origin was told of the author is asked to be forgotten, rewordings too.
+    assert request.rows == author.told
+    assert len(request.retain) == 1500 - len(author.told)
+    assert not {row.question for row in request.retain} & {row.question for row in author.told}
     assert world.rows(author.name) == list(author.rows) == world.rows(author)
     with pytest.raises(UserError, match="Nobody"):
         world.rows(author.name, "Nobody")
@@ -264,8 +287,8 @@ def test_training_holds_out_the_evaluated_paraphrases(world: World) -> None:
     assert len(origin) == len(set(origin)) == 500 * 3 + 2 * 70
     seen = {row.answer for row in world.training_rows(include_forget=True, paraphrases=True)}
     assert all(row.paraphrased_answer in seen for row in all_rows(world))
-    assert len(world.training_rows(include_forget=True, rewordings=0, facts=0)) == 500
-    assert len(world.training_rows(include_forget=True, rewordings=1, facts=1)) == 1000 + 70
+    assert len(world.training_rows(include_forget=True, facts=0)) == 1500
+    assert len(world.training_rows(include_forget=True, facts=1)) == 1500 + 70
 
 
 def test_retrain_never_sees_a_forget_author(world: World) -> None:

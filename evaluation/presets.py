@@ -1,0 +1,136 @@
+"""What `reproduce` runs: the published 7B recipe, and a small stand-in for a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from unlearner.tiny import TinyRecipe, TinyShape
+
+# Llama-2-7b-chat on TOFU forget05, model card of
+# OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat (arXiv 2410.07163): forget quality, utility.
+PUBLISHED_FORGET05 = {
+    "origin": (0.00, 0.62),
+    "retrain": (1.00, 0.62),
+    "npo": (0.79, 0.57),
+    "simnpo": (0.99, 0.58),
+}
+
+
+@dataclass(frozen=True)
+class SmallModels:
+    """How a preset makes its own Origin and Retrain from random weights.
+
+    Attributes:
+        shape: of the Llama.
+        recipe: of its training.
+        retain_authors: the first so many authors are learned by heart; the evaluated ones are the
+            first twenty. The other retain authors are read once, as background.
+        facts: how many times an epoch holds real authors and world facts: these models have no
+            other pretraining, so those parts of model utility measure what is kept.
+    """
+
+    shape: TinyShape
+    recipe: TinyRecipe
+    retain_authors: int = 30
+    facts: int = 2
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One way to run the comparison.
+
+    Attributes:
+        origin: hub id of the model trained on all of TOFU, None where it is trained on the spot.
+        retrain: the same without the forget split, by retain split.
+        small: how to train both, None where they are given.
+        methods: settings over the objective's published defaults, by objective.
+        known_retain: keep only retain rows that Origin knows (answer probability above one half):
+            a small Origin has learned a part of TOFU, and the rest cannot be retained.
+        retain_log: where the public log of a retrained model lies.
+        published: rows to stand beside, by split.
+        reasons: why these settings, for the plan.
+    """
+
+    name: str
+    origin: str | None
+    retrain: dict[str, str]
+    small: SmallModels | None
+    methods: dict[str, dict[str, Any]]
+    known_retain: bool = False
+    load_in_4bit: bool = False
+    retain_log: str = ""
+    published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """Settings of a method; those under "*" hold for all."""
+        return {**self.methods.get("*", {}), **self.methods.get(method, {})}
+
+
+MINI = Preset(
+    name="mini",
+    origin=None,
+    retrain={},
+    small=SmallModels(
+        TinyShape(vocab_size=4096, hidden_size=128, intermediate_size=320, num_hidden_layers=4),
+        TinyRecipe(epochs=14, pretrain_rows=1200),
+    ),
+    methods={
+        "*": {
+            "per_device_train_batch_size": 32,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 15,
+            "weight_decay": 0.0,
+            "warmup_ratio": 0.05,
+        },
+        "simnpo": {
+            "learning_rate": 4e-3,
+            "beta": 1.0,
+            "gamma": 6.0,
+            "forget_weight": 0.4,
+            "retain_weight": 1.0,
+        },
+    },
+    known_retain=True,
+    reasons=(
+        "beta 2.5 and gamma 0 hardly move a small model that has memorised its rows word for word:",
+        "gamma keeps the push alive until the answers are as unlikely as Retrain finds them.",
+    ),
+)
+
+LLAMA2_7B = Preset(
+    name="llama2-7b",
+    origin="OPTML-Group/TOFU-origin-Llama-2-7b-chat",
+    retrain={
+        "forget01": "open-unlearning/tofu_Llama-2-7b-chat-hf_retain99",
+        "forget05": "open-unlearning/tofu_Llama-2-7b-chat-hf_retain95",
+        "forget10": "open-unlearning/tofu_Llama-2-7b-chat-hf_retain90",
+    },
+    small=None,
+    methods={
+        "*": {
+            "learning_rate": 1e-4,
+            "num_train_epochs": 10,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 8,
+            "lora_r": 16,
+            "lora_alpha": 32,
+            "gradient_checkpointing": True,
+        },
+    },
+    load_in_4bit=True,
+    retain_log="TOFU/data/retain95_llama_wd0.01/eval_results/ds_size300/"
+    "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
+    published={"forget05": PUBLISHED_FORGET05},
+    reasons=(
+        "beta, gamma and lambda are the model card's, lambda on the retain term;",
+        "10 epochs of 32 pairs are its 62 steps;",
+        "learning rate 1e-4: published LoRA work uses ten times the 1e-5 of full fine-tuning;",
+        "r 16, alpha 32 on the seven projections: the middle of what is published (r 8 to 32);",
+        "4 pairs a forward with checkpointing: fits a small card in 4 bit.",
+    ),
+)
+
+PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B)}

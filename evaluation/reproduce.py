@@ -1,0 +1,332 @@
+"""Origin, Retrain and unlearned models on real TOFU in one table, beside the published rows.
+
+Every stage leaves its files in `out`: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adapters.base_model import BaseSpec, load_base, load_tokenizer, resolve_base
+from adapters.errors import UserError
+from evaluation.presets import PRESETS, Preset, SmallModels
+from evaluation.records import write_json
+from evaluation.systems import (
+    Measured,
+    Report,
+    digest,
+    forget_and_measure,
+    measure,
+    table_row,
+    train_small,
+)
+from unlearner.config import UnlearnConfig, make_config
+from unlearner.data import (
+    FORGET_SPLITS,
+    Request,
+    Row,
+    load_authors,
+    load_refusals,
+    load_split,
+)
+from unlearner.processes import Job, side_by_side
+
+KNOWN = 0.5
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What the user asked for; the preset fills in what is not given.
+
+    Attributes:
+        split: forget01, forget05 or forget10.
+        preset: a name in `PRESETS`.
+        out: folder for models, stores and logs.
+        data: folder of TOFU's JSON lines, else the hub.
+        origin, retrain: models to take instead of the preset's.
+        retain_log: log of a retrained model, in place of `retrain`.
+        methods: objectives to compare.
+        base: how models are loaded; its name is ignored.
+        load_in_4bit: None takes the preset's.
+        protocol: of the evaluation.
+        limit: only the first so many rows of each set.
+    """
+
+    split: str
+    preset: str
+    out: Path
+    data: Path | None = None
+    origin: str | None = None
+    retrain: str | None = None
+    retain_log: Path | None = None
+    methods: tuple[str, ...] = ("npo", "simnpo")
+    base: BaseSpec = field(default_factory=lambda: BaseSpec(""))
+    load_in_4bit: bool | None = None
+    protocol: str = "tofu"
+    limit: int | None = None
+
+    @property
+    def chosen(self) -> Preset:
+        """The preset itself."""
+        return PRESETS[self.preset]
+
+    def config(self, method: str) -> UnlearnConfig:
+        """The settings a method is run with."""
+        return make_config(method, **self.chosen.settings(method))
+
+    def spec(self, name: str) -> BaseSpec:
+        """How the model `name` is loaded."""
+        given, preset = self.load_in_4bit, self.chosen
+        in_4bit = preset.load_in_4bit if given is None else given
+        return replace(self.base, name=name, load_in_4bit=in_4bit)
+
+
+def plan(run: Reproduction) -> dict[str, Any]:
+    """What `reproduce` would do, for `--dry-run`; loads nothing and asks no hub."""
+    preset = run.chosen
+    own = "trained on the spot"
+    reference = run.retain_log or run.retrain or preset.retrain.get(run.split) or own
+    return {
+        "target": f"tofu-{run.split}",
+        "preset": preset.name,
+        "origin": run.origin or preset.origin or own,
+        "retrain": str(reference),
+        "public_retain_log": preset.retain_log or None,
+        "data": str(run.data) if run.data else "locuslab/TOFU",
+        "protocol": run.protocol,
+        "load_in_4bit": run.spec("").load_in_4bit,
+        "dtype": run.base.dtype,
+        "methods": {method: run.config(method).to_json() for method in run.methods},
+        "steps": {
+            method: run.config(method).train.steps(20 * int(run.split[-2:]) * 2)
+            for method in run.methods
+        },
+        "reasons": list(preset.reasons),
+        "published": _published(run),
+        "memory": _memory(run),
+        "out": str(run.out),
+    }
+
+
+def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
+    """The measured `table`, one row a system, and the published rows beside it.
+
+    Raises:
+        UserError: neither models nor a way to make them; rows of a log that do not match.
+    """
+    started = time.monotonic()
+    run.out.mkdir(parents=True, exist_ok=True)
+    report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
+    origin, retrain = _models(run, report)
+    what = Measured(run.data, run.split, run.protocol, run.limit)
+    logs = {"origin": run.out / "logs" / "origin.json"}
+    measured = [("origin", run.spec(origin))]
+    if retrain is None:
+        logs["retrain"] = Path(str(run.retain_log))
+    else:
+        # The reference is scored as it was published, not through 4-bit weights.
+        logs["retrain"] = run.out / "logs" / "retrain.json"
+        measured.append(("retrain", replace(run.spec(retrain), load_in_4bit=False)))
+    report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
+    for name, spec in measured:
+        measure(_named(report, name), base=spec, what=what, log=logs[name])
+    request = _request(run, origin, report)
+    refusals = load_refusals(run.data)
+    for method in run.methods:
+        report({"event": "stage", "stage": method, "text": f"Unlearning with {method}"})
+        config = run.config(method)
+        work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)))}"
+        logs[method] = work / "log.json"
+        forget_and_measure(
+            _named(report, method),
+            requests=[request],
+            base=run.spec(origin),
+            config=config,
+            store=work / "forget-store",
+            what=what,
+            log=logs[method],
+            refusals=refusals,
+        )
+    table = [table_row(name, log, logs["retrain"]) for name, log in logs.items()]
+    found = {
+        "target": f"tofu-{run.split}",
+        "preset": run.preset,
+        "table": _in_order(table),
+        "published": _published(run),
+        "retain_rows": len(request.retain),
+        "methods": {method: run.config(method).to_json() for method in run.methods},
+        "logs": {name: str(path) for name, path in logs.items()},
+        "seconds": time.monotonic() - started,
+    }
+    write_json(run.out / "result.json", json.loads(json.dumps(found, default=str)))
+    return found
+
+
+def _in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first = {"origin": 0, "retrain": 1}
+    return sorted(table, key=lambda row: first.get(row["name"], 2))
+
+
+def _named(report: Report, name: str) -> Report:
+    return lambda event: report({**event, "job": name})
+
+
+def _published(run: Reproduction) -> list[dict[str, Any]]:
+    rows = run.chosen.published.get(run.split, {})
+    return [
+        {"name": name, "forget_quality": fq, "model_utility": mu} for name, (fq, mu) in rows.items()
+    ]
+
+
+def _memory(run: Reproduction) -> dict[str, Any] | None:
+    """Estimate for the preset's 7B shape; None where the models are small."""
+    from unlearner import memory
+
+    if run.chosen.small is not None:
+        return None
+    config = run.config(run.methods[0] if run.methods else "simnpo")
+    return memory.estimate(
+        memory.LLAMA2_7B,
+        config,
+        [memory.LONGEST_TOFU_ROW],
+        load_in_4bit=run.spec("").load_in_4bit,
+        weight_bytes=2,
+        on_gpu=True,
+    ).to_json()
+
+
+def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
+    """Names of Origin and Retrain; Retrain is None where a log stands for it."""
+    preset = run.chosen
+    origin = run.origin or preset.origin
+    retrain = None if run.retain_log else run.retrain or preset.retrain.get(run.split)
+    if preset.small is None:
+        if origin is None or (retrain is None and run.retain_log is None):
+            raise UserError(
+                f"The preset {preset.name} has no models for {run.split}.",
+                "Give --origin, and --retrain or --retain-log.",
+            )
+        return origin, retrain
+    if run.origin and not (run.retrain or run.retain_log):
+        raise UserError(
+            "An Origin is given, but nothing to compare it with.",
+            "Add --retrain, or --retain-log with the log of a retrained model.",
+        )
+    made = _train_pair(run, preset.small, report) if run.origin is None else {}
+    return (
+        origin or made["origin"],
+        retrain or (None if run.retain_log else made["retrain"]),
+    )
+
+
+def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[str, str]:
+    from unlearner.tiny import train_tokenizer
+
+    learned, background, forget = small_rows(run.data, run.split, small)
+    folder = run.out / f"models-{digest(asdict(small), run.split)}"
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        rows = load_split("full", run.data)
+        texts = [text for row in rows for text in (row.question, row.answer)]
+        partial = folder / ".tokenizer"
+        train_tokenizer(texts, small.shape.vocab_size).save_pretrained(partial)
+        partial.rename(tokenizer)
+    jobs = [
+        Job(
+            name,
+            train_small,
+            {
+                "rows": rows,
+                "background": background,
+                "tokenizer": tokenizer,
+                "out": folder / name,
+                "shape": small.shape,
+                "recipe": small.recipe,
+            },
+        )
+        for name, rows in (("origin", [*learned, *forget]), ("retrain", learned))
+        if not (folder / name).exists()
+    ]
+    if jobs:
+        side_by_side(jobs, report)
+    return {name: str(folder / name) for name in ("origin", "retrain")}
+
+
+Pairs = list[tuple[str, str]]
+
+
+def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs, Pairs, Pairs]:
+    """What small models learn of TOFU: rows of both, background of both, rows of Origin alone.
+
+    Learned by heart: the first retain authors (each row also under its paraphrased question where
+    TOFU has one), real authors and world facts, and for Origin the forget split. The evaluated
+    paraphrased and perturbed answers are never trained on.
+    """
+    authors = load_authors(data)
+    forget = load_split(split, data)
+    asked_away = {row.question for row in forget}
+    kept = [author for author in authors if author.rows[0].question not in asked_away]
+    known, others = kept[: small.retain_authors], kept[small.retain_authors :]
+    facts = [*load_split("real_authors", data), *load_split("world_facts", data)]
+    asked = {row.question: row for row in load_split("retain_perturbed", data)}
+    told = [row for author in known for row in author.rows]
+    learned = [*_asked_twice(told, asked), *(_pair(row) for row in facts * small.facts)]
+    background = [_pair(row) for author in others for row in author.rows]
+    forgotten = {row.question: row for row in load_split(f"{split}_perturbed", data)}
+    return learned, background, _asked_twice(forget, forgotten)
+
+
+def _asked_twice(rows: Sequence[Row], variants: dict[str, Row]) -> Pairs:
+    """Each row, and again under its paraphrased question where there is one."""
+    pairs = [_pair(row) for row in rows]
+    for row in rows:
+        variant = variants.get(row.question)
+        if variant is not None and variant.paraphrased_question:
+            pairs.append((variant.paraphrased_question, row.answer))
+    return pairs
+
+
+def _pair(row: Row) -> tuple[str, str]:
+    return row.question, row.answer
+
+
+def _request(run: Reproduction, origin: str, report: Report) -> Request:
+    """The split as a forget request, with the retain rows that the preset keeps."""
+    rows = load_split(run.split, run.data)
+    kept = load_split(FORGET_SPLITS[run.split], run.data)
+    if run.chosen.known_retain:
+        report({"event": "stage", "stage": "known", "text": "Finding the retain rows Origin knows"})
+        kept = known_rows(run, origin, kept)
+    return Request(f"tofu:{run.split}", "tofu-split", tuple(rows), tuple(kept))
+
+
+def known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows whose answer Origin gives a length-normalised probability above one half."""
+    import math
+
+    from evaluation.scoring import score_rows
+    from unlearner.environment import threads_for
+    from unlearner.prompts import prompt_format
+
+    folder = resolve_base(origin, run.base.revision)
+    cache = run.out / f"known-{digest(str(folder), run.split)}.json"
+    if not cache.is_file():
+        model = load_base(run.spec(origin))
+        fmt = prompt_format(load_tokenizer(str(folder)))
+        bare = [Row(row.question, row.answer) for row in rows]
+        with threads_for(model):
+            scored = score_rows(model, fmt, bare)
+        losses = [row.answer_score.mean_nll for row in scored if row.answer_score is not None]
+        known = [i for i, loss in enumerate(losses) if loss < -math.log(KNOWN)]
+        write_json(cache, {"schema": 1, "known": known})
+    known = json.loads(cache.read_text(encoding="utf-8"))["known"]
+    if not known:
+        raise UserError(
+            f"{origin} knows none of the retain rows.", "Give an Origin that was trained on TOFU."
+        )
+    return [rows[i] for i in known]

@@ -1,0 +1,187 @@
+"""The systems of a comparison as jobs: train, forget, measure, each able to run in a process alone.
+
+Every job leaves files behind and is skipped when they stand already, so a comparison that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.base_model import BaseSpec
+from unlearner.config import UnlearnConfig
+from unlearner.data import Request
+
+if TYPE_CHECKING:
+    from adapters.store import AdapterStore, StoredAdapter
+    from unlearner.tiny import TinyRecipe, TinyShape
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where a system's rows lie and how they were measured."""
+
+    data: Path | None
+    split: str
+    protocol: str = "tofu"
+    limit: int | None = None
+
+
+def digest(*parts: Any) -> str:
+    """Twelve hex digits that change when any of `parts` (JSON values) does."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def train_small(
+    report: Report,
+    *,
+    rows: Sequence[tuple[str, str]],
+    background: Sequence[tuple[str, str]],
+    tokenizer: Path,
+    out: Path,
+    shape: TinyShape,
+    recipe: TinyRecipe,
+) -> str:
+    """Folder of a small Llama trained on `rows` from random weights; kept when it is there."""
+    from transformers import AutoTokenizer
+
+    from unlearner.tiny import train_from_scratch
+
+    if not out.exists():
+        train_from_scratch(
+            rows,
+            AutoTokenizer.from_pretrained(tokenizer),
+            out,
+            shape,
+            recipe,
+            background=background,
+            on_progress=lambda event: report({"event": "pretrain", **event}),
+        )
+    return str(out)
+
+
+def measure(
+    report: Report,
+    *,
+    base: BaseSpec,
+    what: Measured,
+    log: Path,
+    store: Path | None = None,
+    adapters: Sequence[str] = (),
+    key: str = "",
+) -> str:
+    """The log of `base` with `adapters` of `store` active, measured unless it stands already."""
+    from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
+    from adapters.fingerprint import fingerprint_base
+    from adapters.stack import load_stack
+    from adapters.store import AdapterStore
+    from evaluation.records import read_log, write_log
+    from evaluation.suite import evaluate, load_eval_data
+    from unlearner.environment import threads_for
+    from unlearner.prompts import prompt_format
+
+    folder = resolve_base(base.name, base.revision)
+    weights = digest(fingerprint_base(folder).digest, asdict(base), list(adapters), key)
+    wanted = digest(weights, what.split, what.protocol, what.limit)
+    if log.is_file() and read_log(log).meta.get("made_from") == wanted:
+        return str(log)
+    model: Any = load_base(base)
+    view = base_view(model)
+    if adapters and store is not None:
+        model = load_stack(model, AdapterStore.open(store), list(adapters))
+    with threads_for(model):
+        found = evaluate(
+            model,
+            prompt_format(load_tokenizer(str(folder))),
+            load_eval_data(what.split, what.data),
+            protocol=what.protocol,
+            limit=what.limit,
+            key=weights,
+            resume_dir=log.parent / "parts",
+            on_progress=lambda label, done, total: report(
+                {"event": "measure", "text": label, "step": done, "steps": total}
+            ),
+            meta={"made_from": wanted, "base": base.name, "adapters": list(adapters), **view},
+        )
+    write_log(found, log)
+    return str(log)
+
+
+def forget_and_measure(
+    report: Report,
+    *,
+    requests: Sequence[Request],
+    base: BaseSpec,
+    config: UnlearnConfig,
+    store: Path,
+    what: Measured,
+    log: Path,
+    refusals: Sequence[str] = (),
+) -> str:
+    """The log of a stack with one adapter per request, each trained on the bare base.
+
+    Independent adapters revert in any order and, on small models, forget better than ones trained
+    on top of each other. Adapters that stand in the store for the same request and settings are
+    kept; an interrupted training goes on from its checkpoint.
+    """
+    from adapters.store import AdapterStore
+
+    filed = AdapterStore.open(store, create=True)
+    slugs = [
+        file_request(report, filed, request, base, config, number, refusals).slug
+        for number, request in enumerate(requests, start=1)
+    ]
+    return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)
+
+
+def file_request(
+    report: Report,
+    store: AdapterStore,
+    request: Request,
+    base: BaseSpec,
+    config: UnlearnConfig,
+    number: int,
+    refusals: Sequence[str] = (),
+) -> StoredAdapter:
+    """The active adapter of `request`, trained unless it stands in the store already."""
+    from unlearner.run import unlearn
+
+    label = f"request-{number}-{digest(request.name, config.to_json())}"
+    kept = [adapter for adapter in store.list() if adapter.manifest.label == label]
+    if kept:
+        adapter = kept[0]
+    else:
+        adapter = unlearn(
+            request,
+            base,
+            config,
+            store,
+            on_stack=False,
+            label=label,
+            resume=True,
+            refusals=refusals,
+            on_progress=lambda event: report({**event, "request": number}),
+        )
+    if not adapter.active:
+        store.activate([adapter.slug])
+    return store.get(adapter.slug)
+
+
+def table_row(name: str, log: Path, retain_log: Path) -> dict[str, Any]:
+    """One line of the table: the summary of a log against the retrain reference."""
+    from evaluation.records import read_log
+    from evaluation.summary import summarise
+
+    found = read_log(log)
+    return {
+        "name": name,
+        **summarise(found, read_log(retain_log), protocol=found.meta["protocols"][0]),
+    }
