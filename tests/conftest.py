@@ -1,4 +1,4 @@
-"""Shared fixtures: the folder of real data, and a tiny Llama with its tokenizer made on the spot."""
+"""Shared fixtures: the folder of real data, and a tiny Llama made on the spot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def shared_or_skip() -> Path:
-    """The folder of real data; elsewhere the test skips with the reason, in CI that is a failure."""
+    """The folder of real data; without it a test skips with the reason, in CI it fails."""
     folder = Path(os.environ.get("UNLEARNER_SHARED", ROOT.parent / "shared"))
     if (folder / "tofu" / "full.json").is_file():
         return folder

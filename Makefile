@@ -1,0 +1,48 @@
+# make quickstart   .venv, install, then the whole story on the embedded world (CPU, minutes)
+# make test         .venv, install with the test tools, then all tests
+# make check        lint, format and types, without changing a file
+# make clean        removes .venv and what the tools left behind
+
+VENV := .venv
+# The first of these that runs and is new enough; `make PYTHON=/path/to/python3` picks another.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.10 python3; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$name && break; done)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Off a terminal pip says only what is wrong; on one it shows how far the downloads are.
+QUIET := $(shell test -t 2 || echo --quiet)
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test check format clean
+
+quickstart: $(VENV)/.installed-quant
+	$(VENV)/bin/unlearner quickstart
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+check: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "Error: no Python 3.10 or newer was found."; \
+		echo "Fix: install python3.11, or name one: make PYTHON=/path/to/python3 ..."; exit 1; } >&2
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A stamp is newer than what it was installed from, so a second run installs nothing. The extra
+# `test` holds `quant`.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing unlearner[$*] into $(VENV): minutes the first time, torch is large ..." >&2
+	$(PIP) install $(QUIET) --constraint constraints.txt --editable '.[$*]'
+	@touch $@ $(if $(filter test,$*),$(VENV)/.installed-quant)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find adapters unlearner evaluation ui tests -name __pycache__ -type d -prune -exec rm -rf {} +
