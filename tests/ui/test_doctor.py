@@ -1,0 +1,112 @@
+"""`unlearner doctor`: each finding with its fix, 1 only where something really fails."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ui import doctor
+
+NAMES = [
+    "python", "adapters package", "memory", "disk", "write access", "torch", "gpu", "transformers",
+    "peft", "trl", "datasets", "4-bit", "attention", "hub", "store",
+]  # fmt: skip
+
+
+def test_json_lists_every_finding(run: Any, tmp_path: Path) -> None:
+    ran = run("doctor", "--store", tmp_path / "none", "--json")
+    assert ran.code == 0
+    table = ran.json["table"]
+    assert [row["name"] for row in table] == NAMES
+    assert all(set(row) == {"name", "status", "detail", "fix"} for row in table)
+    assert {row["status"] for row in table} <= {"ok", "warn"}
+    assert all(row["fix"] for row in table if row["status"] != "ok")
+    assert ran.json["ok"] is True
+    found = {row["name"]: row for row in table}
+    assert "ours" in found["adapters package"]["detail"]
+    if importlib.util.find_spec("bitsandbytes"):
+        assert "nf4 product off by" in found["4-bit"]["detail"]
+
+
+def test_text_shows_fix_under_finding_and_a_failure_gives_1(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [
+        doctor.Finding("python", "ok", "3.11"),
+        doctor.Finding("store", "fail", "r0001: a flipped bit", "Import it again."),
+    ]
+    monkeypatch.setattr(doctor, "findings", lambda store: iter(made))
+    ran = run("doctor")
+    assert ran.code == 1
+    assert ran.out.splitlines() == [
+        "ok    python            3.11",
+        "fail  store             r0001: a flipped bit",
+        "                        -> Import it again.",
+    ]
+    assert "1 of 2 failed" in ran.err
+    assert run("doctor", "--json").json["ok"] is False
+
+
+def test_the_name_clash_with_adapterhub_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    foreign = SimpleNamespace(origin=str(tmp_path / "adapters" / "__init__.py"))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: foreign)
+    assert doctor._our_adapters().status == "fail"
+    monkeypatch.undo()
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.3.0" if name == "adapters" else None)
+    finding = doctor._our_adapters()
+    assert finding.status == "fail"
+    assert "AdapterHub" in finding.detail
+    assert "pip uninstall adapters" in finding.fix
+
+
+def test_a_place_that_cannot_be_written_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert doctor._writable(tmp_path / "a" / "b").status == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(**options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
+    finding = doctor._writable(tmp_path)
+    assert (finding.status, finding.detail) == ("fail", f"{tmp_path}: Permission denied")
+
+
+def test_little_memory_and_disk_are_warnings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: (8e9, 1e9))
+    assert doctor._memory().status == "warn"
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: (64e9, 50e9))
+    assert doctor._memory() == doctor.Finding("memory", "ok", "50.0 GB free of 64.0 GB")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e9))
+    assert doctor._disk(tmp_path).status == "warn"
+
+
+def test_wrong_4_bit_results_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(doctor, "_four_bit_error", lambda torch, bnb, device: 0.9)
+    assert doctor._four_bit().status == "fail"
+
+    def broken(torch: Any, bnb: Any, device: str) -> float:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(doctor, "_four_bit_error", broken)
+    finding = doctor._four_bit()
+    assert finding.status == "warn"
+    assert "no kernel image" in finding.detail
+
+
+def test_a_broken_store_fails(tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text("{torn")
+    finding = doctor._store(tmp_path)
+    assert finding.status == "fail"
+    assert finding.fix

@@ -1,0 +1,270 @@
+"""`unlearner score` and `unlearner evaluate`: figures from a log, or from a model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import BaseMismatch, Interrupted
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from ui import options
+from ui.gates import check_gates, parse_gate
+
+if TYPE_CHECKING:
+    from adapters.store import AdapterStore
+    from evaluation.records import EvalLog
+    from evaluation.suite import EvalData
+    from ui.console import Console
+    from ui.gates import Gate
+
+LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
+INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
+
+
+def register(commands: Any) -> None:
+    """Adds the two commands."""
+    parser = commands.add_parser(
+        "score",
+        parents=[_scoring(), options.common()],
+        help="forget quality and model utility from recorded logs, no model",
+        description="Computes all figures from an evaluation log: this tool's, TOFU's "
+        "eval_log_aggregated.json in either layout, or open-unlearning's TOFU_EVAL.json.",
+        epilog="example:\n  unlearner score unlearned.json --retain-log retrain.json",
+    )
+    parser.add_argument("log", metavar="LOG", type=Path, help="evaluation log with its rows")
+    parser.set_defaults(run=run_score)
+    parser = commands.add_parser(
+        "evaluate",
+        parents=[
+            options.base(),
+            options.template(),
+            options.loading(),
+            options.store(),
+            options.data(),
+            _scoring(),
+            options.common(),
+        ],
+        help="measure a base with its active adapters, or merged weights",
+        description="Scores and answers TOFU's four sets with the base and its adapters. With "
+        "--out every finished set is kept: the same command continues after an interruption.",
+        epilog="example:\n  unlearner evaluate --base B --store S --split forget05 "
+        "--retain-log retrain.json --out results",
+    )
+    _add_evaluate_flags(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def _scoring() -> options.Parser:
+    parser = options.Parser(add_help=False)
+    parser.add_argument(
+        "--retain-log",
+        type=Path,
+        metavar="LOG",
+        help="log of a model that never saw the forget set: forget quality needs it",
+    )
+    parser.add_argument(
+        "--protocol",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="GATE",
+        help='leave with 4 if it holds, e.g. "model_utility<0.55"; may be given several times',
+    )
+    return parser
+
+
+def _add_evaluate_flags(parser: options.Parser) -> None:
+    parser.add_argument(
+        "--split", required=True, metavar="SPLIT", help="forget split: forget01, forget05, forget10"
+    )
+    parser.add_argument(
+        "--adapters",
+        type=options.name_list,
+        metavar="A,B",
+        help="these adapters in this order, or none (default: those active in the store)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the log and figures")
+    parser.add_argument(
+        "--limit",
+        type=options.positive_int,
+        metavar="N",
+        help="only the first N rows of each set: for a quick look, not for figures to compare",
+    )
+    parser.add_argument(
+        "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
+    )
+
+
+def _gates(args: argparse.Namespace) -> list[Gate]:
+    """The conditions of --fail-if and the protocol's name, read before anything is computed."""
+    from evaluation.summary import BETTER
+
+    protocol_named(args.protocol)
+    return [parse_gate(text, list(BETTER)) for text in args.fail_if]
+
+
+def run_score(args: argparse.Namespace, console: Console) -> int:
+    """Prints all figures of a log; 4 where a gate fails."""
+    console.words(f"Reading {args.log} ...")
+    from evaluation.records import read_log
+    from evaluation.summary import summarise
+    from ui.figures import report_figures
+
+    gates = _gates(args)
+    retain_log = read_log(args.retain_log) if args.retain_log else None
+    figures = summarise(read_log(args.log), retain_log, protocol=args.protocol)
+    names = {"log": str(args.log), "retain_log": args.retain_log and str(args.retain_log)}
+    report_figures({**names, **figures}, console)
+    check_gates(gates, figures)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The adapters to evaluate with, in order, and what identifies them."""
+
+    store: AdapterStore | None
+    refs: list[str] | None
+    active: list[tuple[str, float]]
+
+
+def run_evaluate(args: argparse.Namespace, console: Console) -> int:
+    """Prints all figures of a model; 4 where a gate fails."""
+    gates = _gates(args)
+    stack = _chosen_stack(args)
+    console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {args.split} ...")
+    from evaluation.records import read_log, write_json, write_log
+    from evaluation.suite import load_eval_data
+    from evaluation.summary import summarise
+    from ui.console import json_value
+    from ui.figures import report_figures
+
+    retain_log = read_log(args.retain_log) if args.retain_log else None
+    data = load_eval_data(args.split, args.data)
+    try:
+        log = _measure(args, stack, data, retain_log, console)
+    except KeyboardInterrupt:
+        if args.out is None:
+            raise
+        raise Interrupted(
+            f"Interrupted: the finished parts are kept in {args.out / PARTS}.",
+            "Run the same command again to continue.",
+        ) from None
+    figures = summarise(log, retain_log, protocol=args.protocol)
+    named = {
+        "base": args.base,
+        "adapters": [slug for slug, _ in stack.active],
+        "split": args.split,
+        "log": str(args.out / LOG_FILE) if args.out else None,
+        "retain_log": str(args.retain_log) if args.retain_log else None,
+        **figures,
+    }
+    if args.out:
+        write_log(log, args.out / LOG_FILE)
+        write_json(args.out / FIGURES_FILE, json_value(named))
+        console.words(f"Wrote {args.out / LOG_FILE} and {args.out / FIGURES_FILE}")
+    _attach(stack, args, figures)
+    report_figures(named, console)
+    check_gates(gates, figures)
+    return 0
+
+
+def _chosen_stack(args: argparse.Namespace) -> _Stack:
+    """The adapters that the flags name; without a store the bare base."""
+    path = options.store_path(args)
+    if args.adapters == []:
+        return _Stack(None, [], [])
+    if args.store is None and args.adapters is None and not (path / "store.json").is_file():
+        return _Stack(None, [], [])
+    from adapters.store import AdapterStore
+
+    store = AdapterStore.open(path)
+    if args.adapters is None:
+        return _Stack(store, None, [(one.slug, one.scale) for one in store.active()])
+    return _Stack(store, args.adapters, [(store.get(ref).slug, 1.0) for ref in args.adapters])
+
+
+def _stack_text(stack: _Stack) -> str:
+    if not stack.active:
+        return "no adapters"
+    return ", ".join(slug if s == 1.0 else f"{slug} at {s:g}" for slug, s in stack.active)
+
+
+def _measure(
+    args: argparse.Namespace,
+    stack: _Stack,
+    data: EvalData,
+    retain_log: EvalLog | None,
+    console: Console,
+) -> EvalLog:
+    """Loads the model and evaluates it; only ever the first `--limit` rows where that is given."""
+    from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
+    from adapters.fingerprint import fingerprint_base
+    from adapters.stack import load_stack
+    from evaluation.suite import Effort, evaluate
+    from unlearner.prompts import prompt_format
+
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
+    model: Any = load_base(options.base_spec(args))
+    view = base_view(model)
+    if stack.store is not None and stack.active:
+        try:
+            model = load_stack(model, stack.store, stack.refs, base=fingerprint)
+        except BaseMismatch as error:
+            raise BaseMismatch(
+                error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
+            ) from error
+    key = [fingerprint.digest, view, stack.active]
+    return evaluate(
+        model,
+        fmt,
+        data,
+        protocol=args.protocol,
+        retain_log=retain_log,
+        limit=args.limit,
+        key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+        resume_dir=args.out / PARTS if args.out else None,
+        on_progress=progress_of(console),
+        effort=Effort(batch_size=args.batch_size) if args.batch_size else None,
+        meta={"split": args.split, "adapters": stack.active, **view},
+    )
+
+
+def progress_of(console: Console) -> Callable[[str, int, int], None]:
+    """A callback that shows a label with done of all, elapsed and remaining seconds."""
+    started: dict[str, float] = {}
+    last = time.monotonic()
+
+    def show(label: str, done: int, total: int) -> None:
+        nonlocal last
+        # The first report of a label comes after its first batch: its clock began before that.
+        elapsed = time.monotonic() - started.setdefault(label, last)
+        last = time.monotonic()
+        event = {"message": label, "step": done, "steps": total, "elapsed": elapsed}
+        if done:
+            event["remaining"] = elapsed / done * (total - done)
+        console.progress({**event, "unit": "rows"})
+
+    return show
+
+
+def _attach(stack: _Stack, args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Files the figures with the last adapter of the stack: numbers and words, never a text."""
+    if stack.store is None or not stack.active:
+        return
+    kept = {k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in INTERVALS}
+    slugs = [slug for slug, _ in stack.active]
+    about = {"split": args.split, "stack": slugs, "scales": dict(stack.active), "limit": args.limit}
+    stack.store.attach_eval(slugs[-1], f"{args.split}-{args.protocol}", {**kept, **about})

@@ -1,0 +1,104 @@
+"""`unlearner merge`: fold adapters into full weights, the only form that can be released."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui import options
+
+if TYPE_CHECKING:
+    from adapters.store import AdapterStore
+    from ui.console import Console
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "merge",
+        parents=[options.base(), options.store(), options.common()],
+        help="fold adapters into full weights, which can be released",
+        description="Adds the adapters to the base's original weights in float32, rounds once and "
+        "writes a model that loads anywhere. Shard by shard: the model is never whole in memory.",
+        epilog="example:\n  unlearner merge --store S --base B --out merged",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--adapters",
+        type=options.name_list,
+        metavar="A,B",
+        help="these adapters (default: those active in the store)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the written weights (default: auto: as the base's own)",
+    )
+    parser.add_argument("--load-in-4bit", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run_merge)
+
+
+def _chosen(args: argparse.Namespace, store: AdapterStore) -> list[tuple[str, float]]:
+    """Slugs and scales to fold; refused where there are none, or one is stale or quarantined."""
+    from adapters.states import after
+
+    if args.adapters is None:
+        chosen = [(one.slug, one.scale) for one in store.active()]
+    else:
+        chosen = [(store.get(ref).slug, 1.0) for ref in args.adapters]
+    if not chosen:
+        raise UserError(
+            "No adapter is active in the store.", "Name some with --adapters, or activate them."
+        )
+    for slug, _ in chosen:
+        after("merge", slug, store.get(slug).status)
+    return chosen
+
+
+def run_merge(args: argparse.Namespace, console: Console) -> int:
+    """Writes the merged model and prints where it is."""
+    if args.load_in_4bit:
+        raise UserError(
+            "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
+            "the forgetting.",
+            "Merge into the original weights without --load-in-4bit, then quantise and evaluate.",
+        )
+    from adapters.store import AdapterStore
+
+    store = AdapterStore.open(options.store_path(args))
+    chosen = _chosen(args, store)
+    console.words(f"Reading {args.base} ...")
+    from adapters.base_model import resolve_base
+    from adapters.fingerprint import fingerprint_base
+    from adapters.merging import fold_stack
+    from adapters.release import Release, write_release
+
+    base = resolve_base(args.base, args.revision)
+    fingerprint = fingerprint_base(base)
+    stack = [(store.require_whole(slug, fingerprint), scale) for slug, scale in chosen]
+    folders = [(adapter.path, scale) for adapter, scale in stack]
+    console.words(f"Folding {', '.join(slug for slug, _ in chosen)} into {args.out} ...")
+    merged = fold_stack(base, folders, args.out, None if args.dtype == "auto" else args.dtype)
+    manifests = tuple((adapter.manifest, scale) for adapter, scale in stack)
+    write_release(
+        Release(store.base_name(), fingerprint.digest, manifests, merged, revision=args.revision)
+    )
+    store.mark_merged([slug for slug, _ in chosen], args.out.name)
+    console.text(str(args.out))
+    console.hint(
+        "measure the merged files before you release them: "
+        f"`unlearner evaluate --base {args.out} --adapters none --split ...`."
+    )
+    console.result(
+        {
+            "out": args.out,
+            "base": args.base,
+            "adapters": [slug for slug, _ in chosen],
+            "table": [{"name": slug, "scale": scale} for slug, scale in chosen],
+            "merge": vars(merged),
+        }
+    )
+    return 0

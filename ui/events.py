@@ -1,0 +1,29 @@
+"""What long work reports while it runs, put on the console: steps on a line, the rest in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ui.console import Console
+
+WORDS = {
+    "load": "Loading the base ...",
+    "publish": "Storing the adapter ...",
+}
+# What a step of this kind does, where the event does not say it itself.
+DOING = {"pretrain": "training", "train": "", "measure": "measuring"}
+STOPPING = "Finishing this step and saving. Press Ctrl-C again to stop at once."
+
+
+def show_event(event: Mapping[str, Any], console: Console) -> None:
+    """Shows one event; `job` says which of several that run side by side it belongs to."""
+    kind, job = str(event.get("event", "")), str(event.get("job", ""))
+    if kind == "stopping":
+        console.urgent(STOPPING)
+    elif event.get("step") is not None:
+        doing = str(event.get("text") or DOING.get(kind, kind))
+        console.progress({**event, "message": " ".join(part for part in (job, doing) if part)})
+    elif text := event.get("text") or WORDS.get(kind):
+        console.words(f"{job}: {text}" if job else str(text))

@@ -1,0 +1,140 @@
+"""What a forget request is trained on: every row's tokens, the prompt's apart from the loss tokens.
+
+Needs the tokenizer's folder only: no configuration, no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from unlearner.prompts import Encoded, PromptFormat
+
+DIM, UNDERLINE, PLAIN = "\x1b[2m", "\x1b[4m", "\x1b[0m"
+OPEN, CLOSE = "⟦", "⟧"
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One row as it is trained on; `kind` is "forget" or "retain", `number` counts from 1."""
+
+    kind: str
+    number: int
+    question: str
+    answer: str
+    encoded: Encoded
+
+    @property
+    def name(self) -> str:
+        """`forget-1`, `retain-12`."""
+        return f"{self.kind}-{self.number}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The row with its unpadded `input_ids` and `labels` (-100 on the prompt)."""
+        return {
+            "name": self.name,
+            "question": self.question,
+            "answer": self.answer,
+            "input_ids": self.encoded.input_ids,
+            "labels": self.encoded.labels,
+            "n_prompt": self.encoded.n_prompt,
+            "n_targets": self.encoded.n_targets,
+        }
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The rows of a request with the format they were encoded in; retain rows where given."""
+
+    fmt: PromptFormat
+    max_length: int
+    forget: tuple[PreviewRow, ...]
+    retain: tuple[PreviewRow, ...]
+
+    @property
+    def without_targets(self) -> list[PreviewRow]:
+        """Rows whose prompt alone fills `max_length`: training refuses them."""
+        return [row for row in (*self.forget, *self.retain) if row.encoded.n_targets == 0]
+
+    @property
+    def cut(self) -> list[PreviewRow]:
+        """Rows that lost their end: the last token is not one that ends an answer."""
+        return [row for row in (*self.forget, *self.retain) if self._is_cut(row)]
+
+    def _is_cut(self, row: PreviewRow) -> bool:
+        ids = row.encoded.input_ids
+        if len(ids) < self.max_length:
+            return False
+        whole = self.fmt.encode(row.question, row.answer, self.max_length + 1)
+        return len(whole.input_ids) > self.max_length
+
+    def to_json(self) -> dict[str, Any]:
+        """All rows under `table`."""
+        return {
+            "template": self.fmt.name,
+            "max_length": self.max_length,
+            "n_forget": len(self.forget),
+            "n_retain": len(self.retain),
+            "n_cut": len(self.cut),
+            "table": [row.to_json() for row in (*self.forget, *self.retain)],
+        }
+
+
+def make_preview(
+    request: str,
+    base: str,
+    *,
+    revision: str | None,
+    data: Path | None,
+    retain: str | None,
+    template: Literal["auto", "llama2", "chat"],
+    max_length: int,
+) -> Preview:
+    """The preview of a request; retain rows are shown only where `retain` names them.
+
+    Raises:
+        UserError: the request, the retain rows or the tokenizer cannot be used.
+    """
+    from adapters.base_model import load_tokenizer
+    from unlearner.data import parse_request
+    from unlearner.prompts import prompt_format
+
+    asked = parse_request(request, data, retain)
+    fmt = prompt_format(load_tokenizer(base, revision), template)
+    sets = {"forget": asked.rows, "retain": asked.retain if retain is not None else ()}
+    rows = {
+        kind: tuple(
+            PreviewRow(kind, i, r.question, r.answer, fmt.encode(r.question, r.answer, max_length))
+            for i, r in enumerate(members, start=1)
+        )
+        for kind, members in sets.items()
+    }
+    return Preview(fmt, max_length, rows["forget"], rows["retain"])
+
+
+def row_text(row: PreviewRow, tokenizer: PreTrainedTokenizerBase, styled: bool) -> str:
+    """The row's text, loss tokens underlined behind a dim prompt; in brackets where not styled."""
+    prompt, targets = split_text(row.encoded, tokenizer)
+    if styled:
+        return f"{DIM}{prompt}{PLAIN}{UNDERLINE}{targets}{PLAIN}"
+    return f"{prompt}{OPEN}{targets}{CLOSE}"
+
+
+def split_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The text of the masked tokens and of the loss tokens, special tokens shown."""
+    prompt = _decode(tokenizer, encoded.input_ids[: encoded.n_prompt])
+    whole = _decode(tokenizer, encoded.input_ids)
+    # The targets alone would lose the space in front of their first word.
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :]
+    return prompt, _decode(tokenizer, encoded.input_ids[encoded.n_prompt :])
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(text)
