@@ -37,11 +37,11 @@ class BaseSpec:
     attention: Attention = "auto"
 
 
-def resolve_base(name: str, revision: str | None = None) -> Path:
+def resolve_base(name: str, revision: str | None = None, *, tokenizer_only: bool = False) -> Path:
     """Folder of the base: a local folder as it is, else the hub's snapshot of `name`.
 
-    Only safetensors, JSON and tokenizer files are fetched; a snapshot that is already in the cache
-    is found without a network. Raises UserError when there is no such folder or repository.
+    Only safetensors, JSON and tokenizer files are fetched, and with `tokenizer_only` no weights; a
+    snapshot that is already in the cache is found without a network. Raises UserError when there is no such folder or repository.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -57,7 +57,10 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIP
+                name,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                ignore_patterns=[*HUB_SKIP, "*.safetensors"] if tokenizer_only else HUB_SKIP,
             )
         )
     except LocalEntryNotFoundError as error:
@@ -81,7 +84,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     from transformers import AutoTokenizer
 
-    folder = resolve_base(name, revision)
+    folder = resolve_base(name, revision, tokenizer_only=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True

@@ -168,11 +168,17 @@ def file_request(
             label=label,
             resume=True,
             refusals=refusals,
-            on_progress=lambda event: report({**event, "request": number}),
+            on_progress=lambda event: _pass_on(report, event, number),
         )
     if not adapter.active:
         store.activate([adapter.slug])
     return store.get(adapter.slug)
+
+
+def _pass_on(report: Report, event: dict[str, Any], number: int) -> None:
+    # Every stage here tries to resume; that there was nothing to resume is no news.
+    if event.get("event") != "note":
+        report({**event, "request": number})
 
 
 def table_row(name: str, log: Path, retain_log: Path) -> dict[str, Any]:

@@ -82,14 +82,19 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One line: step, losses, learning rate, elapsed and remaining seconds, memory."""
+        self.tell(state, self._terms(), kwargs["lr_scheduler"].get_last_lr()[0])
+        self.stop_if_asked(control)
+
+    def tell(self, state: Any, terms: dict[str, float], rate: float) -> None:
+        """Writes and reports the line of the step that just ended."""
         elapsed = time.monotonic() - self._started
         done = state.global_step - self._first
         line = {
             "event": "train",
             "step": state.global_step,
             "steps": state.max_steps,
-            **self._terms(),
-            "learning_rate": kwargs["lr_scheduler"].get_last_lr()[0],
+            **terms,
+            "learning_rate": rate,
             "elapsed": elapsed,
             "remaining": elapsed / done * (state.max_steps - state.global_step),
             "memory_bytes": peak_memory(),
@@ -97,9 +102,30 @@ class RunCallback(TrainerCallback):
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._report(line)
+
+    def stop_if_asked(self, control: Any) -> None:
+        """Has the trainer save and end after this step, where somebody asked for it."""
         if self._stop.asked:
             control.should_save = True
             control.should_training_stop = True
+
+
+class LoggedCallback(RunCallback):
+    """The same for a trainer whose loss is known only once it is logged, after the step."""
+
+    def __init__(self, stop: StopRequest, log: Path, report: Progress) -> None:
+        """Takes whom to ask and whom to tell, see `RunCallback`."""
+        super().__init__(dict, stop, log, report)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Only asks whether to stop."""
+        self.stop_if_asked(control)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One line of the step that was logged."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            self.tell(state, {"loss": float(logs["loss"])}, float(logs.get("learning_rate", 0.0)))
 
 
 def peak_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -173,6 +174,12 @@ def _problems(config: UnlearnConfig) -> list[str]:
             min(train.per_device_train_batch_size, train.gradient_accumulation_steps) >= 1,
             "per_device_train_batch_size and gradient_accumulation_steps must be at least 1",
         ),
+    ]
+    numbers = {**asdict(objective), **asdict(lora), **asdict(train)}
+    checks += [
+        (math.isfinite(value), f"{name} {value} is not a finite number")
+        for name, value in numbers.items()
+        if isinstance(value, float)
     ]
     return [problem for holds, problem in checks if not holds]
 

@@ -72,6 +72,8 @@ class Request:
 def did_you_mean(word: str, choices: Iterable[str], shown: int = 3) -> str:
     """A sentence with the nearest choices, or with all of them where none is near."""
     names = list(choices)
+    if not word.strip():
+        return f"Known are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
     folded = {name.casefold(): name for name in names}
     near = difflib.get_close_matches(word.casefold(), folded, n=shown, cutoff=0.5)
     if not near:

@@ -120,28 +120,16 @@ def _prepared(base: BaseSpec, lora: LoraShape | None, seed: int) -> Any:
     return add_trainable(model, "finetune", shape, [])
 
 
-def _trainer(
-    model: Any,
-    tokenizer: Any,
-    encoded: Sequence[Any],
-    config: FinetuneConfig,
-    work: Path,
-    on_progress: Progress | None,
-) -> tuple[Any, StopRequest]:
+def _arguments(config: FinetuneConfig, rows: int, folder: Path) -> Any:
     import torch
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
-    from unlearner.callbacks import RunCallback, StopRequest
     from unlearner.trainer import checkpointing_arguments
 
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer))
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    steps = max(1, -(-len(encoded) // size) * config.num_train_epochs)
-    arguments = SFTConfig(
-        output_dir=str(work / "run"),
+    steps = max(1, -(-rows // size) * config.num_train_epochs)
+    return SFTConfig(
+        output_dir=str(folder),
         learning_rate=config.learning_rate,
         num_train_epochs=config.num_train_epochs,
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -163,6 +151,24 @@ def _trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         **checkpointing_arguments(config.gradient_checkpointing),
     )
+
+
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Any],
+    config: FinetuneConfig,
+    work: Path,
+    on_progress: Progress | None,
+) -> tuple[Any, StopRequest]:
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    from unlearner.callbacks import LoggedCallback, StopRequest
+
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer))
     table = Dataset.from_dict(
         {
             "input_ids": [row.input_ids for row in encoded],
@@ -170,17 +176,15 @@ def _trainer(
         }
     )
     trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=table, processing_class=tokenizer
+        model=model,
+        args=_arguments(config, len(encoded), work / "run"),
+        train_dataset=table,
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     stop = StopRequest()
-
-    def terms() -> dict[str, float]:
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-        return {"loss": float(losses[-1])} if losses else {}
-
     report = on_progress or (lambda event: None)
-    trainer.add_callback(RunCallback(terms, stop, work / "metrics.jsonl", report))
+    trainer.add_callback(LoggedCallback(stop, work / "metrics.jsonl", report))
     return trainer, stop
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import queue
@@ -82,8 +83,12 @@ def _receive(
 
 def _run(job: Job, inbox: Any) -> None:
     import torch
+    from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(1)
+    # Bars and notices of libraries would run across the one progress line of the parent.
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         result = job.work(
             report=lambda event: inbox.put(("progress", job.name, event)), **job.arguments

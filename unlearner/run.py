@@ -16,8 +16,8 @@ from adapters.errors import Interrupted, UserError
 from adapters.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
 from adapters.manifest import ForgetManifest, digest_rows, store_key
 from adapters.store import AdapterStore, StoredAdapter
-from unlearner.config import STREAMS, UnlearnConfig
-from unlearner.data import Request, Row
+from unlearner.config import STREAMS, TrainConfig, UnlearnConfig
+from unlearner.data import Request, Row, did_you_mean
 from unlearner.pairing import Rows, plan_steps
 from unlearner.prompts import PromptFormat, encode_rows, pad_id, prompt_format
 
@@ -58,11 +58,12 @@ def prepare(
 
     Raises:
         UserError: no retain rows, refusals that are needed but missing, rows without an answer
-            token, a stack that is asked for but empty.
+            token, a stack that is asked for but empty, an unknown schedule or optimizer.
         BaseMismatch: the store belongs to another base.
     """
     streams = STREAMS[config.objective.name]
     _check_rows(request, config, refusals)
+    _check_names(config.train)
     folder = resolve_base(base.name, base.revision)
     fingerprint = fingerprint_base(folder)
     recorded = store.base() if store is not None else None
@@ -189,6 +190,17 @@ def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]
             f"The objective {config.objective.name} needs refusal answers.",
             "Put an idontknow.jsonl into the data folder.",
         )
+
+
+def _check_names(train: TrainConfig) -> None:
+    """Refuses what transformers would refuse only after the model is loaded."""
+    from transformers import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for name, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
+        given, choices = getattr(train, name), [str(choice.value) for choice in known]
+        if given not in choices:
+            raise UserError(f"There is no {name} '{given}'.", did_you_mean(given, choices))
 
 
 def _parents(store: AdapterStore | None, on_stack: bool | None) -> tuple[ActiveAdapter, ...]:
