@@ -41,7 +41,10 @@ def resolve_base(name: str, revision: str | None = None, *, tokenizer_only: bool
     """Folder of the base: a local folder as it is, else the hub's snapshot of `name`.
 
     Only safetensors, JSON and tokenizer files are fetched, and with `tokenizer_only` no weights; a
-    snapshot that is already in the cache is found without a network. Raises UserError when there is no such folder or repository.
+    snapshot that is already in the cache is found without a network.
+
+    Raises:
+        UserError: there is no such folder or repository.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
