@@ -164,6 +164,14 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (lora.lora_alpha > 0, f"lora_alpha {lora.lora_alpha} is not above 0"),
         (0 <= lora.lora_dropout < 1, f"lora_dropout {lora.lora_dropout} is not in [0, 1)"),
         (bool(lora.target_modules), "target_modules is empty"),
+        (
+            set(lora.target_modules) <= set(TARGET_MODULES),
+            f"target_modules {','.join(lora.target_modules)} go beyond {','.join(TARGET_MODULES)}",
+        ),
+        (
+            len(set(lora.target_modules)) == len(lora.target_modules),
+            "target_modules names a projection twice",
+        ),
         (train.learning_rate > 0, f"learning_rate {train.learning_rate} is not above 0"),
         (train.num_train_epochs >= 1, f"num_train_epochs {train.num_train_epochs} is below 1"),
         (train.max_length >= 8, f"max_length {train.max_length} is below 8"),

@@ -90,7 +90,7 @@ def finetune(
         trainer, stop = _trainer(model, tokenizer, encoded, config, Path(work), on_progress)
         with stop.listening(on_progress):
             trainer.train()
-        if stop.asked:
+        if stop.asked and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"Stopped after step {trainer.state.global_step}; nothing was kept.",
                 "Run the same command again.",

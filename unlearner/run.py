@@ -180,7 +180,7 @@ def _silent(event: dict[str, Any]) -> None:
 
 def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]) -> None:
     streams = STREAMS[config.objective.name]
-    if "retain" in streams and config.objective.retain_weight > 0 and not request.retain:
+    if "retain" in streams and not request.retain:
         raise UserError(
             f"Objective {config.objective.name} needs retain rows and {request.name} has none.",
             "Give them with --retain FILE, or the folder of TOFU with --data.",

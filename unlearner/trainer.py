@@ -247,10 +247,10 @@ def _arguments(
 
 def checkpointing_arguments(wanted: bool) -> dict[str, Any]:
     """Activation checkpointing under the name this transformers has for it (renamed in 5.2x)."""
-    if not wanted:
-        return {}
     known = {field.name for field in fields(TrainingArguments)}
     name = "activation" if "activation_checkpointing" in known else "gradient"
+    if not wanted:
+        return {f"{name}_checkpointing": False}  # said aloud: TRL's own default is on
     return {
         f"{name}_checkpointing": True,
         f"{name}_checkpointing_kwargs": {"use_reentrant": False},
