@@ -42,10 +42,10 @@ PROTOCOL = "tofu"
 
 # Chosen by hand on seed 0 of the world after about fifty settings, by the figures the table shows,
 # so they are optimistic: gamma 1 keeps the push alive up to about the NLL that Retrain shows, and
-# retain weight 1 keeps the neighbours. NPO gets the same steps and weights, and its own beta.
+# retain weight 1.05 keeps the neighbours. NPO gets the same steps and weights, and its own beta.
 TRAINING: dict[str, Any] = {
     "forget_weight": 1.0,
-    "retain_weight": 1.0,
+    "retain_weight": 1.05,
     "learning_rate": 1e-3,
     "num_train_epochs": 15,
     "per_device_train_batch_size": 25,
