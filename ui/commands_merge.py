@@ -10,6 +10,7 @@ from adapters.errors import UserError
 from ui import options
 
 if TYPE_CHECKING:
+    from adapters.catalog import StoredAdapter
     from adapters.store import AdapterStore
     from ui.console import Console
 
@@ -37,6 +38,12 @@ def register(commands: Any) -> None:
         default="auto",
         help="of the written weights (default: auto: as the base's own)",
     )
+    parser.add_argument(
+        "--from-4bit-view",
+        action="store_true",
+        help="fold into the base as nf4 shows it, the one a QLoRA adapter was trained on "
+        "(default: its original weights, which keep more of its quality)",
+    )
     parser.add_argument("--load-in-4bit", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run_merge)
 
@@ -58,13 +65,32 @@ def _chosen(args: argparse.Namespace, store: AdapterStore) -> list[tuple[str, fl
     return chosen
 
 
+def _tell_view(
+    stack: list[tuple[StoredAdapter, float]], from_4bit_view: bool, console: Console
+) -> None:
+    """Words where the weights to be written are not those that an adapter was trained on."""
+    for adapter, _ in stack:
+        nf4 = adapter.manifest.base.get("view", {}).get("quantization") == "nf4"
+        if from_4bit_view and not nf4:
+            console.words(
+                f"Warning: {adapter.slug} is not recorded as trained on the 4-bit view: folding "
+                "into it costs quality and brings it no nearer to what was measured."
+            )
+        elif nf4 and not from_4bit_view:
+            console.words(
+                f"Note: {adapter.slug} was trained on the base as nf4: on the original weights its "
+                "effect differs a little. --from-4bit-view folds into what it was trained on."
+            )
+
+
 def run_merge(args: argparse.Namespace, console: Console) -> int:
     """Writes the merged model and prints where it is."""
     if args.load_in_4bit:
         raise UserError(
             "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
             "the forgetting.",
-            "Merge into the original weights without --load-in-4bit, then quantise and evaluate.",
+            "Leave out --load-in-4bit, then quantise and evaluate; --from-4bit-view folds a QLoRA "
+            "adapter into the base as it saw it.",
         )
     from adapters.store import AdapterStore
 
@@ -79,9 +105,11 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
     base = resolve_base(args.base, args.revision)
     fingerprint = fingerprint_base(base)
     stack = [(store.require_whole(slug, fingerprint), scale) for slug, scale in chosen]
+    _tell_view(stack, args.from_4bit_view, console)
     folders = [(adapter.path, scale) for adapter, scale in stack]
     console.words(f"Folding {', '.join(slug for slug, _ in chosen)} into {args.out} ...")
-    merged = fold_stack(base, folders, args.out, None if args.dtype == "auto" else args.dtype)
+    dtype = None if args.dtype == "auto" else args.dtype
+    merged = fold_stack(base, folders, args.out, dtype, from_4bit_view=args.from_4bit_view)
     manifests = tuple((adapter.manifest, scale) for adapter, scale in stack)
     write_release(
         Release(store.base_name(), fingerprint.digest, manifests, merged, revision=args.revision)

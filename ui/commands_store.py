@@ -1,10 +1,9 @@
-"""`unlearner adapters ...`: what is in the store, what is active, and what happened to it."""
+"""`unlearner adapters ...`: what is in the store and what is active; see `commands_exchange` too."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
@@ -18,56 +17,72 @@ if TYPE_CHECKING:
     from ui.console import Console
 
 REF = "slug, its unique start, or label"
+SEE_LIST = "See `unlearner adapters list`."
 REVERSIBLE = (
     "An adapter suppresses, it does not erase: whoever can switch it off has everything back."
 )
 
 
 def register(commands: Any) -> None:
-    """Adds `adapters` with its ten commands."""
+    """Adds `adapters` with its commands."""
+    # It builds on this module, so it is imported when both are whole.
+    from ui import commands_exchange
+
     parent = commands.add_parser(
         "adapters",
         help="list, activate, revert, verify and move forget adapters",
         description="Works on the store of forget adapters. " + REVERSIBLE,
     )
     verbs = parent.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
-    parser = _verb(verbs, "list", run_list, "all adapters with their status")
+    _register_looking(verbs)
+    _register_stack(verbs)
+    _register_upkeep(verbs)
+    commands_exchange.register(verbs)
+
+
+def _register_looking(verbs: Any) -> None:
+    parser = verb(verbs, "list", run_list, "all adapters with their status")
     parser.add_argument("--all", action="store_true", help="also those that were removed")
-    parser = _verb(verbs, "show", run_show, "everything that is known about one adapter")
+    parser = verb(verbs, "show", run_show, "everything that is known about one adapter")
     parser.add_argument("ref", metavar="REF", help=REF)
-    parser = _verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
+    parser = verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
     parser.add_argument("ref", metavar="REF", nargs="?", help=f"{REF}; all by default")
     parser.add_argument("--base", metavar="B", help="also check that it belongs to this base")
     parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
-    parser = _verb(verbs, "activate", run_activate, "add adapters to the end of the stack")
+    parser = verb(verbs, "log", run_log, "what happened to the store, oldest first")
+    parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
+
+
+def _register_stack(verbs: Any) -> None:
+    parser = verb(verbs, "activate", run_activate, "add adapters to the end of the stack")
     parser.add_argument("refs", metavar="REF", nargs="+", help=REF)
     parser.add_argument(
         "--scales", metavar="X,Y", help="one factor an adapter, 0 to 1.5 (default: 1 = as trained)"
     )
     parser.add_argument("--with-parents", action="store_true", help="activate their parents too")
     parser.add_argument("--only", action="store_true", help="take everything else off the stack")
-    parser = _verb(verbs, "revert", run_revert, "switch adapters off: exactly the model before")
+    parser = verb(verbs, "revert", run_revert, "switch adapters off: exactly the model before")
     parser.add_argument("refs", metavar="REF", nargs="*", help=REF)
     parser.add_argument("--all", action="store_true", help="back to the bare base")
     parser.add_argument("--reason", default="", metavar="WORDS", help="written into the log")
-    parser = _verb(verbs, "remove", run_remove, "delete an adapter's files")
+
+
+def _register_upkeep(verbs: Any) -> None:
+    parser = verb(verbs, "quarantine", run_quarantine, "lock away an adapter that is in doubt")
+    parser.add_argument("ref", metavar="REF", help=REF)
+    parser.add_argument("--reason", required=True, metavar="WORDS", help="written into the log")
+    parser = verb(verbs, "release", run_release, "verify an adapter and end its quarantine")
+    parser.add_argument("ref", metavar="REF", help=REF)
+    parser = verb(verbs, "remove", run_remove, "delete an adapter's files")
     parser.add_argument("ref", metavar="REF", help=REF)
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
-    parser = _verb(verbs, "import", run_import, "take in a PEFT LoRA from elsewhere")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the adapter")
-    parser.add_argument("--base", required=True, metavar="B", help="the base it was trained on")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
-    parser = _verb(verbs, "export", run_export, "copy an adapter out, as PEFT loads it")
-    parser.add_argument("ref", metavar="REF", help=REF)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser = _verb(verbs, "log", run_log, "what happened to the store, oldest first")
-    parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
-    parser = _verb(verbs, "gc", run_gc, "delete what nobody needs: superseded, leftovers")
+    parser = verb(verbs, "gc", run_gc, "delete what nobody needs: superseded, leftovers")
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
 
 
-def _verb(verbs: Any, name: str, run: Any, text: str) -> options.Parser:
+def verb(verbs: Any, name: str, run: Any, text: str) -> options.Parser:
+    """The parser of `adapters NAME`, with the flags that all of them have."""
     parser: options.Parser = verbs.add_parser(
         name,
         parents=[options.store(), options.common()],
@@ -78,7 +93,8 @@ def _verb(verbs: Any, name: str, run: Any, text: str) -> options.Parser:
     return parser
 
 
-def _open(args: argparse.Namespace) -> AdapterStore:
+def open_store(args: argparse.Namespace) -> AdapterStore:
+    """The store that --store names, which must exist."""
     from adapters.store import AdapterStore
 
     return AdapterStore.open(options.store_path(args))
@@ -86,7 +102,7 @@ def _open(args: argparse.Namespace) -> AdapterStore:
 
 def run_list(args: argparse.Namespace, console: Console) -> int:
     """One line an adapter: status and scale, what it forgets in numbers, its size."""
-    store = _open(args)
+    store = open_store(args)
     found = store.list(purged=args.all)
     table = [adapter_row(adapter) for adapter in found]
     columns = ["name", "label", "status", "scale", "rows", "objective", "rank", "size", "created"]
@@ -125,7 +141,7 @@ def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
 
 def run_show(args: argparse.Namespace, console: Console) -> int:
     """Prints status, manifest and attached evaluations."""
-    store = _open(args)
+    store = open_store(args)
     adapter = store.get(args.ref)
     evals = store.evals(adapter.slug)
     manifest = adapter.manifest.to_json()
@@ -156,7 +172,7 @@ def _nested(value: dict[str, Any], prefix: str = "") -> list[str]:
 
 def run_verify(args: argparse.Namespace, console: Console) -> int:
     """0 when all is as recorded, 3 when the only trouble is another base, else 1."""
-    store = _open(args)
+    store = open_store(args)
     base = None
     if args.base:
         console.words(f"Reading {args.base} ...")
@@ -183,38 +199,37 @@ def run_verify(args: argparse.Namespace, console: Console) -> int:
 
 def run_activate(args: argparse.Namespace, console: Console) -> int:
     """Adds to the stack and prints it."""
-    scales = None
-    if args.scales is not None:
-        numbers = _numbers(args.scales)
-        if len(numbers) != len(args.refs):
-            raise UserError(
-                f"--scales has {len(numbers)} numbers for {len(args.refs)} adapters.",
-                "Give one for each, divided by commas.",
-            )
-        scales = dict(zip(args.refs, numbers, strict=True))
-    store = _open(args)
+    scales = scales_by_ref(args)
+    store = open_store(args)
     change = store.activate(args.refs, scales, with_parents=args.with_parents, only=args.only)
-    return _report_change(change, store, console)
+    return report_change(change, store, console)
 
 
-def _numbers(text: str) -> list[float]:
+def scales_by_ref(args: argparse.Namespace) -> dict[str, float] | None:
+    """--scales by the REF that each is for; None when it was not given."""
+    if args.scales is None:
+        return None
     try:
-        return [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in args.scales.split(",")]
     except ValueError:
         raise UserError(
-            f"--scales {text!r} is not a list of numbers.", "Write it as in --scales 1,0.5."
+            f"--scales {args.scales!r} is not a list of numbers.", "Write it as in --scales 1,0.5."
         ) from None
+    if len(numbers) != len(args.refs):
+        raise UserError(
+            f"--scales has {len(numbers)} numbers for {len(args.refs)} adapters.",
+            "Give one for each, divided by commas.",
+        )
+    return dict(zip(args.refs, numbers, strict=True))
 
 
 def run_revert(args: argparse.Namespace, console: Console) -> int:
     """Takes adapters off the stack, the last of them first, and prints what is left."""
     if bool(args.refs) == args.all:
-        raise UserError(
-            "Name adapters to revert, or --all of them.", "See `unlearner adapters list`."
-        )
-    store = _open(args)
+        raise UserError("Name adapters to revert, or --all of them.", SEE_LIST)
+    store = open_store(args)
     if args.all:
-        return _report_change(store.deactivate_all(args.reason), store, console)
+        return report_change(store.deactivate_all(args.reason), store, console)
     place = {one.slug: i for i, one in enumerate(store.active())}
     slugs = dict.fromkeys(store.get(ref).slug for ref in args.refs)
     changed: dict[str, str] = {}
@@ -222,32 +237,65 @@ def run_revert(args: argparse.Namespace, console: Console) -> int:
     for slug in sorted(slugs, key=lambda slug: place.get(slug, len(place)), reverse=True):
         change = store.revert(slug, args.reason)
         changed |= change.changed
-    return _report_change(type(change)(change.stack, changed), store, console)
+    return report_change(type(change)(change.stack, changed), store, console)
 
 
-def _report_change(change: StackChange, store: AdapterStore, console: Console) -> int:
+def report_change(change: StackChange, store: AdapterStore, console: Console) -> int:
+    """Prints the stack, what changed, and what has to be measured again."""
     table = [{"name": one.slug, "scale": one.scale} for one in change.stack]
+    active = [one.slug for one in change.stack]
     console.table(table, ["name", "scale"])
     for slug, status in change.changed.items():
         console.words(f"{slug} is now {status}.")
     for slug in change.stale:
+        gone = [p for p in store.catalog.parents_of(slug)[0] if p not in active]
+        trained = f"on top of {', '.join(gone)}" if gone else "on another stack"
         console.words(
-            f"Warning: {slug} was trained on another stack; what it computes now is not measured."
+            f"Warning: {slug} was trained {trained}: what it computes now is not measured, part "
+            "of what it forgot may be back. It needs re-evaluation."
         )
     if change.stale:
-        console.hint("measure it again with `unlearner evaluate`, or revert it too.")
+        console.hint("measure the stack again with `unlearner evaluate`, or revert these too.")
     if not change.stack:
         console.words("The stack is empty: the bare base, bit for bit.")
-    active = [one.slug for one in change.stack]
-    console.result(
-        {"store": str(store.path), "active": active, "changed": change.changed, "table": table}
-    )
+    found = {"active": active, "changed": change.changed, "stale": change.stale, "table": table}
+    console.result({"store": str(store.path), **found})
     return 0
+
+
+def run_quarantine(args: argparse.Namespace, console: Console) -> int:
+    """Takes an adapter off the stack and out of use, and prints what is left."""
+    store = open_store(args)
+    slug, status = _status_of(args.ref, store)
+    if status == "quarantined":
+        raise UserError(
+            f"Adapter {slug} is quarantined already.",
+            f"`unlearner adapters release {slug}` verifies it and ends that.",
+        )
+    return report_change(store.quarantine(slug, args.reason), store, console)
+
+
+def run_release(args: argparse.Namespace, console: Console) -> int:
+    """Verifies a quarantined adapter; when all is as recorded it is reverted, not active."""
+    store = open_store(args)
+    slug, status = _status_of(args.ref, store)
+    if status != "quarantined":
+        raise UserError(f"Adapter {slug} is {status}, not quarantined.", SEE_LIST)
+    change = store.release(slug)
+    console.hint(f"switch it on with `unlearner adapters activate {slug}`.")
+    return report_change(change, store, console)
+
+
+def _status_of(ref: str, store: AdapterStore) -> tuple[str, str]:
+    """Slug and status, also of an adapter whose manifest cannot be read."""
+    state = store.journal.state()
+    slug = store.catalog.resolve(ref, state)
+    return slug, state.status[slug]
 
 
 def run_remove(args: argparse.Namespace, console: Console) -> int:
     """Deletes the files of one adapter, after asking."""
-    store = _open(args)
+    store = open_store(args)
     slug, size = store.remove(args.ref, dry_run=True)
     if args.dry_run:
         console.words(f"Would delete {slug}, {size_text(size)}.")
@@ -256,7 +304,8 @@ def run_remove(args: argparse.Namespace, console: Console) -> int:
             _ask(f"Delete {slug} ({size_text(size)}) for good?", console)
         slug, size = store.remove(args.ref)
         console.words(f"Deleted {slug}, {size_text(size)}; its manifest stays as a tombstone.")
-    console.result({"name": slug, "bytes": size, "removed": not args.dry_run})
+    done = {"removed": not args.dry_run, "dry_run": args.dry_run}
+    console.result({"name": slug, "bytes": size, **done})
     return 0
 
 
@@ -268,35 +317,9 @@ def _ask(question: str, console: Console) -> None:
         raise UserError("Nothing was deleted.", "")
 
 
-def run_import(args: argparse.Namespace, console: Console) -> int:
-    """Publishes a foreign adapter and prints its row."""
-    console.words(f"Checking {args.folder} against {args.base} ...")
-    from adapters.base_model import resolve_base
-    from adapters.store import AdapterStore
-
-    base = resolve_base(args.base, args.revision)
-    if not args.folder.is_dir():
-        raise UserError(f"There is no folder {args.folder}.", "Give the folder of a LoRA adapter.")
-    store = AdapterStore.open(options.store_path(args), create=True)
-    adapter = store.import_folder(args.folder, base, base_name=args.base)
-    console.words(f"Stored as {adapter.slug}.")
-    console.hint(f"switch it on with `unlearner adapters activate {adapter.slug}`.")
-    console.result({**adapter_row(adapter), "path": adapter.path})
-    return 0
-
-
-def run_export(args: argparse.Namespace, console: Console) -> int:
-    """Copies an adapter into a new folder and prints the path."""
-    store = _open(args)
-    slug, path = store.get(args.ref).slug, store.export(args.ref, args.out)
-    console.text(str(path))
-    console.result({"name": slug, "path": path})
-    return 0
-
-
 def run_log(args: argparse.Namespace, console: Console) -> int:
     """Prints every entry; with --verify 1 where the chain is broken."""
-    store = _open(args)
+    store = open_store(args)
     if args.verify:
         report = store.verify_log()
         console.text(f"{report.lines} entries, head {report.head}")
@@ -315,7 +338,7 @@ def run_log(args: argparse.Namespace, console: Console) -> int:
 
 def run_gc(args: argparse.Namespace, console: Console) -> int:
     """Deletes, or with --dry-run lists, what is no longer needed."""
-    found = _open(args).gc(args.dry_run)
+    found = open_store(args).gc(args.dry_run)
     gone = [*found.adapters, *found.leftovers]
     for name in gone:
         console.text(name)

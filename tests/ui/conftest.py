@@ -34,7 +34,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     """`run("score", path, "--json")` calls main and gives back what happened."""
     from ui.cli import main
 
-    for name in ("UNLEARNER_DATA", "UNLEARNER_STORE", "NO_COLOR"):
+    for name in ("UNLEARNER_DATA", "UNLEARNER_STORE", "UNLEARNER_SIGNING_KEY", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     # Commands set these for libraries and for processes they start: undone after each test.
     for name in ("PYTHONWARNINGS", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
@@ -50,3 +50,52 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         return Ran(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def put(tmp_path: Path, tiny_base: Path, run: Run) -> Callable[..., str]:
+    """`put("1", parents=...)` stores a random adapter of the tiny base, untrained; its slug.
+
+    The store is `tmp_path / "store"`. `view` is how the base was loaded, other fields are the
+    manifest's. The adapter's numbers follow from the request id.
+    """
+    import numpy as np
+
+    from adapters.adapter_files import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME
+    from adapters.fingerprint import fingerprint_base
+    from adapters.manifest import ForgetManifest
+    from adapters.store import AdapterStore
+    from adapters.tensor_file import write_float32
+
+    inner = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
+
+    def store(request_id: str, *, view: str = "none", **fields: Any) -> str:
+        random = np.random.default_rng(int(request_id))
+        tensors = {}
+        for layer in range(2):
+            for module in PROJECTIONS:
+                part = "mlp" if module in inner else "self_attn"
+                stem = f"base_model.model.model.layers.{layer}.{part}.{module}"
+                rows, columns = inner.get(module, (64, 64))
+                for name, shape in (("lora_A", (2, columns)), ("lora_B", (rows, 2))):
+                    values = random.normal(0, 0.1, shape).astype(np.float32)
+                    tensors[f"{stem}.{name}.weight"] = values
+        folder = tmp_path / f"made-{request_id}"
+        folder.mkdir()
+        write_float32(folder / WEIGHTS_NAME, tensors)
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny",
+            "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": list(PROJECTIONS),
+            "bias": "none",
+        }  # fmt: skip
+        (folder / CONFIG_NAME).write_text(json.dumps(config))
+        base = {
+            "name": "org/tiny",
+            "fingerprint": fingerprint_base(tiny_base).to_json(),
+            "view": {"quantization": view},
+        }
+        manifest = ForgetManifest(request_id=request_id, base=base, **fields)
+        opened = AdapterStore.open(tmp_path / "store", create=True)
+        return opened.publish(folder, manifest).slug
+
+    return store
