@@ -1,4 +1,4 @@
-"""`unlearner adapters ...`: what is in the store and what is active; see `commands_exchange` too."""
+"""`unlearner adapters`: what the store holds, what is active, and what can go."""
 
 from __future__ import annotations
 
