@@ -78,7 +78,7 @@ def test_the_design_s_commands_are_there() -> None:
         "finetune", "reproduce",
     }  # fmt: skip
     verbs = {words.split()[1] for words in COMMANDS if words.startswith("adapters ")}
-    assert verbs == {
+    assert verbs >= {
         "list", "show", "verify", "activate", "revert", "remove", "import", "export", "log", "gc",
     }  # fmt: skip
 

@@ -26,7 +26,7 @@ def test_the_first_signal_asks_and_gives_the_handlers_back(number: signal.Signal
     with stop.listening(events.append):
         assert handlers() != before
         assert not stop.asked
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.asked
         # From here on a second one does what it always did.
         assert handlers() == before

@@ -354,7 +354,7 @@ def test_retain_rows_of_a_file_default_to_the_rest_of_the_folder(
     write: Write, tmp_path: Path
 ) -> None:
     forget = write("forget.jsonl", row("A? "), row("B?"))
-    write("data/full.json", row("A?"), row("C?"), row("D?"))
+    write("data/full.json", row("A?"), row("C?"), row(" B? "), row("D?"))
     request = parse_request(str(forget), tmp_path / "data")
     assert request.kind == "jsonl"
     assert [r.question for r in request.rows] == ["A? ", "B?"]

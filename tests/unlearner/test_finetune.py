@@ -170,7 +170,7 @@ def test_rows_that_would_lose_their_answer_are_refused(
 def stop_at(step: int) -> Any:
     def on_progress(event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     return on_progress
 

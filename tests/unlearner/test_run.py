@@ -48,7 +48,7 @@ def signal_at(step: int, times: int = 1) -> Callable[[dict[str, Any]], None]:
     def on_progress(event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == step:
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
     return on_progress
 
