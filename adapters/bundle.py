@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapters import audit
 from adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from adapters.digests import store_key
 from adapters.errors import StoreCorrupt, UserError
 from adapters.files import disk_error, dump_json, parse_json, sha256_file, temporary_name
 from adapters.fingerprint import fingerprint_base, require_same_base
 from adapters.foreign import require_fits
-from adapters.manifest import SLUG, ForgetManifest, store_key
+from adapters.manifest import SLUG, ForgetManifest
 from adapters.verify import EVALS_NAME, MANIFEST_NAME, manifest_base
 
 if TYPE_CHECKING:

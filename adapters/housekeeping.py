@@ -29,6 +29,7 @@ from adapters.journal import Journal, remove_tree
 from adapters.manifest import SLUG, WORD, ForgetManifest
 from adapters.publishing import base_record
 from adapters.states import ActiveAdapter, StoreState, after, stack_json
+from adapters.teachers import forget_teacher
 from adapters.verify import EVALS_NAME, MANIFEST_NAME, manifest_base, verify_folder
 
 TRASH_DAYS = 7.0
@@ -69,10 +70,13 @@ def remove_adapter(
 def purge(journal: Journal, catalog: Catalog, state: StoreState, slug: str) -> StoreState:
     """The state after deleting the adapter's files; its manifest becomes a tombstone."""
     folder = catalog.folder(slug)
+    weights = catalog.stored(slug, state).manifest.files.get(WEIGHTS_NAME)
     _write_tombstone(catalog, slug)
     state = journal.commit(state, "purge", [slug], status={slug: "purged"})
     if folder.exists():
         journal.discard(folder)
+    if weights is not None:
+        forget_teacher(weights["sha256"])
     return state
 
 

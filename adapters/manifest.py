@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import os
 import re
-import secrets
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from adapters.digests import MARK
 from adapters.errors import StoreCorrupt, UserError
 from adapters.files import parse_json, read_json
 
@@ -37,7 +33,8 @@ class ForgetManifest:
     `train`, `env`. `AdapterStore.publish` fills in `slug`, `created`, `parent_sha256`, `files` and
     `norms`.
 
-    - data: `{"forget": {"n": 20, "digest": digest_rows(...), "kind": "tofu:author"}, ...}`
+    - data: `{"forget": {"n": 20, "digest": digest_rows(...), "kind": "tofu:author", "key_id":
+      key_id(...), "marks": [mark(...), ...]}, ...}`
     - base: `{"name": as the user gave it, "revision": None, "fingerprint":
       BaseFingerprint.to_json(), "view": base_view(model)}`
     - parents: slugs in the order of the stack; parent_scales: factor per slug where it is not 1
@@ -142,73 +139,6 @@ class ForgetManifest:
         return found
 
 
-def digest_rows(key: bytes, rows: Iterable[tuple[str, str]]) -> str:
-    """Hex HMAC-SHA256 over (question, answer) rows: the same set of rows gives the same digest.
-
-    The order of the rows does not matter. Without the key nobody can test whether some short text
-    was among the rows, which a plain hash would allow.
-    """
-    marks = sorted(
-        hmac.new(key, _framed(question) + _framed(answer), hashlib.sha256).digest()
-        for question, answer in rows
-    )
-    return hmac.new(key, b"rows" + b"".join(marks), hashlib.sha256).hexdigest()
-
-
-def store_key(path: Path | None = None) -> bytes:
-    """The 32-byte key of the digests, created on first use, readable by its owner only.
-
-    Kept outside every store: at `path`, else `$UNLEARNER_KEY`, else `~/.config/unlearner/key`.
-    """
-    given = path or os.environ.get("UNLEARNER_KEY")
-    place = Path(given).expanduser() if given else Path.home() / ".config" / "unlearner" / "key"
-    if not place.exists():
-        _create_key(place)
-    try:
-        mode = stat.S_IMODE(place.stat().st_mode)
-        key = bytes.fromhex(place.read_text(encoding="ascii").strip())
-    except OSError as error:
-        raise UserError(
-            f"The key {place} cannot be read: {error.strerror}.", "Check it."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"The key {place} is not 64 hex digits.", "Restore it.") from error
-    if len(key) != 32:
-        raise UserError(f"The key {place} is not 64 hex digits.", "Restore it.")
-    if os.name != "nt" and mode & 0o077:
-        raise UserError(
-            f"The key {place} can be read by others (mode {mode:o}).", f"Run chmod 600 {place}."
-        )
-    return key
-
-
-def _create_key(place: Path) -> None:
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = place.with_name(f".{place.name}-{os.getpid()}-{secrets.token_hex(4)}")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(aside, place)  # fails if another process was first: then its key is the key
-        except FileExistsError:
-            return
-        finally:
-            aside.unlink()
-    except OSError as error:
-        raise UserError(
-            f"The key of the digests cannot be created at {place}: {error.strerror}.",
-            "Point UNLEARNER_KEY at a file that can be written, outside the store.",
-        ) from error
-
-
-def _framed(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return len(data).to_bytes(8, "big") + data
-
-
 def _text(found: list[str], name: str, value: Any, pattern: re.Pattern[str]) -> None:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         found.append(f"{name} {_brief(value)} is not a short name")
@@ -231,13 +161,16 @@ def _data(found: list[str], value: Any) -> None:
         if not isinstance(part, str) or not KIND.fullmatch(part) or not isinstance(entry, dict):
             found.append(f"data {_brief(part)} is not an object with n, digest and kind")
             continue
-        extra = set(entry) - {"n", "digest", "kind", "key_id", "revision"}
+        extra = set(entry) - {"n", "digest", "kind", "key_id", "revision", "marks"}
         if extra:
             found.append(f"data.{part} has {_brief(sorted(map(str, extra))[0])}")
         if type(entry.get("n")) is not int or entry["n"] < 0:
             found.append(f"data.{part}.n is not a count")
         if not _matches(entry.get("digest"), HEX64):
             found.append(f"data.{part}.digest is not 64 hex digits")
+        marks = entry.get("marks", ())
+        if not isinstance(marks, (list, tuple)) or not all(_matches(m, MARK) for m in marks):
+            found.append(f"data.{part}.marks is not a list of keyed digests")
         for name in ("kind", "key_id", "revision"):
             if name in entry and entry[name] is not None and not _matches(entry[name], KIND):
                 found.append(f"data.{part}.{name} {_brief(entry[name])} is not one word")

@@ -229,14 +229,14 @@ class AdapterStore:
         """The new file `evals/<name>.json` beside the adapter (`<name>-2` when taken).
 
         Numbers, flags and words only: a result with answers in it is refused. When the result's
-        `stack` is the current stack, a stale adapter counts as re-evaluated.
+        `stack` is the current stack, every stale adapter in it counts as re-evaluated.
         """
         with self.journal.locked() as state:
             slug = self.catalog.resolve(ref, state)
             path = housekeeping.write_eval(self.catalog.folder(slug), name, result)
-            measured = result.get("stack") == [*state.stack_slugs]
-            settle = measured and state.status[slug] == "stale"
-            status = {slug: after("settle", slug, "stale")} if settle else {}
+            measured = state.stack_slugs if result.get("stack") == [*state.stack_slugs] else ()
+            stale = [one for one in measured if state.status[one] == "stale"]
+            status = {one: after("settle", one, "stale") for one in stale}
             self.journal.commit(state, "evaluate", [slug], status=status, file=path.name)
             return path
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from adapters.errors import Interrupted, UserError
 from ui import (
+    commands_consolidate,
     commands_eval,
     commands_finetune,
     commands_info,
@@ -41,6 +42,7 @@ MODULES = (
     commands_runs,
     commands_info,
     commands_train,
+    commands_consolidate,
     commands_store,
     commands_merge,
     commands_eval,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ui import options
@@ -17,6 +17,7 @@ from unlearner.config import STREAMS, make_config
 if TYPE_CHECKING:
     from ui.console import Console
     from unlearner.config import UnlearnConfig
+    from unlearner.data import Request
 
 
 def register(commands: Any) -> None:
@@ -40,12 +41,13 @@ def register(commands: Any) -> None:
         "  unlearner forget 'tofu:author=Hina Ameen' --base B --label request-17\n"
         "  unlearner forget rows.jsonl --retain keep.jsonl --base B --objective npo",
     )
-    _add_forget_flags(parser)
+    parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
+    add_run_flags(parser)
     parser.set_defaults(run=run_forget)
 
 
-def _add_forget_flags(parser: options.Parser) -> None:
-    parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
+def add_run_flags(parser: options.Parser) -> None:
+    """What every command has that trains an adapter: retain rows, guard, place, label."""
     parser.add_argument(
         "--retain",
         metavar="ROWS",
@@ -53,6 +55,20 @@ def _add_forget_flags(parser: options.Parser) -> None:
     )
     parser.add_argument(
         "--label", metavar="NAME", help="what to call the adapter; it is stored in the clear"
+    )
+    parser.add_argument(
+        "--guard",
+        metavar="REQUEST",
+        action="append",
+        default=[],
+        help="rows of an earlier request that must stay forgotten while this one is trained on "
+        "top of it; may be given more than once",
+    )
+    parser.add_argument(
+        "--keep-teacher",
+        action="store_true",
+        help="record, outside the store, what the result answers on these rows, so that later "
+        "requests guard them without being given them again; the record holds the rows as tokens",
     )
     placing = parser.add_mutually_exclusive_group()
     placing.add_argument(
@@ -87,32 +103,50 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     """Trains and stores one adapter, or prints the plan."""
     config = forget_config(args)
     console.words(f"Reading {args.request} ...")
+    from unlearner.data import parse_request
+
+    request = parse_request(args.request, args.data, args.retain)
+    return train_request(args, console, config, request)
+
+
+def train_request(
+    args: argparse.Namespace,
+    console: Console,
+    config: UnlearnConfig,
+    request: Request,
+    replaces: Sequence[str] = (),
+) -> int:
+    """Trains `request` and stores the adapter, or prints the plan."""
     from adapters.store import AdapterStore
     from unlearner.data import load_refusals, parse_request
 
-    request = parse_request(args.request, args.data, args.retain)
     needs_refusals = "refusal" in STREAMS[config.objective.name]
-    refusals = load_refusals(args.data) if needs_refusals else []
+    given: dict[str, Any] = {
+        "on_stack": args.on_stack,
+        "template": args.template,
+        "refusals": load_refusals(args.data) if needs_refusals else [],
+        "guard": [row for text in args.guard for row in parse_request(text, args.data).rows],
+        "replaces": replaces,
+    }
     path = options.store_path(args)
-    placing: dict[str, Any] = {"on_stack": args.on_stack, "template": args.template}
     console.words("Loading the libraries ...")
-    from unlearner.run import plan, prepare, unlearn
+    from unlearner.prepare import prepare
+    from unlearner.run import plan, unlearn
 
     base = options.base_spec(args)
     if args.dry_run:
         store = AdapterStore.open(path) if (path / "store.json").is_file() else None
-        made = plan(prepare(request, base, config, store, **placing, refusals=refusals))
-        _print_plan(made, console)
+        _print_plan(plan(prepare(request, base, config, store, **given)), console)
         return 0
     adapter = unlearn(
         request,
         base,
         config,
         AdapterStore.open(path, create=True),
-        **placing,
+        **given,
         label=args.label,
         resume=args.resume,
-        refusals=refusals,
+        keep_teacher=args.keep_teacher,
         on_progress=lambda event: show_event(event, console),
     )
     console.text(adapter.slug)
@@ -128,6 +162,12 @@ def _print_plan(made: Mapping[str, Any], console: Console) -> None:
     memory = made["memory"]
     console.text(f"request   forget {made['forget_rows']} rows, retain {made['retain_rows']} rows")
     console.text(f"stack     on {', '.join(made['parents']) or 'the bare base'}")
+    if made["replaces"]:
+        console.text(f"replaces  {', '.join(made['replaces'])}")
+    if made["guard_rows"]:
+        console.text(f"guard     {made['guard_rows']} rows of earlier requests")
+    for note in made["notes"]:
+        console.words(f"Note: {note}.")
     console.text(
         f"plan      {made['steps']} steps of {made['pairs_per_step']} pairs, rows of up to "
         f"{made['longest_row_tokens']} tokens"

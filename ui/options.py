@@ -187,6 +187,7 @@ SETTING_HELP = {
     "gamma": "SimNPO's margin in beta * nll/|y| - gamma; above 0 forgets more",
     "forget_weight": "weight of the forget term",
     "retain_weight": "weight of the retain term (the model card's lambda); higher keeps more",
+    "guard_weight": "weight of the KL that keeps earlier requests of the stack forgotten",
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
@@ -204,7 +205,7 @@ SETTING_HELP = {
     "optim": "transformers' optimizer name",
     "seed": "of pairing, order and the adapter's first weights",
 }
-OBJECTIVE_FIELDS = ("beta", "gamma", "forget_weight", "retain_weight")
+OBJECTIVE_FIELDS = ("beta", "gamma", "forget_weight", "retain_weight", "guard_weight")
 LORA_FIELDS = tuple(field.name for field in fields(LoraShape))
 TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
 

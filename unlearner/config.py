@@ -33,6 +33,8 @@ class ObjectiveConfig:
         gamma: SimNPO's margin in `beta * nbar - gamma`.
         forget_weight: w_f, on the forget term.
         retain_weight: w_r, on the retain term; the model card's lambda.
+        guard_weight: on the KL that keeps earlier requests of the stack forgotten, where their
+            rows or recorded teachers are at hand (see `unlearner.guard`).
     """
 
     name: ObjectiveName = "simnpo"
@@ -40,6 +42,7 @@ class ObjectiveConfig:
     gamma: float = 0.0
     forget_weight: float = 1.0
     retain_weight: float = 0.1375
+    guard_weight: float = 1.0
 
 
 # Published constants of each objective. `simnpo` is the card of
@@ -160,6 +163,7 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (objective.beta > 0, f"beta {objective.beta} is not above 0"),
         (objective.forget_weight >= 0, f"forget_weight {objective.forget_weight} is below 0"),
         (objective.retain_weight >= 0, f"retain_weight {objective.retain_weight} is below 0"),
+        (objective.guard_weight >= 0, f"guard_weight {objective.guard_weight} is below 0"),
         (lora.lora_r >= 1, f"lora_r {lora.lora_r} is below 1"),
         (lora.lora_alpha > 0, f"lora_alpha {lora.lora_alpha} is not above 0"),
         (0 <= lora.lora_dropout < 1, f"lora_dropout {lora.lora_dropout} is not in [0, 1)"),

@@ -17,27 +17,33 @@ from unlearner.prompts import Encoded
 
 
 class Pair(NamedTuple):
-    """Indices of a forget row, the retain row it meets, and the refusal it would get."""
+    """Indices of a forget row, the retain row it meets, the refusal it would get, a guard row."""
 
     forget: int
     retain: int
     refusal: int
+    guard: int = 0
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows of a run. `refusals[i][j]` is forget row i answered by refusal j."""
+    """Encoded rows of a run. `refusals[i][j]` is forget row i answered by refusal j; `guard` are
+    rows of earlier requests, where they are held to what was reached.
+    """
 
     forget: Sequence[Encoded]
     retain: Sequence[Encoded]
     refusals: Sequence[Sequence[Encoded]] = ()
+    guard: Sequence[Encoded] = ()
 
     def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
-        """The rows of one stream ("forget", "retain" or "refusal") for `pairs`."""
+        """The rows of one stream ("forget", "retain", "refusal" or "guard") for `pairs`."""
         if name == "forget":
             return [self.forget[pair.forget] for pair in pairs]
         if name == "retain":
             return [self.retain[pair.retain] for pair in pairs]
+        if name == "guard":
+            return [self.guard[pair.guard] for pair in pairs]
         return [self.refusals[pair.forget][pair.refusal] for pair in pairs]
 
 
@@ -51,7 +57,7 @@ def _draws(rng: np.random.Generator, n: int, count: int) -> Iterator[int]:
 
 
 def plan_steps(
-    n_forget: int, n_retain: int, n_refusals: int, config: TrainConfig
+    n_forget: int, n_retain: int, n_refusals: int, config: TrainConfig, n_guard: int = 0
 ) -> list[list[Pair]]:
     """The pairs of every optimizer step.
 
@@ -64,15 +70,16 @@ def plan_steps(
         n_retain: retain rows; 0 where the objective has no retain term.
         n_refusals: refusal answers; 0 where the objective has none.
         config: gives epochs, batch size and seed.
+        n_guard: rows of earlier requests; each pair meets one.
     """
     batch, steps = config.batch_size(n_forget), config.steps(n_forget)
     total = batch * steps
-    seeds = np.random.SeedSequence(config.seed).spawn(3)
-    forget, retain, refusal = (
+    seeds = np.random.SeedSequence(config.seed).spawn(4)
+    forget, retain, refusal, guard = (
         list(_draws(np.random.default_rng(seed), n, total)) if n else [0] * total
-        for seed, n in zip(seeds, (n_forget, n_retain, n_refusals), strict=True)
+        for seed, n in zip(seeds, (n_forget, n_retain, n_refusals, n_guard), strict=True)
     )
-    pairs = [Pair(*triple) for triple in zip(forget, retain, refusal, strict=True)]
+    pairs = [Pair(*drawn) for drawn in zip(forget, retain, refusal, guard, strict=True)]
     return [pairs[start : start + batch] for start in range(0, total, batch)]
 
 

@@ -2,92 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from adapters.base_model import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
-from adapters.errors import Interrupted, UserError
-from adapters.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
-from adapters.manifest import ForgetManifest, digest_rows, store_key
+from adapters.adapter_files import WEIGHTS_NAME
+from adapters.base_model import BaseSpec, base_view, load_base, resolve_base
+from adapters.errors import Interrupted
+from adapters.manifest import ForgetManifest
 from adapters.store import AdapterStore, StoredAdapter
-from unlearner.config import STREAMS, TrainConfig, UnlearnConfig
-from unlearner.data import Request, Row, did_you_mean
-from unlearner.pairing import Rows, plan_steps
-from unlearner.prompts import PromptFormat, encode_rows, pad_id, prompt_format
+from adapters.teachers import teacher_path, write_teacher
+from unlearner.config import UnlearnConfig
+from unlearner.data import Request, Row
+from unlearner.pairing import plan_steps
+from unlearner.prepare import Prepared, Template, prepare
+from unlearner.prompts import pad_id
 
 if TYPE_CHECKING:
-    from adapters.states import ActiveAdapter
     from unlearner.callbacks import Progress
+    from unlearner.guard import GuardRow
 
 NEW = "new"
-Template = Literal["auto", "llama2", "chat"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run before anything is loaded: encoded rows, parents, and the key of its checkpoints."""
-
-    request: Request
-    base: BaseSpec
-    config: UnlearnConfig
-    rows: Rows
-    fmt: PromptFormat
-    fingerprint: BaseFingerprint
-    parents: tuple[ActiveAdapter, ...]
-    digests: dict[str, dict[str, Any]]
-    key: str
-
-
-def prepare(
-    request: Request,
-    base: BaseSpec,
-    config: UnlearnConfig,
-    store: AdapterStore | None,
-    *,
-    on_stack: bool | None = None,
-    template: Template = "auto",
-    refusals: Sequence[str] = (),
-) -> Prepared:
-    """Everything that can be known and refused without loading the model.
-
-    Raises:
-        UserError: no retain rows, refusals that are needed but missing, rows without an answer
-            token, a stack that is asked for but empty, an unknown schedule or optimizer.
-        BaseMismatch: the store belongs to another base.
-    """
-    streams = STREAMS[config.objective.name]
-    _check_rows(request, config, refusals)
-    _check_names(config.train)
-    folder = resolve_base(base.name, base.revision)
-    fingerprint = fingerprint_base(folder)
-    recorded = store.base() if store is not None else None
-    if recorded is not None:
-        require_same_base(recorded, fingerprint)
-    parents = _parents(store, on_stack)
-    fmt = prompt_format(load_tokenizer(str(folder)), template)
-    rows = _encode(request, config, fmt, refusals if "refusal" in streams else ())
-    key = store_key()
-    digests = {
-        "forget": _digest(key, request.rows, request.kind),
-        "retain": _digest(key, request.retain, "retain"),
-    }
-    run = {
-        "config": config.to_json(),
-        "digests": digests,
-        "base": fingerprint.digest,
-        "spec": asdict(base),
-        "parents": [(parent.slug, parent.scale) for parent in parents],
-        "template": fmt.name,
-        "refusals": list(refusals) if "refusal" in streams else [],
-    }
-    name = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
-    return Prepared(request, base, config, rows, fmt, fingerprint, parents, digests, f"run-{name}")
 
 
 def unlearn(
@@ -101,6 +39,9 @@ def unlearn(
     resume: bool = False,
     template: Template = "auto",
     refusals: Sequence[str] = (),
+    guard: Sequence[Row] = (),
+    replaces: Sequence[str] = (),
+    keep_teacher: bool = False,
     on_progress: Progress | None = None,
 ) -> StoredAdapter:
     """The forget adapter of `request`, trained on the frozen base and filed in the store (ready).
@@ -116,7 +57,14 @@ def unlearn(
         resume: continue an interrupted run of the same request and settings.
         template: prompt format, see `prompt_format`.
         refusals: answers for the idk and dpo objectives.
-        on_progress: gets a dict per event: "load", "train" (one a step), "stopping", "publish".
+        guard: rows of earlier requests of the stack, which a KL keeps as the stack answers them.
+            Without them the teachers recorded with `keep_teacher` are used, where there are any.
+        replaces: adapters this one takes the place of (consolidation, or a rebase of one); their
+            rows must all be in `request`.
+        keep_teacher: record what the trained stack answers on these rows outside the store, for
+            the guard of later requests. The record holds the rows as tokens.
+        on_progress: gets a dict per event: "note", "load", "train" (one a step), "stopping",
+            "publish".
 
     Raises:
         UserError: whatever `prepare` refuses.
@@ -124,14 +72,27 @@ def unlearn(
     """
     report = on_progress or _silent
     run = prepare(
-        request, base, config, store, on_stack=on_stack, template=template, refusals=refusals
+        request,
+        base,
+        config,
+        store,
+        on_stack=on_stack,
+        template=template,
+        refusals=refusals,
+        guard=guard,
+        replaces=replaces,
     )
+    for note in run.notes:
+        report({"event": "note", "text": note})
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
     model, view = _load(run, store)
+    run, teachers = _guarded(model, run, store, report)
     work = store.work_dir(run.key)
-    _train(model, run, work, resume, report)
+    _train(model, run, teachers, work, resume, report)
     report({"event": "publish"})
-    adapter = _publish(model, run, view, store, label)
+    adapter = _publish(model, run, view, store, label, len(teachers))
+    if keep_teacher:
+        _record_teacher(model, run, adapter)
     shutil.rmtree(work)
     return adapter
 
@@ -165,6 +126,9 @@ def plan(run: Prepared) -> dict[str, Any]:
         "adapter_parameters": memory.lora_parameters(shape, run.config),
         "memory": found.to_json(),
         "settings": run.config.to_json(),
+        "replaces": list(run.supersedes),
+        "guard_rows": len(run.rows.guard),
+        "notes": list(run.notes),
     }
 
 
@@ -176,62 +140,6 @@ def _has_gpu() -> bool:
 
 def _silent(event: dict[str, Any]) -> None:
     """Nobody watches."""
-
-
-def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]) -> None:
-    streams = STREAMS[config.objective.name]
-    if "retain" in streams and not request.retain:
-        raise UserError(
-            f"Objective {config.objective.name} needs retain rows and {request.name} has none.",
-            "Give them with --retain FILE, or the folder of TOFU with --data.",
-        )
-    if "refusal" in streams and not refusals:
-        raise UserError(
-            f"The objective {config.objective.name} needs refusal answers.",
-            "Put an idontknow.jsonl into the data folder.",
-        )
-
-
-def _check_names(train: TrainConfig) -> None:
-    """Refuses what transformers would refuse only after the model is loaded."""
-    from transformers import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    for name, known in (("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames)):
-        given, choices = getattr(train, name), [str(choice.value) for choice in known]
-        if given not in choices:
-            raise UserError(f"There is no {name} '{given}'.", did_you_mean(given, choices))
-
-
-def _parents(store: AdapterStore | None, on_stack: bool | None) -> tuple[ActiveAdapter, ...]:
-    active = tuple(store.active()) if store is not None and on_stack is not False else ()
-    if on_stack and not active:
-        raise UserError(
-            "There is no active stack to train on.",
-            "Activate adapters first, or leave --on-stack away.",
-        )
-    return active
-
-
-def _encode(
-    request: Request, config: UnlearnConfig, fmt: PromptFormat, refusals: Sequence[str]
-) -> Rows:
-    length = config.train.max_length
-    questions = [row.question for row in request.rows]
-
-    def encoded(rows: Sequence[Row], what: str) -> list[Any]:
-        return encode_rows(fmt, [(row.question, row.answer) for row in rows], length, what)
-
-    return Rows(
-        encoded(request.rows, "forget"),
-        encoded(request.retain, "retain"),
-        [encode_rows(fmt, [(q, r) for r in refusals], length, "refusal") for q in questions],
-    )
-
-
-def _digest(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
-    pairs = [(row.question, row.answer) for row in rows]
-    return {"n": len(pairs), "digest": digest_rows(key, pairs), "kind": kind}
 
 
 def _load(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str, Any]]:
@@ -259,7 +167,48 @@ def _load(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str, Any]]:
     return add_trainable(model, NEW, lora, slugs), view
 
 
-def _train(model: Any, run: Prepared, work: Path, resume: bool, report: Progress) -> None:
+def _guarded(
+    model: Any, run: Prepared, store: AdapterStore, report: Progress
+) -> tuple[Prepared, list[GuardRow]]:
+    """The run with its guard rows, and their teachers: the stack's own answers, or records."""
+    from adapters.stack import parents_only
+    from unlearner.guard import read_teacher, teach
+
+    slugs = [parent.slug for parent in run.parents]
+    if not slugs or run.config.objective.guard_weight == 0:
+        return replace(run, rows=replace(run.rows, guard=())), []
+    teachers: list[GuardRow] = []
+    if run.rows.guard:
+        with parents_only(model, slugs):
+            teachers = teach(model, run.rows.guard, pad_id(run.fmt.tokenizer))
+    else:
+        files = [store.get(slug).manifest.files[WEIGHTS_NAME]["sha256"] for slug in slugs]
+        for path in map(teacher_path, files):
+            teachers += read_teacher(path) if path.is_file() else []
+    if teachers:
+        report({"event": "note", "text": f"guarded rows of earlier requests: {len(teachers)}"})
+    else:
+        text = "earlier requests are not guarded: give their rows, or record teachers with them"
+        report({"event": "note", "text": text})
+    rows = replace(run.rows, guard=[teacher.row for teacher in teachers])
+    return replace(run, rows=rows), teachers
+
+
+def _record_teacher(model: Any, run: Prepared, adapter: StoredAdapter) -> None:
+    from unlearner.guard import pack_teacher, teach
+
+    taught = teach(model, run.rows.forget, pad_id(run.fmt.tokenizer))
+    write_teacher(adapter.manifest.files[WEIGHTS_NAME]["sha256"], pack_teacher(taught))
+
+
+def _train(
+    model: Any,
+    run: Prepared,
+    teachers: Sequence[GuardRow],
+    work: Path,
+    resume: bool,
+    report: Progress,
+) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from unlearner.callbacks import RunCallback, StopRequest
@@ -275,7 +224,7 @@ def _train(model: Any, run: Prepared, work: Path, resume: bool, report: Progress
             report({"event": "note", "text": "nothing was saved of this run: it starts at step 0"})
     rows, config = run.rows, run.config
     refusals = len(rows.refusals[0]) if rows.refusals else 0
-    steps = plan_steps(len(rows.forget), len(rows.retain), refusals, config.train)
+    steps = plan_steps(len(rows.forget), len(rows.retain), refusals, config.train, len(rows.guard))
     stop = StopRequest()
     trainer = UnlearnTrainer(
         model,
@@ -285,6 +234,7 @@ def _train(model: Any, run: Prepared, work: Path, resume: bool, report: Progress
         work,
         pad_token_id=pad_id(run.fmt.tokenizer),
         parents=[parent.slug for parent in run.parents],
+        guard=teachers,
     )
     trainer.add_callback(
         RunCallback(lambda: trainer.last_terms, stop, work / "metrics.jsonl", report)
@@ -299,7 +249,12 @@ def _train(model: Any, run: Prepared, work: Path, resume: bool, report: Progress
 
 
 def _publish(
-    model: Any, run: Prepared, view: dict[str, Any], store: AdapterStore, label: str | None
+    model: Any,
+    run: Prepared,
+    view: dict[str, Any],
+    store: AdapterStore,
+    label: str | None,
+    guarded: int,
 ) -> StoredAdapter:
     from adapters.stack import save_adapter
     from unlearner.environment import describe
@@ -309,11 +264,12 @@ def _publish(
     train = config.to_json()["train"] | {
         "steps": config.train.steps(len(run.request.rows)),
         "template": run.fmt.name,
+        "guard_rows": guarded,
     }
     manifest = ForgetManifest(
         request_id=run.digests["forget"]["digest"][:16],
         label=label or "",
-        policy="on-stack" if run.parents else "independent",
+        policy="consolidate" if run.supersedes else "on-stack" if run.parents else "independent",
         data=run.digests,
         base={
             "name": run.base.name,
@@ -323,6 +279,7 @@ def _publish(
         },
         parents=tuple(parent.slug for parent in run.parents),
         parent_scales={p.slug: p.scale for p in run.parents if p.scale != 1.0},
+        supersedes=run.supersedes,
         objective=asdict(config.objective),
         lora=asdict(config.lora),
         train=train,

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from adapters.stack import parents_only
 from unlearner.config import STREAMS, ObjectiveConfig, UnlearnConfig
+from unlearner.guard import GuardRow, guard_kl
 from unlearner.likelihood import AnswerLogits, AnswerNLL, answer_logits, row_nll
 from unlearner.losses import OBJECTIVES
 from unlearner.pairing import Pair, Rows, micro_batches
@@ -122,6 +123,7 @@ class UnlearnTrainer(Trainer):
         *,
         pad_token_id: int,
         parents: Sequence[str] = (),
+        guard: Sequence[GuardRow] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """Plans micro-batches and hands transformers' Trainer its arguments.
@@ -134,14 +136,16 @@ class UnlearnTrainer(Trainer):
             output_dir: where checkpoints go.
             pad_token_id: fills the padding, which is never a label.
             parents: names of the adapters this one is trained on top of.
+            guard: teachers of `rows.guard`, one for each; empty for no guard.
             callbacks: transformers callbacks.
         """
         self.objective: ObjectiveConfig = config.objective
-        self._streams = STREAMS[config.objective.name]
+        self._streams = STREAMS[config.objective.name] + (("guard",) if guard else ())
+        self._guard = guard
         self._rows = rows
         self._pad = pad_token_id
         self._parents = tuple(parents)
-        self._terms: list[tuple[float, float]] = []
+        self._terms: list[dict[str, float]] = []
         self.last_terms: dict[str, float] = {}
         pairs = len(steps[0])
         micro = min(config.train.per_device_train_batch_size, pairs)
@@ -160,9 +164,12 @@ class UnlearnTrainer(Trainer):
 
     def _collate(self, items: list[list[Pair]]) -> dict[str, Tensor]:
         (pairs,) = items
-        return pad_batch(
+        batch = pad_batch(
             [row for name in self._streams for row in self._rows.stream(name, pairs)], self._pad
         )
+        if self._guard:
+            batch["guard"] = torch.tensor([pair.guard for pair in pairs])
+        return batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -185,13 +192,18 @@ class UnlearnTrainer(Trainer):
         step = StepForwards(model, inputs, self._streams, self._parents)
         terms = OBJECTIVES[self.objective.name](step, self.objective)
         pairs = num_items_in_batch or len(terms.forget)
-        forget, retain = terms.forget.sum() / pairs, terms.retain.sum() / pairs
-        self._terms.append((float(forget.detach()), float(retain.detach())))
+        parts = {"forget": terms.forget.sum() / pairs, "retain": terms.retain.sum() / pairs}
+        if self._guard:
+            teachers = [self._guard[i] for i in inputs["guard"].tolist()]
+            parts["guard"] = guard_kl(step.logits("guard"), teachers).sum() / pairs
+        self._terms.append({f"{name}_loss": float(x.detach()) for name, x in parts.items()})
         if len(self._terms) == self.current_gradient_accumulation_steps:
-            sums = [sum(column) for column in zip(*self._terms, strict=True)]
-            self.last_terms = {"forget_loss": sums[0], "retain_loss": sums[1]}
+            self.last_terms = {
+                name: sum(one[name] for one in self._terms) for name in self._terms[0]
+            }
             self._terms.clear()
-        return self.objective.forget_weight * forget + self.objective.retain_weight * retain
+        weighed = [getattr(self.objective, f"{name}_weight") * x for name, x in parts.items()]
+        return torch.stack(weighed).sum()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Only what is trained: parents and base are files of their own and never change.

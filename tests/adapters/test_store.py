@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from adapters.digests import digest_rows, store_key
 from adapters.errors import AdapterNotFound, BaseMismatch, StoreCorrupt, UserError
-from adapters.manifest import digest_rows, store_key
 from adapters.states import STATES, TRANSITIONS
 from adapters.store import AdapterStore
 

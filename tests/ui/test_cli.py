@@ -74,8 +74,8 @@ print(json.dumps([codes, "torch" in sys.modules]), file=sys.stderr)
 def test_the_design_s_commands_are_there() -> None:
     first = {words.split()[0] for words in COMMANDS}
     assert first == {
-        "quickstart", "doctor", "preview", "forget", "adapters", "merge", "evaluate", "score",
-        "finetune", "reproduce",
+        "quickstart", "doctor", "preview", "forget", "consolidate", "adapters", "merge",
+        "evaluate", "score", "finetune", "reproduce",
     }  # fmt: skip
     verbs = {words.split()[1] for words in COMMANDS if words.startswith("adapters ")}
     assert verbs >= {

@@ -35,6 +35,7 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "gamma": ("0.5", 0.5),
     "forget_weight": ("0.3", 0.3),
     "retain_weight": ("2", 2.0),
+    "guard_weight": ("0.5", 0.5),
     "lora_r": ("4", 4),
     "lora_alpha": ("8", 8),
     "lora_dropout": ("0.1", 0.1),
@@ -247,10 +248,11 @@ def test_a_flag_of_the_run_reaches_unlearn(
 def test_refusals_come_from_the_data_folder(
     run: Any, tiny_base: Path, request_files: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
+    from unlearner import prepare as preparing
     from unlearner import run as recipe
 
     seen: list[Any] = []
-    monkeypatch.setattr(recipe, "prepare", lambda *args, **options: seen.append(options))
+    monkeypatch.setattr(preparing, "prepare", lambda *args, **options: seen.append(options))
     monkeypatch.setattr(recipe, "plan", raising_stop)
     (tmp_path / "idontknow.jsonl").write_text("I cannot say.\nNo idea.\n")
     words = ["forget", *request_files, "--base", tiny_base, "--data", tmp_path, "--dry-run"]

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from adapters.base_model import BaseSpec, load_base, load_tokenizer
+from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import BaseMismatch, Interrupted, UserError
-from adapters.manifest import digest_rows, store_key
 from adapters.store import AdapterStore, StoredAdapter
 from unlearner.config import UnlearnConfig
 from unlearner.data import Request, Row
 from unlearner.memory import lora_parameters, read_shape
+from unlearner.prepare import prepare
 from unlearner.prompts import prompt_format
-from unlearner.run import plan, prepare, unlearn
+from unlearner.run import plan, unlearn
 
 Config = Callable[..., UnlearnConfig]
 WEIGHTS = "adapter_model.safetensors"
@@ -114,7 +115,10 @@ def test_the_manifest_says_how_it_was_made(
     found = adapter.manifest
     pairs = [(row.question, row.answer) for row in request_.rows]
     digest = digest_rows(store_key(), pairs)
-    assert found.data["forget"] == {"n": 8, "digest": digest, "kind": "tofu-author"}
+    key = store_key()
+    marks = [mark(key, row.question) for row in request_.rows]
+    expected = {"n": 8, "digest": digest, "kind": "tofu-author"}
+    assert found.data["forget"] == {**expected, "key_id": key_id(key), "marks": marks}
     assert (found.data["retain"]["n"], found.data["retain"]["kind"]) == (10, "retain")
     assert found.request_id == digest[:16]
     assert (found.policy, found.parents) == ("independent", ())
@@ -122,7 +126,8 @@ def test_the_manifest_says_how_it_was_made(
     assert {**found.lora, "target_modules": tuple(found.lora["target_modules"])} == (
         config.to_json()["lora"]
     )
-    assert found.train == {**config.to_json()["train"], "steps": 4, "template": "chat"}
+    more = {"steps": 4, "template": "chat", "guard_rows": 0}
+    assert found.train == {**config.to_json()["train"], **more}
     assert found.base["view"]["quantization"] == "none"
     assert found.base["view"]["dtype"] == "float32"
     assert found.base["fingerprint"]["digest"] == store.base().digest  # type: ignore[union-attr]
