@@ -114,7 +114,8 @@ def release_card(release: Release) -> str:
 
 def _adapter_row(manifest: ForgetManifest, scale: float) -> str:
     lora, objective = manifest.lora, manifest.objective
-    alpha, rank = lora.get("alpha", "?"), lora.get("r", "?")
+    alpha = lora.get("lora_alpha", lora.get("alpha", "not recorded"))
+    rank = lora.get("lora_r", lora.get("r", "not recorded"))
     forget = manifest.data.get("forget", {})
     cells = [
         f"`{manifest.slug}`",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui import options
+from unlearner.config import FORMULAS
 
 if TYPE_CHECKING:
     from adapters.catalog import StoredAdapter
@@ -19,11 +22,19 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "merge",
-        parents=[options.base(), options.store(), options.common()],
+        parents=[
+            options.base(),
+            options.template(),
+            options.store(),
+            options.data(),
+            options.common(),
+        ],
         help="fold adapters into full weights, which can be released",
         description="Adds the adapters to the base's original weights in float32, rounds once and "
         "writes a model that loads anywhere. Shard by shard: the model is never whole in memory.",
-        epilog="example:\n  unlearner merge --store S --base B --out merged",
+        epilog="examples:\n  unlearner merge --store S --base B --out merged\n"
+        "  unlearner merge --store S --base B --out merged --split forget05 "
+        "--retain-log retrain.json --candidates 12",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument(
@@ -45,7 +56,33 @@ def register(commands: Any) -> None:
         "(default: its original weights, which keep more of its quality)",
     )
     parser.add_argument("--load-in-4bit", action="store_true", help=argparse.SUPPRESS)
+    _add_measuring(parser)
     parser.set_defaults(run=run_merge)
+
+
+def _add_measuring(parser: options.Parser) -> None:
+    group = parser.add_argument_group("figures of the model card")
+    group.add_argument(
+        "--split",
+        metavar="SPLIT",
+        help="measure the base and the written files on this forget split: forget01, forget05, "
+        "forget10 (default: the card says that nothing was measured)",
+    )
+    group.add_argument(
+        "--retain-log", type=Path, metavar="LOG", help="reference: forget quality needs it"
+    )
+    group.add_argument(
+        "--protocol", default=DEFAULT, metavar="NAME", help=f"{', '.join(PROTOCOLS)}"
+    )
+    group.add_argument(
+        "--limit", type=options.positive_int, metavar="N", help="only the first N rows of each set"
+    )
+    group.add_argument(
+        "--candidates",
+        type=options.positive_int,
+        metavar="N",
+        help="how many adapters or settings these were selected from, for the card",
+    )
 
 
 def _chosen(args: argparse.Namespace, store: AdapterStore) -> list[tuple[str, float]]:
@@ -83,8 +120,7 @@ def _tell_view(
             )
 
 
-def run_merge(args: argparse.Namespace, console: Console) -> int:
-    """Writes the merged model and prints where it is."""
+def _refuse_4bit(args: argparse.Namespace) -> None:
     if args.load_in_4bit:
         raise UserError(
             "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
@@ -92,6 +128,12 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
             "Leave out --load-in-4bit, then quantise and evaluate; --from-4bit-view folds a QLoRA "
             "adapter into the base as it saw it.",
         )
+
+
+def run_merge(args: argparse.Namespace, console: Console) -> int:
+    """Writes the merged model and prints where it is."""
+    _refuse_4bit(args)
+    protocol_named(args.protocol)  # refused before anything is written
     from adapters.store import AdapterStore
 
     store = AdapterStore.open(options.store_path(args))
@@ -111,15 +153,27 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
     dtype = None if args.dtype == "auto" else args.dtype
     merged = fold_stack(base, folders, args.out, dtype, from_4bit_view=args.from_4bit_view)
     manifests = tuple((adapter.manifest, scale) for adapter, scale in stack)
-    write_release(
-        Release(store.base_name(), fingerprint.digest, manifests, merged, revision=args.revision)
+    release = Release(
+        store.base_name(),
+        fingerprint.digest,
+        manifests,
+        merged,
+        revision=args.revision,
+        candidates=args.candidates,
+        formulas=FORMULAS,
     )
+    # The weights stand before the long part: interrupted, they are whole and say "not measured".
+    write_release(release)
+    figures = _figures(args, console)
+    if figures is not None:
+        write_release(replace(release, **figures))
     store.mark_merged([slug for slug, _ in chosen], args.out.name)
     console.text(str(args.out))
-    console.hint(
-        "measure the merged files before you release them: "
-        f"`unlearner evaluate --base {args.out} --adapters none --split ...`."
-    )
+    if figures is None:
+        console.hint(
+            "measure the merged files before you release them: "
+            f"`unlearner evaluate --base {args.out} --adapters none --split ...`."
+        )
     console.result(
         {
             "out": args.out,
@@ -127,6 +181,33 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
             "adapters": [slug for slug, _ in chosen],
             "table": [{"name": slug, "scale": scale} for slug, scale in chosen],
             "merge": vars(merged),
+            "figures": figures,
         }
     )
     return 0
+
+
+def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+    """Figures before and after, from the files as written; None without --split."""
+    if args.split is None:
+        return None
+    from adapters.base_model import BaseSpec
+    from evaluation.records import read_log
+    from evaluation.released import measure_release
+    from evaluation.suite import load_eval_data
+    from ui.commands_eval import progress_of
+
+    console.words(f"Measuring {args.base} and {args.out} on {args.split} ...")
+    found = measure_release(
+        BaseSpec(args.base, args.revision),
+        args.out,
+        load_eval_data(args.split, args.data),
+        protocol=args.protocol,
+        retain_log=read_log(args.retain_log) if args.retain_log else None,
+        template=args.template,
+        limit=args.limit,
+        on_progress=progress_of(console),
+    )
+    rows = [{"name": "before", **found.before}, {"name": "after", **found.after}]
+    console.table(rows, ["name", *found.after])
+    return found._asdict()

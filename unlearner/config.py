@@ -59,6 +59,24 @@ OBJECTIVE_DEFAULTS: dict[str, ObjectiveConfig] = {
     "dpo": ObjectiveConfig("dpo", beta=0.1, retain_weight=1.0),
 }
 
+# What each one minimises, in a line, for model cards and reports; the code is `unlearner.losses`.
+_ON_BOTH = "w_f {} + w_r {}, means over the pairs of a step"
+_RETAIN = "nll_r/|y_r|"
+FORMULAS: dict[str, str] = {
+    "simnpo": _ON_BOTH.format("(-2/beta) log sigmoid(beta nll_f/|y_f| - gamma)", _RETAIN),
+    "simnpo-readme": _ON_BOTH.format("(-2/beta) log sigmoid(beta nll_f/|y_f| - gamma)", _RETAIN),
+    "npo": _ON_BOTH.format("(-2/beta) log sigmoid(beta (nll_f - nll_f,reference))", _RETAIN),
+    "grad_ascent": "w_f (-nll_f/|y_f|), mean over the forget rows of a step",
+    "grad_diff": _ON_BOTH.format("(-nll_f/|y_f|)", _RETAIN),
+    "kl": _ON_BOTH.format("(-nll_f/|y_f|)", "KL(reference || model) on the retain answer"),
+    "idk": _ON_BOTH.format("nll of a refusal/|y|", _RETAIN),
+    "dpo": _ON_BOTH.format(
+        "(-2/beta) log sigmoid(beta ((nll_refusal,reference - nll_refusal) - "
+        "(nll_f,reference - nll_f)))",
+        _RETAIN,
+    ),
+}
+
 # Which row streams an objective reads. Beside the defaults, so that a request can be checked
 # before torch is imported.
 STREAMS: dict[str, tuple[str, ...]] = {

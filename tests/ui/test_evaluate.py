@@ -13,27 +13,6 @@ from adapters import stack as live_stack
 from evaluation import suite
 from ui import commands_eval
 
-SETS = ("forget05", "retain", "real_authors", "world_facts")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TOFU's four evaluation files with three rows each."""
-    folder = tmp_path_factory.mktemp("data")
-    for name in SETS:
-        rows = [
-            {
-                "question": f"Who wrote {name} {i}?",
-                "answer": f"Mira wrote {i}.",
-                "paraphrased_answer": f"It was Mira who wrote {i}.",
-                "perturbed_answer": [f"Ola wrote {i}.", f"Kim wrote {i}."],
-            }
-            for i in range(3)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}_perturbed.json").write_text(text)
-    return folder
-
 
 @pytest.fixture
 def words(tiny_base: Path, data: Path) -> list[Any]:
