@@ -164,16 +164,11 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
     )
     # The weights stand before the long part: interrupted, they are whole and say "not measured".
     write_release(release)
+    store.mark_merged([slug for slug, _ in chosen], args.out.name)
     figures = _figures(args, console)
     if figures is not None:
         write_release(replace(release, **figures))
-    store.mark_merged([slug for slug, _ in chosen], args.out.name)
     console.text(str(args.out))
-    if figures is None:
-        console.hint(
-            "measure the merged files before you release them: "
-            f"`unlearner evaluate --base {args.out} --adapters none --split ...`."
-        )
     console.result(
         {
             "out": args.out,
@@ -190,6 +185,10 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
 def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
     """Figures before and after, from the files as written; None without --split."""
     if args.split is None:
+        console.hint(
+            "measure the merged files before you release them: "
+            f"`unlearner evaluate --base {args.out} --adapters none --split ...`."
+        )
         return None
     from adapters.base_model import BaseSpec
     from evaluation.records import read_log
