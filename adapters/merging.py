@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ COMPANIONS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt",
 )  # fmt: skip
+BLOCK = 1 << 20  # elements that are summed at a time
 Update = tuple[AdapterFiles, tuple[str, str], float]
 
 
@@ -129,35 +131,68 @@ class _Merge:
             for start in range(0, info.size, 1 << 24):
                 yield memoryview(source.raw(name, start, min(1 << 24, info.size - start)))
             return
-        weight = _as_tensor(source, name)
-        result = _nf4_view(weight) if viewed else weight.float()
-        del weight
+        matrices = [_matrices(files, names, s) for files, names, s in updates]
+        squares, change = 0.0, 0.0
+        for start, block in _blocks(source, name, whole=viewed):
+            result = _nf4_view(block) if viewed else block.float()
+            if updates:
+                total = _sum_of_updates(matrices, start, result)
+                squares += float(result.norm()) ** 2
+                change += float(total.norm()) ** 2
+                result += total
+            yield _as_bytes(result, code, name)
         if updates:
-            change = _add_updates(result, updates)
-            self.changes.setdefault(path.rsplit(".", 1)[-1], []).append(change)
-        yield _as_bytes(result, code, name)
+            kind = path.rsplit(".", 1)[-1]
+            self.changes.setdefault(kind, []).append((change / squares) ** 0.5 if squares else 0.0)
 
 
-def _as_tensor(source: TensorFile, name: str) -> torch.Tensor:
+def _blocks(source: TensorFile, name: str, *, whole: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """The tensor in blocks of rows with the number of their first row, or in one piece.
+
+    A matrix of a large model is hundreds of megabytes in float32, several times over while it is
+    summed: only a block at a time is.
+    """
+    shape = source.tensors[name].shape
+    if whole or len(shape) != 2:
+        yield 0, _as_tensor(source, name, shape, 0)
+        return
+    rows = max(1, BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], rows):
+        yield start, _as_tensor(source, name, (min(rows, shape[0] - start), shape[1]), start)
+
+
+def _as_tensor(source: TensorFile, name: str, shape: Sequence[int], first_row: int) -> torch.Tensor:
     import torch
 
     info = source.tensors[name]
     kind = getattr(torch, NAMES[info.dtype])
-    return torch.frombuffer(source.raw(name), dtype=kind).reshape(info.shape)
+    size = prod(shape) * ITEM_SIZE[info.dtype]
+    if size == 0:
+        return torch.zeros(tuple(shape), dtype=kind)
+    start = first_row * prod(shape[1:]) * ITEM_SIZE[info.dtype]
+    return torch.frombuffer(source.raw(name, start, size), dtype=kind).reshape(tuple(shape))
 
 
-def _add_updates(weight: torch.Tensor, updates: list[Update]) -> float:
-    """Add every s a/r B A to the float32 matrix in place; ||sum of updates|| / ||W||."""
+def _matrices(
+    files: AdapterFiles, names: tuple[str, str], scale: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A, B and the factor of their product."""
     import torch
 
-    total = torch.zeros_like(weight)
-    for files, (name_a, name_b), scale in updates:
-        a = torch.from_numpy(files.header.read(name_a))
-        b = torch.from_numpy(files.header.read(name_b))
-        total.addmm_(b, a, alpha=scale * files.unit)
-    norm, change = float(weight.norm()), float(total.norm())
-    weight += total
-    return change / norm if norm else 0.0
+    a, b = (torch.from_numpy(files.header.read(name)) for name in names)
+    return a, b, scale * files.unit
+
+
+def _sum_of_updates(
+    matrices: Sequence[tuple[torch.Tensor, torch.Tensor, float]], start: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Sum of s a/r B A on the rows from `start` that `like` has, float32."""
+    import torch
+
+    total = torch.zeros_like(like)
+    for a, b, factor in matrices:
+        total.addmm_(b[start : start + like.shape[0]], a, alpha=factor)
+    return total
 
 
 def _as_bytes(values: torch.Tensor, code: str, name: str) -> memoryview:
