@@ -148,7 +148,13 @@ def _with_parents(state: StoreState, catalog: Catalog, manifest: ForgetManifest)
 
 def _check_shape_claims(manifest: ForgetManifest, files: AdapterFiles) -> None:
     """What the manifest says about the LoRA must be what the files are."""
-    names = {"r": "r", "alpha": "lora_alpha", "target_modules": "target_modules"}
+    names = {
+        "r": "r",
+        "lora_r": "r",
+        "alpha": "lora_alpha",
+        "lora_alpha": "lora_alpha",
+        "target_modules": "target_modules",
+    }
     for claim, setting in names.items():
         said, actual = manifest.lora.get(claim), files.config[setting]
         if isinstance(said, (list, tuple)):

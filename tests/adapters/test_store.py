@@ -195,6 +195,8 @@ def test_one_store_holds_adapters_of_one_base(
 def test_manifest_must_describe_the_adapter_it_comes_with(publish: Any) -> None:
     with pytest.raises(UserError, match="lora alpha is 9"):
         publish("0001", lora={"r": 2, "alpha": 9})
+    with pytest.raises(UserError, match="lora lora_r is 9"):
+        publish("0001", lora={"lora_r": 9})
     with pytest.raises(UserError, match="which base"):
         publish("0001", base={"name": "org/tiny"})
     with pytest.raises(UserError, match="r0009_00000000"):
