@@ -72,7 +72,7 @@ def fingerprint_base(folder: Path) -> BaseFingerprint:
     shards = weight_files(folder)
     tokenizer = [folder / n for n in ("tokenizer.json", "tokenizer.model")]
     tokenizer = [path for path in tokenizer if path.is_file()][:1]
-    cache_path = _cache_folder() / "fingerprints.json"
+    cache_path = cache_folder() / "fingerprints.json"
     key = str(folder)
     stamp = [_stamp(path) for path in [folder / "config.json", *shards, *tokenizer]]
     cached = _cached(cache_path, key, stamp)
@@ -202,7 +202,8 @@ def _stamp(path: Path) -> list[Any]:
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """The user's cache: `$UNLEARNER_CACHE`, else ~/.cache/unlearner."""
     given = os.environ.get("UNLEARNER_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "unlearner"
 

@@ -117,7 +117,7 @@ LLAMA2_7B = Preset(
             "gradient_accumulation_steps": 8,
             "lora_r": 16,
             "lora_alpha": 32,
-            "gradient_checkpointing": True,
+            "gradient_checkpointing": "all",
         },
     },
     load_in_4bit=True,

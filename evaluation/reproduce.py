@@ -194,9 +194,7 @@ def _memory(run: Reproduction) -> dict[str, Any] | None:
         memory.LLAMA2_7B,
         config,
         [memory.LONGEST_TOFU_ROW],
-        load_in_4bit=run.spec("").load_in_4bit,
-        weight_bytes=2,
-        on_gpu=True,
+        memory.Holding(run.spec("").load_in_4bit, 2, True),
     ).to_json()
 
 

@@ -86,6 +86,12 @@ def add_run_flags(parser: options.Parser) -> None:
         help="train on the bare base, whatever is active",
     )
     parser.add_argument(
+        "--memory-limit",
+        type=gib_size,
+        metavar="GIB",
+        help="what the run may use, for instance of a smaller card (default: what is free)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print rows, steps and memory, load no model"
     )
     parser.add_argument(
@@ -97,6 +103,17 @@ def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     """The settings of a run: the objective's published ones with the given flags."""
     names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     return make_config(args.objective, **given_settings(args, names))
+
+
+def gib_size(text: str) -> int:
+    """Bytes of a number of GiB above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return round(value * 1024**3)
 
 
 def run_forget(args: argparse.Namespace, console: Console) -> int:
@@ -136,8 +153,9 @@ def train_request(
     base = options.base_spec(args)
     if args.dry_run:
         store = AdapterStore.open(path) if (path / "store.json").is_file() else None
-        _print_plan(plan(prepare(request, base, config, store, **given)), console)
-        return 0
+        made = plan(prepare(request, base, config, store, **given), args.memory_limit)
+        _print_plan(made, console)
+        return 3 if made["fits"] is False else 0
     adapter = unlearn(
         request,
         base,
@@ -147,6 +165,7 @@ def train_request(
         label=args.label,
         resume=args.resume,
         keep_teacher=args.keep_teacher,
+        memory_limit=args.memory_limit,
         on_progress=lambda event: show_event(event, console),
     )
     console.text(adapter.slug)
@@ -176,6 +195,14 @@ def _print_plan(made: Mapping[str, Any], console: Console) -> None:
     console.text(
         f"memory    estimate {size_text(memory['low_bytes'])} to {size_text(memory['high_bytes'])}"
     )
-    for name, count in memory["terms_bytes"].items():
-        console.text(f"          {name.replace('_', ' ')} {size_text(count)}")
+    for name, (low, high) in memory["terms_bytes"].items():
+        ends = size_text(low) if low == high else f"{size_text(low)} to {size_text(high)}"
+        console.text(f"          {name.replace('_', ' '):<21} {ends}")
+    console.text(f"          checkpointing         {made['gradient_checkpointing']}")
+    if made["fits"] is False:
+        changes = " ".join(made["changes_that_fit"])
+        console.words(
+            f"Does not fit into {size_text(made['memory_limit'])} by the high end. "
+            + (f"Smallest change: {changes}" if changes else "No setting here would.")
+        )
     console.result({"dry_run": True, **made})

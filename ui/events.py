@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ui.console import size_text
+
 if TYPE_CHECKING:
     from ui.console import Console
 
@@ -25,5 +27,8 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
     elif event.get("step") is not None:
         doing = str(event.get("text") or DOING.get(kind, kind))
         console.progress({**event, "message": " ".join(part for part in (job, doing) if part)})
+    elif kind == "probe":
+        peak, limit = size_text(event["peak_bytes"]), size_text(event["limit_bytes"])
+        console.words(f"Two steps on the longest rows take {peak} of {limit}.")
     elif text := event.get("text") or WORDS.get(kind):
         console.words(f"{job}: {text}" if job else str(text))

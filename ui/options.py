@@ -201,7 +201,9 @@ SETTING_HELP = {
     "weight_decay": "AdamW's weight decay on the adapter",
     "max_grad_norm": "clip gradients to this norm, 0 = never",
     "max_length": "a row is cut at this many tokens, prompt included",
-    "gradient_checkpointing": "recompute activations: slower, less memory",
+    "gradient_checkpointing": "recompute activations, slower with less memory: off, all, a number "
+    "N for every N-th layer, or auto, as far as it is needed; without a word: all",
+    "padded": "padded batches sorted by length instead of packs",
     "optim": "transformers' optimizer name",
     "seed": "of pairing, order and the adapter's first weights",
 }
@@ -244,7 +246,9 @@ def add_fields(group: argparse._ArgumentGroup, kind: type, names: Sequence[str])
 def _add_setting(group: argparse._ArgumentGroup, name: str, kind: type, default: str) -> None:
     flag = "--" + name.replace("_", "-")
     text = f"{SETTING_HELP[name]} (default: {default})"
-    if kind is bool:
+    if name == "gradient_checkpointing" and kind is str:
+        group.add_argument(flag, nargs="?", const="all", default=None, metavar="HOW", help=text)
+    elif kind is bool:
         group.add_argument(flag, action="store_true", default=None, help=text)
     elif kind is tuple:
         group.add_argument(flag, type=_name_tuple, default=None, metavar="A,B", help=text)

@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from unlearner.ranks import any_of
+
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -99,13 +101,15 @@ class RunCallback(TrainerCallback):
             "remaining": elapsed / done * (state.max_steps - state.global_step),
             "memory_bytes": peak_memory(),
         }
+        if not state.is_world_process_zero:
+            return
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._report(line)
 
     def stop_if_asked(self, control: Any) -> None:
         """Has the trainer save and end after this step, where somebody asked for it."""
-        if self._stop.asked:
+        if any_of(self._stop.asked):  # one process that stops alone would leave the others waiting
             control.should_save = True
             control.should_training_stop = True
 

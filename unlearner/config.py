@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ TARGET_MODULES = (
     "up_proj",
     "down_proj",
 )
+CHECKPOINTING = r"auto|off|all|[2-9]|[1-9]\d{1,2}"
 ObjectiveName = Literal[
     "simnpo", "simnpo-readme", "npo", "grad_ascent", "grad_diff", "kl", "idk", "dpo"
 ]
@@ -123,7 +125,9 @@ class TrainConfig:
         weight_decay: AdamW's, on the adapter.
         max_grad_norm: 0 = no clipping, as the published recipe.
         max_length: a row is cut at this many tokens, prompt included.
-        gradient_checkpointing: trade time for memory.
+        gradient_checkpointing: trade time for memory: "off", "all", a number N for every N-th
+            layer, or "auto", as much as the memory plan asks for.
+        padded: padded batches, sorted by length, instead of packs.
         optim: transformers' optimizer name.
         seed: of pairing, order and adapter init.
     """
@@ -137,7 +141,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 0.0
     max_length: int = 500
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "auto"
+    padded: bool = False
     optim: str = "adamw_torch"
     seed: int = 42
 
@@ -199,6 +204,11 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (train.max_length >= 8, f"max_length {train.max_length} is below 8"),
         (0 <= train.warmup_ratio <= 1, f"warmup_ratio {train.warmup_ratio} is not in [0, 1]"),
         (train.weight_decay >= 0, f"weight_decay {train.weight_decay} is below 0"),
+        (
+            re.fullmatch(CHECKPOINTING, train.gradient_checkpointing) is not None,
+            f"gradient_checkpointing {train.gradient_checkpointing!r} is not auto, off, all or a "
+            "number from 2",
+        ),
         (train.max_grad_norm >= 0, f"max_grad_norm {train.max_grad_norm} is below 0"),
         (
             min(train.per_device_train_batch_size, train.gradient_accumulation_steps) >= 1,

@@ -149,7 +149,7 @@ def _arguments(config: FinetuneConfig, rows: int, folder: Path) -> Any:
         dataloader_pin_memory=False,
         # The rows are tokenised and masked already, exactly as they are evaluated.
         dataset_kwargs={"skip_prepare_dataset": True},
-        **checkpointing_arguments(config.gradient_checkpointing),
+        **checkpointing_arguments("all" if config.gradient_checkpointing else "off"),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.errors import StoreCorrupt
-from unlearner.likelihood import AnswerLogits, answer_logits
+from unlearner.likelihood import Answers, answer_logits, per_token, sum_by_row
 from unlearner.prompts import IGNORE, Encoded, pad_batch
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _log_rest(log_p: Tensor) -> Tensor:
     return left.clamp_min(torch.finfo(left.dtype).tiny).log().clamp_min(_FLOOR)
 
 
-def guard_kl(found: AnswerLogits, teachers: Sequence[GuardRow]) -> Tensor:
+def guard_kl(found: Answers, teachers: Sequence[GuardRow]) -> Tensor:
     """`KL(teacher || model)` in nats, mean over each row's answer positions, (rows,).
 
     Over the teacher's likeliest tokens and one class for all others: by the data-processing
@@ -91,19 +91,22 @@ def guard_kl(found: AnswerLogits, teachers: Sequence[GuardRow]) -> Tensor:
     holds all of it.
 
     Args:
-        found: the model's answer logits of these rows, in this order.
+        found: the model's answers on these rows, in this order.
         teachers: one a row.
     """
-    device = found.logits.device
+    device = found.at.hidden.device
     tokens = torch.cat([one.tokens for one in teachers]).to(device)
     log_p = torch.cat([one.log_p for one in teachers]).to(device)
     rest = torch.cat([one.rest for one in teachers]).to(device)
-    log_q = F.log_softmax(found.logits.float(), dim=-1).gather(-1, tokens)
-    per_token = (log_p.exp() * (log_p - log_q)).sum(-1)
-    if tokens.shape[-1] < found.logits.shape[-1]:
-        per_token = per_token + rest.exp() * (rest - _log_rest(log_q))
-    total = torch.zeros(found.n.shape[0], dtype=per_token.dtype, device=device)
-    return total.index_add(0, found.row, per_token) / found.n
+
+    def divergence(logits: Tensor, part: slice) -> Tensor:
+        log_q = F.log_softmax(logits.float(), dim=-1).gather(-1, tokens[part])
+        token = (log_p[part].exp() * (log_p[part] - log_q)).sum(-1)
+        if tokens.shape[-1] < logits.shape[-1]:
+            token = token + rest[part].exp() * (rest[part] - _log_rest(log_q))
+        return token
+
+    return sum_by_row(per_token(found.at.hidden, found.head, divergence), found.at).per_token
 
 
 def pack_teacher(rows: Sequence[GuardRow]) -> bytes:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from unlearner.likelihood import AnswerLogits, AnswerNLL
+from unlearner.likelihood import AnswerLogits, AnswerNLL, sum_by_row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,11 +49,8 @@ class Forwards(Protocol):
     def reference_nll(self, stream: str) -> AnswerNLL:
         """Under the reference, without gradient."""
 
-    def logits(self, stream: str) -> AnswerLogits:
-        """Under the model in training."""
-
-    def reference_logits(self, stream: str) -> AnswerLogits:
-        """Under the reference, without gradient."""
+    def reference_kl(self, stream: str) -> Tensor:
+        """`kl_to_reference` of the stream's rows, (rows,)."""
 
 
 def simnpo(nll: Tensor, n: Tensor, beta: float, gamma: float) -> Tensor:
@@ -94,11 +91,15 @@ def kl_to_reference(theta: AnswerLogits, reference: AnswerLogits) -> Tensor:
 
     Source: arXiv 2401.06121 (KL minimisation); over answer positions only, in float32.
     """
-    log_p = F.log_softmax(theta.logits.float(), dim=-1)
-    log_q = F.log_softmax(reference.logits.float(), dim=-1)
-    token = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    total = torch.zeros(theta.n.shape[0], dtype=token.dtype, device=token.device)
-    return total.index_add(0, theta.row, token) / theta.n
+    token = token_kl(theta.logits, reference.logits)
+    return sum_by_row(token, theta).per_token
+
+
+def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """`KL(softmax(reference) || softmax(logits))` of each token in nats, float32, (tokens,)."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    log_q = F.log_softmax(reference.float(), dim=-1)
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def _simnpo(step: Forwards, config: ObjectiveConfig) -> Terms:
@@ -123,8 +124,7 @@ def _grad_ascent(step: Forwards, config: ObjectiveConfig) -> Terms:
 
 
 def _kl(step: Forwards, config: ObjectiveConfig) -> Terms:
-    kept = kl_to_reference(step.logits("retain"), step.reference_logits("retain"))
-    return Terms(-step.nll("forget").per_token, kept)
+    return Terms(-step.nll("forget").per_token, step.reference_kl("retain"))
 
 
 def _idk(step: Forwards, config: ObjectiveConfig) -> Terms:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ ADAPTER_BYTES = 16
 # adapters under autocast): 29.3 per hidden unit and 8 per intermediate unit.
 ACTIVATION_HIDDEN, ACTIVATION_INTERMEDIATE = 29.3, 8.0
 CHECKPOINT_HIDDEN = 2.0
-# Dequantisation buffers, cuBLAS workspace and CUDA context.
-GPU_OVERHEAD = 0.78 * GIB
-RANGE = 0.2
+# Rows of logits that exist at once (`unlearner.likelihood.CHUNK`, which needs torch to import).
+CHUNK = 512
+# CUDA context and cuBLAS workspace, from published runs; never measured by us.
+CONTEXT = (0.35 * GIB, 0.9 * GIB)
+# What formulas miss: allocator rounding, layout, kernels' own buffers.
+SLACK = 0.15
+# From most to least memory, and from fastest to slowest.
+CHECKPOINTING = ("off", "4", "3", "2", "all")
 
 # config.json of Llama-2-7b, and the longest of TOFU's training rows in its tokens.
 LLAMA2_7B = {
@@ -38,24 +43,45 @@ LONGEST_TOFU_ROW = 164
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Terms of the peak in bytes; `low` and `high` bound the sum by plus or minus 20 %."""
+class Holding:
+    """How the base is held.
 
-    terms: dict[str, float]
+    Attributes:
+        load_in_4bit: nf4 projections; embeddings and head stay as they are.
+        weight_bytes: bytes of an unquantised weight (2 for bf16, 4 for float32).
+        on_gpu: adds context and workspace.
+    """
+
+    load_in_4bit: bool
+    weight_bytes: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Terms of the peak, each with its low and high end in bytes."""
+
+    terms: dict[str, tuple[float, float]]
 
     @property
-    def total(self) -> float:
-        """Sum of the terms."""
-        return sum(self.terms.values())
+    def low(self) -> float:
+        """Sum of the low ends."""
+        return sum(low for low, _ in self.terms.values())
+
+    @property
+    def high(self) -> float:
+        """Sum of the high ends."""
+        return sum(high for _, high in self.terms.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Bytes by term, total and range, marked as an estimate."""
+        """Bytes by term and range, marked as an estimate."""
         return {
             "kind": "estimate",
-            "terms_bytes": {name: round(value) for name, value in self.terms.items()},
-            "total_bytes": round(self.total),
-            "low_bytes": round(self.total * (1 - RANGE)),
-            "high_bytes": round(self.total * (1 + RANGE)),
+            "terms_bytes": {
+                name: [round(low), round(high)] for name, (low, high) in self.terms.items()
+            },
+            "low_bytes": round(self.low),
+            "high_bytes": round(self.high),
         }
 
 
@@ -86,7 +112,7 @@ def read_shape(folder: Path) -> dict[str, int]:
     }
 
 
-def projections(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
+def projections(shape: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the seven projections of one block."""
     h, ff = shape["hidden_size"], shape["intermediate_size"]
     q, kv = shape["attention_size"], shape["key_value_size"]
@@ -101,51 +127,177 @@ def projections(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
     }
 
 
-def lora_parameters(shape: dict[str, int], config: UnlearnConfig) -> int:
+def lora_parameters(shape: Mapping[str, int], config: UnlearnConfig) -> int:
     """Trainable weights of the adapter: `r * (inputs + outputs)` a projection and layer."""
     sizes = projections(shape)
     known = [sizes[name] for name in config.lora.target_modules if name in sizes]
     return shape["num_hidden_layers"] * config.lora.lora_r * sum(sum(pair) for pair in known)
 
 
+def tokens_of_a_batch(
+    config: UnlearnConfig, lengths: Sequence[int], n_forget: int
+) -> tuple[int, int]:
+    """Tokens of a packed micro-batch: of average rows, and of the longest there are."""
+    train = config.train
+    rows = 2 * min(train.per_device_train_batch_size, train.batch_size(n_forget))
+    cut = sorted((min(length, train.max_length) for length in lengths), reverse=True) or [1]
+    longest = sum(cut[:rows]) + max(0, rows - len(cut)) * cut[0]
+    return round(rows * sum(cut) / len(cut)), longest
+
+
+def saved_bytes(shape: Mapping[str, int], tokens: float, setting: str, weight_bytes: int) -> float:
+    """Bytes kept for backward by `tokens` tokens under a checkpointing setting.
+
+    A checkpointed layer keeps its input alone; one layer at a time is whole while it is computed
+    again.
+    """
+    h, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    scale = weight_bytes / 2
+    whole = (ACTIVATION_HIDDEN * h + ACTIVATION_INTERMEDIATE * shape["intermediate_size"]) * scale
+    if setting in ("off", "auto"):
+        return tokens * layers * whole
+    every = 1 if setting == "all" else int(setting)
+    checkpointed = -(-layers // every)
+    kept = checkpointed * CHECKPOINT_HIDDEN * h * scale + (layers - checkpointed) * whole
+    return tokens * (kept + whole)
+
+
 def estimate(
-    shape: dict[str, int],
+    shape: Mapping[str, int],
     config: UnlearnConfig,
     lengths: Sequence[int],
-    *,
-    load_in_4bit: bool,
-    weight_bytes: int,
-    on_gpu: bool,
+    holding: Holding,
+    n_forget: int | None = None,
 ) -> MemoryEstimate:
     """Peak memory of training, from the shape of the base and the lengths of the rows.
 
     Args:
         shape: see `read_shape`.
         config: LoRA shape, micro-batch size and checkpointing.
-        lengths: tokens of the rows; the longest decide the padded micro-batch.
-        load_in_4bit: nf4 projections; embeddings and head stay as they are.
-        weight_bytes: bytes of an unquantised weight (2 for bf16, 4 for float32).
-        on_gpu: adds context and workspace.
+        lengths: tokens of the rows.
+        holding: how the base is held.
+        n_forget: forget rows; a step has no more pairs than these.
     """
-    h, layers, vocabulary = shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
-    linear = layers * sum(a * b for a, b in projections(shape).values())
+    h, vocabulary = shape["hidden_size"], shape["vocab_size"]
+    sizes = projections(shape).values()
+    linear = shape["num_hidden_layers"] * sum(a * b for a, b in sizes)
     embedding = vocabulary * h * (1 if shape["tied"] else 2)
-    rows = 2 * config.train.per_device_train_batch_size
-    longest = min(max(lengths, default=1), config.train.max_length)
-    tokens = rows * longest
-    per_layer = ACTIVATION_HIDDEN * h + ACTIVATION_INTERMEDIATE * shape["intermediate_size"]
-    scale = weight_bytes / 2
-    saved = tokens * layers * per_layer * scale
-    if config.train.gradient_checkpointing:
-        saved = tokens * scale * (layers * CHECKPOINT_HIDDEN * h + per_layer)
+    per_weight = NF4_BYTES if holding.load_in_4bit else holding.weight_bytes
+    weights = linear * per_weight + embedding * holding.weight_bytes
+    adapter = float(ADAPTER_BYTES * lora_parameters(shape, config))
+    usual, longest = tokens_of_a_batch(config, lengths, n_forget or len(lengths))
+    setting, width = config.train.gradient_checkpointing, holding.weight_bytes
+    # Logits of a chunk of answer positions, their float32 copy, its softmax and gradient.
+    chunk = vocabulary * (width + 12.0)
     terms = {
-        "weights": linear * (NF4_BYTES if load_in_4bit else weight_bytes)
-        + embedding * weight_bytes,
-        "adapter_and_optimizer": float(ADAPTER_BYTES * lora_parameters(shape, config)),
-        "activations": saved,
-        # Logits of the answer positions, their float32 copy and its gradient.
-        "logits": tokens * vocabulary * (weight_bytes + 8.0),
+        "weights": (weights, weights * 1.02),
+        "adapter_and_optimizer": (adapter, adapter),
+        "activations": (
+            saved_bytes(shape, usual, setting, width),
+            saved_bytes(shape, longest, setting, width) * (1 + SLACK),
+        ),
+        "logits": (min(CHUNK, 0.6 * usual) * chunk * 0.8, min(CHUNK, longest) * chunk),
     }
-    if on_gpu:
-        terms["context_and_workspace"] = GPU_OVERHEAD
+    # A projection is put back together for its product, and again for its gradient.
+    largest = max(a * b for a, b in sizes)
+    buffers = 2.0 * largest * width if holding.load_in_4bit else 0.0
+    if holding.on_gpu or buffers:
+        terms["workspace"] = (buffers, 2 * buffers + (0.1 * GIB if holding.on_gpu else 0.0))
+    if holding.on_gpu:
+        terms["context"] = CONTEXT
     return MemoryEstimate(terms)
+
+
+def choose_checkpointing(
+    shape: Mapping[str, int],
+    config: UnlearnConfig,
+    lengths: Sequence[int],
+    holding: Holding,
+    budget: float,
+    n_forget: int | None = None,
+) -> str:
+    """The fastest setting whose high estimate stays within `budget` bytes, else "all"."""
+    for setting in CHECKPOINTING:
+        tried = with_train(config, gradient_checkpointing=setting)
+        if estimate(shape, tried, lengths, holding, n_forget).high <= budget:
+            return setting
+    return "all"
+
+
+def with_train(config: UnlearnConfig, **settings: Any) -> UnlearnConfig:
+    """The configuration with other training settings."""
+    return replace(config, train=replace(config.train, **settings))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A configuration that is estimated to fit, and the flags that lead there."""
+
+    flags: tuple[str, ...]
+    config: UnlearnConfig
+    holding: Holding
+    high: float
+
+
+def smallest_change(
+    shape: Mapping[str, int],
+    config: UnlearnConfig,
+    lengths: Sequence[int],
+    holding: Holding,
+    budget: float,
+    *,
+    n_forget: int | None = None,
+    factor: float = 1.0,
+) -> Change | None:
+    """The least that makes a run fit into `budget` bytes by the estimate, or None.
+
+    In this order, each kept when the next is needed too: what costs only time (checkpointing, a
+    step in more parts), then what changes what is trained on (4 bit), then the adapter itself.
+
+    Args:
+        shape: see `read_shape`.
+        config: the settings that do not fit.
+        lengths: tokens of the rows.
+        holding: how the base is held.
+        budget: bytes there are.
+        n_forget: forget rows.
+        factor: measured over estimated peak, where there is a measurement.
+    """
+    flags: dict[str, str] = {}
+
+    def now() -> Change | None:
+        high = estimate(shape, config, lengths, holding, n_forget).high * factor
+        said = tuple(f"{name} {value}".strip() for name, value in flags.items())
+        return Change(said, config, holding, high) if high <= budget else None
+
+    current = config.train.gradient_checkpointing
+    order = CHECKPOINTING if current == "auto" else CHECKPOINTING[CHECKPOINTING.index(current) :]
+    for setting in order:
+        if setting != current:
+            flags["--gradient-checkpointing"] = setting
+        config = with_train(config, gradient_checkpointing=setting)
+        if flags and (found := now()):
+            return found
+    while (pairs := config.train.per_device_train_batch_size) > 1:
+        steps = config.train.gradient_accumulation_steps * pairs
+        pairs //= 2
+        config = with_train(
+            config,
+            per_device_train_batch_size=pairs,
+            gradient_accumulation_steps=-(-steps // pairs),
+        )
+        flags["--per-device-train-batch-size"] = str(pairs)
+        flags["--gradient-accumulation-steps"] = str(config.train.gradient_accumulation_steps)
+        if found := now():
+            return found
+    if not holding.load_in_4bit:
+        holding = replace(holding, load_in_4bit=True)
+        flags["--load-in-4bit"] = ""
+        if found := now():
+            return found
+    while config.lora.lora_r > 4:
+        config = replace(config, lora=replace(config.lora, lora_r=config.lora.lora_r // 2))
+        flags["--lora-r"] = str(config.lora.lora_r)
+        if found := now():
+            return found
+    return None

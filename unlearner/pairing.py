@@ -6,12 +6,15 @@ run does not depend on how a step is divided into micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from adapters.errors import UserError
 from unlearner.config import TrainConfig
 from unlearner.prompts import Encoded
 
@@ -83,6 +86,38 @@ def plan_steps(
     return [pairs[start : start + batch] for start in range(0, total, batch)]
 
 
-def micro_batches(steps: Sequence[Sequence[Pair]], size: int) -> list[list[Pair]]:
-    """Every step cut into equally many micro-batches of at most `size` pairs, in order."""
-    return [list(step[i : i + size]) for step in steps for i in range(0, len(step), size)]
+def micro_batches(
+    steps: Sequence[Sequence[Pair]],
+    size: int,
+    processes: int = 1,
+    length: Callable[[Pair], int] | None = None,
+) -> list[list[Pair]]:
+    """Every step cut into equally many micro-batches of at most `size` pairs.
+
+    Args:
+        steps: the pairs of every optimizer step, equally many.
+        size: pairs of a micro-batch at most.
+        processes: the number of micro-batches of a step is a multiple of it.
+        length: longest row of a pair in tokens: pairs of like length then share a micro-batch,
+            so that less is padding. The step's gradient does not depend on it.
+
+    Raises:
+        UserError: fewer pairs in a step than processes.
+    """
+    pairs = len(steps[0])
+    if pairs < processes:
+        raise UserError(
+            f"A step of {pairs} pairs cannot be shared by {processes} processes.",
+            "Start fewer, or raise --per-device-train-batch-size.",
+        )
+    count = processes * math.ceil(math.ceil(pairs / size) / processes)
+    while count > pairs:
+        count -= processes
+    bounds = [round(i * pairs / count) for i in range(count + 1)]
+    if processes == 1:
+        bounds = [*range(0, pairs, size), pairs]
+    chosen = []
+    for step in steps:
+        ordered = list(step) if length is None else sorted(step, key=length, reverse=True)
+        chosen += [ordered[a:b] for a, b in pairwise(bounds)]
+    return chosen

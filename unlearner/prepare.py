@@ -91,7 +91,7 @@ def prepare(
         "retain": _digest(key, request.retain, "retain"),
     }
     what = {
-        "config": config.to_json(),
+        "config": _recipe(config, len(request.rows)),
         "digests": digests,
         "base": fingerprint.digest,
         "spec": asdict(base),
@@ -139,6 +139,18 @@ def _check_names(train: TrainConfig) -> None:
         given, choices = getattr(train, name), [str(choice.value) for choice in known]
         if given not in choices:
             raise UserError(f"There is no {name} '{given}'.", did_you_mean(given, choices))
+
+
+def _recipe(config: UnlearnConfig, n_forget: int) -> dict[str, Any]:
+    """The settings that decide the result: how a step is cut up and recomputed does not, so that
+    a run that did not fit can go on with other such settings.
+    """
+    told = config.to_json()
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        del told["train"][name]
+    for name in ("gradient_checkpointing", "padded"):
+        del told["train"][name]
+    return {**told, "pairs_per_step": config.train.batch_size(n_forget)}
 
 
 def _run_key(what: Mapping[str, Any]) -> str:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.adapter_files import WEIGHTS_NAME
 from adapters.base_model import BaseSpec, base_view, load_base, resolve_base
-from adapters.errors import Interrupted
 from adapters.manifest import ForgetManifest
 from adapters.store import AdapterStore, StoredAdapter
 from adapters.teachers import teacher_path, write_teacher
+from unlearner import ranks
 from unlearner.config import UnlearnConfig
 from unlearner.data import Request, Row
-from unlearner.pairing import plan_steps
 from unlearner.prepare import Prepared, Template, prepare
 from unlearner.prompts import pad_id
 
@@ -42,6 +41,8 @@ def unlearn(
     guard: Sequence[Row] = (),
     replaces: Sequence[str] = (),
     keep_teacher: bool = False,
+    memory_limit: int | None = None,
+    callbacks: Sequence[Any] = (),
     on_progress: Progress | None = None,
 ) -> StoredAdapter:
     """The forget adapter of `request`, trained on the frozen base and filed in the store (ready).
@@ -63,13 +64,20 @@ def unlearn(
             rows must all be in `request`.
         keep_teacher: record what the trained stack answers on these rows outside the store, for
             the guard of later requests. The record holds the rows as tokens.
-        on_progress: gets a dict per event: "note", "load", "train" (one a step), "stopping",
-            "publish".
+        memory_limit: bytes the run may take, for instance of a smaller card than this one; by
+            default what is free.
+        callbacks: more of transformers' callbacks.
+        on_progress: gets a dict per event: "note", "load", "probe" (the peak of two steps), "train"
+            (one a step), "stopping", "publish".
 
     Raises:
         UserError: whatever `prepare` refuses.
+        DoesNotFit: it needs more memory than there is; where that showed half-way, a checkpoint
+            stands.
         Interrupted: stopped by Ctrl-C; a checkpoint stands and `resume` continues it.
     """
+    from unlearner.training import train
+
     report = on_progress or _silent
     run = prepare(
         request,
@@ -84,36 +92,60 @@ def unlearn(
     )
     for note in run.notes:
         report({"event": "note", "text": note})
+    ranks.join()
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
     model, view = _load(run, store)
     run, teachers = _guarded(model, run, store, report)
     work = store.work_dir(run.key)
-    _train(model, run, teachers, work, resume, report)
+    parents = [store.get(p.slug).manifest.files[WEIGHTS_NAME]["sha256"] for p in run.parents]
+    how = train(
+        model,
+        run,
+        teachers,
+        work,
+        resume=resume,
+        memory_limit=memory_limit,
+        parent_hashes=parents,
+        callbacks=callbacks,
+        report=report,
+    )
+    how["guard_rows"] = len(teachers)
     report({"event": "publish"})
-    adapter = _publish(model, run, view, store, label, len(teachers))
-    if keep_teacher:
+    adapter = ranks.from_first(lambda: _publish(model, run, view, store, label, how))
+    if keep_teacher and ranks.rank() == 0:
         _record_teacher(model, run, adapter)
-    shutil.rmtree(work)
+    ranks.wait()
+    if ranks.rank() == 0:
+        shutil.rmtree(work)
     return adapter
 
 
-def plan(run: Prepared) -> dict[str, Any]:
-    """What a run would do, for `--dry-run`: rows, steps, adapter size and a memory estimate."""
+def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
+    """What a run would do, for `--dry-run`: rows, steps, adapter size and a memory estimate.
+
+    With `memory_limit` in bytes it also says whether the high end of the estimate fits, and if not
+    the smallest changes that would.
+    """
     from unlearner import memory
 
     train = run.config.train
     on_gpu = run.base.device.startswith("cuda") or (run.base.device == "auto" and _has_gpu())
     float32 = run.base.dtype == "float32" or (run.base.dtype == "auto" and not on_gpu)
+    held = memory.Holding(run.base.load_in_4bit, 4 if float32 else 2, on_gpu)
     shape = memory.read_shape(resolve_base(run.base.name, run.base.revision))
     lengths = [len(row.input_ids) for row in (*run.rows.forget, *run.rows.retain)]
-    found = memory.estimate(
-        shape,
-        run.config,
-        lengths,
-        load_in_4bit=run.base.load_in_4bit,
-        weight_bytes=4 if float32 else 2,
-        on_gpu=on_gpu,
-    )
+    config, chosen = run.config, train.gradient_checkpointing
+    if chosen == "auto" and memory_limit is not None:
+        chosen = memory.choose_checkpointing(
+            shape, config, lengths, held, memory_limit, len(run.rows.forget)
+        )
+    config = memory.with_train(config, gradient_checkpointing=chosen)
+    found = memory.estimate(shape, config, lengths, held, len(run.rows.forget))
+    change = None
+    if memory_limit is not None and found.high > memory_limit:
+        change = memory.smallest_change(
+            shape, config, lengths, held, memory_limit, n_forget=len(run.rows.forget)
+        )
     n = len(run.request.rows)
     return {
         "request": run.request.name,
@@ -125,6 +157,10 @@ def plan(run: Prepared) -> dict[str, Any]:
         "longest_row_tokens": max(lengths),
         "adapter_parameters": memory.lora_parameters(shape, run.config),
         "memory": found.to_json(),
+        "memory_limit": memory_limit,
+        "fits": None if memory_limit is None else found.high <= memory_limit,
+        "changes_that_fit": list(change.flags) if change is not None else [],
+        "gradient_checkpointing": chosen,
         "settings": run.config.to_json(),
         "replaces": list(run.supersedes),
         "guard_rows": len(run.rows.guard),
@@ -201,71 +237,20 @@ def _record_teacher(model: Any, run: Prepared, adapter: StoredAdapter) -> None:
     write_teacher(adapter.manifest.files[WEIGHTS_NAME]["sha256"], pack_teacher(taught))
 
 
-def _train(
-    model: Any,
-    run: Prepared,
-    teachers: Sequence[GuardRow],
-    work: Path,
-    resume: bool,
-    report: Progress,
-) -> None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from unlearner.callbacks import RunCallback, StopRequest
-    from unlearner.environment import threads_for
-    from unlearner.trainer import UnlearnTrainer
-
-    last = get_last_checkpoint(str(work)) if resume else None
-    if last is None:
-        # A run that starts over leaves nothing of an earlier one to be mistaken for its own.
-        shutil.rmtree(work)
-        work.mkdir()
-        if resume:
-            report({"event": "note", "text": "nothing was saved of this run: it starts at step 0"})
-    rows, config = run.rows, run.config
-    refusals = len(rows.refusals[0]) if rows.refusals else 0
-    steps = plan_steps(len(rows.forget), len(rows.retain), refusals, config.train, len(rows.guard))
-    stop = StopRequest()
-    trainer = UnlearnTrainer(
-        model,
-        rows,
-        steps,
-        config,
-        work,
-        pad_token_id=pad_id(run.fmt.tokenizer),
-        parents=[parent.slug for parent in run.parents],
-        guard=teachers,
-    )
-    trainer.add_callback(
-        RunCallback(lambda: trainer.last_terms, stop, work / "metrics.jsonl", report)
-    )
-    with threads_for(model), stop.listening(report):
-        trainer.train(resume_from_checkpoint=last)
-    if stop.asked and trainer.state.global_step < len(steps):
-        raise Interrupted(
-            f"Stopped after step {trainer.state.global_step} of {len(steps)}; it is saved.",
-            "The same command with --resume continues it.",
-        )
-
-
 def _publish(
     model: Any,
     run: Prepared,
     view: dict[str, Any],
     store: AdapterStore,
     label: str | None,
-    guarded: int,
+    how: dict[str, Any],
 ) -> StoredAdapter:
     from adapters.stack import save_adapter
     from unlearner.environment import describe
 
     config = run.config
     device = next(model.parameters()).device.type
-    train = config.to_json()["train"] | {
-        "steps": config.train.steps(len(run.request.rows)),
-        "template": run.fmt.name,
-        "guard_rows": guarded,
-    }
+    trained = config.to_json()["train"] | how | {"template": run.fmt.name}
     manifest = ForgetManifest(
         request_id=run.digests["forget"]["digest"][:16],
         label=label or "",
@@ -282,7 +267,7 @@ def _publish(
         supersedes=run.supersedes,
         objective=asdict(config.objective),
         lora=asdict(config.lora),
-        train=train,
+        train=trained,
         env=describe(device, config.train.seed),
     )
     with tempfile.TemporaryDirectory(prefix="unlearner-") as folder:

@@ -1,16 +1,16 @@
 """UnlearnTrainer: transformers' Trainer with an unlearning objective and its invariants.
 
 Gradient accumulation is exact: every micro-batch contributes its sum over pairs divided by the
-pairs of the whole optimizer step, so 8 pairs at once and 2 x 4 give the same gradient.
+pairs of the whole optimizer step, so 8 pairs at once, 2 x 4, and 2 processes with 4 each give the
+same gradient.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from adapters.stack import parents_only
+from unlearner import ranks
 from unlearner.config import STREAMS, ObjectiveConfig, UnlearnConfig
+from unlearner.forwards import REFERENCE, StepForwards
 from unlearner.guard import GuardRow, guard_kl
-from unlearner.likelihood import AnswerLogits, AnswerNLL, answer_logits, row_nll
 from unlearner.losses import OBJECTIVES
+from unlearner.packing import pack_rows
 from unlearner.pairing import Pair, Rows, micro_batches
+from unlearner.preflight import longest_pairs
 from unlearner.prompts import pad_batch
+from unlearner.references import References, row_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,68 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_FILE = "trainable.safetensors"
-
-
-class StepForwards:
-    """The forwards of one micro-batch, each run at most once and only when asked for.
-
-    All streams of the model in training share one padded forward; the reference runs only the
-    stream it is asked for, without gradient, with the new adapter off and its parents on.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        batch: Mapping[str, Tensor],
-        streams: Sequence[str],
-        parents: Sequence[str] = (),
-    ) -> None:
-        self._model = model
-        self._parents = tuple(parents)
-        self._batch = batch
-        self._streams = tuple(streams)
-        self._size = batch["input_ids"].shape[0] // len(self._streams)
-
-    @cached_property
-    def _all(self) -> AnswerLogits:
-        return answer_logits(self._model, self._batch)
-
-    def _span(self, stream: str) -> slice:
-        start = self._streams.index(stream) * self._size
-        return slice(start, start + self._size)
-
-    def logits(self, stream: str) -> AnswerLogits:
-        """Answer logits of a stream under the model in training."""
-        span, found = self._span(stream), self._all
-        mine = (found.row >= span.start) & (found.row < span.stop)
-        return AnswerLogits(
-            found.logits[mine], found.targets[mine], found.row[mine] - span.start, found.n[span]
-        )
-
-    def nll(self, stream: str) -> AnswerNLL:
-        """Summed NLL of a stream's rows under the model in training."""
-        found, span = self._nll_all, self._span(stream)
-        return AnswerNLL(found.nll[span], found.n[span])
-
-    @cached_property
-    def _nll_all(self) -> AnswerNLL:
-        return row_nll(self._all.logits, self._all)
-
-    def reference_logits(self, stream: str) -> AnswerLogits:
-        """Answer logits of a stream before this request (parents on, new adapter off)."""
-        part = {name: tensor[self._span(stream)] for name, tensor in self._batch.items()}
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad(), parents_only(self._model, self._parents):
-                return answer_logits(self._model, part)
-        finally:
-            self._model.train(was_training)
-
-    def reference_nll(self, stream: str) -> AnswerNLL:
-        """Summed NLL of a stream's rows before this request."""
-        found = self.reference_logits(stream)
-        return row_nll(found.logits, found)
 
 
 class _MicroBatches(Dataset[list[Pair]]):
@@ -124,6 +65,8 @@ class UnlearnTrainer(Trainer):
         pad_token_id: int,
         parents: Sequence[str] = (),
         guard: Sequence[GuardRow] = (),
+        packed: bool = False,
+        references: References | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """Plans micro-batches and hands transformers' Trainer its arguments.
@@ -137,6 +80,9 @@ class UnlearnTrainer(Trainer):
             pad_token_id: fills the padding, which is never a label.
             parents: names of the adapters this one is trained on top of.
             guard: teachers of `rows.guard`, one for each; empty for no guard.
+            packed: rows of a micro-batch in one pack; else a padded batch.
+            references: NLLs from `references.reference_nlls`; without them the reference runs
+                with every step.
             callbacks: transformers callbacks.
         """
         self.objective: ObjectiveConfig = config.objective
@@ -144,15 +90,25 @@ class UnlearnTrainer(Trainer):
         self._guard = guard
         self._rows = rows
         self._pad = pad_token_id
+        self._packed = packed
+        self._references = references or {}
         self._parents = tuple(parents)
+        self._bare = model
+        self._steps = steps
+        self._pairs = len(steps[0])
         self._terms: list[dict[str, float]] = []
         self.last_terms: dict[str, float] = {}
-        pairs = len(steps[0])
-        micro = min(config.train.per_device_train_batch_size, pairs)
+        batches = micro_batches(
+            steps,
+            config.train.per_device_train_batch_size,
+            ranks.world_size(),
+            None if packed else self._longest,
+        )
+        accumulation = len(batches) // len(steps) // ranks.world_size()
         super().__init__(
             model=model,
-            args=_arguments(config, output_dir, len(steps), math.ceil(pairs / micro)),
-            train_dataset=_MicroBatches(micro_batches(steps, micro)),
+            args=_arguments(config, output_dir, len(steps), accumulation, model),
+            train_dataset=_MicroBatches(batches),
             data_collator=self._collate,
             callbacks=[LoraMoved(), *callbacks],
         )
@@ -164,12 +120,18 @@ class UnlearnTrainer(Trainer):
 
     def _collate(self, items: list[list[Pair]]) -> dict[str, Tensor]:
         (pairs,) = items
-        batch = pad_batch(
-            [row for name in self._streams for row in self._rows.stream(name, pairs)], self._pad
-        )
+        rows = [row for name in self._streams for row in self._rows.stream(name, pairs)]
+        batch = pack_rows(rows) if self._packed else pad_batch(rows, self._pad)
         if self._guard:
             batch["guard"] = torch.tensor([pair.guard for pair in pairs])
+        for name, known in self._references.items():
+            values = [known[row_key(name, pair)] for pair in pairs]
+            batch[REFERENCE.format(name)] = torch.tensor(values)
         return batch
+
+    def _longest(self, pair: Pair) -> int:
+        rows = [row for name in self._streams for row in self._rows.stream(name, [pair])]
+        return max(len(row.input_ids) for row in rows)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -177,9 +139,9 @@ class UnlearnTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], int]:
-        """The micro-batches of one optimizer step, and how many pairs they hold together."""
+        """The micro-batches of one optimizer step, and how many pairs all processes have in it."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, sum(len(batch["input_ids"]) for batch in samples) // len(self._streams)
+        return samples, self._pairs
 
     def compute_loss(
         self,
@@ -189,21 +151,42 @@ class UnlearnTrainer(Trainer):
         num_items_in_batch: int | None = None,
     ) -> Tensor:
         """The micro-batch's share of the step's loss: sum over its pairs / pairs of the step."""
-        step = StepForwards(model, inputs, self._streams, self._parents)
+        step = StepForwards(model, inputs, self._streams, self._parents, self._bare)
         terms = OBJECTIVES[self.objective.name](step, self.objective)
-        pairs = num_items_in_batch or len(terms.forget)
+        pairs = self._pairs
         parts = {"forget": terms.forget.sum() / pairs, "retain": terms.retain.sum() / pairs}
         if self._guard:
             teachers = [self._guard[i] for i in inputs["guard"].tolist()]
-            parts["guard"] = guard_kl(step.logits("guard"), teachers).sum() / pairs
+            parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs
         self._terms.append({f"{name}_loss": float(x.detach()) for name, x in parts.items()})
         if len(self._terms) == self.current_gradient_accumulation_steps:
-            self.last_terms = {
-                name: sum(one[name] for one in self._terms) for name in self._terms[0]
-            }
+            names = self._terms[0]
+            mine = {name: sum(one[name] for one in self._terms) for name in names}
+            self.last_terms = ranks.sums(mine)
             self._terms.clear()
         weighed = [getattr(self.objective, f"{name}_weight") * x for name, x in parts.items()]
-        return torch.stack(weighed).sum()
+        # DDP takes the mean of the processes' gradients; the step's loss is their sum.
+        return torch.stack(weighed).sum() * ranks.world_size()
+
+    def longest_loss(self) -> Callable[[], Tensor]:
+        """The loss of the micro-batch of the longest rows there are, as often as it is called."""
+        pairs = longest_pairs(self._steps, len(self.train_dataset[0]), self._longest)
+        device = next(self._bare.parameters()).device
+        batch = {name: x.to(device) for name, x in self._collate([pairs]).items()}
+        self.current_gradient_accumulation_steps = 0  # its terms are not those of a step
+
+        def loss() -> Tensor:
+            self._bare.train()
+            with self.compute_loss_context_manager():
+                found = self.compute_loss(self._bare, batch)
+            self._terms.clear()
+            return found
+
+        return loss
+
+    def save_here(self) -> None:
+        """A checkpoint of the last whole step, outside the schedule."""
+        self._save_checkpoint(self.model, None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Only what is trained: parents and base are files of their own and never change.
@@ -227,9 +210,11 @@ def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def _arguments(
-    config: UnlearnConfig, output_dir: Path, steps: int, accumulation: int
+    config: UnlearnConfig, output_dir: Path, steps: int, accumulation: int, model: Any
 ) -> TrainingArguments:
     train = config.train
+    weights = next(model.parameters())
+    half = weights.is_cuda and getattr(model, "dtype", weights.dtype) == torch.bfloat16
     return TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
@@ -244,6 +229,10 @@ def _arguments(
         seed=train.seed,
         data_seed=train.seed,
         **checkpointing_arguments(train.gradient_checkpointing),
+        # The adapter stays float32; under autocast its products are made in the base's bf16.
+        bf16=half,
+        use_cpu=not weights.is_cuda,
+        ddp_find_unused_parameters=False,
         logging_strategy="no",
         save_strategy="steps",
         save_steps=max(25, steps // 4),
@@ -257,16 +246,20 @@ def _arguments(
     )
 
 
-def checkpointing_arguments(wanted: bool) -> dict[str, Any]:
-    """Activation checkpointing under the name this transformers has for it (renamed in 5.2x)."""
+def checkpointing_arguments(setting: str) -> dict[str, Any]:
+    """Activation checkpointing under the name this transformers has for it (renamed in 5.2x).
+
+    Args:
+        setting: "off", "all", or "N" for every N-th layer.
+    """
     known = {field.name for field in fields(TrainingArguments)}
     name = "activation" if "activation_checkpointing" in known else "gradient"
-    if not wanted:
+    if setting in ("off", "auto"):  # whoever asks for auto has it resolved by the memory plan
         return {f"{name}_checkpointing": False}  # said aloud: TRL's own default is on
-    return {
-        f"{name}_checkpointing": True,
-        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
-    }
+    options: dict[str, Any] = {"use_reentrant": False}
+    if setting != "all":
+        options["every_n_layers"] = int(setting)
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": options}
 
 
 class LoraMoved(TrainerCallback):

@@ -168,7 +168,7 @@ def test_fingerprint_is_cached_until_a_file_changes(
     with pytest.raises(TypeError):
         fingerprint_base(copy)
     monkeypatch.undo()
-    cache = module._cache_folder() / "fingerprints.json"
+    cache = module.cache_folder() / "fingerprints.json"
     for damage in ("", "[]", '{"x": 1}', json.dumps({str(copy.resolve()): {"stamp": 1}})):
         cache.write_text(damage)
         assert fingerprint_base(copy) == one

@@ -49,7 +49,8 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "weight_decay": ("0.5", 0.5),
     "max_grad_norm": ("1.5", 1.5),
     "max_length": ("64", 64),
-    "gradient_checkpointing": (None, True),
+    "gradient_checkpointing": ("2", "2"),
+    "padded": (None, True),
     "optim": ("adamw_8bit", "adamw_8bit"),
     "seed": ("7", 7),
 }
@@ -173,9 +174,15 @@ def test_a_dry_run_plans_and_writes_nothing(
     assert made["steps"] == 10
     assert made["memory"]["kind"] == "estimate"
     assert made["memory"]["low_bytes"] < made["memory"]["high_bytes"]
+    assert made["fits"] is None
     text = run(*words, "--num-train-epochs", "3").out
     assert "3 steps of 2 pairs" in text
     assert "estimate" in text
+    roomy = run(*words, "--memory-limit", "4", "--json")
+    assert (roomy.code, roomy.json["fits"], roomy.json["changes_that_fit"]) == (0, True, [])
+    tight = run(*words, "--memory-limit", "0.001", "--gradient-checkpointing", "off")
+    assert tight.code == 3
+    assert "Smallest change: --gradient-checkpointing" in tight.err or "No setting" in tight.err
     assert not store.exists()
 
 

@@ -23,7 +23,7 @@ from unlearner.config import UnlearnConfig
 from unlearner.data import Request, Row
 from unlearner.earlier import joined
 from unlearner.guard import guard_kl, pack_teacher, read_teacher, teach
-from unlearner.likelihood import answer_logits, answer_nll
+from unlearner.likelihood import answer_logits, answer_nll, answers
 from unlearner.losses import kl_to_reference
 from unlearner.prepare import prepare
 from unlearner.prompts import pad_batch, prompt_format
@@ -145,19 +145,19 @@ def test_marks_tell_nothing_without_the_key_and_the_store_holds_no_text(
 def test_the_kl_over_the_whole_vocabulary_is_the_plain_one_and_less_of_it_is_a_lower_bound(
     base: BaseSpec, first: Request, make_tiny_llama: Any, tmp_path: Path
 ) -> None:
-    """Full vocabulary: at most 1e-6 from `kl_to_reference`."""
+    """Full vocabulary: at most 3e-6 of 5 nats from `kl_to_reference`."""
     teacher = load_base(base)
     pupil = load_base(BaseSpec(str(make_tiny_llama(tmp_path / "other", seed=3)), dtype="float32"))
     rows = encoded(base, first.rows)
     batch = pad_batch(rows, 0)
     with torch.no_grad():
-        theirs, ours = answer_logits(teacher, batch), answer_logits(pupil, batch)
-        plain = kl_to_reference(ours, theirs)
-        vocabulary = theirs.logits.shape[-1]
+        theirs, ours = answers(teacher, batch), answers(pupil, batch)
+        plain = kl_to_reference(answer_logits(pupil, batch), answer_logits(teacher, batch))
+        vocabulary = theirs.head.out_features
         exact = guard_kl(ours, teach(teacher, rows, 0, top=vocabulary, batch=3))
         short = guard_kl(ours, teach(teacher, rows, 0, top=8))
         same = guard_kl(theirs, teach(teacher, rows, 0, top=8))
-    assert (exact - plain).abs().max() < 1e-6
+    assert (exact - plain).abs().max() < 3e-6
     assert bool((short < plain).all())
     assert float(short.min()) > 0.1
     assert float(same.abs().max()) < 1e-5

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from adapters.base_model import BaseSpec, load_base, load_tokenizer
-from unlearner.likelihood import answer_logits, answer_nll
+from unlearner.likelihood import (
+    answer_hidden,
+    answer_logits,
+    answer_nll,
+    has_plain_head,
+    hidden_nll,
+    lm_head,
+    row_nll,
+)  # fmt: skip
 from unlearner.prompts import IGNORE, Encoded, pad_batch, prompt_format
 
 PAIRS = [
@@ -113,3 +121,95 @@ def test_scores_of_a_bf16_model_are_summed_in_float32(model: Any, rows: list[Enc
     )
     expected = torch.zeros(len(rows), dtype=torch.float64).index_add(0, logits.row, token)
     torch.testing.assert_close(found.nll.double(), expected, rtol=1e-6, atol=0)
+
+
+# The head in chunks
+
+
+def plain(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunks_have_the_values_and_gradients_of_the_whole(chunk: int, bias: bool) -> None:
+    """float64 states, float32 loss: values equal to 1e-6, gradients to 1e-6 of the largest."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=bias).double().requires_grad_(False)
+    targets = torch.randint(0, 50, (23,))
+    results = []
+    for function in (plain, lambda h, head, t: hidden_nll(h, head, t, chunk)):
+        hidden = torch.randn(
+            23, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
+        hidden.requires_grad_(True)
+        nll = function(hidden * 3, head, targets)
+        # Neither linear nor the same for every token: a sequence loss of SimNPO's kind.
+        loss = -torch.nn.functional.logsigmoid(2.5 * nll[:11].mean()) + (nll[11:] ** 2).sum()
+        loss.backward()
+        results.append((nll.detach(), hidden.grad))
+    assert float((results[0][0] - results[1][0]).abs().max()) < 1e-6
+    scale = float(results[0][1].abs().max())
+    assert float((results[0][1] - results[1][1]).abs().max()) < 1e-6 * scale
+
+
+def test_bf16_hidden_states_keep_float32_losses() -> None:
+    """bf16 head: the same logits, so values are equal; gradients to 1 % of the largest."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 90, bias=False).bfloat16().requires_grad_(False)
+    targets = torch.randint(0, 90, (12,))
+    start = torch.randn(12, 32).bfloat16()
+    results = []
+    for function in (plain, lambda h, head, t: hidden_nll(h, head, t, 5)):
+        hidden = start.clone().requires_grad_(True)
+        nll = function(hidden, head, targets)
+        nll.sum().backward()
+        results.append((nll.detach(), hidden.grad.float()))
+    assert results[1][0].dtype == torch.float32
+    assert float((results[0][0] - results[1][0]).abs().max()) < 1e-6
+    scale = float(results[0][1].abs().max())
+    assert float((results[0][1] - results[1][1]).abs().max()) < 0.01 * scale
+
+
+def test_nothing_of_the_size_of_the_vocabulary_is_kept_for_backward() -> None:
+    head = torch.nn.Linear(8, 4000, bias=False).requires_grad_(False)
+    hidden = torch.randn(64, 8, requires_grad=True)
+    nll = hidden_nll(hidden, head, torch.zeros(64, dtype=torch.long), 16)
+    kept: Any = nll.grad_fn
+    assert [tensor.shape for tensor in kept.saved_tensors] == [(64, 8)]
+    nll.sum().backward()
+
+
+def test_no_targets_give_no_values() -> None:
+    head = torch.nn.Linear(8, 9).requires_grad_(False)
+    found = hidden_nll(torch.zeros(0, 8), head, torch.zeros(0, dtype=torch.long))
+    assert (found.shape, found.dtype) == ((0,), torch.float32)
+
+
+def test_hidden_states_are_what_the_head_turns_into_logits(model: Any, rows: list[Encoded]) -> None:
+    batch = pad_batch(rows, 0)
+    head = lm_head(model)
+    with torch.no_grad():
+        at, whole = answer_hidden(model, batch), answer_logits(model, batch)
+        assert torch.equal(head(at.hidden), whole.logits)
+    assert lm_head(model) is head is model.lm_head
+    assert (at.targets.tolist(), at.row.tolist()) == (whole.targets.tolist(), whole.row.tolist())
+    part = at.rows(1, 3)
+    assert part.n.tolist() == at.n[1:3].tolist()
+    assert part.row.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("case", ["trained", "capped"])
+def test_other_heads_take_the_plain_way(case: str, model: Any, rows: list[Encoded]) -> None:
+    batch = pad_batch(rows, 0)
+    assert has_plain_head(model)
+    if case == "trained":
+        model.lm_head.weight.requires_grad_(True)
+    else:
+        model.config.final_logit_softcapping = 30.0
+    assert not has_plain_head(model)
+    found = answer_logits(model, batch)
+    assert torch.equal(answer_nll(model, batch).nll, row_nll(found.logits, found).nll)
+    if case == "trained":
+        answer_nll(model, batch).nll.sum().backward()
+        assert float(model.lm_head.weight.grad.abs().max()) > 0

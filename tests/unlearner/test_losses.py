@@ -41,13 +41,9 @@ class Given:
         self.asked.add(stream)
         return AnswerNLL(REFERENCE[stream], N)
 
-    def logits(self, stream: str) -> AnswerLogits:
+    def reference_kl(self, stream: str) -> Tensor:
         self.asked.add(stream)
-        return positions(LOGITS[stream])
-
-    def reference_logits(self, stream: str) -> AnswerLogits:
-        self.asked.add(stream)
-        return positions(REFERENCE_LOGITS[stream])
+        return kl_to_reference(positions(LOGITS[stream]), positions(REFERENCE_LOGITS[stream]))
 
 
 def positions(logits: Tensor) -> AnswerLogits:

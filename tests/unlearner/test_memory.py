@@ -10,7 +10,22 @@ import pytest
 
 from adapters.errors import UserError
 from unlearner.config import LoraShape, UnlearnConfig, make_config
-from unlearner.memory import GIB, LLAMA2_7B, estimate, lora_parameters, projections, read_shape
+from unlearner.memory import (
+    CHECKPOINTING,
+    CHUNK,
+    GIB,
+    LLAMA2_7B,
+    Holding,
+    choose_checkpointing,
+    estimate,
+    lora_parameters,
+    projections,
+    read_shape,
+    saved_bytes,
+    smallest_change,
+    tokens_of_a_batch,
+    with_train,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -30,12 +45,15 @@ def seven_b(tmp_path: Path) -> dict[str, int]:
     return read_shape(tmp_path)
 
 
+NF4, BF16 = Holding(True, 2, True), Holding(False, 2, True)
+
+
 def gib(
-    shape: dict[str, int], term: str, config: UnlearnConfig, tokens: int = 69, **options: Any
-) -> float:
-    """One term, in GiB, of a micro-batch with rows of `tokens` tokens."""
-    chosen = {"load_in_4bit": True, "weight_bytes": 2, "on_gpu": True, **options}
-    return estimate(shape, config, [tokens, 3], **chosen).terms[term] / GIB
+    shape: dict[str, int], term: str, config: UnlearnConfig, holding: Holding = NF4
+) -> tuple[float, float]:
+    """Both ends of a term in GiB, for rows of 69 tokens."""
+    low, high = estimate(shape, config, [69], holding, 200).terms[term]
+    return low / GIB, high / GIB
 
 
 def test_lora_parameters_are_the_real_count(tiny_base: Path, fresh_model: Any) -> None:
@@ -64,9 +82,8 @@ def test_grouped_heads_and_ties_are_counted(
     }
     assert projections(shape) == real
     assert real["k_proj"] == (64, 16)
-    weights = estimate(
-        shape, make_config(), [1], load_in_4bit=False, weight_bytes=4, on_gpu=False
-    ).terms["weights"]
+    held = Holding(load_in_4bit=False, weight_bytes=4, on_gpu=False)
+    weights = estimate(shape, make_config(), [1], held).terms["weights"][0]
     # The norms are all that is left out.
     assert weights == 4 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
 
@@ -74,14 +91,14 @@ def test_grouped_heads_and_ties_are_counted(
 def test_weights_of_7b_in_nf4_and_bf16(seven_b: dict[str, int]) -> None:
     assert seven_b == LLAMA2_7B
     config = make_config()
-    assert gib(seven_b, "weights", config) == pytest.approx(3.60, abs=0.01)
-    assert gib(seven_b, "weights", config, load_in_4bit=False) == pytest.approx(12.55, abs=0.01)
+    assert gib(seven_b, "weights", config)[0] == pytest.approx(3.60, abs=0.01)
+    assert gib(seven_b, "weights", config, BF16)[0] == pytest.approx(12.55, abs=0.01)
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(8, 0.30), (16, 0.60), (32, 1.19), (64, 2.38)])
 def test_adapter_and_optimizer_of_7b(rank: int, expected: float, seven_b: dict[str, int]) -> None:
     config = make_config(lora_r=rank)
-    assert gib(seven_b, "adapter_and_optimizer", config) == pytest.approx(expected, abs=0.006)
+    assert gib(seven_b, "adapter_and_optimizer", config)[0] == pytest.approx(expected, abs=0.006)
 
 
 @pytest.mark.parametrize(
@@ -90,28 +107,85 @@ def test_adapter_and_optimizer_of_7b(rank: int, expected: float, seven_b: dict[s
 def test_activations_of_7b_are_as_counted(
     pairs: int, plain: float, checkpointed: float, seven_b: dict[str, int]
 ) -> None:
-    config = make_config(per_device_train_batch_size=pairs)
-    saved = make_config(per_device_train_batch_size=pairs, gradient_checkpointing=True)
+    config = make_config(per_device_train_batch_size=pairs, gradient_checkpointing="off")
+    saved = make_config(per_device_train_batch_size=pairs, gradient_checkpointing="all")
     # Rows of 69 tokens: 138, 1,104 and 2,208 tokens a micro-batch.
-    assert gib(seven_b, "activations", config) == pytest.approx(plain, rel=0.02)
-    assert gib(seven_b, "activations", saved) == pytest.approx(checkpointed, rel=0.08)
+    assert gib(seven_b, "activations", config)[0] == pytest.approx(plain, rel=0.02)
+    assert gib(seven_b, "activations", saved)[0] == pytest.approx(checkpointed, rel=0.08)
 
 
-def test_the_measured_sums_lie_within_the_range(seven_b: dict[str, int]) -> None:
-    for checkpointing, total in ((True, 5.9), (False, 18.7)):
-        config = make_config(per_device_train_batch_size=16, gradient_checkpointing=checkpointing)
-        told = estimate(
-            seven_b, config, [69], load_in_4bit=True, weight_bytes=2, on_gpu=True
-        ).to_json()
+def test_the_sums_of_the_notes_lie_within_the_range(seven_b: dict[str, int]) -> None:
+    for setting, pairs, total in (("all", 16, 5.9), ("off", 16, 18.7), ("all", 8, 5.5)):
+        config = make_config(per_device_train_batch_size=pairs, gradient_checkpointing=setting)
+        told = estimate(seven_b, config, [69], NF4, 200).to_json()
         assert told["kind"] == "estimate"
-        assert told["low_bytes"] < total * GIB < told["high_bytes"]
-        assert told["total_bytes"] == pytest.approx(sum(told["terms_bytes"].values()), abs=5)
+        assert told["low_bytes"] < total * GIB < told["high_bytes"], (setting, pairs)
+        ends = [sum(ends) for ends in zip(*told["terms_bytes"].values(), strict=True)]
+        assert ends == pytest.approx([told["low_bytes"], told["high_bytes"]], abs=5)
 
 
-def test_the_longest_row_decides_up_to_the_cut(seven_b: dict[str, int]) -> None:
-    config = make_config(max_length=200)
-    assert gib(seven_b, "logits", config, 200) == 2 * gib(seven_b, "logits", config, 100)
-    assert gib(seven_b, "logits", config, 5000) == gib(seven_b, "logits", config, 200)
+def test_logits_stop_growing_at_a_chunk(seven_b: dict[str, int]) -> None:
+    def high(tokens: int) -> float:
+        config = make_config(per_device_train_batch_size=1)
+        return estimate(seven_b, config, [tokens], NF4, 1).terms["logits"][1]
+
+    assert high(200) == 2 * high(100)
+    assert high(100) < high(400) == high(500000) == CHUNK * 32000 * 14
+
+
+def test_tokens_of_a_batch_are_the_average_and_the_longest() -> None:
+    config = make_config(per_device_train_batch_size=2, max_length=50)
+    assert tokens_of_a_batch(config, [10, 20, 30, 40, 90], 5) == (120, 140)
+    # No more pairs than there are forget rows.
+    assert tokens_of_a_batch(config, [10, 20], 1) == (30, 30)
+
+
+def test_every_nth_layer_lies_between_all_and_none(seven_b: dict[str, int]) -> None:
+    found = [saved_bytes(seven_b, 1000, setting, 2) for setting in CHECKPOINTING]
+    assert found == sorted(found, reverse=True)
+    assert len(set(found)) == len(found)
+    # Half of the layers whole, and the one that is computed again.
+    assert found[-2] / found[0] == pytest.approx((17 * 208 + 16 * 8) / (32 * 208), rel=0.01)
+
+
+def test_checkpointing_is_chosen_by_what_fits(seven_b: dict[str, int]) -> None:
+    config = make_config(per_device_train_batch_size=16)
+    chosen = {
+        card: choose_checkpointing(seven_b, config, [69] * 400, NF4, card * GIB, 200)
+        for card in (80, 24, 12, 8, 2)
+    }
+    assert chosen[80] == chosen[24] == "off"
+    assert chosen[8] == chosen[2] == "all"
+    assert chosen[12] in ("4", "3", "2", "all")
+
+
+def test_the_smallest_change_is_what_costs_least(seven_b: dict[str, int]) -> None:
+    lengths = [69] * 400
+
+    def flags(held: Holding, budget: float, **settings: Any) -> list[str] | None:
+        config = make_config(per_device_train_batch_size=16, **settings)
+        found = smallest_change(seven_b, config, lengths, held, budget * GIB, n_forget=200)
+        if found is None:
+            return None
+        # What is told fits by the estimate.
+        assert found.high <= budget * GIB
+        assert estimate(seven_b, found.config, lengths, found.holding, 200).high == found.high
+        return list(found.flags)
+
+    assert flags(NF4, 7.5, gradient_checkpointing="off") == ["--gradient-checkpointing all"]
+    divided = flags(NF4, 6.3, gradient_checkpointing="all")
+    assert divided == ["--per-device-train-batch-size 4", "--gradient-accumulation-steps 16"]
+    assert "--load-in-4bit" in (flags(BF16, 7.0) or [])
+    assert (flags(NF4, 5.6, lora_r=64) or [""])[-1].startswith("--lora-r")
+    assert flags(NF4, 3.0) is None
+
+
+def test_a_step_keeps_its_pairs_when_it_is_cut_smaller(seven_b: dict[str, int]) -> None:
+    config = make_config(per_device_train_batch_size=16, gradient_checkpointing="all")
+    found = smallest_change(seven_b, config, [69] * 400, NF4, 6.3 * GIB, n_forget=200)
+    assert found is not None
+    assert found.config.train.batch_size(200) == config.train.batch_size(200) == 64
+    assert with_train(config, seed=3).train.seed == 3
 
 
 @pytest.mark.parametrize(

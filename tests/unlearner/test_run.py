@@ -87,7 +87,7 @@ def test_a_request_becomes_an_adapter_that_plain_peft_loads(
             assert torch.equal(logits(adapted, base, row), old)
     # Nothing of the run is left but the adapter.
     assert not any((store.path / "runs").iterdir())
-    assert [e["event"] for e in events] == ["load", *["train"] * 6, "publish"]
+    assert [e["event"] for e in events] == ["load", "probe", *["train"] * 6, "publish"]
 
 
 def test_progress_tells_step_losses_rate_time_and_memory(
@@ -126,7 +126,11 @@ def test_the_manifest_says_how_it_was_made(
     assert {**found.lora, "target_modules": tuple(found.lora["target_modules"])} == (
         config.to_json()["lora"]
     )
-    more = {"steps": 4, "template": "chat", "guard_rows": 0}
+    more = {
+        "steps": 4, "template": "chat", "guard_rows": 0, "packed": True, "processes": 1,
+        "gradient_checkpointing": "off",
+    }  # fmt: skip
+    assert found.train.pop("probe_bytes") > 100e6
     assert found.train == {**config.to_json()["train"], **more}
     assert found.base["view"]["quantization"] == "none"
     assert found.base["view"]["dtype"] == "float32"
@@ -304,7 +308,7 @@ def test_a_run_whose_publishing_failed_need_not_train_again(
             unlearn(small, base, config, store)
     events: list[dict[str, Any]] = []
     adapter = unlearn(small, base, config, store, resume=True, on_progress=events.append)
-    assert [e["event"] for e in events] == ["load", "publish"]
+    assert [e["event"] for e in events] == ["load", "probe", "publish"]
     other = AdapterStore.open(store.path.parent / "other", create=True)
     assert weights(adapter) == weights(unlearn(small, base, config, other))
 

@@ -1,0 +1,124 @@
+"""The forwards of one micro-batch, each run at most once and only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters.stack import parents_only
+from unlearner.likelihood import AnswerNLL, Answers, answers, per_token, sum_by_row
+from unlearner.losses import token_kl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A batch's tensor of reference NLLs of a stream, where they were computed before.
+REFERENCE = "reference_{}"
+
+
+def part_of_batch(batch: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Rows `start` to `stop` of a padded batch or a pack, as a batch of the same kind."""
+    if "starts" not in batch:
+        names = ("input_ids", "attention_mask", "labels")
+        return {name: batch[name][start:stop] for name in names}
+    first, last = int(batch["starts"][start]), int(batch["starts"][stop])
+    names = ("input_ids", "position_ids", "labels")
+    part = {name: batch[name][:, first:last] for name in names}
+    part["row_of_token"] = batch["row_of_token"][:, first:last] - start
+    part["starts"] = batch["starts"][start : stop + 1] - first
+    return part
+
+
+def rows_of_batch(batch: Mapping[str, Tensor]) -> int:
+    """How many rows a padded batch or a pack has."""
+    if "starts" in batch:
+        return int(batch["starts"].shape[0]) - 1
+    return int(batch["input_ids"].shape[0])
+
+
+class StepForwards:
+    """What an objective asks of the model for the rows of a micro-batch (`losses.Forwards`).
+
+    All streams of the model in training share one forward. The reference is the stack without the
+    new adapter: its NLLs were computed before training, or come from a forward of the stream that
+    asks, without gradient.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batch: Mapping[str, Tensor],
+        streams: Sequence[str],
+        parents: Sequence[str] = (),
+        bare: torch.nn.Module | None = None,
+    ) -> None:
+        """Takes the batch, whose rows stand stream by stream, equally many of each.
+
+        Args:
+            model: what is trained, DDP around it or not.
+            batch: from `pad_batch` or `pack_rows`, perhaps with references of its rows.
+            streams: names in the order of the rows.
+            parents: names of the adapters the new one is trained on top of.
+            bare: the PeftModel inside `model`, where the two are not the same.
+        """
+        self._model = model
+        self._bare: Any = model if bare is None else bare
+        self._parents = tuple(parents)
+        self._batch = batch
+        self._streams = tuple(streams)
+        self._size = rows_of_batch(batch) // len(self._streams)
+
+    @cached_property
+    def _all(self) -> Answers:
+        return answers(self._model, self._batch)
+
+    @cached_property
+    def _nll(self) -> AnswerNLL:
+        return self._all.nll()
+
+    def _span(self, stream: str) -> tuple[int, int]:
+        start = self._streams.index(stream) * self._size
+        return start, start + self._size
+
+    def answers(self, stream: str) -> Answers:
+        """A stream's answer positions under the model in training."""
+        return self._all.rows(*self._span(stream))
+
+    def nll(self, stream: str) -> AnswerNLL:
+        """Summed NLL of a stream's rows under the model in training."""
+        found, (start, stop) = self._nll, self._span(stream)
+        return AnswerNLL(found.nll[start:stop], found.n[start:stop])
+
+    def reference_nll(self, stream: str) -> AnswerNLL:
+        """Summed NLL of a stream's rows before this request."""
+        known = self._batch.get(REFERENCE.format(stream))
+        if known is not None:
+            start, stop = self._span(stream)
+            return AnswerNLL(known, self._all.at.n[start:stop])
+        found: AnswerNLL = self._reference(stream, lambda found: found.nll())
+        return found
+
+    def reference_kl(self, stream: str) -> Tensor:
+        """KL(reference || model) a row, mean over its answer positions, (rows,)."""
+        mine = self.answers(stream)
+        theirs = self._reference(stream, lambda found: found)
+
+        def divergence(logits: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                reference = theirs.head(theirs.at.hidden[part])
+            return token_kl(logits, reference)
+
+        return sum_by_row(per_token(mine.at.hidden, mine.head, divergence), mine.at).per_token
+
+    def _reference(self, stream: str, read: Callable[[Answers], Any]) -> Any:
+        part = part_of_batch(self._batch, *self._span(stream))
+        was_training = self._bare.training
+        self._bare.eval()
+        try:
+            with torch.no_grad(), parents_only(self._bare, self._parents):
+                return read(answers(self._bare, part))
+        finally:
+            self._bare.train(was_training)

@@ -1,0 +1,237 @@
+"""The training of one run: packs or padding, references, does it fit, saving on trouble."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from adapters.base_model import base_view, resolve_base
+from adapters.digests import store_key
+from adapters.errors import DoesNotFit, Interrupted
+from unlearner import memory, preflight, ranks
+from unlearner.callbacks import RunCallback, StopRequest
+from unlearner.config import UnlearnConfig
+from unlearner.environment import threads_for
+from unlearner.packing import pack_attention, packs_exactly
+from unlearner.pairing import Pair, Rows, plan_steps
+from unlearner.prompts import pad_id
+from unlearner.references import reference_nlls
+from unlearner.trainer import UnlearnTrainer
+
+if TYPE_CHECKING:
+    from unlearner.callbacks import Progress
+    from unlearner.guard import GuardRow
+    from unlearner.prepare import Prepared
+
+
+def train(
+    model: Any,
+    run: Prepared,
+    teachers: Sequence[GuardRow],
+    work: Path,
+    *,
+    resume: bool,
+    memory_limit: int | None,
+    parent_hashes: Sequence[str],
+    callbacks: Sequence[Any],
+    report: Progress,
+) -> dict[str, Any]:
+    """Trains the new adapter of `model`; how it was run, for the manifest.
+
+    Args:
+        model: PeftModel with frozen parents and one trainable adapter.
+        run: the prepared run; its guard rows are those of `teachers`.
+        teachers: see `unlearner.guard`.
+        work: folder of checkpoints and metrics.
+        resume: continue from the last checkpoint.
+        memory_limit: bytes the run may use; by default what is free.
+        parent_hashes: SHA-256 of the parents' weights, for the name of kept references.
+        callbacks: more of transformers' callbacks.
+        report: gets the events.
+
+    Raises:
+        DoesNotFit: two steps on the longest rows need too much, or memory ran out half-way.
+        Interrupted: stopped on request; a checkpoint stands.
+    """
+    last = ranks.from_first(lambda: _last_checkpoint(work, resume, report))
+    with ExitStack() as stack:
+        stack.enter_context(threads_for(model))
+        packed = not run.config.train.padded
+        if packed:
+            stack.enter_context(pack_attention(model))
+            packed = _can_pack(model, run.rows, report)
+        budget = memory_limit or preflight.free_memory(next(model.parameters()).device)
+        run = replace(run, config=_resolved(run, model, budget))
+        steps = _plan(run)
+        parents = [parent.slug for parent in run.parents]
+        references = reference_nlls(
+            model,
+            run.rows,
+            steps,
+            run.config.objective.name,
+            parents,
+            pad=pad_id(run.fmt.tokenizer),
+            packed=packed,
+            key=store_key(),
+            depends_on={
+                "base": run.fingerprint.digest,
+                "view": base_view(model),
+                "device": next(model.parameters()).device.type,
+                "parents": [[h, p.scale] for h, p in zip(parent_hashes, run.parents, strict=True)],
+            },
+        )
+        stop = StopRequest()
+        trainer = UnlearnTrainer(
+            model,
+            run.rows,
+            steps,
+            run.config,
+            work,
+            pad_token_id=pad_id(run.fmt.tokenizer),
+            parents=parents,
+            guard=teachers,
+            packed=packed,
+            references=references,
+            callbacks=callbacks,
+        )
+        measured = _check_fit(trainer, model, run, memory_limit, report)
+        trainer.add_callback(
+            RunCallback(lambda: trainer.last_terms, stop, work / "metrics.jsonl", report)
+        )
+        with stop.listening(report):
+            _run(trainer, last, run, budget)
+    done = trainer.state.global_step
+    if ranks.any_of(stop.asked) and done < len(steps):
+        raise Interrupted(
+            f"Stopped after step {done} of {len(steps)}; it is saved.",
+            "The same command with --resume continues it.",
+        )
+    return {
+        "steps": done,
+        "packed": packed,
+        "gradient_checkpointing": run.config.train.gradient_checkpointing,
+        "processes": ranks.world_size(),
+        "probe_bytes": measured.peak,
+    }
+
+
+def _last_checkpoint(work: Path, resume: bool, report: Progress) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last: str | None = get_last_checkpoint(str(work)) if resume else None
+    if last is None:
+        # A run that starts over leaves nothing of an earlier one to be mistaken for its own.
+        shutil.rmtree(work)
+        work.mkdir()
+        if resume:
+            report({"event": "note", "text": "nothing was saved of this run: it starts at step 0"})
+    return last
+
+
+def _plan(run: Prepared) -> list[list[Pair]]:
+    rows = run.rows
+    refusals = len(rows.refusals[0]) if rows.refusals else 0
+    return plan_steps(
+        len(rows.forget), len(rows.retain), refusals, run.config.train, len(rows.guard)
+    )
+
+
+def _can_pack(model: Any, rows: Rows, report: Progress) -> bool:
+    """Whether packs score as rows do on this model; said where they do not."""
+    by_length = sorted([*rows.forget, *rows.retain], key=lambda row: len(row.input_ids))
+    sample = [by_length[0], by_length[-1], by_length[len(by_length) // 2]]
+    fits, gap = packs_exactly(model, sample)
+    if not fits:
+        text = f"this model cannot be trained in packs (difference {gap:.2g}): rows are padded"
+        report({"event": "note", "text": text})
+    return fits
+
+
+def holding_of(model: Any) -> memory.Holding:
+    """How the loaded base is held."""
+    first = next(model.parameters())
+    view = base_view(model)
+    width = 4 if view["dtype"] == "float32" else 2
+    return memory.Holding(view["quantization"] == "nf4", width, first.is_cuda)
+
+
+def lengths_of(rows: Rows) -> list[int]:
+    """Tokens of every row a micro-batch can hold."""
+    refusals = [row for choices in rows.refusals for row in choices]
+    return [len(r.input_ids) for r in (*rows.forget, *rows.retain, *refusals, *rows.guard)]
+
+
+def _resolved(run: Prepared, model: Any, budget: float) -> UnlearnConfig:
+    """The configuration with `auto` replaced by what the memory plan chooses."""
+    if run.config.train.gradient_checkpointing != "auto":
+        return run.config
+    setting = memory.choose_checkpointing(
+        memory.read_shape(resolve_base(run.base.name, run.base.revision)),
+        run.config,
+        lengths_of(run.rows),
+        holding_of(model),
+        budget,
+        len(run.rows.forget),
+    )
+    return memory.with_train(run.config, gradient_checkpointing=setting)
+
+
+def _check_fit(
+    trainer: UnlearnTrainer, model: Any, run: Prepared, limit: int | None, report: Progress
+) -> preflight.Measured:
+    """Two steps on the longest micro-batch; refused where they need more than there is."""
+    measured = preflight.two_steps(trainer.longest_loss(), model, run.config, limit)
+    report({"event": "probe", "peak_bytes": measured.peak, "limit_bytes": measured.limit})
+    preflight.require_fit(
+        measured,
+        memory.read_shape(resolve_base(run.base.name, run.base.revision)),
+        run.config,
+        lengths_of(run.rows),
+        holding_of(model),
+        len(run.rows.forget),
+    )
+    return measured
+
+
+def _run(trainer: UnlearnTrainer, last: str | None, run: Prepared, budget: float) -> None:
+    """Trains; where memory runs out the last whole step is saved and the way on is named."""
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except RuntimeError as error:
+        if not preflight.is_out_of_memory(error):
+            raise
+        failure = error
+    else:
+        return
+    step = trainer.state.global_step
+    trainer.model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if step > 0:
+        trainer.save_here()
+    advice = preflight.advice(
+        memory.read_shape(resolve_base(run.base.name, run.base.revision)),
+        run.config,
+        lengths_of(run.rows),
+        holding_of(trainer.model),
+        # It did not fit: aim below what the estimate says was tried.
+        min(budget, 0.9 * _estimated(run, trainer)),
+        len(run.rows.forget),
+    )
+    saved = f"step {step} is saved" if step > 0 else "nothing was saved yet"
+    raise DoesNotFit(
+        f"Memory ran out after step {step} of {trainer.state.max_steps}; {saved}.",
+        f"{advice} With --resume the run goes on where it stopped.",
+    ) from failure
+
+
+def _estimated(run: Prepared, trainer: UnlearnTrainer) -> float:
+    shape = memory.read_shape(resolve_base(run.base.name, run.base.revision))
+    lengths, held = lengths_of(run.rows), holding_of(trainer.model)
+    return memory.estimate(shape, run.config, lengths, held, len(run.rows.forget)).high
