@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,8 +250,10 @@ def _check_loading(loading: Any, name: str) -> None:
 def _device(wanted: str) -> str:
     import torch
 
+    # A launcher of several processes gives each its own card.
+    mine = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if wanted == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return mine if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -259,7 +262,7 @@ def _device(wanted: str) -> str:
         raise UserError(
             "There is no CUDA device here.", "Use --device cpu, or a torch built for CUDA."
         )
-    return "cuda:0" if wanted == "cuda" else wanted
+    return mine if wanted == "cuda" else wanted
 
 
 def _dtype(wanted: Dtype, device: str) -> torch.dtype:

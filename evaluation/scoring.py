@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapters.errors import UserError
+from evaluation.prefix_tree import score_trees, shares_exactly
 from evaluation.records import AnswerScore, RowRecord
 from unlearner.prompts import EVAL_MAX_LENGTH, Encoded, pad_batch, pad_id
 
@@ -78,6 +79,7 @@ def score_rows(
     encoded: Sequence[EncodedRow] | None = None,
     max_length: int = EVAL_MAX_LENGTH,
     batch_tokens: int = BATCH_TOKENS,
+    shared: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[RowRecord]:
     """The rows with their scores, in the order given; the result does not depend on batches.
@@ -92,6 +94,8 @@ def score_rows(
         encoded: `encode_answers(fmt, rows)` where it is already there.
         max_length: texts are cut at so many tokens, prompt included.
         batch_tokens: tokens in a batch, padding included.
+        shared: what a question's texts begin with alike is computed once, where the first row
+            scores the same that way; False scores every text as a row of a padded batch.
         on_progress: called with scored and all texts after each batch.
 
     Raises:
@@ -99,9 +103,16 @@ def score_rows(
     """
     if encoded is None:
         encoded = encode_answers(fmt, rows)
-    texts = [_cut(text, max_length) for row in encoded for text in row.texts]
+    questions = [[_cut(text, max_length) for text in row.texts] for row in encoded]
     _refuse_empty(rows, encoded, max_length)
-    scores = iter(_score_texts(model, texts, pad_id(fmt.tokenizer), batch_tokens, on_progress))
+    with evaluating(model):
+        if shared and questions and shares_exactly(model, questions[0]):
+            found = score_trees(model, questions, on_progress=on_progress)
+            scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in found for s in texts])
+        else:
+            flat = [text for texts in questions for text in texts]
+            pad = pad_id(fmt.tokenizer)
+            scores = iter(_score_texts(model, flat, pad, batch_tokens, on_progress))
     records = []
     for row, tokens in zip(rows, encoded, strict=True):
         answer = next(scores)
@@ -138,15 +149,14 @@ def _score_texts(
 
     device = next(model.parameters()).device
     found: dict[int, AnswerScore] = {}
-    with evaluating(model):
-        for indices in _batches([len(text.input_ids) for text in texts], batch_tokens):
-            batch = pad_batch([texts[i] for i in indices], pad)
-            result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
-            totals = result.nll.to(torch.float64).tolist()
-            for i, total, n in zip(indices, totals, result.n.tolist(), strict=True):
-                found[i] = AnswerScore(total / n, n)
-            if on_progress is not None:
-                on_progress(len(found), len(texts))
+    for indices in _batches([len(text.input_ids) for text in texts], batch_tokens):
+        batch = pad_batch([texts[i] for i in indices], pad)
+        result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
+        totals = result.nll.to(torch.float64).tolist()
+        for i, total, n in zip(indices, totals, result.n.tolist(), strict=True):
+            found[i] = AnswerScore(total / n, n)
+        if on_progress is not None:
+            on_progress(len(found), len(texts))
     return [found[i] for i in range(len(texts))]
 
 

@@ -35,6 +35,7 @@ from evaluation.scoring import (
     score_rows,
 )
 from evaluation.summary import match_forget
+from unlearner import ranks
 from unlearner.data import FORGET_SPLITS, Row, load_split
 
 if TYPE_CHECKING:
@@ -65,9 +66,12 @@ class EvalData:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a batch may hold: tokens when scoring (padding included), questions when answering."""
+    """What a batch may hold: tokens when scoring (padding included), questions when answering;
+    and whether the answers of a question share the computation of what they begin with.
+    """
 
     batch_tokens: int = BATCH_TOKENS
+    shared: bool = True
     batch_size: int = BATCH_SIZE
 
 
@@ -125,6 +129,7 @@ def evaluate(
         UserError: unknown protocol, rows that differ from the reference's, or protocols that cut
             these rows' texts at different lengths.
     """
+    ranks.join()
     protocols = [protocol_named(p) for p in ([protocol] if isinstance(protocol, str) else protocol)]
     if resume_dir is not None and not key:
         raise ValueError("resume_dir needs a key that names the weights")
@@ -245,18 +250,22 @@ class _Work:
             for row, tokens in zip(rows, encoded, strict=True)
         ]
         part = self.parts.named(f"{name}-scores", [self.max_length, texts])
-        if (kept := part.read()) is not None:
+        if (kept := ranks.from_first(part.read)) is not None:
             return kept
-        found = score_rows(
-            self.model,
-            self.fmt,
-            rows,
-            encoded=encoded,
-            max_length=self.max_length,
-            batch_tokens=self.effort.batch_tokens,
-            on_progress=lambda done, total: self.on_progress(f"{name}: scores", done, total),
-        )
-        return part.write(found)
+
+        def score(indices: Sequence[int]) -> list[RowRecord]:
+            return score_rows(
+                self.model,
+                self.fmt,
+                [rows[i] for i in indices],
+                encoded=[encoded[i] for i in indices],
+                max_length=self.max_length,
+                batch_tokens=self.effort.batch_tokens,
+                shared=self.effort.shared,
+                on_progress=lambda done, total: self.on_progress(f"{name}: scores", done, total),
+            )
+
+        return part.write(ranks.spread(range(len(rows)), score))
 
     def _answers(self, name: str, rows: Sequence[Row]) -> dict[str, list[Generation]]:
         asked = [[row.question, row.answer, self.fmt.encode_prompt(row.question)] for row in rows]
@@ -264,16 +273,22 @@ class _Work:
             d.name: self.parts.named(f"{name}-{d.name}", [dataclasses.asdict(d), asked])
             for d in self.decodings
         }
-        kept = {decoding: part.read() for decoding, part in parts.items()}
+        kept = {d: ranks.from_first(part.read) for d, part in parts.items()}
         open_ = [d for d in self.decodings if kept[d.name] is None]
-        texts = generate_answers(
-            self.model,
-            self.fmt,
-            [row.question for row in rows],
-            open_,
-            batch_size=self.effort.batch_size,
-            on_progress=lambda done, total: self.on_progress(f"{name}: answers", done, total),
-        )
+
+        def answer(questions: Sequence[str]) -> list[dict[str, str]]:
+            made = generate_answers(
+                self.model,
+                self.fmt,
+                questions,
+                open_,
+                batch_size=self.effort.batch_size,
+                on_progress=lambda done, total: self.on_progress(f"{name}: answers", done, total),
+            )
+            return [{d: texts[i] for d, texts in made.items()} for i in range(len(questions))]
+
+        each = ranks.spread([row.question for row in rows], answer) if open_ else []
+        texts = {d.name: [one[d.name] for one in each] for d in open_}
         truths = [row.answer for row in rows]
         for decoding, made in texts.items():
             generations = rouge_recall(made, truths)
@@ -313,7 +328,7 @@ class _Part:
 
     def write(self, rows: list[RowRecord]) -> list[RowRecord]:
         """`rows`, kept where there is a folder for it."""
-        if self.path is not None:
+        if self.path is not None and ranks.rank() == 0:
             body = {"kind": PART, "schema": PART_SCHEMA, "rows": [row_json(row) for row in rows]}
             write_json(self.path, body)
         return rows

@@ -25,6 +25,7 @@ from ui import (
 )
 from ui.console import Console
 from ui.options import Parser
+from unlearner import ranks
 from unlearner.data import did_you_mean
 
 DESCRIPTION = (
@@ -136,7 +137,7 @@ def _command_words(argv: Sequence[str], leaves: dict[str, Parser]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    console = Console(as_json="--json" in words)
+    console = _console("--json" in words)
     debug = "--debug" in words
     try:
         args = parse(words)
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore")
                 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for processes it starts
             code: int = args.run(args, console)
+            ranks.wait()  # a process that leaves early takes its connections with it
             return code
     except SystemExit as stop:  # argparse leaves this way after --help and --version
         return stop.code if isinstance(stop.code, int) else FAILURE
@@ -170,6 +172,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         console.error(*unexpected(error))
         return FAILURE
+    finally:
+        ranks.leave()
+
+
+def _console(as_json: bool) -> Console:
+    """The console; of several processes of one job only the first says anything."""
+    if ranks.rank() == 0:
+        return Console(as_json=as_json)
+    nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    return Console(as_json=as_json, stdout=nothing, stderr=nothing)
 
 
 def unexpected(error: Exception) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from adapters.errors import BaseMismatch, Interrupted
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui import options
 from ui.gates import check_gates, parse_gate
+from unlearner import ranks
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
@@ -170,11 +171,12 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         "retain_log": str(args.retain_log) if args.retain_log else None,
         **figures,
     }
-    if args.out:
+    if args.out and ranks.rank() == 0:
         write_log(log, args.out / LOG_FILE)
         write_json(args.out / FIGURES_FILE, json_value(named))
         console.words(f"Wrote {args.out / LOG_FILE} and {args.out / FIGURES_FILE}")
-    _attach(stack, args, figures)
+    if ranks.rank() == 0:
+        _attach(stack, args, figures)
     report_figures(named, console)
     check_gates(gates, figures)
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.base_model import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.errors import Interrupted, UserError
+from unlearner import ranks
 from unlearner.config import LoraShape
 from unlearner.data import Row
 from unlearner.prompts import encode_rows, pad_id, prompt_format
@@ -84,18 +85,21 @@ def finetune(
     fmt = prompt_format(tokenizer)
     pairs = [(row.question, row.answer) for row in rows]
     encoded = encode_rows(fmt, pairs, config.max_length, "training")
+    ranks.join()
     model = _prepared(base, lora, config.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".finetune-", dir=out.parent) as work:
         trainer, stop = _trainer(model, tokenizer, encoded, config, Path(work), on_progress)
         with stop.listening(on_progress):
             trainer.train()
-        if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        if ranks.any_of(stop.asked) and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"Stopped after step {trainer.state.global_step}; nothing was kept.",
                 "Run the same command again.",
             )
-        return _save(trainer.model, tokenizer, folder, Path(work), out, lora)
+        _save(trainer, tokenizer, folder, Path(work), out, lora)
+    ranks.wait()
+    return out
 
 
 def _prepared(base: BaseSpec, lora: LoraShape | None, seed: int) -> Any:
@@ -127,6 +131,7 @@ def _arguments(config: FinetuneConfig, rows: int, folder: Path) -> Any:
     from unlearner.trainer import checkpointing_arguments
 
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    size *= ranks.world_size()
     steps = max(1, -(-rows // size) * config.num_train_epochs)
     return SFTConfig(
         output_dir=str(folder),
@@ -189,18 +194,19 @@ def _trainer(
 
 
 def _save(
-    model: Any, tokenizer: Any, base: Path, work: Path, out: Path, lora: LoraShape | None
-) -> Path:
-    """Full weights in `out`, whole when it exists."""
+    trainer: Any, tokenizer: Any, base: Path, work: Path, out: Path, lora: LoraShape | None
+) -> None:
+    """Full weights in `out`, whole when it exists; every process takes part, the first writes."""
     whole = work / "model"
     if lora is None:
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-    else:
+        trainer.save_model(str(whole))  # under FSDP this gathers the shards of all processes
+        if ranks.rank() == 0:
+            tokenizer.save_pretrained(whole)
+    elif ranks.rank() == 0:
         from adapters.algebra import fold_stack
         from adapters.stack import save_adapter
 
-        adapter = save_adapter(model, "finetune", work / "adapter")
+        adapter = save_adapter(trainer.model, "finetune", work / "adapter")
         fold_stack(base, [(adapter, 1.0)], whole)
-    shutil.move(str(whole), str(out))
-    return out
+    if ranks.rank() == 0:
+        shutil.move(str(whole), str(out))

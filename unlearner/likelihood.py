@@ -166,6 +166,22 @@ class Answers(NamedTuple):
         return sum_by_row(hidden_nll(self.at.hidden, self.head, self.at.targets, chunk), self.at)
 
 
+def hidden_at(
+    model: torch.nn.Module, inputs: Mapping[str, Any], kept: Tensor
+) -> tuple[Tensor, torch.nn.Module]:
+    """What the head is given at positions `kept` (k,) of one row of tokens, (k, width), and it.
+
+    Where logits are more than the frozen head's output, these are the logits, and the head passes
+    them on.
+    """
+    arguments = {**inputs, "logits_to_keep": kept, "use_cache": False}
+    if not has_plain_head(model):
+        return model(**arguments).logits[0], torch.nn.Identity()
+    with _headless(model):
+        hidden = model(**arguments).logits[0]
+    return hidden, lm_head(model)
+
+
 def answers(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answers:
     """The answer positions of `batch` under `model`, ready for any loss a token.
 

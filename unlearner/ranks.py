@@ -32,12 +32,22 @@ def join() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
-def wait() -> None:
-    """Waits for all processes."""
+def leave() -> None:
+    """Ends the meeting, so that no process waits for one that is gone."""
     if world_size() > 1:
         import torch.distributed
 
-        torch.distributed.barrier()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def wait() -> None:
+    """Waits for all processes that have met."""
+    if world_size() > 1:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
 
 def from_first(make: Callable[[], Result]) -> Result:
@@ -68,6 +78,17 @@ def any_of(flag: bool) -> bool:
     flags: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(flags, flag)
     return any(flags)
+
+
+def largest(value: int) -> int:
+    """The largest `value` of any process."""
+    if world_size() == 1:
+        return value
+    import torch.distributed
+
+    found: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(found, value)
+    return int(max(found))
 
 
 def sums(values: dict[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from unlearner.environment import threads_for
 from unlearner.packing import pack_attention, packs_exactly
 from unlearner.pairing import Pair, Rows, plan_steps
 from unlearner.prompts import pad_id
-from unlearner.references import reference_nlls
+from unlearner.references import References, reference_nlls
 from unlearner.trainer import UnlearnTrainer
 
 if TYPE_CHECKING:
@@ -70,22 +70,7 @@ def train(
         run = replace(run, config=_resolved(run, model, budget))
         steps = _plan(run)
         parents = [parent.slug for parent in run.parents]
-        references = reference_nlls(
-            model,
-            run.rows,
-            steps,
-            run.config.objective.name,
-            parents,
-            pad=pad_id(run.fmt.tokenizer),
-            packed=packed,
-            key=store_key(),
-            depends_on={
-                "base": run.fingerprint.digest,
-                "view": base_view(model),
-                "device": next(model.parameters()).device.type,
-                "parents": [[h, p.scale] for h, p in zip(parent_hashes, run.parents, strict=True)],
-            },
-        )
+        references = _references(model, run, steps, packed, parent_hashes)
         stop = StopRequest()
         trainer = UnlearnTrainer(
             model,
@@ -142,6 +127,27 @@ def _plan(run: Prepared) -> list[list[Pair]]:
     )
 
 
+def _references(
+    model: Any, run: Prepared, steps: list[list[Pair]], packed: bool, hashes: Sequence[str]
+) -> References:
+    return reference_nlls(
+        model,
+        run.rows,
+        steps,
+        run.config.objective.name,
+        [parent.slug for parent in run.parents],
+        pad=pad_id(run.fmt.tokenizer),
+        packed=packed,
+        key=store_key(),
+        depends_on={
+            "base": run.fingerprint.digest,
+            "view": base_view(model),
+            "device": next(model.parameters()).device.type,
+            "parents": [[h, parent.scale] for h, parent in zip(hashes, run.parents, strict=True)],
+        },
+    )
+
+
 def _can_pack(model: Any, rows: Rows, report: Progress) -> bool:
     """Whether packs score as rows do on this model; said where they do not."""
     by_length = sorted([*rows.forget, *rows.retain], key=lambda row: len(row.input_ids))
@@ -186,7 +192,9 @@ def _check_fit(
     trainer: UnlearnTrainer, model: Any, run: Prepared, limit: int | None, report: Progress
 ) -> preflight.Measured:
     """Two steps on the longest micro-batch; refused where they need more than there is."""
-    measured = preflight.two_steps(trainer.longest_loss(), model, run.config, limit)
+    mine = preflight.two_steps(trainer.longest_loss(), model, run.config, limit)
+    # All refuse or none: a process that leaves alone would keep the others waiting.
+    measured = replace(mine, peak=ranks.largest(mine.peak), limit=-ranks.largest(-mine.limit))
     report({"event": "probe", "peak_bytes": measured.peak, "limit_bytes": measured.limit})
     preflight.require_fit(
         measured,
