@@ -87,7 +87,7 @@ def test_an_active_adapter_is_in_the_tree(fmt: Any, rows: list[Row]) -> None:
     for a, b, c in zip(plain, tree, bare, strict=True):
         for x, y, z in zip(texts_of(a), texts_of(b), texts_of(c), strict=True):
             assert abs(x.mean_nll - y.mean_nll) < 1e-5
-            assert abs(x.mean_nll - z.mean_nll) > 1e-3
+            assert abs(x.mean_nll - z.mean_nll) > 1e-4
 
 
 def test_the_way_that_was_taken(fmt: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
