@@ -22,11 +22,24 @@ BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
+class Draft:
+    """Tokens that greedy decoding is known to begin with, and how many there may be in all."""
+
+    tokens: tuple[int, ...] = ()
+    expected: int = 0
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A prompt as tokens and how many tokens its answer may have."""
+    """A prompt as tokens, how many tokens its answer may have, and what is known of it."""
 
     ids: list[int]
     budget: int
+    draft: Draft = Draft()
+
+    def begun(self, stops: Sequence[int]) -> list[int]:
+        """The known tokens within the budget, up to one that ends the answer."""
+        return _through(self.draft.tokens, stops)[: self.budget]
 
 
 def generate_answers(
@@ -36,6 +49,7 @@ def generate_answers(
     decodings: Sequence[Decoding],
     *,
     batch_size: int = BATCH_SIZE,
+    drafts: Sequence[Draft] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[str]]:
     """By decoding's name, an answer to every question: no special tokens, stripped.
@@ -50,6 +64,8 @@ def generate_answers(
         questions: in any order.
         decodings: with distinct names.
         batch_size: questions in a batch.
+        drafts: one a question, or none at all: what greedy decoding is known to begin with goes in
+            with the prompt. Answers are the same, up to ties that rounding decides.
         on_progress: called with answered and all questions (of all passes) after each batch.
     """
     prompts = [fmt.encode_prompt(question) for question in questions]
@@ -65,8 +81,11 @@ def generate_answers(
                 on_progress(before + done, len(passes) * len(prompts))
 
         budgets = [max(d.budget(len(ids)) for d in group) for ids in prompts]
-        asked = [Prompt(ids, budget) for ids, budget in zip(prompts, budgets, strict=True)]
         draw = group[0] if group[0].sample else None
+        asked = [
+            Prompt(ids, budget, drafts[i] if drafts and draw is None else Draft())
+            for i, (ids, budget) in enumerate(zip(prompts, budgets, strict=True))
+        ]
         made = generate_tokens(model, fmt, asked, draw, batch_size=batch_size, on_progress=advance)
         for decoding in group:
             cut = [
@@ -91,20 +110,50 @@ def generate_tokens(
 ) -> list[list[int]]:
     """The tokens of every answer without the one that ends it; greedy unless `draw` is given."""
     stops = stop_tokens(model, fmt)
+    begun = [prompt.begun(stops) for prompt in prompts]
+    made = {i: tokens for i, tokens in enumerate(begun) if tokens and tokens[-1] in stops}
+    left = [
+        Prompt([*prompt.ids, *known], prompt.budget - len(known), prompt.draft)
+        for prompt, known in zip(prompts, begun, strict=True)
+    ]
+    # A batch runs until its longest answer ends: answers of like length belong together.
     order = sorted(
-        (i for i, prompt in enumerate(prompts) if prompt.budget > 0),
-        key=lambda i: -len(prompts[i].ids),
+        (i for i, prompt in enumerate(left) if i not in made and prompt.budget > 0),
+        key=lambda i: (left[i].draft.expected - len(begun[i]), len(left[i].ids)),
+        reverse=True,
     )
-    made: dict[int, list[int]] = {}
     with evaluating(model), _own_config(model) as generator:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            batch = [prompts[i] for i in indices]
+            batch = [left[i] for i in indices]
             for i, tokens in zip(indices, _run(generator, fmt, batch, draw, stops), strict=True):
-                made[i] = _until(tokens, stops)[: prompts[i].budget]
+                made[i] = begun[i] + _until(tokens, stops)[: left[i].budget]
             if on_progress is not None:
                 on_progress(min(start + batch_size, len(order)))
-    return [made.get(i, []) for i in range(len(prompts))]
+    return [_until(made.get(i, begun[i]), stops) for i in range(len(prompts))]
+
+
+def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int | None) -> Draft:
+    """What greedy decoding begins with, from the teacher-forced scores of the true answer.
+
+    Args:
+        fmt: how prompts are made.
+        question: what is asked.
+        answer: the true answer as it was scored, prompt included.
+        agreed: how many of its leading tokens are the model's first choice.
+    """
+    prompt = fmt.encode_prompt(question)
+    first = answer.n_prompt
+    # A quote that opens the answer merges with the prompt's last token: another prompt, no draft.
+    if not agreed or answer.input_ids[:first] != prompt:
+        return Draft(expected=answer.n_targets)
+    return Draft(tuple(answer.input_ids[first : first + agreed]), answer.n_targets)
+
+
+def _through(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to the first that stops, with it."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return list(tokens[:end])
 
 
 def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:

@@ -19,16 +19,19 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-# The mask is quadratic in it: 4 MiB as booleans, and about ten questions of TOFU.
-TREE_TOKENS = 2048
+# Attention and its mask are quadratic in it; about four questions of TOFU.
+TREE_TOKENS = 1024
 TOLERANCE, COARSE = 1e-4, 3e-2
 
 
 class Scored(NamedTuple):
-    """`nll` of an answer in nats, summed, and its |y|."""
+    """`nll` of an answer in nats, summed, its |y|, and how many of its leading tokens are the
+    model's first choice: what greedy decoding would have begun with.
+    """
 
     nll: float
     n: int
+    agreed: int
 
 
 @dataclass
@@ -102,11 +105,10 @@ def score_trees(
         on_progress: called with scored and all texts.
     """
     trees = [build_tree(texts) for texts in questions]
-    order = sorted(range(len(trees)), key=lambda i: -len(trees[i].tokens))
     total = sum(map(len, questions))
     found: dict[int, list[Scored]] = {}
     done = 0
-    for indices in _packs(order, [len(tree.tokens) for tree in trees], tokens):
+    for indices in packs_of([len(tree.tokens) for tree in trees], tokens):
         for i, scores in zip(indices, _score_pack(model, [trees[i] for i in indices]), strict=True):
             found[i] = scores
             done += len(scores)
@@ -115,10 +117,11 @@ def score_trees(
     return [found[i] for i in range(len(trees))]
 
 
-def _packs(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+def packs_of(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of trees, the largest first, so many together that they stay within `budget`."""
     packs: list[list[int]] = []
     room = 0
-    for i in order:
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if not packs or sizes[i] > room:
             packs.append([])
             room = budget
@@ -128,10 +131,35 @@ def _packs(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list
 
 
 def _score_pack(model: Any, trees: Sequence[Tree]) -> list[list[Scored]]:
-    import numpy as np
     import torch
 
-    from unlearner.likelihood import hidden_at, hidden_nll
+    pairs, values, first = forward_pack(model, trees)
+    nll, chosen = values.to(torch.float64).tolist(), first.tolist()
+    scores: list[list[Scored]] = []
+    offset = 0
+    for tree in trees:
+        scores.append([])
+        for leaf in tree.leaves:
+            places = [pairs[offset + node, target] for node, target in leaf]
+            agreed = next((i for i, place in enumerate(places) if not chosen[place]), len(leaf))
+            scores[-1].append(Scored(sum(nll[place] for place in places), len(leaf), agreed))
+        offset += len(tree.tokens)
+    return scores
+
+
+def forward_pack(
+    model: Any, trees: Sequence[Tree]
+) -> tuple[dict[tuple[int, int], int], torch.Tensor, torch.Tensor]:
+    """Every distinct (node of the pack, target) with its place in what follows.
+
+    Returns:
+        The places, NLLs (pairs,) in float32, and whether each target is the likeliest token there.
+    """
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from unlearner.likelihood import hidden_at, per_token
 
     device = next(model.parameters()).device
     size = sum(len(tree.tokens) for tree in trees)
@@ -149,25 +177,23 @@ def _score_pack(model: Any, trees: Sequence[Tree]) -> list[list[Scored]]:
             for node, target in leaf:
                 pairs.setdefault((offset + node, target), len(pairs))
         offset = end
-    nodes, targets = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
+    nodes, targets = (torch.tensor(column) for column in zip(*pairs, strict=True))
     kept, index = torch.unique(nodes, return_inverse=True)
     inputs = {
         "input_ids": torch.tensor([ids], device=device),
         "position_ids": torch.tensor([depths], device=device),
         "attention_mask": _mask_for(model, torch.from_numpy(mask).to(device)),
     }
-    hidden, head = hidden_at(model, inputs, kept)
-    nll = hidden_nll(hidden[index], head, targets).to(torch.float64).tolist()
-    scores, offset = [], 0
-    for tree in trees:
-        scores.append(
-            [
-                Scored(sum(nll[pairs[offset + node, t]] for node, t in leaf), len(leaf))
-                for leaf in tree.leaves
-            ]
-        )
-        offset += len(tree.tokens)
-    return scores
+    hidden, head = hidden_at(model, inputs, kept.to(device))
+    wanted = targets.to(device)
+    first: list[torch.Tensor] = []
+
+    def value(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        first.append(logits.argmax(-1) == wanted[part])
+        return F.cross_entropy(logits.float(), wanted[part], reduction="none")
+
+    nll = per_token(hidden[index.to(device)], head, value)
+    return pairs, nll, torch.cat(first)
 
 
 def _mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,8 @@ class RowRecord:
         paraphrase: of the paraphrased answer; the true answer stands for it where there is none.
         perturbed: of the wrong answers; empty where there are none.
         generations: by the name of the decoding, see `evaluation.protocols`.
+        agreed: how many leading tokens of the true answer, EOS included, are the model's first
+            choice one after another; None where that was not looked at.
     """
 
     question: str | None = None
@@ -68,6 +70,7 @@ class RowRecord:
     paraphrase: AnswerScore | None = None
     perturbed: tuple[AnswerScore, ...] = ()
     generations: Mapping[str, Generation] = field(default_factory=dict)
+    agreed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def row_json(row: RowRecord) -> dict[str, Any]:
             }
             for name, made in row.generations.items()
         },
+        "agreed": row.agreed,
     }
 
 
@@ -232,7 +236,14 @@ def row_from_json(raw: Mapping[str, Any], where: str) -> RowRecord:
             )
             for name, made in raw["generations"].items()
         },
+        agreed=_agreed_of(raw.get("agreed"), where),
     )
+
+
+def _agreed_of(raw: Any, where: str) -> int | None:
+    if raw is None or (type(raw) is int and raw >= 0):
+        return raw
+    raise UserError(f"{where}: agreed is {raw!r}, not a count.", "Write the log again.")
 
 
 def _score_of(raw: Sequence[Any] | None, where: str, what: str) -> AnswerScore | None:

@@ -105,20 +105,25 @@ def score_rows(
         encoded = encode_answers(fmt, rows)
     questions = [[_cut(text, max_length) for text in row.texts] for row in encoded]
     _refuse_empty(rows, encoded, max_length)
+    agreed: list[int] = []
     with evaluating(model):
         if shared and questions and shares_exactly(model, questions[0]):
             found = score_trees(model, questions, on_progress=on_progress)
             scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in found for s in texts])
+            agreed = [texts[0].agreed for texts in found]
         else:
             flat = [text for texts in questions for text in texts]
             pad = pad_id(fmt.tokenizer)
             scores = iter(_score_texts(model, flat, pad, batch_tokens, on_progress))
     records = []
-    for row, tokens in zip(rows, encoded, strict=True):
+    for i, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
         answer = next(scores)
         paraphrase = answer if tokens.paraphrase is None else next(scores)
         perturbed = tuple(next(scores) for _ in tokens.perturbed)
-        records.append(RowRecord(row.question, row.answer, answer, paraphrase, perturbed))
+        known = agreed[i] if agreed else None
+        records.append(
+            RowRecord(row.question, row.answer, answer, paraphrase, perturbed, agreed=known)
+        )
     return records
 
 

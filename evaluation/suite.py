@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.generation import BATCH_SIZE, generate_answers
+from evaluation.generation import BATCH_SIZE, Draft, generate_answers, known_start
 from evaluation.metrics import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from evaluation.records import (
@@ -67,11 +67,13 @@ class EvalData:
 @dataclass(frozen=True)
 class Effort:
     """What a batch may hold: tokens when scoring (padding included), questions when answering;
-    and whether the answers of a question share the computation of what they begin with.
+    whether the answers of a question share the computation of what they begin with, and whether
+    greedy answers start from what their scores have shown already.
     """
 
     batch_tokens: int = BATCH_TOKENS
     shared: bool = True
+    drafts: bool = True
     batch_size: int = BATCH_SIZE
 
 
@@ -236,7 +238,13 @@ class _Work:
     ) -> tuple[RowRecord, ...]:
         """The set's rows with scores and answers, from finished parts where they fit."""
         scored = self._scores(name, rows, encoded)
-        answers = self._answers(name, rows)
+        drafts = [
+            known_start(self.fmt, row.question, tokens.answer, record.agreed)
+            if self.effort.drafts
+            else Draft()
+            for row, tokens, record in zip(rows, encoded, scored, strict=True)
+        ]
+        answers = self._answers(name, rows, drafts)
         return tuple(
             dataclasses.replace(row, generations={d: made[i] for d, made in answers.items()})
             for i, row in enumerate(scored)
@@ -267,7 +275,9 @@ class _Work:
 
         return part.write(ranks.spread(range(len(rows)), score))
 
-    def _answers(self, name: str, rows: Sequence[Row]) -> dict[str, list[Generation]]:
+    def _answers(
+        self, name: str, rows: Sequence[Row], drafts: Sequence[Draft]
+    ) -> dict[str, list[Generation]]:
         asked = [[row.question, row.answer, self.fmt.encode_prompt(row.question)] for row in rows]
         parts = {
             d.name: self.parts.named(f"{name}-{d.name}", [dataclasses.asdict(d), asked])
@@ -276,18 +286,19 @@ class _Work:
         kept = {d: ranks.from_first(part.read) for d, part in parts.items()}
         open_ = [d for d in self.decodings if kept[d.name] is None]
 
-        def answer(questions: Sequence[str]) -> list[dict[str, str]]:
+        def answer(indices: Sequence[int]) -> list[dict[str, str]]:
             made = generate_answers(
                 self.model,
                 self.fmt,
-                questions,
+                [rows[i].question for i in indices],
                 open_,
                 batch_size=self.effort.batch_size,
+                drafts=[drafts[i] for i in indices],
                 on_progress=lambda done, total: self.on_progress(f"{name}: answers", done, total),
             )
-            return [{d: texts[i] for d, texts in made.items()} for i in range(len(questions))]
+            return [{d: texts[i] for d, texts in made.items()} for i in range(len(indices))]
 
-        each = ranks.spread([row.question for row in rows], answer) if open_ else []
+        each = ranks.spread(range(len(rows)), answer) if open_ else []
         texts = {d.name: [one[d.name] for one in each] for d in open_}
         truths = [row.answer for row in rows]
         for decoding, made in texts.items():

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Rows of logits that exist at once: 512 x 32,000 in float32 are 62 MiB.
 CHUNK = 512
+# The attention of `unlearner.packing`, which keeps the rows of a pack apart by itself.
+PACK_ATTENTION = "unlearner_varlen"
 
 
 class AnswerLogits(NamedTuple):
@@ -134,8 +136,16 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answer
     """
     at = _scored(batch)
     # Without `use_cache=False` rows of a pack would see each other, silently.
-    out = model(**at.inputs, logits_to_keep=at.kept, use_cache=False)
+    out = model(**_inputs(model, at), logits_to_keep=at.kept, use_cache=False)
     return AnswerLogits(out.logits[at.batch_row, at.position], at.targets, at.row, at.n)
+
+
+def _inputs(model: Any, at: _Targets) -> dict[str, Any]:
+    """What the model is called with; attention for packs needs no mask, so none is built."""
+    config = _causal(model).config
+    if "cu_seq_lens_q" in at.inputs and config._attn_implementation == PACK_ATTENTION:
+        return {**at.inputs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+    return at.inputs
 
 
 def answer_hidden(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> AnswerHidden:
@@ -147,7 +157,7 @@ def answer_hidden(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answer
     """
     at = _scored(batch)
     with _headless(model):
-        out = model(**at.inputs, logits_to_keep=at.kept, use_cache=False)
+        out = model(**_inputs(model, at), logits_to_keep=at.kept, use_cache=False)
     return AnswerHidden(out.logits[at.batch_row, at.position], at.targets, at.row, at.n)
 
 
@@ -260,14 +270,18 @@ class _PerToken(torch.autograd.Function):
     ) -> Tensor:
         """`value(logits of the chunk, which tokens)` for all tokens, (targets,) float32."""
         needed = hidden.requires_grad
-        found, gradients = [], []
+        found: list[Tensor] = []
+        gradients: list[Tensor] = []
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, min(start + chunk, hidden.shape[0]))
             with torch.set_grad_enabled(needed):
                 piece = hidden[part].detach().requires_grad_(needed)
                 values = value(head(_as_weight(piece, head)), part)
                 if needed:
-                    gradients.append(torch.autograd.grad(values.sum(), piece)[0])
+                    # Not `autograd.grad`: torch's counter of FLOPs cannot watch that.
+                    values.sum().backward()
+                    assert piece.grad is not None
+                    gradients.append(piece.grad)
             found.append(values.detach())
         if needed:
             ctx.save_for_backward(torch.cat(gradients))
@@ -305,7 +319,8 @@ def hidden_nll(
     """`-log p(target)` of every token in nats, (targets,) float32; see `per_token`."""
 
     def value(logits: Tensor, part: slice) -> Tensor:
-        return F.cross_entropy(logits.float(), targets[part], reduction="none")
+        wanted = targets[part].to(logits.device)
+        return F.cross_entropy(logits.float(), wanted, reduction="none")
 
     return per_token(hidden, head, value, chunk)
 
@@ -319,8 +334,10 @@ def answer_nll(
 
 def sum_by_row(token: Tensor, at: AnswerHidden | AnswerLogits) -> AnswerNLL:
     """Values (targets,) summed over the answer of each row."""
-    total = torch.zeros(at.n.shape[0], dtype=torch.float32, device=token.device)
-    return AnswerNLL(total.index_add(0, at.row, token), at.n)
+    # Where rows begin and what is scored may be known on the CPU alone (counting on meta tensors).
+    row, n = at.row.to(token.device), at.n.to(token.device)
+    total = torch.zeros(n.shape[0], dtype=torch.float32, device=token.device)
+    return AnswerNLL(total.index_add(0, row, token), n)
 
 
 def row_nll(logits: Tensor, found: AnswerLogits) -> AnswerNLL:

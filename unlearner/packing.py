@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from unlearner.prompts import Encoded
+from unlearner.likelihood import PACK_ATTENTION, answer_nll
+from unlearner.prompts import Encoded, pad_batch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAME = "unlearner_varlen"
 # Relative to the mean NLL of a row: float32 and what bf16 kernels of other shapes differ by.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 COARSE = 3e-2
@@ -119,9 +119,9 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, varlen_attention)
+    AttentionInterface.register(PACK_ATTENTION, varlen_attention)
     # Padded batches still get their mask.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(PACK_ATTENTION, sdpa_mask)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def pack_attention(model: Any) -> Iterator[None]:
         yield
         return
     _register()
-    config._attn_implementation = NAME
+    config._attn_implementation = PACK_ATTENTION
     try:
         yield
     finally:
@@ -150,9 +150,6 @@ def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool
         model: as it is, adapters included.
         rows: two or more, of different lengths.
     """
-    from unlearner.likelihood import answer_nll
-    from unlearner.prompts import pad_batch
-
     first = next(model.parameters())
     was_training = model.training
     model.eval()

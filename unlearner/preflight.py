@@ -96,18 +96,18 @@ def two_steps(
     gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     # What is measured against: before the steps, since they hold what they take.
     allowed = limit if limit is not None else math.floor(USABLE * free_memory(device))
-    _start_counting(device)
+    start_counting(device)
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     try:
         for _ in range(STEPS):
             loss().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        peak = _peak(device)
+        highest = peak(device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        peak = max(_peak(device), allowed + 1)
+        highest = max(peak(device), allowed + 1)
     finally:
         del optimizer
         with torch.no_grad():
@@ -119,10 +119,11 @@ def two_steps(
             torch.cuda.set_rng_state(gpu_state, device)
             torch.cuda.empty_cache()
     of = "allocated on the GPU" if device.type == "cuda" else "of this process"
-    return Measured(peak, allowed, of)
+    return Measured(highest, allowed, of)
 
 
-def _start_counting(device: torch.device) -> None:
+def start_counting(device: torch.device) -> None:
+    """From now on `peak` counts."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -130,7 +131,8 @@ def _start_counting(device: torch.device) -> None:
         CLEAR.write_text("5")  # Linux: the peak of resident memory starts anew
 
 
-def _peak(device: torch.device) -> int:
+def peak(device: torch.device) -> int:
+    """Most bytes since `start_counting`: reserved on the GPU, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     from unlearner.callbacks import peak_memory

@@ -11,8 +11,8 @@ import torch
 from adapters.base_model import BaseSpec, load_base, load_tokenizer
 from unlearner.data import load_split
 from unlearner.forwards import part_of_batch
-from unlearner.likelihood import answer_nll
-from unlearner.packing import NAME, pack_attention, pack_rows, packs_exactly
+from unlearner.likelihood import PACK_ATTENTION, answer_nll
+from unlearner.packing import pack_attention, pack_rows, packs_exactly
 from unlearner.prompts import Encoded, pad_batch, prompt_format
 
 
@@ -54,7 +54,7 @@ def test_real_rows_score_in_a_pack_as_alone(attention: str, rows: list[Encoded])
         expected = alone(model, rows)
         if attention == "varlen":
             with pack_attention(model):
-                assert model.config._attn_implementation == NAME
+                assert model.config._attn_implementation == PACK_ATTENTION
                 found = answer_nll(model, pack_rows(rows))
             assert model.config._attn_implementation == "sdpa"
         else:
