@@ -32,10 +32,10 @@ def model(tiny_base: Path) -> Any:
 
 
 def steps_of(model: Any, run: Any) -> tuple[Any, int]:
-    """What `run` returns, and how many tokens went through the model."""
+    """What `run` returns, and how often the model ran."""
     seen: list[int] = []
     hook = model.model.embed_tokens.register_forward_hook(
-        lambda module, inputs, out: seen.append(out.shape[0] * out.shape[1])
+        lambda module, inputs, out: seen.append(1)
     )
     try:
         return run(), sum(seen)
@@ -67,7 +67,8 @@ def test_drafts_change_the_work_and_not_the_answers(model: Any, fmt: Any) -> Non
             ),
         )
         assert quick == plain
-    assert after < before
+        if size == 1:
+            assert after < 0.7 * before
 
 
 def test_what_agrees_is_what_the_model_would_say_first(
@@ -88,10 +89,10 @@ def test_what_agrees_is_what_the_model_would_say_first(
 def test_a_draft_that_ends_needs_no_step_and_budgets_hold(model: Any, fmt: Any) -> None:
     (stop, *_) = generation.stop_tokens(model, fmt)
     drafts = [Draft((40, 41, stop), 3)]
-    found, tokens = steps_of(
+    found, steps = steps_of(
         model, lambda: generate_answers(model, fmt, QUESTIONS[:1], [GREEDY], drafts=drafts)
     )
-    assert tokens == 0
+    assert steps == 0
     assert found[GREEDY.name] == [fmt.tokenizer.decode([40, 41]).strip()]
     long = generation.Prompt([5, 6], 2, Draft((40, 41, 42), 3))
     assert generation.generate_tokens(model, fmt, [long]) == [[40, 41]]
