@@ -21,6 +21,7 @@ from ui import (
     commands_runs,
     commands_store,
     commands_train,
+    commands_ui,
 )
 from ui.console import Console
 from ui.options import Parser
@@ -45,6 +46,7 @@ MODULES = (
     commands_merge,
     commands_eval,
     commands_finetune,
+    commands_ui,
 )
 FAILURE, INTERRUPTED = 1, 130
 

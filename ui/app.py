@@ -1,0 +1,378 @@
+"""The app: every page and its events. Logic lives in modules that know nothing of gradio."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from adapters.errors import UserError
+from ui import app_pages, app_recorded, views
+from ui.actions import Actions
+from ui.decoding import Sampling
+from ui.jobs import Jobs
+from ui.style import CSS, HEAD
+
+if TYPE_CHECKING:
+    from ui.recorded import Recorded
+    from ui.session import Frame, Session
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
+LOCAL = ("127.0.0.1", "localhost", "::1")
+LOG = logging.getLogger("unlearner.app")
+SAME_COMMAND = "The same as a command"
+
+
+@dataclass
+class App:
+    """What the pages share: session, jobs, files, and each browser's stop button."""
+
+    session: Session
+    jobs: Jobs
+    logs: tuple[Path, ...] = ()
+    retain_log: Path | None = None
+    votes: Path = Path("votes.jsonl")
+    stops: dict[str, threading.Event] = field(default_factory=dict)
+
+    @property
+    def actions(self) -> Actions:
+        """What a page can ask."""
+        return Actions(self.session)
+
+    def stop_of(self, request: gr.Request) -> threading.Event:
+        """A new stop button for this browser's next answer."""
+        event = self.stops[str(request.session_hash)] = threading.Event()
+        return event
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose errors reach the page as a sentence; nothing of a question is logged."""
+
+    def fail(error: Exception) -> gr.Error:
+        if isinstance(error, UserError):
+            return gr.Error(str(error), title="That did not work", print_exception=False)
+        LOG.error("%s in %s", type(error).__name__, function.__name__)
+        return gr.Error(
+            f"{type(error).__name__}. See the terminal; `unlearner doctor` checks this machine.",
+            title="Something unforeseen",
+            print_exception=False,
+        )
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from function(*args, **kwargs)
+            except Exception as error:
+                raise fail(error) from None
+
+        return stream
+
+    @functools.wraps(function)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise fail(error) from None
+
+    return plain
+
+
+def build(app: App, recorded: Recorded | None = None) -> gr.Blocks:
+    """All pages; with `recorded` the page of recorded answers, without a model."""
+    with gr.Blocks(title="unlearner", analytics_enabled=False) as page:
+        if recorded is not None:
+            app_recorded.build(app, recorded)
+        else:
+            _live(app, page)
+    return page
+
+
+def _live(app: App, page: gr.Blocks) -> None:
+    head = gr.HTML(_head(app), elem_id="un-head")
+    with gr.Group():
+        stack = gr.CheckboxGroup(
+            choices=_choices(app), value=_on(app), label="Adapters on the right side",
+            info="They add up: their order does not matter. Trying one out here files nothing.",
+            elem_id="un-stack",
+        )  # fmt: skip
+        strengths = gr.State({})
+        clear = gr.Button("Clear = base", size="sm", elem_id="un-clear")
+    with gr.Accordion("Strength of each adapter", open=False):
+
+        @gr.render(inputs=stack)  # type: ignore[untyped-decorator]
+        def sliders(chosen: list[str]) -> None:
+            if not chosen:
+                gr.Markdown("No adapter is on.")
+            for slug in chosen or []:
+                slider = gr.Slider(
+                    0, 1.5, value=dict(app.session.filed_stack()).get(slug, 1.0), step=0.05,
+                    label=f"Strength of {_labels(app).get(slug, slug)}", key=f"strength-{slug}",
+                )  # fmt: skip
+                slider.change(
+                    lambda kept, value, slug=slug: {**(kept or {}), slug: value},
+                    [strengths, slider], strengths, **PRIVATE, show_progress="hidden",
+                )  # fmt: skip
+
+    with gr.Tabs():
+        with gr.Tab("Compare", id="compare"):
+            compare = _compare(app, stack, strengths)
+        with gr.Tab("Author sheet", id="sheet"):
+            sheet_author = app_pages.sheet(app, stack, strengths)
+        with gr.Tab("Stack", id="stack"):
+            app_pages.stack(app, stack, head, _choices, _on)
+        with gr.Tab("Runs", id="runs"):
+            app_pages.runs(app, page)
+        with gr.Tab("New request", id="request"):
+            request_author = app_pages.request(app, page)
+    clear.click(lambda: [], outputs=stack, **PRIVATE)
+    outputs = [head, stack, compare, sheet_author, request_author]
+    timer = gr.Timer(1.0)
+
+    def refresh(chosen: list[str], seen: bool) -> tuple[Any, ...]:
+        """Header, adapters and authors, until the base is loaded."""
+        names = list(app.session.library.authors)
+        loading = app.session.state == "loading"
+        known = [slug for _, slug in _choices(app)]
+        kept = [slug for slug in chosen or [] if slug in known]
+        return (
+            _head(app),
+            gr.update(choices=_choices(app), value=kept if seen else _on(app)),
+            *[gr.update(choices=names) for _ in range(3)],
+            gr.Timer(active=loading),
+            True,
+        )
+
+    fresh = gr.State(False)
+    both = {"inputs": [stack, fresh], "outputs": [*outputs, timer, fresh]}
+    timer.tick(refresh, **both, **PRIVATE, show_progress="hidden")
+    page.load(refresh, **both, **PRIVATE, show_progress="hidden")
+    page.unload(_forget_stops(app))
+    for name in ("compare", "stack", "activate", "revert", "clear", "sheet"):
+        gr.api(told(getattr(app.actions, name)), api_name=name)
+
+
+def _forget_stops(app: App) -> Callable[[gr.Request], None]:
+    def left(request: gr.Request) -> None:
+        """Nobody reads on: the answer that is being written ends."""
+        event = app.stops.pop(str(request.session_hash), None)
+        if event is not None:
+            event.set()
+
+    return left
+
+
+def _labels(app: App) -> dict[str, str]:
+    return {adapter.slug: adapter.label for adapter in app.session.adapters()}
+
+
+def _choices(app: App) -> list[tuple[str, str]]:
+    """What can be switched on: label and slug of all whole adapters, the newest last."""
+    off = ("quarantined", "purged", "superseded")
+    return [
+        (adapter.label, adapter.slug)
+        for adapter in app.session.adapters()
+        if adapter.status not in off and not adapter.problem
+    ]
+
+
+def _on(app: App) -> list[str]:
+    return [slug for slug, _ in app.session.filed_stack()]
+
+
+def _head(app: App) -> str:
+    session = app.session
+    base = session.base.name if session.base else "no base named"
+    state = {
+        "ready": "ready",
+        "loading": "loading the base …",
+        "resting": "resting: a training uses the GPU",
+        "failed": f"not loaded: {session.problem}",
+        "no base": "no model: start with --base, or make the demo world under “New request”",
+    }[session.state]
+    note = (
+        f'<p class="un-note">{views.esc(session.library.note)}</p>' if session.library.note else ""
+    )
+    return (
+        f'<header class="un-head"><h1>unlearner</h1><p>{views.esc(Path(base).name)}, '
+        f'{views.esc(session.store_path)}</p><p role="status" id="un-state">{views.esc(state)}</p>'
+        f"</header>{note}"
+    )
+
+
+def _compare(app: App, stack: Any, strengths: Any) -> Any:
+    """The Compare tab; its author field."""
+    with gr.Row():
+        author = gr.Dropdown(
+            choices=list(app.session.library.authors), label="Author", elem_id="un-author",
+            value=None, scale=1,
+        )  # fmt: skip
+        question_list = gr.Dropdown(
+            choices=[], label="Question of this author", value=None, elem_id="un-list", scale=2
+        )
+    question = gr.Textbox(
+        label="Question", placeholder="Choose one above, or type your own. Enter asks.",
+        lines=1, max_lines=1, elem_id="un-question",
+    )  # fmt: skip
+    with gr.Row():
+        ask = gr.Button("Ask both", variant="primary", elem_id="un-ask")
+        stop = gr.Button("Stop (Esc)", elem_id="un-stop")
+    with gr.Accordion("More", open=False), gr.Row():
+        heat = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)")
+        seed = gr.Number(0, precision=0, label="Seed", minimum=0)
+        longest = gr.Slider(1, 400, value=200, step=1, label="Longest answer in tokens")
+    status = gr.HTML(_status("Ask something."), elem_id="un-status")
+    with gr.Row():
+        left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
+        right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
+    scores = gr.HTML("", elem_id="un-figures")
+    frame_state = gr.State(None)
+    same = app_pages.command_box()
+    app_pages.vote(app, frame_state)
+
+    def questions(name: str | None) -> Any:
+        rows = app.session.library.authors.get(name or "", ())
+        return gr.update(choices=[row.question for row in rows], value=None)
+
+    def run(
+        asked: str, chosen: list[str], kept: dict[str, float], temperature: float, number: float,
+        most: float, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        event = app.stop_of(request)
+        wanted = app.actions.stack_of(chosen or [], kept or {})
+        sampling = Sampling(float(temperature), int(number or 0), int(most))
+        labels, shown = _labels(app), 0.0
+        last_stage = ""
+        for frame in app.session.compare(asked, wanted, sampling, event):
+            now = time.monotonic()
+            if frame.stage == last_stage and now - shown < FRAME_SECONDS:
+                continue
+            shown, last_stage = now, frame.stage
+            cards = views.frame_cards(frame, labels)
+            yield (_status(_stage(frame)), *cards, views.scores_table(frame), frame,
+                   ask_command(app, frame, sampling))  # fmt: skip
+
+    author.change(questions, author, question_list, **PRIVATE)
+    question_list.change(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
+    gr.on(
+        [ask.click, question.submit],
+        told(run),
+        [question, stack, strengths, heat, seed, longest],
+        [status, left, right, scores, frame_state, same],
+        concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
+    )  # fmt: skip
+
+    def halt(request: gr.Request) -> None:
+        event = app.stops.get(str(request.session_hash))
+        if event is not None:
+            event.set()
+
+    stop.click(halt, queue=False, **PRIVATE)
+    return author
+
+
+def ask_command(app: App, frame: Frame, sampling: Sampling) -> str:
+    """The call that gives the same answers in a script."""
+    slugs = [slug for slug, _ in frame.stack]
+    strengths = {slug: scale for slug, scale in frame.stack if scale != 1.0}
+    extra = f", strengths={strengths!r}" if strengths else ""
+    if sampling.temperature:
+        extra += f", temperature={sampling.temperature:g}, seed={sampling.seed}"
+    return (
+        "from gradio_client import Client\n"
+        f"Client(URL).predict({frame.question!r}, {slugs!r}{extra}, api_name='/compare')"
+    )
+
+
+def _status(text: str) -> str:
+    return f'<p class="un-foot" role="status" aria-live="polite">{views.esc(text)}</p>'
+
+
+def _stage(frame: Frame) -> str:
+    how = "one batch" if frame.one_batch else "in turns"
+    return {
+        "waiting": f"Waiting in line: {frame.ahead} ahead.",
+        "answering": f"Answering, both sides {how} …",
+        "scoring": "Scoring against the true answer …",
+        "stopped": "Stopped. What was said stays; it is not scored.",
+        "done": f"Done: both sides {how}. Words that only one side says are bold and underlined.",
+    }[frame.stage]
+
+
+def theme() -> Any:
+    """Neutral, one accent, fonts of the system: nothing is fetched."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
+    return gr.themes.Default(
+        primary_hue="sky", neutral_hue="slate", font=fonts, font_mono=mono
+    ).set(
+        button_primary_background_fill="#1f5f8b",
+        button_primary_background_fill_dark="#1f5f8b",
+        button_primary_background_fill_hover="#174a6d",
+        button_primary_background_fill_hover_dark="#2a76ab",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#ffffff",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+    )
+
+
+def check_address(host: str, auth: object) -> None:
+    """Refuses to open the page to others without a password.
+
+    Raises:
+        UserError: another address than this machine's, and nobody has to log in.
+    """
+    if host not in LOCAL and not auth:
+        raise UserError(
+            f"At {host} everybody who reaches this machine could use the app.",
+            "Give --auth FILE with lines of name:password, or leave --host away.",
+        )
+
+
+def launch(
+    app: App, *, recorded: Recorded | None = None, host: str = LOCAL[0], port: int | None = None,
+    auth: list[tuple[str, str]] | None = None, open_browser: bool = False,
+) -> tuple[gr.Blocks, str]:  # fmt: skip
+    """The running page and its address; it is up before the base is loaded.
+
+    Raises:
+        UserError: another address without `auth`, or a port that is taken.
+    """
+    check_address(host, auth)
+    page = build(app, recorded)
+    page.queue(default_concurrency_limit=16)
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, auth=auth, inbrowser=open_browser, share=False,
+            run_history=False, prevent_thread_lock=True, quiet=True, footer_links=["api"],
+            allowed_paths=[], max_file_size="6mb", theme=theme(), css=CSS, head=HEAD,
+            enable_monitoring=False, ssr_mode=False, mcp_server=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"The page cannot be opened: {error}", "Choose another --port.") from error
+    if recorded is None:
+        app.session.start()
+    return page, str(url)
+
+
+def shuffled() -> random.Random:
+    """The coin of the blind vote."""
+    return random.SystemRandom()
