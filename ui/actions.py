@@ -52,11 +52,7 @@ class Actions:
         if adapters and store is None:
             raise UserError("There is no store, so there is no adapter.", "File a request first.")
         given = strengths or {}
-        return [
-            (store.get(ref).slug, float(given.get(ref, 1.0)))
-            for ref in adapters
-            if store is not None
-        ]
+        return [(store.get(ref).slug, float(given.get(ref, 1.0))) for ref in adapters if store]
 
     def stack(self) -> dict[str, Any]:
         """The store's adapters, and what the model's layers say is active."""
@@ -96,10 +92,8 @@ class Actions:
         from ui.sheet import fill, tally
 
         self.session.wait()
-        rows: Any = []
         stack = self.stack_of(adapters)
-        for rows, _ in fill(self.session, author, stack, neighbours=int(neighbours)):
-            continue
+        *_, (rows, _) = fill(self.session, author, stack, neighbours=int(neighbours))
         return {"rows": [dataclasses.asdict(row) for row in rows], "tally": tally(rows)}
 
     def _store(self) -> Any:

@@ -101,14 +101,14 @@ def build(app: App, recorded: Recorded | None = None) -> gr.Blocks:
 
 def _live(app: App, page: gr.Blocks) -> None:
     head = gr.HTML(_head(app), elem_id="un-head")
-    with gr.Group():
+    with gr.Row(equal_height=True, elem_id="un-bar"):
         stack = gr.CheckboxGroup(
             choices=_choices(app), value=_on(app), label="Adapters on the right side",
             info="They add up: their order does not matter. Trying one out here files nothing.",
-            elem_id="un-stack",
+            elem_id="un-stack", scale=5, min_width=260,
         )  # fmt: skip
         strengths = gr.State({})
-        clear = gr.Button("Clear = base", size="sm", elem_id="un-clear")
+        clear = gr.Button("Clear = base", elem_id="un-clear", scale=1, min_width=120)
     with gr.Accordion("Strength of each adapter", open=False):
 
         @gr.render(inputs=stack)  # type: ignore[untyped-decorator]
@@ -234,8 +234,10 @@ def _compare(app: App, stack: Any, strengths: Any) -> Any:
         longest = gr.Slider(1, 400, value=200, step=1, label="Longest answer in tokens")
     status = gr.HTML(_status("Ask something."), elem_id="un-status")
     with gr.Row():
-        left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
-        right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
+        with gr.Column(min_width=300):
+            left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
+        with gr.Column(min_width=300):
+            right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
     scores = gr.HTML("", elem_id="un-figures")
     frame_state = gr.State(None)
     same = app_pages.command_box()

@@ -39,8 +39,10 @@ def vote(app: App, frame_state: Any) -> None:
     with gr.Accordion("Blind vote: which answer knows more?", open=False):
         start = gr.Button("Hide which side is which", size="sm")
         with gr.Row():
-            a = gr.HTML(views.answer_card("A", "", None))
-            b = gr.HTML(views.answer_card("B", "", None))
+            with gr.Column(min_width=300):
+                a = gr.HTML(views.answer_card("A", "", None))
+            with gr.Column(min_width=300):
+                b = gr.HTML(views.answer_card("B", "", None))
         choice = gr.Radio(list(votes.CHOICES), label="Your vote")
         give = gr.Button("Vote", size="sm")
         said = gr.HTML("")
@@ -94,7 +96,10 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
         column_widths=[110, 260, 260, 260, 110, 110, 90, 90, 80, 80, 80, 80],
     )  # fmt: skip
     with gr.Row():
-        left, right = gr.HTML(""), gr.HTML("", elem_id="un-sheet-diff")
+        with gr.Column(min_width=300):
+            left = gr.HTML("")
+        with gr.Column(min_width=300):
+            right = gr.HTML("", elem_id="un-sheet-diff")
     rows = gr.State([])
 
     def run(name: str | None, chosen: list[str], kept: dict[str, float], n: float) -> Iterator[Any]:
@@ -146,7 +151,8 @@ def stack(app: App, chosen: Any, head: Any, choices: Callable[[Any], Any], on: A
 
     def shown(command: str = "") -> tuple[Any, ...]:
         return (_listing(app), _read(app), gr.update(choices=_all(app)), command,
-                gr.update(choices=choices(app), value=on(app)), gr.update(visible=False))  # fmt: skip
+                gr.update(choices=choices(app), value=on(app)),
+                gr.update(visible=False))  # fmt: skip
 
     def start(name: str | None, scale: float) -> tuple[Any, ...]:
         app.actions.activate(name or "", float(scale))
@@ -253,14 +259,11 @@ def run_plots(found: runs_data.Runs) -> str:
     """FQ against MU with published rows, log R, and curves, where there is something to plot."""
     points = [
         (str(row["name"]), float(row["model_utility"]), float(row["forget_quality_log10"]),
-         "measured here")
+         runs_data.REFERENCE if row["source"] == runs_data.REFERENCE else "measured here")
         for row in found.table
         if row.get("model_utility") is not None and row.get("forget_quality_log10") is not None
     ]  # fmt: skip
-    published = [
-        (f"{name}, published", mu, fq, "retrain, published" if name == "retrain" else "published")
-        for name, fq, mu in found.published
-    ]
+    published = [(name, mu, fq, "published, Llama-2-7B") for name, fq, mu in found.published]
     parts = [
         "<h3>Forget quality against model utility</h3>" + plots.pareto(
             [*points, *published], "Forget quality against model utility",
@@ -278,7 +281,8 @@ def run_plots(found: runs_data.Runs) -> str:
             "<h3>Strength</h3>"
             + plots.lines(curve, "Forget ROUGE-L by strength", "strength", "forget ROUGE-L")
         )
-    return "".join(parts)
+    body = "".join(f"<div>{part}</div>" for part in parts)
+    return f'<div class="un-plots">{body}</div>'
 
 
 def runs_html(found: runs_data.Runs) -> str:

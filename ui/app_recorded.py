@@ -38,8 +38,10 @@ def build(app: App, found: Recorded) -> None:
                 label="Question", elem_id="un-recorded-question",
             )  # fmt: skip
             with gr.Row():
-                left = gr.HTML("", elem_id="un-left")
-                right = gr.HTML("", elem_id="un-right")
+                with gr.Column(min_width=300):
+                    left = gr.HTML("", elem_id="un-left")
+                with gr.Column(min_width=300):
+                    right = gr.HTML("", elem_id="un-right")
             scores = gr.HTML("", elem_id="un-figures")
             with gr.Row():
                 export = gr.DownloadButton("LLM Comparator JSON", size="sm", elem_id="un-export")

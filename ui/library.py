@@ -39,8 +39,10 @@ class Library:
         found = []
         for name, rows in self.neighbours.items():
             kept = [row for row in rows if row.question not in own]
-            # Spread over the set, so that not all rows are of one author.
-            found += [(name, row) for row in kept[:: max(1, len(kept) // n)][:n]]
+            # Spread over the set, and one further each time: authors have equally many rows, and
+            # an even step would always meet the same kind of question.
+            places = {(k * len(kept) // n + k) % len(kept) for k in range(n)} if kept else set()
+            found += [(name, kept[place]) for place in sorted(places)]
         return found
 
 

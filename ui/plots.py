@@ -17,13 +17,16 @@ def _frame(
     body: str, label: str, xs: tuple[float, float], ys: tuple[float, float], x: str, y: str
 ) -> str:
     ticks = []
-    for k in range(5):
-        fx, fy = xs[0] + (xs[1] - xs[0]) * k / 4, ys[0] + (ys[1] - ys[0]) * k / 4
-        px, py = _at(fx, fy, xs, ys)
+    for value in round_values(*ys):
+        py = _at(xs[0], value, xs, ys)[1]
         ticks.append(
             f'<line class="un-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
-            f'<text x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{fy:.3g}</text>'
-            f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{fx:.3g}</text>'
+            f'<text x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{value:g}</text>'
+        )
+    for value in round_values(*xs):
+        px = _at(value, ys[0], xs, ys)[0]
+        ticks.append(
+            f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
         )
     return (
         f'<svg class="un-plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
@@ -42,19 +45,32 @@ def _at(
     return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
+def round_values(low: float, high: float) -> list[float]:
+    """Three to eight round numbers between the two, for an axis."""
+    rough = (high - low) / 5
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * k for k in (1, 2, 5, 10) if size * k >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
 def _span(values: Sequence[float], margin: float = 0.06) -> tuple[float, float]:
     low, high = min(values), max(values)
     gap = (high - low) * margin or max(abs(high) * 0.1, 0.1)
     return low - gap, high + gap
 
 
-def lines(series: Mapping[str, Points], label: str, x: str, y: str) -> str:
+def lines(
+    series: Mapping[str, Points], label: str, x: str, y: str, floor: float | None = None
+) -> str:
     """Curves, told apart by dashes and their legend; empty without two points."""
     shown = {name: points for name, points in series.items() if len(points) > 1}
     if not shown:
         return ""
     flat = [point for points in shown.values() for point in points]
     xs, ys = (min(p[0] for p in flat), max(p[0] for p in flat)), _span([p[1] for p in flat])
+    xs = xs if xs[1] > xs[0] else (xs[0] - 1, xs[1] + 1)
+    ys = ys if floor is None else (floor, ys[1])
     body, legend = [], []
     for number, (name, points) in enumerate(shown.items()):
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (_at(*point, xs, ys) for point in points))
@@ -116,7 +132,7 @@ def histogram(series: Mapping[str, Sequence[float]], label: str, x: str) -> str:
             for i, count in enumerate(counts)
             for half in (0, 1)
         ]
-    found = lines(outlines, label, x, "share of the rows")
+    found = lines(outlines, label, x, "share of the rows", floor=0.0)
     for name, values in series.items():
         last = outlines[f"{name}, mean"][-1][1]
         mean = sum(values) / max(1, len(values))

@@ -65,7 +65,7 @@ def base_words(spec: BaseSpec) -> list[str]:
 
 
 def draft(
-    author: str | None, pasted: str, upload: str | None, objective: str, label: str,
+    author: str | None, pasted: str | None, upload: str | None, objective: str, label: str | None,
     settings: Sequence[tuple[str, Any]] = (),
 ) -> Draft:  # fmt: skip
     """The request of what was filled in: exactly one of author, pasted rows and upload.
@@ -77,7 +77,7 @@ def draft(
         name
         for name, value in (
             ("an author", author),
-            ("pasted rows", pasted.strip()),
+            ("pasted rows", (pasted or "").strip()),
             ("a file", upload),
         )
         if value
@@ -87,10 +87,10 @@ def draft(
             f"The request names {' and '.join(given) or 'nothing'}.",
             "Pick an author, or paste rows, or upload a file: exactly one of them.",
         )
-    text = _uploaded(Path(upload)) if upload else pasted
+    text = _uploaded(Path(upload)) if upload else pasted or ""
     kept = tuple((flag, f"{value:g}") for flag, value in settings if value)
     rows = "" if author else as_json_lines(text)
-    return Draft(author or "", rows, objective, label.strip(), kept)
+    return Draft(author or "", rows, objective, (label or "").strip(), kept)
 
 
 def _uploaded(path: Path) -> str:
@@ -192,7 +192,8 @@ def free_memory(session: Session) -> int | None:
         return int(torch.cuda.mem_get_info()[0])
     from ui.doctor import memory_bytes
 
-    return memory_bytes()[1]
+    free = memory_bytes()[1]
+    return None if free is None else int(free)
 
 
 def plan_html(plan: dict[str, Any], free: int | None) -> str:

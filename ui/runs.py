@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from evaluation.records import EvalLog
 
+REFERENCE = "retrain reference"
 COLUMNS = (
     "name", "source", "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction",
     "model_utility", "forget_rouge_l_recall", "forget_answer_prob", "n", "protocol", "limited",
@@ -63,10 +64,16 @@ def gather(
     reference = read_log(retain_log) if retain_log is not None else None
     from evaluation.protocols import protocol_named
 
-    for path in logs:
+    named = [*logs]
+    if retain_log is not None and retain_log.resolve() not in [path.resolve() for path in logs]:
+        named.append(retain_log)
+    for path in named:
         log = read_log(path)
         figures = _figures(log, reference, protocol, path, notes, summarise)
-        table.append({"name": path.stem, "source": "log", **figures})
+        source = "log"
+        if retain_log is not None and path.resolve() == retain_log.resolve():
+            source = REFERENCE
+        table.append({"name": path.stem, "source": source, **figures})
         if "forget" in log.sets:
             found = set_values("forget", log.sets["forget"].rows, protocol_named(protocol))
             if "log_r" in found:
@@ -88,7 +95,7 @@ def _figures(
     log: EvalLog, reference: EvalLog | None, protocol: str, path: Path, notes: list[str],
     summarise: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The summary; without the reference where the two hold different rows, and the note says so."""
+    """The summary; without the reference, and noted, where the two hold different rows."""
     try:
         found: dict[str, Any] = summarise(log, reference, protocol=protocol, resamples=200)
     except UserError as error:

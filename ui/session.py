@@ -6,6 +6,7 @@ change of the active adapters is read back from the model's layers before it is 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -176,6 +177,7 @@ class Session:
         else:
             scales = {slug: float(scale) for slug, scale in stack}
             self._model = load_stack(model, store, list(scales), scales, base=self._fingerprint)
+        self._model.eval()  # peft injects its layers in training mode, and refuses mixed batches so
         return read_state(self._model)
 
     def read_back(self, stack: Stack) -> StackState:
@@ -217,9 +219,9 @@ class Session:
                 frame = _framed(frame, pair, clock)
                 yield frame
             if stop.is_set():
-                yield _replace(frame, stage="stopped")
+                yield dataclasses.replace(frame, stage="stopped")
                 return
-            yield _replace(frame, stage="scoring")
+            yield dataclasses.replace(frame, stage="scoring")
             yield self._scored(frame, row)
         finally:
             self.turns.leave(ticket)
@@ -233,16 +235,16 @@ class Session:
         from adapters.stack import base_only
 
         if row is None:
-            sides = [_judged(a, None, None) for a in (frame.base, frame.unlearned)]
+            sides = [judged(a, None, None) for a in (frame.base, frame.unlearned)]
         else:
             with base_only(self._model):
                 before = self.teacher_forced([row])[0]
             after = self.teacher_forced([row])[0] if frame.stack else before
             sides = [
-                _judged(frame.base, row, before),
-                _judged(frame.unlearned, row, after),
+                judged(frame.base, row, before),
+                judged(frame.unlearned, row, after),
             ]
-        return _replace(frame, base=sides[0], unlearned=sides[1], stage="done")
+        return dataclasses.replace(frame, base=sides[0], unlearned=sides[1], stage="done")
 
     def teacher_forced(self, rows: Sequence[Row]) -> list[tuple[float, float | None]]:
         """Answer probability and truth ratio R of each row, with what is active now.
@@ -258,7 +260,8 @@ class Session:
         model, fmt = self.require()
         found: list[tuple[float, float | None]] = []
         for record in score_rows(model, fmt, rows):
-            assert record.answer_score is not None and record.paraphrase is not None
+            assert record.answer_score is not None  # score_rows fills both
+            assert record.paraphrase is not None
             ratio = None
             if record.perturbed:
                 wrong = [[score.mean_nll for score in record.perturbed]]
@@ -285,22 +288,17 @@ def _framed(frame: Frame, pair: Any, clock: _Clock) -> Frame:
         Answer(text, tokens, clock.seconds(i, pair.sides[i].done))
         for i, (text, tokens) in enumerate(zip(pair.texts, pair.lengths, strict=True))
     ]
-    return _replace(frame, base=sides[0], unlearned=sides[1])
+    return dataclasses.replace(frame, base=sides[0], unlearned=sides[1])
 
 
-def _replace(value: Any, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(value, **changes)
-
-
-def _judged(answer: Answer, row: Row | None, scores: tuple[float, float | None] | None) -> Answer:
+def judged(answer: Answer, row: Row | None, scores: tuple[float, float | None] | None) -> Answer:
+    """The answer with its scores and its verdict; `scores` are `Session.teacher_forced`'s."""
     from evaluation.metrics import rouge_recall
 
     if row is None or scores is None:
-        return _replace(answer, word=verdict(answer.text))
+        return dataclasses.replace(answer, word=verdict(answer.text))
     recall = rouge_recall([answer.text], [row.answer])[0].rouge_l_recall
     word = verdict(answer.text, recall, scores[0])
-    return _replace(
+    return dataclasses.replace(
         answer, rouge_l_recall=recall, answer_prob=scores[0], truth_ratio=scores[1], word=word
     )

@@ -1,7 +1,8 @@
-"""The author sheet: every question of an author, and of the neighbours that must stay, both ways."""
+"""The author sheet: every question of an author and of the neighbours, answered both ways."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.session import Answer, _judged, _replace
+from ui.session import Answer, judged
 
 if TYPE_CHECKING:
     from ui.session import Session, Stack
@@ -102,7 +103,7 @@ def _answers(session: Session, rows: Sequence[Row], max_new: int) -> list[Answer
     seconds = (time.monotonic() - started) / len(rows)
     scores = session.teacher_forced(rows)
     return [
-        _replace(_judged(Answer(text), row, score), seconds=seconds)
+        dataclasses.replace(judged(Answer(text), row, score), seconds=seconds)
         for text, row, score in zip(texts, rows, scores, strict=True)
     ]
 

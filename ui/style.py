@@ -20,7 +20,19 @@ CSS = """
   font-size:.8rem; font-weight:600; color:var(--un-accent); white-space:nowrap; }
 mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
   text-decoration:underline; text-decoration-thickness:2px; text-underline-offset:3px; }
-.un-scores { overflow-x:auto; }
+.un-scores { overflow-x:auto; max-width:760px; }
+.un-scores table, .un-table, .un-scores th, .un-scores td, .un-table th, .un-table td,
+.un-scores tr, .un-table tr, .un-scores thead, .un-table thead { border:0 !important;
+  background:none; }
+.un-scores td, .un-scores th, .un-table td, .un-table th {
+  border-bottom:1px solid var(--un-line) !important; padding:.45rem 1rem .45rem 0 !important; }
+.un-table td:nth-child(6) { white-space:nowrap; }
+.un-plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
+  gap:1.5rem; } .un-plots h3 { font-size:1rem; font-weight:650; margin:.5rem 0 0; }
+#un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
+#un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
+  font-family:system-ui,sans-serif; font-size:.875rem; }
+#un-clear { align-self:stretch; }
 .un-scores table, .un-table { border-collapse:collapse; width:100%; font-size:.9rem;
   color:var(--un-ink); font-variant-numeric:tabular-nums; }
 .un-scores th, .un-scores td, .un-table th, .un-table td { text-align:left; vertical-align:top;
@@ -55,7 +67,8 @@ tr[data-state=on] .un-state { color:var(--un-accent); }
 .un-plan dt { color:var(--un-quiet); } .un-plan dd { margin:0; }
 progress { width:100%; height:.5rem; accent-color:var(--un-accent); }
 .un-command textarea { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem; }
-@media (prefers-reduced-motion: reduce) { * { animation:none !important; transition:none !important; } }
+@media (prefers-reduced-motion: reduce) {
+  * { animation:none !important; transition:none !important; } }
 """
 
 # Esc stops the answer that is being written, wherever the focus is; Enter is the form's own.

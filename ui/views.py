@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # What each status means to the reader, where the word alone does not say it.
 STATUS_NOTES = {
     "ready": "trained, not yet switched on",
-    "active": "on",
+    "active": "part of the stack",
     "reverted": "off; its files stay",
     "stale": "on, but an adapter it was trained on is off: what it does now was never measured. "
     "Switch its parent on again, switch it off, or evaluate the stack",
@@ -124,7 +124,8 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     return (
         f'<div class="un-scores">{truth}<table><caption class="un-hidden">Figures of this answer'
         '</caption><thead><tr><th scope="col">This answer</th><th scope="col">'
-        f'{esc(names[0])}</th><th scope="col">{esc(names[1])}</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'{esc(names[0])}</th><th scope="col">{esc(names[1])}</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
