@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +14,18 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
-from ui import app_pages, app_recorded, views
+from ui import app_compare, app_pages, app_recorded, app_request, views
 from ui.actions import Actions
-from ui.decoding import Sampling
 from ui.jobs import Jobs
 from ui.style import CSS, HEAD
 
 if TYPE_CHECKING:
     from ui.recorded import Recorded
-    from ui.session import Frame, Session
+    from ui.session import Session
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LOG = logging.getLogger("unlearner.app")
-SAME_COMMAND = "The same as a command"
 
 
 @dataclass
@@ -118,7 +113,7 @@ def _live(app: App, page: gr.Blocks) -> None:
             for slug in chosen or []:
                 slider = gr.Slider(
                     0, 1.5, value=dict(app.session.filed_stack()).get(slug, 1.0), step=0.05,
-                    label=f"Strength of {_labels(app).get(slug, slug)}", key=f"strength-{slug}",
+                    label=f"Strength of {labels(app).get(slug, slug)}", key=f"strength-{slug}",
                 )  # fmt: skip
                 slider.change(
                     lambda kept, value, slug=slug: {**(kept or {}), slug: value},
@@ -127,7 +122,7 @@ def _live(app: App, page: gr.Blocks) -> None:
 
     with gr.Tabs():
         with gr.Tab("Compare", id="compare"):
-            compare = _compare(app, stack, strengths)
+            compare = app_compare.compare(app, stack, strengths)
         with gr.Tab("Author sheet", id="sheet"):
             sheet_author = app_pages.sheet(app, stack, strengths)
         with gr.Tab("Stack", id="stack"):
@@ -135,7 +130,7 @@ def _live(app: App, page: gr.Blocks) -> None:
         with gr.Tab("Runs", id="runs"):
             app_pages.runs(app, page)
         with gr.Tab("New request", id="request"):
-            request_author = app_pages.request(app, page)
+            request_author = app_request.request(app, page)
     clear.click(lambda: [], outputs=stack, **PRIVATE)
     outputs = [head, stack, compare, sheet_author, request_author]
     timer = gr.Timer(1.0)
@@ -173,7 +168,7 @@ def _forget_stops(app: App) -> Callable[[gr.Request], None]:
     return left
 
 
-def _labels(app: App) -> dict[str, str]:
+def labels(app: App) -> dict[str, str]:
     return {adapter.slug: adapter.label for adapter in app.session.adapters()}
 
 
@@ -209,107 +204,6 @@ def _head(app: App) -> str:
         f'{views.esc(session.store_path)}</p><p role="status" id="un-state">{views.esc(state)}</p>'
         f"</header>{note}"
     )
-
-
-def _compare(app: App, stack: Any, strengths: Any) -> Any:
-    """The Compare tab; its author field."""
-    with gr.Row():
-        author = gr.Dropdown(
-            choices=list(app.session.library.authors), label="Author", elem_id="un-author",
-            value=None, scale=1,
-        )  # fmt: skip
-        question_list = gr.Dropdown(
-            choices=[], label="Question of this author", value=None, elem_id="un-list", scale=2
-        )
-    question = gr.Textbox(
-        label="Question", placeholder="Choose one above, or type your own. Enter asks.",
-        lines=1, max_lines=1, elem_id="un-question",
-    )  # fmt: skip
-    with gr.Row():
-        ask = gr.Button("Ask both", variant="primary", elem_id="un-ask")
-        stop = gr.Button("Stop (Esc)", elem_id="un-stop")
-    with gr.Accordion("More", open=False), gr.Row():
-        heat = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)")
-        seed = gr.Number(0, precision=0, label="Seed", minimum=0)
-        longest = gr.Slider(1, 400, value=200, step=1, label="Longest answer in tokens")
-    status = gr.HTML(_status("Ask something."), elem_id="un-status")
-    with gr.Row():
-        with gr.Column(min_width=300):
-            left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
-        with gr.Column(min_width=300):
-            right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
-    scores = gr.HTML("", elem_id="un-figures")
-    frame_state = gr.State(None)
-    same = app_pages.command_box()
-    app_pages.vote(app, frame_state)
-
-    def questions(name: str | None) -> Any:
-        rows = app.session.library.authors.get(name or "", ())
-        return gr.update(choices=[row.question for row in rows], value=None)
-
-    def run(
-        asked: str, chosen: list[str], kept: dict[str, float], temperature: float, number: float,
-        most: float, request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        event = app.stop_of(request)
-        wanted = app.actions.stack_of(chosen or [], kept or {})
-        sampling = Sampling(float(temperature), int(number or 0), int(most))
-        labels, shown = _labels(app), 0.0
-        last_stage = ""
-        for frame in app.session.compare(asked, wanted, sampling, event):
-            now = time.monotonic()
-            if frame.stage == last_stage and now - shown < FRAME_SECONDS:
-                continue
-            shown, last_stage = now, frame.stage
-            cards = views.frame_cards(frame, labels)
-            yield (_status(_stage(frame)), *cards, views.scores_table(frame), frame,
-                   ask_command(app, frame, sampling))  # fmt: skip
-
-    author.change(questions, author, question_list, **PRIVATE)
-    question_list.change(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
-    gr.on(
-        [ask.click, question.submit],
-        told(run),
-        [question, stack, strengths, heat, seed, longest],
-        [status, left, right, scores, frame_state, same],
-        concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
-    )  # fmt: skip
-
-    def halt(request: gr.Request) -> None:
-        event = app.stops.get(str(request.session_hash))
-        if event is not None:
-            event.set()
-
-    stop.click(halt, queue=False, **PRIVATE)
-    return author
-
-
-def ask_command(app: App, frame: Frame, sampling: Sampling) -> str:
-    """The call that gives the same answers in a script."""
-    slugs = [slug for slug, _ in frame.stack]
-    strengths = {slug: scale for slug, scale in frame.stack if scale != 1.0}
-    extra = f", strengths={strengths!r}" if strengths else ""
-    if sampling.temperature:
-        extra += f", temperature={sampling.temperature:g}, seed={sampling.seed}"
-    return (
-        "from gradio_client import Client\n"
-        f"Client(URL).predict({frame.question!r}, {slugs!r}{extra}, api_name='/compare')"
-    )
-
-
-def _status(text: str) -> str:
-    return f'<p class="un-foot" role="status" aria-live="polite">{views.esc(text)}</p>'
-
-
-def _stage(frame: Frame) -> str:
-    how = "one batch" if frame.one_batch else "in turns"
-    return {
-        "waiting": f"Waiting in line: {frame.ahead} ahead.",
-        "answering": f"Answering, both sides {how} …",
-        "scoring": "Scoring against the true answer …",
-        "stopped": "Stopped. What was said stays; it is not scored.",
-        "done": f"Done: both sides {how}. Words that only one side says are bold and underlined.",
-    }[frame.stage]
 
 
 def theme() -> Any:
@@ -373,8 +267,3 @@ def launch(
     if recorded is None:
         app.session.start()
     return page, str(url)
-
-
-def shuffled() -> random.Random:
-    """The coin of the blind vote."""
-    return random.SystemRandom()
