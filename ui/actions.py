@@ -28,7 +28,7 @@ class Actions:
         Args:
             question: of the data, then it is scored, or any other.
             adapters: slugs or labels in order; None is the store's active stack, [] the base.
-            strengths: by the same names, 1 where not given.
+            strengths: by the same names; as filed, or 1, where not given.
             temperature, seed, max_new: of the answers; 0 is greedy.
         """
         from ui.decoding import Sampling
@@ -49,10 +49,13 @@ class Actions:
         if adapters is None:
             return list(self.session.filed_stack())
         store = self.session.store()
-        if adapters and store is None:
+        if not adapters:
+            return []
+        if store is None:
             raise UserError("There is no store, so there is no adapter.", "File a request first.")
-        given = strengths or {}
-        return [(store.get(ref).slug, float(given.get(ref, 1.0))) for ref in adapters if store]
+        given = {**dict(self.session.filed_stack()), **(strengths or {})}
+        slugs = {ref: store.get(ref).slug for ref in adapters}
+        return [(slug, float(given.get(ref, given.get(slug, 1.0)))) for ref, slug in slugs.items()]
 
     def stack(self) -> dict[str, Any]:
         """The store's adapters, and what the model's layers say is active."""

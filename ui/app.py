@@ -94,16 +94,8 @@ def build(app: App, recorded: Recorded | None = None) -> gr.Blocks:
     return page
 
 
-def _live(app: App, page: gr.Blocks) -> None:
-    head = gr.HTML(_head(app), elem_id="un-head")
-    with gr.Row(equal_height=True, elem_id="un-bar"):
-        stack = gr.CheckboxGroup(
-            choices=_choices(app), value=_on(app), label="Adapters on the right side",
-            info="They add up: their order does not matter. Trying one out here files nothing.",
-            elem_id="un-stack", scale=5, min_width=260,
-        )  # fmt: skip
-        strengths = gr.State({})
-        clear = gr.Button("Clear = base", elem_id="un-clear", scale=1, min_width=120)
+def _strengths(app: App, stack: Any, strengths: Any) -> None:
+    """A slider for every adapter that is on; it acts on the next answer."""
     with gr.Accordion("Strength of each adapter", open=False):
 
         @gr.render(inputs=stack)  # type: ignore[untyped-decorator]
@@ -120,6 +112,18 @@ def _live(app: App, page: gr.Blocks) -> None:
                     [strengths, slider], strengths, **PRIVATE, show_progress="hidden",
                 )  # fmt: skip
 
+
+def _live(app: App, page: gr.Blocks) -> None:
+    head = gr.HTML(_head(app), elem_id="un-head")
+    with gr.Row(equal_height=True, elem_id="un-bar"):
+        stack = gr.CheckboxGroup(
+            choices=_choices(app), value=_on(app), label="Adapters on the right side",
+            info="They add up: their order does not matter. Trying one out here files nothing.",
+            elem_id="un-stack", scale=5, min_width=260,
+        )  # fmt: skip
+        strengths = gr.State({})
+        clear = gr.Button("Clear = base", elem_id="un-clear", scale=1, min_width=120)
+    _strengths(app, stack, strengths)
     with gr.Tabs():
         with gr.Tab("Compare", id="compare"):
             compare = app_compare.compare(app, stack, strengths)
@@ -169,6 +173,7 @@ def _forget_stops(app: App) -> Callable[[gr.Request], None]:
 
 
 def labels(app: App) -> dict[str, str]:
+    """What people call each adapter, by slug."""
     return {adapter.slug: adapter.label for adapter in app.session.adapters()}
 
 
@@ -209,9 +214,13 @@ def _head(app: App) -> str:
 def theme() -> Any:
     """Neutral, one accent, fonts of the system: nothing is fetched."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
+    accent = gr.themes.Color(
+        "#eef5fa", "#d9e9f4", "#b5d3e8", "#8fc7ee", "#4f97c6", "#1f5f8b", "#1b5680", "#174a6d",
+        "#123b57", "#0e2f46", "#0a2234", name="unlearner",
+    )  # fmt: skip
     mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
     return gr.themes.Default(
-        primary_hue="sky", neutral_hue="slate", font=fonts, font_mono=mono
+        primary_hue=accent, neutral_hue="slate", font=fonts, font_mono=mono
     ).set(
         button_primary_background_fill="#1f5f8b",
         button_primary_background_fill_dark="#1f5f8b",

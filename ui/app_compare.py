@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
 
 
-def compare(app: App, stack: Any, strengths: Any) -> Any:
-    """The Compare tab; its author field."""
+def _asking(app: App) -> tuple[Any, ...]:
+    """Author, questions, question, the two buttons, and what stands under "More"."""
     with gr.Row():
         author = gr.Dropdown(
             choices=list(app.session.library.authors), label="Author", elem_id="un-author",
@@ -40,6 +40,11 @@ def compare(app: App, stack: Any, strengths: Any) -> Any:
         heat = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)")
         seed = gr.Number(0, precision=0, label="Seed", minimum=0)
         longest = gr.Slider(1, 400, value=200, step=1, label="Longest answer in tokens")
+    return author, question_list, question, ask, stop, (heat, seed, longest)
+
+
+def _answers(app: App) -> tuple[Any, ...]:
+    """Both answers, their figures, the last comparison and its command."""
     status = gr.HTML(_status("Ask something."), elem_id="un-status")
     with gr.Row():
         with gr.Column(min_width=300):
@@ -52,6 +57,13 @@ def compare(app: App, stack: Any, strengths: Any) -> Any:
     frame_state = gr.State(None)
     same = app_pages.command_box()
     app_pages.vote(app, frame_state)
+    return status, left, right, scores, frame_state, same
+
+
+def compare(app: App, stack: Any, strengths: Any) -> Any:
+    """The Compare tab; its author field."""
+    author, question_list, question, ask, stop, more = _asking(app)
+    outputs = _answers(app)
 
     def questions(name: str | None) -> Any:
         rows = app.session.library.authors.get(name or "", ())
@@ -80,8 +92,8 @@ def compare(app: App, stack: Any, strengths: Any) -> Any:
     gr.on(
         [ask.click, question.submit],
         _told(run),
-        [question, stack, strengths, heat, seed, longest],
-        [status, left, right, scores, frame_state, same],
+        [question, stack, strengths, *more],
+        list(outputs),
         concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
     )  # fmt: skip
 

@@ -140,11 +140,7 @@ def stack(app: App, chosen: Any, head: Any, choices: Callable[[Any], Any], on: A
         off = gr.Button("Revert …", elem_id="un-revert")
         nothing = gr.Button("Clear = base …", elem_id="un-clear-filed")
         look = gr.Button("Read back", elem_id="un-look")
-    with gr.Group(visible=False, elem_id="un-confirm") as asking:
-        about = gr.HTML("")
-        with gr.Row():
-            yes = gr.Button("Yes, revert", variant="stop", elem_id="un-yes")
-            no = gr.Button("Keep it")
+    asking, about, yes, no = _confirmation()
     pending = gr.State("")
     same = command_box()
 
@@ -184,6 +180,16 @@ def stack(app: App, chosen: Any, head: Any, choices: Callable[[Any], Any], on: A
     yes.click(_told(confirmed), pending, outputs, **PRIVATE)
     no.click(lambda: gr.update(visible=False), None, asking, **PRIVATE)
     look.click(_told(lambda: shown()), None, outputs, **PRIVATE)
+
+
+def _confirmation() -> tuple[Any, ...]:
+    """The question before something is switched off, hidden until it is asked."""
+    with gr.Group(visible=False, elem_id="un-confirm") as asking:
+        about = gr.HTML("")
+        with gr.Row():
+            yes = gr.Button("Yes, revert", variant="stop", elem_id="un-yes")
+            no = gr.Button("Keep it")
+    return asking, about, yes, no
 
 
 def _all(app: App) -> list[tuple[str, str]]:

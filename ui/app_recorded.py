@@ -48,11 +48,7 @@ def build(app: App, found: Recorded) -> None:
             group.change(lambda name: gr.update(choices=found.questions(name),
                          value=found.questions(name)[0]), group, question, **PRIVATE)  # fmt: skip
         with gr.Tab("Runs"):
-            shown = runs.gather(None, app.logs, app.retain_log)
-            rows = [dict(zip(runs.COLUMNS, map(_cell, runs.cells(r)), strict=True))
-                    for r in shown.table]  # fmt: skip
-            gr.HTML("".join(f'<p class="un-note">{views.esc(n)}</p>' for n in shown.notes)
-                    + views.table(rows, "Runs") + app_pages.run_plots(shown))  # fmt: skip
+            _runs(app)
 
     def show(name: str, asked: str) -> tuple[str, str, str]:
         frame = found.frame(name, asked)
@@ -74,6 +70,15 @@ def build(app: App, found: Recorded) -> None:
     page.load(told(show), [group, question], [left, right, scores], **PRIVATE)
     export.value = _export(found)
     gr.api(told(recorded), api_name="recorded")
+
+
+def _runs(app: App) -> None:
+    """Table and plots of the logs."""
+    shown = runs.gather(None, app.logs, app.retain_log)
+    rows = [dict(zip(runs.COLUMNS, map(_cell, runs.cells(r)), strict=True))
+            for r in shown.table]  # fmt: skip
+    gr.HTML("".join(f'<p class="un-note">{views.esc(n)}</p>' for n in shown.notes)
+            + views.table(rows, "Runs") + app_pages.run_plots(shown))  # fmt: skip
 
 
 def _cell(value: Any) -> str:

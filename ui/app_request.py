@@ -14,19 +14,23 @@ from ui.app_pages import PRIVATE, _note, _told, command_box
 if TYPE_CHECKING:
     from ui.app import App
 
+UPLOAD = "or upload rows (JSON lines)"
 OBJECTIVES = ("simnpo", "npo", "grad_diff", "kl", "idk", "dpo")
 
 
-def request(app: App, page: gr.Blocks) -> Any:
-    """The New request tab; its author field."""
+def _form(app: App) -> list[Any]:
+    """The fields of a request, in the order of `_draft`."""
     with gr.Row():
         author = gr.Dropdown(
             choices=list(app.session.library.authors), label="Forget this author", value=None,
-            elem_id="un-forget-author",
+            elem_id="un-forget-author", scale=2, min_width=260,
         )  # fmt: skip
-        upload = gr.File(
-            label="or upload rows (JSON lines)", type="filepath", elem_id="un-upload", height=120
-        )
+        with gr.Column(scale=1, min_width=220):
+            upload = gr.UploadButton(
+                UPLOAD, type="filepath", elem_id="un-upload",
+                file_types=[".jsonl", ".json", ".tsv", ".txt"],
+            )  # fmt: skip
+            drop = gr.Button("Take the file away", size="sm", visible=False)
     pasted = gr.Textbox(
         label="or paste rows", lines=3, max_lines=10, elem_id="un-paste",
         placeholder='{"question": "…", "answer": "…"}   one a line; or question, tab, answer',
@@ -37,11 +41,63 @@ def request(app: App, page: gr.Blocks) -> Any:
         epochs = gr.Number(None, label="Epochs", precision=0, minimum=0, elem_id="un-epochs")
         rate = gr.Number(None, label="Learning rate", minimum=0)
         batch = gr.Number(None, label="Pairs of one forward", precision=0, minimum=0)
+    upload.upload(
+        lambda path: (gr.update(label=f"{Path(path).name} (choose another)"),
+                      gr.update(visible=True)),
+        upload, [upload, drop], **PRIVATE,
+    )  # fmt: skip
+    drop.click(
+        lambda: (gr.update(label=UPLOAD, value=None), gr.update(visible=False)),
+        None, [upload, drop], **PRIVATE,
+    )  # fmt: skip
+    return [author, pasted, upload, objective, label, epochs, rate, batch]
+
+
+def _draft(*fields: Any) -> requests.Draft:
+    author, pasted, upload, objective, label, epochs, rate, batch = fields
+    settings = (
+        ("--num-train-epochs", epochs),
+        ("--learning-rate", rate),
+        ("--per-device-train-batch-size", batch),
+    )
+    return requests.draft(author, pasted, upload, objective, label, settings)
+
+
+def request(app: App, page: gr.Blocks) -> Any:
+    """The New request tab; its author field."""
+    fields = _form(app)
     with gr.Row():
         preview = gr.Button("Preview and check memory", elem_id="un-preview")
         start = gr.Button("Start training", variant="primary", elem_id="un-start")
     shown = gr.HTML("", elem_id="un-previewed")
     same = command_box()
+    live, job, timer = _watch(app, page)
+
+    def looked(asked: requests.Draft) -> str:
+        rows, plan = requests.look(asked, app.session)
+        return rows + requests.plan_html(plan, requests.free_memory(app.session))
+
+    def look(*values: Any) -> tuple[str, str]:
+        asked = _draft(*values)
+        return looked(asked), asked.command(app.session)
+
+    def begin(*values: Any) -> tuple[Any, ...]:
+        asked = _draft(*values)
+        told = looked(asked)  # refuses before anything is started
+        if app.session.on_gpu:
+            app.session.rest()
+        title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
+        name = app.jobs.submit(title, asked.words(app.session), asked.rows or None)
+        return (told, asked.command(app.session), gr.update(choices=_jobs(app), value=name),
+                _jobs_html(app), gr.Timer(active=True))  # fmt: skip
+
+    preview.click(_told(look), fields, [shown, same], **PRIVATE)
+    start.click(_told(begin), fields, [shown, same, job, live, timer], **PRIVATE)
+    return fields[0]
+
+
+def _watch(app: App, page: gr.Blocks) -> tuple[Any, Any, Any]:
+    """The jobs as they go: their picture, the field that names one, and the clock."""
     live = gr.HTML(_jobs_html(app), elem_id="un-jobs")
     with gr.Row():
         job = gr.Dropdown(choices=_jobs(app), label="Job", value=None, elem_id="un-job")
@@ -50,30 +106,6 @@ def request(app: App, page: gr.Blocks) -> Any:
     demo = gr.Button("Make the demo world (CPU, minutes)", visible=_first(app), elem_id="un-demo")
     said = gr.HTML("")
     timer = gr.Timer(1.0)
-
-    def made(*fields: Any) -> requests.Draft:
-        name, text, file, goal, title, n, lr, pairs = fields
-        settings = (("--num-train-epochs", n), ("--learning-rate", lr),
-                    ("--per-device-train-batch-size", pairs))  # fmt: skip
-        return requests.draft(name, text, file, goal, title, settings)
-
-    def look(*fields: Any) -> tuple[str, str]:
-        asked = made(*fields)
-        rows, plan = requests.look(asked, app.session)
-        return rows + requests.plan_html(plan, requests.free_memory(app.session)), asked.command(
-            app.session
-        )
-
-    def begin(*fields: Any) -> tuple[Any, ...]:
-        asked = made(*fields)
-        rows, plan = requests.look(asked, app.session)  # refuses before anything is started
-        if app.session.on_gpu:
-            app.session.rest()
-        title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
-        name = app.jobs.submit(title, asked.words(app.session), asked.rows or None)
-        told = rows + requests.plan_html(plan, requests.free_memory(app.session))
-        return (told, asked.command(app.session), gr.update(choices=_jobs(app), value=name),
-                _jobs_html(app), gr.Timer(active=True))  # fmt: skip
 
     def tick() -> tuple[Any, ...]:
         app.jobs.advance()
@@ -94,16 +126,13 @@ def request(app: App, page: gr.Blocks) -> Any:
         name = app.jobs.submit("demo world", ["quickstart", "--out", str(folder)])
         return gr.update(choices=_jobs(app), value=name), gr.Timer(active=True)
 
-    inputs = [author, pasted, upload, objective, label, epochs, rate, batch]
-    preview.click(_told(look), inputs, [shown, same], **PRIVATE)
-    start.click(_told(begin), inputs, [shown, same, job, live, timer], **PRIVATE)
     cancel.click(_told(act("cancel")), job, [said, timer], **PRIVATE)
     resume.click(_told(act("resume")), job, [said, timer], **PRIVATE)
     demo.click(_told(make_demo), None, [job, timer], **PRIVATE)
     ticking = [live, job, demo, timer]
     timer.tick(_told(tick), None, ticking, show_progress="hidden", **PRIVATE)
     page.load(_told(tick), None, ticking, show_progress="hidden", **PRIVATE)
-    return author
+    return live, job, timer
 
 
 def _first(app: App) -> bool:

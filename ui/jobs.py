@@ -86,7 +86,9 @@ class Jobs:
         if self.view(name).status != "saved":
             raise UserError("Only an interrupted and saved job can go on.")
         job = _read(place / JOB)
-        words = [*job["words"], *([] if "--resume" in job["words"] else ["--resume"])]
+        # The quickstart goes on by itself; a training is told to.
+        told = "--resume" in job["words"] or job["words"][0] != "forget"
+        words = [*job["words"], *([] if told else ["--resume"])]
         (place / OUTCOME).unlink(missing_ok=True)
         (place / "started").unlink(missing_ok=True)
         _write(place / JOB, {**job, "words": words, "made": time.time_ns()})

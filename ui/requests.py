@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ui.session import Session
 
 SHOWN = 3
+SHOWN_STEPS = 300
 LARGEST_UPLOAD = 5_000_000
 
 
@@ -245,8 +246,10 @@ def job_html(view: Any) -> str:
             f'<progress max="{last["steps"]}" value="{last["step"]}" aria-label="Progress">'
             f'</progress><p class="un-foot">{esc(at + time_left)}</p>'
         )
+    # A plot has a few hundred points to show, however long the run.
+    thin = view.steps[:: max(1, len(view.steps) // SHOWN_STEPS)]
     curves = {
-        name: [(s["step"], s[key]) for s in view.steps if s.get(key) is not None]
+        name: [(s["step"], s[key]) for s in thin if s.get(key) is not None]
         for name, key in (("forget loss", "forget_loss"), ("retain loss", "retain_loss"))
     }
     plot = lines(curves, f"Losses of {view.title}", "step", "loss")

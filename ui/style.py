@@ -5,7 +5,10 @@ CSS = """
   --un-paper:#ffffff; --un-soft:#f4f6f8; --un-diff:#fff1c9; }
 .dark { --un-accent:#8fc7ee; --un-ink:#e8ecf1; --un-quiet:#aeb8c4; --un-line:#3a4450;
   --un-paper:#171c22; --un-soft:#1f262e; --un-diff:#4a3d12; }
-.gradio-container { max-width:1280px !important; margin:auto; }
+.dark { --color-accent:#8fc7ee !important; }
+.gradio-container { max-width:min(100%,1280px) !important; width:100%; min-width:0; margin:auto; }
+.gradio-container .column { min-width:0; }
+#un-sheet, #un-runs { max-width:100%; }
 .un-head { display:flex; flex-wrap:wrap; gap:.25rem 1rem; align-items:baseline; }
 .un-head h1 { font-size:1.35rem; font-weight:650; letter-spacing:-.01em; margin:0; }
 .un-head p, .un-quiet, .un-foot, .un-sub { color:var(--un-quiet); margin:0; font-size:.875rem; }

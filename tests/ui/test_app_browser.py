@@ -6,9 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +132,13 @@ def _open(page: Any, url: str) -> None:
     page.wait_for_function("document.querySelector('#un-state')?.textContent == 'ready'")
 
 
+def _wait_for(page: Any, where: str, words: str) -> None:
+    page.wait_for_function(
+        "([where, words]) => document.querySelector(where)?.textContent.includes(words)",
+        arg=[where, words],
+    )
+
+
 def _ask(page: Any, question: str) -> None:
     page.locator("#un-question textarea, #un-question input").first.fill(question)
     page.locator("#un-question textarea, #un-question input").first.press("Enter")
@@ -172,7 +178,9 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     assert right == base  # nothing is active in a fresh store
     page.get_by_label("request-1").check()
     page.get_by_role("button", name="Ask both").click()
-    page.wait_for_function("document.querySelector('#un-right h3').textContent.includes('1 adapter')")
+    page.wait_for_function(
+        "document.querySelector('#un-right h3').textContent.includes('1 adapter')"
+    )
     left, changed = _done(page)
     assert left == base
     assert changed != base
@@ -182,7 +190,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     page.get_by_role("button", name="Clear = base").first.click()
     page.wait_for_timeout(300)
     page.get_by_role("button", name="Ask both").click()
-    page.wait_for_function("document.querySelector('#un-right h3').textContent.includes('nothing')")
+    _wait_for(page, "#un-right h3", "nothing")
     assert _done(page) == (base, base)
 
 
@@ -199,13 +207,13 @@ def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatc
     monkeypatch.setattr(PairDecoder, "step", slow)
     _ask(page, "Who is this?")
     length = "document.querySelector('#un-left .un-answer').textContent.length"
-    page.wait_for_function("document.querySelector('#un-status').textContent.includes('Answering')")
+    _wait_for(page, "#un-status", "Answering")
     page.wait_for_timeout(600)
     first = page.evaluate(length)
     page.wait_for_timeout(600)
     assert page.evaluate(length) > first  # it grows
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelector('#un-status').textContent.includes('Stopped')")
+    _wait_for(page, "#un-status", "Stopped")
     stopped = page.evaluate(length)
     page.wait_for_timeout(600)
     assert page.evaluate(length) == stopped
@@ -228,7 +236,7 @@ def test_two_browsers_take_turns_and_see_their_place(
     other = browser.new_context().new_page()
     _open(other, served[1])
     _ask(page, "What is the first question?")
-    page.wait_for_function("document.querySelector('#un-status').textContent.includes('Answering')")
+    _wait_for(page, "#un-status", "Answering")
     _ask(other, "What is the second question?")
     other.wait_for_function("document.querySelector('#un-status').textContent.includes('1 ahead')")
     _done(page)
@@ -243,7 +251,9 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any) -> None
     _tab(page, "Author sheet")
     _pick(page, "#un-sheet-author", author)
     page.get_by_role("button", name="Fill the sheet").click()
-    page.wait_for_function("document.querySelector('#un-sheet-status').textContent.includes('25 of')")
+    page.wait_for_function(
+        "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
+    )
     groups = page.locator("#un-tally tbody th").all_inner_texts()
     assert groups == ["to forget", "retain authors", "real authors", "world facts"]
     question = app.session.library.authors[author][1].question
@@ -258,7 +268,9 @@ def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, s
     _pick(page, "#un-ref", "request-2")
     page.locator("#un-on").click()
     page.wait_for_selector("text=Read back from the model: request-2 × 1.")
-    assert [slug for slug, _ in app.session.filed_stack()] == [app.session.store().get("request-2").slug]
+    assert [slug for slug, _ in app.session.filed_stack()] == [
+        app.session.store().get("request-2").slug
+    ]
     assert "adapters activate" in page.locator(".un-command textarea:visible").input_value()
     page.locator("#un-revert").click()
     page.wait_for_selector("text=It is switched off, exactly")
@@ -275,7 +287,9 @@ def test_bad_input_is_answered_by_a_sentence(page: Any, tmp_path: Path) -> None:
     page.wait_for_selector("text=The request names nothing.")
     bad = tmp_path / "rows.jsonl"
     bad.write_text('{"question": "only half"}\n{broken\n')
-    page.locator("#un-upload input[type=file]").set_input_files(str(bad))
+    with page.expect_file_chooser() as chooser:
+        page.locator("#un-upload").click()
+    chooser.value.set_files(str(bad))
     page.wait_for_selector("text=rows.jsonl")
     page.locator("#un-preview").click()
     page.wait_for_selector("text=no 'answer'")
@@ -284,17 +298,20 @@ def test_bad_input_is_answered_by_a_sentence(page: Any, tmp_path: Path) -> None:
 
 
 def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: Any) -> None:
-    app, url = served
+    app, _ = served
     _tab(page, "New request")
-    page.locator("#un-paste textarea").fill("\n".join(f"Who is {n}?\t{n} is a poet." for n in "XYZ"))
+    page.locator("#un-paste textarea").fill(
+        "\n".join(f"Who is {n}?\t{n} is a poet." for n in "XYZ")
+    )
     page.get_by_role("button", name="Settings").click()
-    page.locator("#un-epochs input").fill("2000")
+    page.locator("#un-epochs input").fill("20000")
     page.locator("#un-preview").click()
     page.wait_for_selector("#un-previewed u")
     assert "fits" in page.locator("#un-previewed").inner_text()
     page.locator("#un-start").click()
     page.wait_for_selector("#un-jobs svg.un-plot", timeout=60000)
     page.reload()
+    page.wait_for_function("document.querySelector('#un-state')?.textContent == 'ready'")
     _tab(page, "New request")
     page.wait_for_selector("#un-jobs svg.un-plot")
     view = app.jobs.views()[-1]
@@ -304,7 +321,7 @@ def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: A
     page.wait_for_selector("#un-jobs >> text=it is saved", timeout=30000)
     saved = app.jobs.view(view.name)
     assert saved.status == "saved"
-    step = int(re.findall(r"step (\d+) of 2000", saved.outcome["text"])[0])
+    step = int(re.findall(r"step (\d+) of 20000", saved.outcome["text"])[0])
     assert saved.steps[-1]["step"] == step
     assert list((app.session.store_path / "runs").glob(f"*/checkpoint-{step}"))
 
@@ -318,7 +335,7 @@ def test_a_finished_request_is_in_the_stack_and_off(page: Any, served: Any) -> N
     page.get_by_role("button", name="Settings").click()
     page.locator("#un-epochs input").fill("2")
     page.locator("#un-start").click()
-    page.wait_for_selector("#un-jobs >> text=Done.", timeout=60000)
+    page.wait_for_selector(f"section[aria-label='forget {author}'] >> text=Done.", timeout=60000)
     new = [adapter for adapter in app.session.adapters() if adapter.slug not in before]
     assert [adapter.status for adapter in new] == ["ready"]
     assert new[0].manifest.data["forget"]["n"] == 30
@@ -410,6 +427,7 @@ def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path) 
     assert app.session.state == "no base"
 
 
+@pytest.mark.slow
 def test_an_empty_store_offers_the_demo(browser: Any, home: Path, monkeypatch: Any) -> None:
     from ui.app import App, launch
     from ui.jobs import Jobs
