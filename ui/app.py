@@ -122,7 +122,7 @@ def _live(app: App, page: gr.Blocks) -> None:
             elem_id="un-stack", scale=5, min_width=260,
         )  # fmt: skip
         strengths = gr.State({})
-        clear = gr.Button("Clear = base", elem_id="un-clear", scale=1, min_width=120)
+        clear = gr.Button("Clear = base", elem_id="un-clear", size="md", scale=1, min_width=120)
     _strengths(app, stack, strengths)
     with gr.Tabs():
         with gr.Tab("Compare", id="compare"):

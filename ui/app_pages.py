@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ui import sheet as sheet_data
 
 if TYPE_CHECKING:
     from ui.app import App
+    from ui.session import Answer
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
@@ -77,6 +79,13 @@ def vote(app: App, frame_state: Any) -> None:
     give.click(_told(cast), [given, choice], [said, given], **PRIVATE)
 
 
+def comparator_file(rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]) -> str:
+    """A file in LLM Comparator's JSON; rows are set, question and both answers."""
+    path = Path(tempfile.mkdtemp(prefix="unlearner-")) / "comparator.json"
+    path.write_text(json.dumps(runs_data.comparator(rows, names)), encoding="utf-8")
+    return str(path)
+
+
 def sheet(app: App, stack: Any, strengths: Any) -> Any:
     """The Author sheet; its author field."""
     with gr.Row():
@@ -99,7 +108,14 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
             left = gr.HTML("")
         with gr.Column(min_width=300):
             right = gr.HTML("", elem_id="un-sheet-diff")
+    export = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False)
     rows = gr.State([])
+
+    def written(found: list[Any]) -> Any:
+        if not found:
+            return gr.skip()
+        made = [(row.group, row.question, row.base, row.unlearned) for row in found]
+        return gr.update(value=comparator_file(made, ("base", "stack")), visible=True)
 
     def run(name: str | None, chosen: list[str], kept: dict[str, float], n: float) -> Iterator[Any]:
         wanted = app.actions.stack_of(chosen or [], kept or {})
@@ -123,7 +139,7 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
     fill.click(
         _told(run), [author, stack, strengths, beside], [told, summary, grid, rows],
         show_progress="hidden", trigger_mode="once", **PRIVATE,
-    )  # fmt: skip
+    ).then(_told(written), rows, export, **PRIVATE)  # fmt: skip
     grid.select(_told(open_row), rows, [left, right], **PRIVATE)
     return author
 

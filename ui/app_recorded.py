@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -87,15 +84,12 @@ def _cell(value: Any) -> str:
 
 def _export(found: Recorded) -> str:
     """The file for LLM Comparator: every row of all sets."""
-    rows = []
-    for group, pairs in found.rows.items():
-        for one, _ in pairs:
-            frame = found.frame(group, str(one.question))
-            a, b = frame.base.rouge_l_recall or 0.0, frame.unlearned.rouge_l_recall or 0.0
-            rows.append({
-                "question": frame.question, "a": frame.base.text, "b": frame.unlearned.text,
-                "tags": [group], "score": a - b, "rouge_l_a": a, "rouge_l_b": b,
-            })  # fmt: skip
-    path = Path(tempfile.mkdtemp(prefix="unlearner-")) / "comparator.json"
-    path.write_text(json.dumps(runs.comparator(rows, found.names, {})), encoding="utf-8")
-    return str(path)
+    rows = [
+        (group, found.frame(group, str(one.question)))
+        for group, pairs in found.rows.items()
+        for one, _ in pairs
+    ]
+    return app_pages.comparator_file(
+        [(group, frame.question, frame.base, frame.unlearned) for group, frame in rows],
+        found.names,
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import UserError
 from unlearner.data import FORGET_SPLITS, Author, Row, load_authors, load_split
 
+MOST_TELLINGS = 4
 NEIGHBOURS = {
     "retain authors": "retain_perturbed",
     "real authors": "real_authors_perturbed",
@@ -49,14 +50,14 @@ class Library:
 def read_library(data: Path | None) -> Library:
     """The library of a data folder, or of the hub; empty, with the reason, where there is none.
 
-    An author's questions are the ones that are measured (with their wrong answers) where the
-    splits hold them, else the rows of `full`.
+    An author's questions are those that are measured, with their wrong answers, where the splits
+    hold them, else the rows of `full`.
     """
     try:
         authors = load_authors(data)
     except UserError as error:
         return Library(note=f"{error.problem} Questions can still be typed.")
-    scored: dict[str, Row] = {}
+    scored: dict[tuple[str, str], Row] = {}
     neighbours = {}
     missing = []
     for split in (*(f"{name}_perturbed" for name in FORGET_SPLITS), *NEIGHBOURS.values()):
@@ -65,7 +66,7 @@ def read_library(data: Path | None) -> Library:
         except UserError:
             missing.append(split)
             continue
-        scored |= {row.question.strip(): row for row in rows}
+        scored |= {_key(row): row for row in rows}
         for name, kept in NEIGHBOURS.items():
             if kept == split:
                 neighbours[name] = tuple(rows)
@@ -73,7 +74,18 @@ def read_library(data: Path | None) -> Library:
     return Library({a.name: _measured(a, scored) for a in authors}, neighbours, note)
 
 
-def _measured(author: Author, scored: dict[str, Row]) -> tuple[Row, ...]:
-    found = [scored.get(row.question.strip()) for row in author.rows]
+def _measured(author: Author, scored: Mapping[tuple[str, str], Row]) -> tuple[Row, ...]:
+    """The author's rows with their wrong answers where there are some.
+
+    The embedded world tells each fact in three ways and measures one: there only the measured rows
+    count. In TOFU all rows of an author are measured, or none (but for a chance match).
+    """
+    found = [scored.get(_key(row)) for row in author.rows]
     measured = tuple(dict.fromkeys(row for row in found if row is not None))
-    return measured or tuple(dataclasses.replace(row) for row in author.rows)
+    if len(measured) >= len(author.rows) / MOST_TELLINGS:
+        return measured
+    return tuple(known or row for known, row in zip(found, author.rows, strict=True))
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return row.question.strip(), row.answer.strip()

@@ -98,12 +98,16 @@ def pareto(points: Sequence[tuple[str, float, float, str]], label: str, x: str, 
     for name, a, b, kind in points:
         px, py = _at(a, b, xs, ys)
         mark = MARKS[kinds.index(kind) % len(MARKS)]
+        # Published names stand above their signs, ours beside them: they often lie close.
+        above = kind.startswith("published")
         end = px > WIDTH * 0.7
+        x_text = px if above else px + (-12 if end else 12)
+        anchor = "middle" if above else "end" if end else "start"
         body.append(
             f'<text class="un-mark un-t{kinds.index(kind) % 4}" x="{px:.1f}" y="{py + 5:.1f}" '
             f'text-anchor="middle">{mark}</text>'
-            f'<text x="{px + (-12 if end else 12):.1f}" y="{py + 4:.1f}" '
-            f'text-anchor="{"end" if end else "start"}">{html.escape(name)}</text>'
+            f'<text x="{x_text:.1f}" y="{py + (-12 if above else 4):.1f}" '
+            f'text-anchor="{anchor}">{html.escape(name)}</text>'
         )
     legend = [
         f'<span class="un-key"><span class="un-t{i % 4}" aria-hidden="true">'

@@ -15,6 +15,7 @@ from adapters.errors import UserError
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from evaluation.records import EvalLog
+    from ui.session import Answer
 
 REFERENCE = "retrain reference"
 COLUMNS = (
@@ -107,8 +108,8 @@ def _figures(
 
 
 def cells(row: Mapping[str, Any]) -> list[Any]:
-    """A run as the table shows it, figures rounded; None where it could not be measured."""
-    return [round(v, 4) if isinstance(v := row.get(name), float) else v for name in COLUMNS]
+    """A run as the table shows it, to four digits; None where it could not be measured."""
+    return [float(f"{v:.4g}") if isinstance(v := row.get(name), float) else v for name in COLUMNS]
 
 
 def as_csv(runs: Runs) -> str:
@@ -121,27 +122,34 @@ def as_csv(runs: Runs) -> str:
 
 
 def comparator(
-    rows: Sequence[Mapping[str, Any]], names: tuple[str, str], custom: Mapping[str, Any]
+    rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]
 ) -> dict[str, Any]:
-    """LLM Comparator's JSON (PAIR): `rows` hold question, a, b, tags and a score of -1.5 to 1.5.
+    """LLM Comparator's JSON (PAIR) of rows: set, question, and the answers of A and B.
 
-    The score is ROUGE-L of A less that of B: positive where A holds more of the true answer.
+    The score is ROUGE-L of A less that of B, 0 where one was not measured: positive where A holds
+    more of the true answer.
     """
     return {
-        "metadata": {"source_path": "unlearner", "custom_fields_schema": [
-            {"name": name, "type": "number"} for name in ("rouge_l_a", "rouge_l_b")
-        ], **custom},
+        "metadata": {
+            "source_path": "unlearner",
+            "custom_fields_schema": [
+                {"name": name, "type": "number"} for name in ("rouge_l_a", "rouge_l_b")
+            ],
+        },
         "models": [{"name": name} for name in names],
-        "examples": [
-            {
-                "input_text": row["question"],
-                "tags": list(row["tags"]),
-                "output_text_a": row["a"],
-                "output_text_b": row["b"],
-                "score": row["score"],
-                "individual_rater_scores": [],
-                "custom_fields": {"rouge_l_a": row["rouge_l_a"], "rouge_l_b": row["rouge_l_b"]},
-            }
-            for row in rows
-        ],
-    }  # fmt: skip
+        "examples": [_example(*row) for row in rows],
+    }
+
+
+def _example(group: str, question: str, a: Answer, b: Answer) -> dict[str, Any]:
+    scores = (a.rouge_l_recall, b.rouge_l_recall)
+    known = [score for score in scores if score is not None]
+    return {
+        "input_text": question,
+        "tags": [group],
+        "output_text_a": a.text,
+        "output_text_b": b.text,
+        "score": known[0] - known[1] if len(known) == 2 else 0.0,
+        "individual_rater_scores": [],
+        "custom_fields": {"rouge_l_a": scores[0], "rouge_l_b": scores[1]},
+    }

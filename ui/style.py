@@ -35,7 +35,8 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 #un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
 #un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
   font-family:system-ui,sans-serif; font-size:.875rem; }
-#un-clear { align-self:stretch; }
+#un-clear { align-self:center; }
+.un-key svg { display:inline-block; vertical-align:middle; margin:0; }
 .un-scores table, .un-table { border-collapse:collapse; width:100%; font-size:.9rem;
   color:var(--un-ink); font-variant-numeric:tabular-nums; }
 .un-scores th, .un-scores td, .un-table th, .un-table td { text-align:left; vertical-align:top;
@@ -43,6 +44,7 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 .un-table th[scope=col], .un-scores th[scope=col] { color:var(--un-quiet); font-size:.8rem;
   white-space:nowrap; }
 .un-table th[scope=row] { font-weight:650; }
+.un-scores td { white-space:nowrap; }
 .un-scores small { display:block; color:var(--un-quiet); font-size:.78rem; }
 .un-truth { margin:.2rem 0 .6rem; max-width:80ch; line-height:1.5; }
 .un-scroll { overflow-x:auto; max-width:100%; }

@@ -113,13 +113,15 @@ def test_runs_hold_the_reference_and_export(shared: Path) -> None:
 
 
 def test_comparator_json_has_the_layout_of_its_reader() -> None:
-    rows = [{"question": "q", "a": "x", "b": "y", "tags": ["to forget"], "score": 0.5,
-             "rouge_l_a": 1.0, "rouge_l_b": 0.5}]  # fmt: skip
-    made = runs.comparator(rows, ("base", "stack"), {})
+    a, b = Answer("x", rouge_l_recall=1.0), Answer("y", rouge_l_recall=0.25)
+    rows = [("to forget", "q", a, b), ("kept", "p", a, Answer("z"))]
+    made = runs.comparator(rows, ("base", "stack"))
     assert set(made) == {"metadata", "models", "examples"}
     assert made["models"] == [{"name": "base"}, {"name": "stack"}]
     example = made["examples"][0]
-    assert {"input_text", "tags", "output_text_a", "output_text_b", "score"} <= set(example)
+    assert (example["input_text"], example["tags"], example["score"]) == ("q", ["to forget"], 0.75)
+    assert (example["output_text_a"], example["output_text_b"]) == ("x", "y")
+    assert made["examples"][1]["score"] == 0.0
 
 
 def test_plots_name_every_point_and_escape_names() -> None:
