@@ -86,6 +86,13 @@ def comparator_file(rows: Sequence[tuple[str, str, Answer, Answer]], names: tupl
     return str(path)
 
 
+def _sheet_file(found: list[Any]) -> Any:
+    if not found:
+        return gr.skip()
+    made = [(row.group, row.question, row.base, row.unlearned) for row in found]
+    return gr.update(value=comparator_file(made, ("base", "stack")), visible=True)
+
+
 def sheet(app: App, stack: Any, strengths: Any) -> Any:
     """The Author sheet; its author field."""
     with gr.Row():
@@ -111,12 +118,6 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
     export = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False)
     rows = gr.State([])
 
-    def written(found: list[Any]) -> Any:
-        if not found:
-            return gr.skip()
-        made = [(row.group, row.question, row.base, row.unlearned) for row in found]
-        return gr.update(value=comparator_file(made, ("base", "stack")), visible=True)
-
     def run(name: str | None, chosen: list[str], kept: dict[str, float], n: float) -> Iterator[Any]:
         wanted = app.actions.stack_of(chosen or [], kept or {})
         for found, total in sheet_data.fill(app.session, name or "", wanted, neighbours=int(n)):
@@ -139,7 +140,7 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
     fill.click(
         _told(run), [author, stack, strengths, beside], [told, summary, grid, rows],
         show_progress="hidden", trigger_mode="once", **PRIVATE,
-    ).then(_told(written), rows, export, **PRIVATE)  # fmt: skip
+    ).then(_told(_sheet_file), rows, export, **PRIVATE)  # fmt: skip
     grid.select(_told(open_row), rows, [left, right], **PRIVATE)
     return author
 

@@ -114,6 +114,13 @@ def _watch(app: App, page: gr.Blocks) -> tuple[Any, Any, Any]:
         return (_jobs_html(app), gr.update(choices=_jobs(app)), gr.update(visible=_first(app)),
                 gr.Timer(active=busy))  # fmt: skip
 
+    def found() -> tuple[Any, ...]:
+        """As a tick, and the job that goes on is chosen: what a page that comes back shows."""
+        live_, names, *rest = tick()
+        open_ = [view.name for view in app.jobs.views() if not view.ended]
+        chosen = gr.update(choices=_jobs(app), value=open_[0]) if open_ else names
+        return (live_, chosen, *rest)
+
     def act(action: str) -> Callable[[str | None], tuple[Any, ...]]:
         def run(name: str | None) -> tuple[Any, ...]:
             text = getattr(app.jobs, action)(name or "")
@@ -131,7 +138,7 @@ def _watch(app: App, page: gr.Blocks) -> tuple[Any, Any, Any]:
     demo.click(_told(make_demo), None, [job, timer], **PRIVATE)
     ticking = [live, job, demo, timer]
     timer.tick(_told(tick), None, ticking, show_progress="hidden", **PRIVATE)
-    page.load(_told(tick), None, ticking, show_progress="hidden", **PRIVATE)
+    page.load(_told(found), None, ticking, show_progress="hidden", **PRIVATE)
     return live, job, timer
 
 
