@@ -38,9 +38,13 @@ def _form(app: App) -> list[Any]:
     with gr.Accordion("Settings", open=False), gr.Row():
         objective = gr.Dropdown(list(OBJECTIVES), value="simnpo", label="Objective")
         label = gr.Textbox(label="Label (stored in the clear)", max_lines=1)
-        epochs = gr.Number(None, label="Epochs", precision=0, minimum=0, elem_id="un-epochs")
-        rate = gr.Number(None, label="Learning rate", minimum=0)
-        batch = gr.Number(None, label="Pairs of one forward", precision=0, minimum=0)
+        epochs = gr.Number(
+            None, label="Epochs (0: the recipe's)", precision=0, minimum=0, elem_id="un-epochs"
+        )
+        rate = gr.Number(None, label="Learning rate (0: the recipe's)", minimum=0)
+        batch = gr.Number(
+            None, label="Pairs of one forward (0: the recipe's)", precision=0, minimum=0
+        )
     upload.upload(
         lambda path: (gr.update(label=f"{Path(path).name} (choose another)"),
                       gr.update(visible=True)),

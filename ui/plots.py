@@ -10,6 +10,7 @@ WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 44
 MARKS = ("●", "▲", "■", "◆", "✚", "★")
 DASHES = ("", "6 3", "2 3", "9 3 2 3")
+LETTER = 6.3  # about a letter's width at 12 pixels
 Points = Sequence[tuple[float, float]]
 
 
@@ -94,20 +95,25 @@ def pareto(points: Sequence[tuple[str, float, float, str]], label: str, x: str, 
         return ""
     xs, ys = _span([p[1] for p in points], 0.12), _span([p[2] for p in points], 0.12)
     kinds = list(dict.fromkeys(p[3] for p in points))
-    body = []
+    body: list[str] = []
+    taken: list[tuple[float, float, float]] = []
     for name, a, b, kind in points:
         px, py = _at(a, b, xs, ys)
         mark = MARKS[kinds.index(kind) % len(MARKS)]
-        # Published names stand above their signs, ours beside them: they often lie close.
+        # Published names stand above their signs, ours beside them, moved down where one is in
+        # the way: runs often lie close together.
         above = kind.startswith("published")
-        end = px > WIDTH * 0.7
-        x_text = px if above else px + (-12 if end else 12)
-        anchor = "middle" if above else "end" if end else "start"
+        end = px > WIDTH * 0.6
+        width = LETTER * len(name)
+        left = px - width / 2 if above else px - 12 - width if end else px + 12
+        row = py + (-12 if above else 4)
+        while any(abs(row - y) < 13 and left < r and left + width > k for y, k, r in taken):
+            row += 13
+        taken.append((row, left, left + width))
         body.append(
             f'<text class="un-mark un-t{kinds.index(kind) % 4}" x="{px:.1f}" y="{py + 5:.1f}" '
             f'text-anchor="middle">{mark}</text>'
-            f'<text x="{x_text:.1f}" y="{py + (-12 if above else 4):.1f}" '
-            f'text-anchor="{anchor}">{html.escape(name)}</text>'
+            f'<text x="{left:.1f}" y="{row:.1f}">{html.escape(name)}</text>'
         )
     legend = [
         f'<span class="un-key"><span class="un-t{i % 4}" aria-hidden="true">'

@@ -2,9 +2,11 @@
 
 CSS = """
 :root { --un-accent:#1f5f8b; --un-ink:#1c2430; --un-quiet:#55606e; --un-line:#d5dbe2;
-  --un-paper:#ffffff; --un-soft:#f4f6f8; --un-diff:#fff1c9; }
+  --un-paper:#ffffff; --un-soft:#f4f6f8; --un-diff:#fff1c9;
+  --un-two:#a84c14; --un-three:#4f6a1e; --un-four:#80479c; }
 .dark { --un-accent:#8fc7ee; --un-ink:#e8ecf1; --un-quiet:#aeb8c4; --un-line:#3a4450;
-  --un-paper:#171c22; --un-soft:#1f262e; --un-diff:#4a3d12; }
+  --un-paper:#171c22; --un-soft:#1f262e; --un-diff:#4a3d12;
+  --un-two:#f0a36f; --un-three:#b3d37c; --un-four:#d3a6ea; }
 .dark { --color-accent:#8fc7ee !important; }
 .gradio-container { max-width:min(100%,1280px) !important; width:100%; min-width:0; margin:auto; }
 .gradio-container .column { min-width:0; }
@@ -59,18 +61,21 @@ tr[data-state=on] .un-state { color:var(--un-accent); }
 .un-plot { width:100%; height:auto; max-width:760px; } .un-plot text { fill:var(--un-quiet);
   font-size:12px; } .un-grid { stroke:var(--un-line); }
 .un-line { fill:none; stroke-width:2; } .un-plot .un-mark { font-size:17px; }
-.un-s0 { stroke:var(--un-accent); } .un-s1 { stroke:#b4541a; } .un-s2 { stroke:#5f7d27; }
-.un-s3 { stroke:#80479c; } .dark .un-s1 { stroke:#f0a36f; } .dark .un-s2 { stroke:#b3d37c; }
-.dark .un-s3 { stroke:#d3a6ea; }
+.un-s0 { stroke:var(--un-accent); } .un-s1 { stroke:var(--un-two); }
+.un-s2 { stroke:var(--un-three); } .un-s3 { stroke:var(--un-four); }
 .un-plot .un-t0, .un-t0 { fill:var(--un-accent); color:var(--un-accent); }
-.un-plot .un-t1, .un-t1 { fill:#b4541a; color:#b4541a; }
-.un-plot .un-t2, .un-t2 { fill:#5f7d27; color:#4c6620; }
-.dark .un-plot .un-t1, .dark .un-t1 { fill:#f0a36f; color:#f0a36f; }
-.dark .un-plot .un-t2, .dark .un-t2 { fill:#b3d37c; color:#b3d37c; }
+.un-plot .un-t1, .un-t1 { fill:var(--un-two); color:var(--un-two); }
+.un-plot .un-t2, .un-t2 { fill:var(--un-three); color:var(--un-three); }
+.un-plot .un-t3, .un-t3 { fill:var(--un-four); color:var(--un-four); }
+.un-figure { overflow-x:auto; } .un-figure > .un-plot { min-width:460px; }
 .un-preview { font-size:.95rem; line-height:1.6; margin:0 0 .5rem; overflow-wrap:anywhere; }
 .un-plan { display:grid; grid-template-columns:max-content 1fr; gap:.25rem 1rem; font-size:.92rem; }
 .un-plan dt { color:var(--un-quiet); } .un-plan dd { margin:0; }
-progress { width:100%; height:.5rem; accent-color:var(--un-accent); }
+progress { width:100%; height:.5rem; appearance:none; border:0; background:var(--un-line);
+  accent-color:var(--un-accent); }
+progress::-webkit-progress-bar { background:var(--un-line); }
+progress::-webkit-progress-value { background:var(--un-accent); }
+progress::-moz-progress-bar { background:var(--un-accent); }
 .un-command textarea { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem; }
 @media (prefers-reduced-motion: reduce) {
   * { animation:none !important; transition:none !important; } }
