@@ -86,7 +86,8 @@ def lines(
 
 
 def _figure(svg: str, legend: Sequence[str]) -> str:
-    return f'<figure class="un-figure">{svg}<figcaption>{" ".join(legend)}</figcaption></figure>'
+    key = f"<figcaption>{' '.join(legend)}</figcaption>"
+    return f'<figure class="un-figure" tabindex="0">{svg}{key}</figure>'
 
 
 def pareto(points: Sequence[tuple[str, float, float, str]], label: str, x: str, y: str) -> str:

@@ -233,8 +233,7 @@ def job_html(view: Any) -> str:
             "died": "Its process ended without a word (stopped from outside, or out of memory).",
         }.get(view.status)
         or view.outcome.get("text")
-        or view.said
-        or "Running."
+        or ("Training." if last.get("event") == "train" else view.said or "Running.")
     )
     bar = ""
     if last:
