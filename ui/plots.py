@@ -97,7 +97,8 @@ def pareto(points: Sequence[tuple[str, float, float, str]], label: str, x: str, 
     xs, ys = _span([p[1] for p in points], 0.12), _span([p[2] for p in points], 0.12)
     kinds = list(dict.fromkeys(p[3] for p in points))
     body: list[str] = []
-    taken: list[tuple[float, float, float]] = []
+    places = [_at(a, b, xs, ys) for _, a, b, _ in points]
+    taken = [(py + 4, px - 8, px + 8) for px, py in places]
     for name, a, b, kind in points:
         px, py = _at(a, b, xs, ys)
         mark = MARKS[kinds.index(kind) % len(MARKS)]
