@@ -7,21 +7,19 @@ the order of the data.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
 from evaluation import flops
 from unlearner.config import make_config
 from unlearner.pairing import plan_steps
-from unlearner.prompts import Encoded, PromptFormat, pad_batch
+from unlearner.prompts import Encoded, PromptFormat
 
 if TYPE_CHECKING:
-    import torch
-
+    from evaluation.records import EvalLog
     from unlearner.data import Row
 
 PAIRS = 8
@@ -56,6 +54,10 @@ class Line:
     def to_json(self) -> dict[str, Any]:
         """The line as a JSON object."""
         return asdict(self)
+
+    def under(self, heading: str) -> Line:
+        """The line with `heading` before its name."""
+        return replace(self, name=f"{heading}{self.name}")
 
 
 def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
@@ -105,11 +107,19 @@ def _world_workload() -> Workload:
     )
 
 
-def count(work: Workload, shape: str, rank: int = 16) -> list[Line]:
+def count(
+    work: Workload, shape: str, rank: int = 16, answers: Sequence[Answer] | None = None
+) -> list[Line]:
     """FLOPs of the whole job and evaluation on `shape`, by torch's counter on meta tensors.
 
     Counted are a micro-batch of the plan and every eighth pack of trees; the rest of the plan
-    follows by its tokens, which the tests hold against counting it all.
+    follows by its tokens.
+
+    Args:
+        work: the rows.
+        shape: one of `flops.SHAPES`.
+        rank: of the LoRA.
+        answers: lengths of recorded answers; by default the true ones', none known beforehand.
     """
     full = flops.new_llama(shape)
     plain_row = flops.plain_training_row(full)
@@ -120,7 +130,12 @@ def count(work: Workload, shape: str, rank: int = 16) -> list[Line]:
         len(work.forget[p.forget].input_ids) + len(work.retain[p.retain].input_ids) for p in pairs
     )
     texts = sum(max(len(q), 5) for q in work.questions)  # a missing paraphrase is scored again
-    generated = decode_slots(work, flops.decoding_token(full, 60).flops)
+    lengths = answer_lengths(work) if answers is None else answers
+    generated = decode_flops(lengths, flops.decoding_token(full, 60).flops)
+    said = "answers as long as the true ones, none known beforehand"
+    if answers is not None:
+        known = sum(a.agreed for a in lengths) / sum(a.made for a in lengths)
+        said = f"answers as recorded, {known:.0%} of their tokens known from scoring"
     model = flops.with_lora(full, rank)
     some = [work.forget[p.forget] for p in pairs[:PAIRS]]
     some += [work.retain[p.retain] for p in pairs[:PAIRS]]
@@ -143,7 +158,7 @@ def count(work: Workload, shape: str, rank: int = 16) -> list[Line]:
         _line("teacher-forced FLOPs", "PFLOP", plain_eval / peta, trees / peta, 6.0),
         _line(
             "evaluation FLOPs in all", "PFLOP", (plain_eval + generated[0]) / peta,
-            (trees + generated[1]) / peta, 5.5, note="answers as long as the true ones",
+            (trees + generated[1]) / peta, 5.5, note=said,
         ),
         _line(
             "saved for backward, a token and layer", "kB",
@@ -180,244 +195,67 @@ def _trees(model: Any, work: Workload) -> float:
     return total / seen * sum(sizes)
 
 
-def decode_slots(work: Workload, per_token: float) -> tuple[float, float]:
-    """FLOPs of generation: in the data's order by 30, and sorted by prompt by 64.
-
-    A batch runs until its longest answer ends; prompts are padded to the longest of their batch.
+class Answer(NamedTuple):
+    """Lengths in tokens: of the prompt, of the true answer, of what the model answers, and of how
+    much the two begin with alike.
     """
-    sizes = [(text[0].n_prompt, text[0].n_targets) for text in work.questions]
+
+    prompt: int
+    truth: int
+    made: int
+    agreed: int
+
+
+def answer_lengths(work: Workload) -> list[Answer]:
+    """Answers as long as the true ones, of which nothing is known beforehand."""
+    first = [texts[0] for texts in work.questions]
+    return [Answer(t.n_prompt, t.n_targets, t.n_targets, 0) for t in first]
+
+
+def recorded_answers(log: EvalLog, tokenizer: str) -> list[Answer]:
+    """Lengths of the answers that a recorded model gave, and how far each is the true one.
+
+    Raises:
+        UserError: no row of the log holds question, answer and a generated text.
+    """
+    from adapters.base_model import load_tokenizer
+    from unlearner.prompts import prompt_format
+
+    fmt = prompt_format(load_tokenizer(tokenizer))
+    found = []
+    for row in (row for part in log.sets.values() for row in part.rows):
+        text = next((made.text for made in row.generations.values() if made.text), None)
+        if row.question is None or row.answer is None or text is None:
+            continue
+        truth, made = (fmt.encode(row.question, words) for words in (row.answer, text))
+        pairs = zip(_answer_of(truth), _answer_of(made), strict=False)
+        agreed = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if agreed is None:
+            agreed = min(truth.n_targets, made.n_targets)
+        found.append(Answer(truth.n_prompt, truth.n_targets, made.n_targets, agreed))
+    if not found:
+        raise UserError("The log holds no generated answers.", "Take a log with its texts.")
+    return found
+
+
+def _answer_of(text: Encoded) -> list[int]:
+    return text.input_ids[text.n_prompt :]
+
+
+def decode_flops(answers: Sequence[Answer], per_token: float) -> tuple[float, float]:
+    """FLOPs of generation: in the data's order by 30, and ours.
+
+    A batch runs until its longest answer ends, and its prompts are padded to the longest. Ours
+    starts behind what scoring has shown to agree with the true answer, skips answers that agree to
+    their end, and puts answers of like expected length together, 64 at a time.
+    """
 
     def slots(order: Sequence[tuple[int, int]], size: int) -> int:
         batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return sum(
-            len(b) * (max(p for p, _ in b) + max(answer for _, answer in b)) for b in batches
-        )
+        return sum(len(b) * (max(p for p, _ in b) + max(n for _, n in b)) for b in batches)
 
-    plain = slots(sizes, PLAIN_DECODE)
-    ours = slots(sorted(sizes, reverse=True), OUR_DECODE)
+    plain = slots([(a.prompt, a.made) for a in answers], PLAIN_DECODE)
+    left = [a for a in answers if a.agreed < a.made]
+    left.sort(key=lambda a: (a.truth - a.agreed, a.prompt + a.agreed), reverse=True)
+    ours = slots([(a.prompt + a.agreed, a.made - a.agreed) for a in left], OUR_DECODE)
     return plain * per_token, ours * per_token
-
-
-def measure(
-    work: Workload,
-    shape: str,
-    *,
-    device: str = "cpu",
-    load_in_4bit: bool = False,
-    rank: int = 16,
-    seconds: float = 6.0,
-    on_progress: Callable[[str], None] | None = None,
-) -> list[Line]:
-    """Rows a second and peak memory of both ways on the same model and rows, in turns.
-
-    Args:
-        work: see `load_workload`.
-        shape: one of `flops.SHAPES`; random weights.
-        device: "cpu" or "cuda".
-        load_in_4bit: nf4 projections.
-        rank: of the LoRA.
-        seconds: how long each way runs at least; the best of its rounds counts.
-        on_progress: called with what is measured next.
-    """
-    import torch
-
-    from unlearner.environment import threads_for
-
-    say = on_progress or (lambda text: None)
-    torch.manual_seed(0)
-    cuda = device.startswith("cuda")
-    base = flops.new_llama(shape, device, "bfloat16" if cuda else "float32")
-    if load_in_4bit:
-        quantise(base)
-    model = flops.with_lora(base, rank)
-    forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
-    asked = work.questions[:: max(1, len(work.questions) // 24)][:24]
-    if not cuda:
-        asked = asked[:8]
-    ways: list[tuple[str, float, Callable[[], None], Callable[[], None], float | None]] = [
-        (
-            "training rows/s", 2 * PAIRS, lambda: _plain_step(model, forget, retain),
-            lambda: _our_step(model, forget, retain), 4.0,
-        ),
-        (
-            "scoring rows/s", sum(map(len, asked)), lambda: _plain_scores(model, asked),
-            lambda: _our_scores(model, asked), 4.0,
-        ),
-        (
-            "generation rows/s", len(asked), lambda: _plain_answers(model, asked),
-            lambda: _our_answers(model, asked), None,
-        ),
-    ]  # fmt: skip
-    lines = []
-    with threads_for(model):
-        for name, rows, plain, ours, target in ways:
-            say(name)
-            rates, peaks = _in_turns(plain, ours, rows, seconds, model)
-            goal = f"at least {target:g} x" if target and not cuda else ""
-            ratio = rates[1] / rates[0]
-            met = ratio >= (target or 0) if goal else None
-            lines.append(Line(name, "rows/s", rates[0], rates[1], ratio, goal, met))
-            what = f"peak memory, {name.split()[0]}"
-            lines.append(Line(what, "MB", peaks[0] / 1e6, peaks[1] / 1e6, peaks[0] / peaks[1]))
-    return lines
-
-
-def _in_turns(
-    plain: Callable[[], None], ours: Callable[[], None], rows: float, seconds: float, model: Any
-) -> tuple[list[float], list[int]]:
-    """Best rows a second and peak bytes of both, run in turns so that noise meets both."""
-    import torch
-
-    from unlearner import preflight
-
-    device = next(model.parameters()).device
-    best, peaks, spent = [0.0, 0.0], [0, 0], [0.0, 0.0]
-    rounds = 0
-    while rounds < 2 or min(spent) < seconds:
-        for i, way in enumerate((plain, ours)):
-            preflight.start_counting(device)
-            start = time.perf_counter()
-            way()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            took = time.perf_counter() - start
-            spent[i] += took
-            peaks[i] = max(peaks[i], preflight.peak(device))
-            best[i] = max(best[i], rows / took) if rounds else 0.0  # the first round warms up
-        rounds += 1
-        if rounds >= 2 and max(spent) > 6 * seconds:
-            break
-    return best, peaks
-
-
-def _padded(rows: Sequence[Encoded], length: int) -> dict[str, torch.Tensor]:
-    filler = Encoded([0] * length, [-100] * length)
-    return {k: v[:-1, :length] for k, v in pad_batch([*rows, filler], 0).items()}
-
-
-def _plain_nll(model: Any, rows: Sequence[Encoded], length: int) -> torch.Tensor:
-    """Mean NLL a row from the logits of all positions."""
-    import torch.nn.functional as F
-
-    batch = {k: v.to(next(model.parameters()).device) for k, v in _padded(rows, length).items()}
-    out = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
-    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return nll.sum(-1) / (labels != -100).sum(-1)
-
-
-def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
-    from unlearner.losses import simnpo
-
-    _train_mode(model)
-    for i in range(0, len(forget), 2):  # forwards of a few rows, as the released recipe has them
-        f = _plain_nll(model, forget[i : i + 2], flops.PLAIN_TRAIN)
-        r = _plain_nll(model, retain[i : i + 2], flops.PLAIN_TRAIN)
-        (simnpo(f, f.new_ones(len(f)), 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
-    model.zero_grad(set_to_none=True)
-
-
-def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
-    from unlearner.likelihood import answer_nll
-    from unlearner.losses import simnpo
-    from unlearner.packing import pack_attention, pack_rows
-
-    _train_mode(model)
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in pack_rows([*forget, *retain]).items()}
-    with pack_attention(model):
-        found = answer_nll(model, batch)
-        f, n = found.nll[: len(forget)], found.n[: len(forget)]
-        kept = found.per_token[len(forget) :]
-        (simnpo(f, n, 2.5, 0.0).sum() + 0.1375 * kept.sum()).backward()
-    model.zero_grad(set_to_none=True)
-
-
-def _train_mode(model: Any) -> None:
-    model.train()
-
-
-def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        for texts in questions:
-            _plain_nll(model, texts, flops.PLAIN_EVAL)
-
-
-def _our_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    import torch
-
-    from evaluation.prefix_tree import score_trees
-
-    model.eval()
-    with torch.no_grad():
-        score_trees(model, questions)
-
-
-def _prompts(questions: Sequence[Sequence[Encoded]]) -> list[tuple[list[int], int]]:
-    first = [texts[0] for texts in questions]
-    return [(text.input_ids[: text.n_prompt], text.n_targets) for text in first]
-
-
-def _answer(model: Any, asked: Sequence[tuple[list[int], int]]) -> None:
-    import torch
-
-    device = next(model.parameters()).device
-    batch = pad_batch([Encoded(ids, ids) for ids, _ in asked], 0, left=True)
-    longest = max(budget for _, budget in asked)
-    with torch.no_grad():
-        model.get_base_model().generate(
-            batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            max_new_tokens=longest,
-            min_new_tokens=longest,  # random weights know no end
-            do_sample=False,
-            pad_token_id=0,
-        )
-
-
-def _plain_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    model.eval()
-    asked = _prompts(questions)
-    for i in range(0, len(asked), PLAIN_DECODE):
-        _answer(model, asked[i : i + PLAIN_DECODE])
-
-
-def _our_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    model.eval()
-    asked = sorted(_prompts(questions), key=lambda item: -len(item[0]))
-    for i in range(0, len(asked), OUR_DECODE):
-        _answer(model, asked[i : i + OUR_DECODE])
-
-
-def quantise(model: Any) -> None:
-    """Puts the projections of a Llama with random weights into nf4, in place."""
-    import bitsandbytes as bnb
-    import torch
-
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in list(block.named_children()):
-                if not isinstance(linear, torch.nn.Linear):
-                    continue
-                four = bnb.nn.Linear4bit(
-                    linear.in_features,
-                    linear.out_features,
-                    bias=False,
-                    compute_dtype=linear.weight.dtype,
-                    compress_statistics=True,
-                    quant_type="nf4",
-                )
-                four.weight = bnb.nn.Params4bit(
-                    linear.weight.data.cpu(),
-                    requires_grad=False,
-                    quant_type="nf4",
-                    compress_statistics=True,
-                )
-                setattr(block, name, four.to(linear.weight.device))
-                if hasattr(four, "support_avx512bf16_for_cpu"):
-                    four.support_avx512bf16_for_cpu = False  # see adapters.base_model

@@ -7,8 +7,6 @@ protocol whose scores and answers the log holds.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from evaluation.generation import BATCH_SIZE, Draft, generate_answers, known_start
 from evaluation.metrics import rouge_recall
+from evaluation.parts import Parts
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from evaluation.records import (
     EvalLog,
     Generation,
     RowRecord,
     SetRecord,
-    row_from_json,
-    row_json,
-    write_json,
 )
 from evaluation.scoring import (
     BATCH_TOKENS,
@@ -43,8 +39,6 @@ if TYPE_CHECKING:
 
     from unlearner.prompts import PromptFormat
 
-PART = "unlearner-eval-part"
-PART_SCHEMA = 1
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -148,7 +142,7 @@ def evaluate(
         fmt,
         _score_length(protocols, longest),
         _distinct([p.decoding for p in protocols]) if generate else (),
-        _Parts(resume_dir, key),
+        Parts(resume_dir, key),
         on_progress or _silent,
         effort or Effort(),
     )
@@ -229,7 +223,7 @@ class _Work:
     fmt: PromptFormat
     max_length: int
     decodings: tuple[Decoding, ...]
-    parts: _Parts
+    parts: Parts
     on_progress: OnProgress
     effort: Effort
 
@@ -313,49 +307,3 @@ class _Work:
             decoding: [record.generations[decoding] for record in records or []]
             for decoding, records in kept.items()
         }
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One finished piece of an evaluation in a file whose name holds what it depends on."""
-
-    path: Path | None
-
-    def read(self) -> list[RowRecord] | None:
-        """Its rows, None where the piece is still to be done."""
-        if self.path is None or not self.path.is_file():
-            return None
-        try:
-            raw = json.loads(self.path.read_text(encoding="utf-8"))
-            if raw.get("kind") != PART or raw.get("schema") != PART_SCHEMA:
-                return None
-            where = self.path.name
-            return [row_from_json(row, f"{where} row {i}") for i, row in enumerate(raw["rows"])]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"The kept part {self.path} is damaged ({type(error).__name__}: {error}).",
-                "Remove the file: that part is then done again.",
-            ) from error
-
-    def write(self, rows: list[RowRecord]) -> list[RowRecord]:
-        """`rows`, kept where there is a folder for it."""
-        if self.path is not None and ranks.rank() == 0:
-            body = {"kind": PART, "schema": PART_SCHEMA, "rows": [row_json(row) for row in rows]}
-            write_json(self.path, body)
-        return rows
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The folder of finished parts, None for none, and the key of the weights."""
-
-    folder: Path | None
-    key: str
-
-    def named(self, name: str, depends_on: Any) -> _Part:
-        """The part of that name; another key, other rows or settings make it another file."""
-        if self.folder is None:
-            return _Part(None)
-        text = json.dumps([self.key, depends_on], ensure_ascii=False, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return _Part(self.folder / f"{name}-{digest}.json")

@@ -14,6 +14,7 @@ from typing import Any
 
 from adapters.errors import Interrupted, UserError
 from ui import (
+    commands_bench,
     commands_consolidate,
     commands_eval,
     commands_finetune,
@@ -22,6 +23,7 @@ from ui import (
     commands_runs,
     commands_store,
     commands_train,
+    commands_ui,
 )
 from ui.console import Console
 from ui.options import Parser
@@ -40,6 +42,7 @@ first steps:
 exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 preflight says no, 4 quality gate failed,
 130 interrupted and saved"""
 MODULES = (
+    commands_bench,
     commands_runs,
     commands_info,
     commands_train,
@@ -48,6 +51,7 @@ MODULES = (
     commands_merge,
     commands_eval,
     commands_finetune,
+    commands_ui,
 )
 FAILURE, INTERRUPTED = 1, 130
 

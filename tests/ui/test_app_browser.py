@@ -1,0 +1,479 @@
+"""The app in a real browser, on a small embedded world, and the same functions by gradio_client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.browser
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
+SERIOUS = ("serious", "critical")
+TABS = ("Compare", "Author sheet", "Stack", "Runs", "New request")
+
+
+def _missing(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        _missing("no chromium: `apt-get install chromium`")
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=ARGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A private home: keys, caches and jobs."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNLEARNER_KEY", str(folder / "key"))
+        patch.setenv("UNLEARNER_CACHE", str(folder / "cache"))
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def world(home: Path) -> Path:
+    """A small world, a model that read it a few times, and a store with two random adapters."""
+    from unlearner.tiny import TinyRecipe, TinyShape, train_from_scratch, train_tokenizer
+    from unlearner.world import build_world
+
+    made = build_world(0, n_authors=6, forget_authors=2, evaluated_authors=3, requests=1)
+    made.write(home / "world")
+    rows = [(r.question, r.answer) for r in made.training_rows(include_forget=True, facts=0)]
+    tokenizer = train_tokenizer([text for row in rows for text in row], 500)
+    shape = TinyShape(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    train_from_scratch(rows, tokenizer, home / "base", shape, TinyRecipe(epochs=2))
+    _publish(home, "request-1", 1)
+    _publish(home, "request-2", 2)
+    return home
+
+
+def _publish(home: Path, label: str, seed: int) -> str:
+    import torch
+    from peft import LoraConfig
+
+    from adapters.adapter_files import PROJECTIONS
+    from adapters.base_model import BaseSpec, load_base
+    from adapters.fingerprint import fingerprint_base
+    from adapters.manifest import ForgetManifest
+    from adapters.stack import add_trainable, save_adapter
+    from adapters.store import AdapterStore
+
+    lora = LoraConfig(
+        r=2, lora_alpha=4, target_modules=list(PROJECTIONS), bias="none", task_type="CAUSAL_LM"
+    )
+    base = BaseSpec(str(home / "base"), dtype="float32", device="cpu")
+    model = add_trainable(load_base(base), "new", lora, [])
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    manifest = ForgetManifest(
+        request_id=str(seed), label=label,
+        base={"name": "tiny", "fingerprint": fingerprint_base(home / "base").to_json()},
+    )  # fmt: skip
+    store = AdapterStore.open(home / "store", create=True)
+    return store.publish(save_adapter(model, "new", home / f"made-{seed}"), manifest).slug
+
+
+@pytest.fixture(scope="module")
+def served(world: Path) -> Iterator[tuple[Any, str]]:
+    """The app on the small world, and its address."""
+    from adapters.base_model import BaseSpec
+    from ui.app import App, launch
+    from ui.jobs import Jobs
+    from ui.session import Session
+
+    base = BaseSpec(str(world / "base"), dtype="float32", device="cpu")
+    session = Session(world / "store", base, world / "world")
+    app = App(session, Jobs(world / "jobs"), votes=world / "votes.jsonl")
+    page, url = launch(app)
+    assert session.wait(60)
+    assert session.state == "ready", session.problem
+    yield app, url
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def page(browser: Any, served: tuple[Any, str]) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    made = context.new_page()
+    made.set_default_timeout(15000)
+    _open(made, served[1])
+    yield made
+    context.close()
+
+
+def _open(page: Any, url: str) -> None:
+    page.goto(url)
+    page.wait_for_function("document.querySelector('#un-state')?.textContent == 'ready'")
+
+
+def _wait_for(page: Any, where: str, words: str) -> None:
+    page.wait_for_function(
+        "([where, words]) => document.querySelector(where)?.textContent.includes(words)",
+        arg=[where, words],
+    )
+
+
+def _ask(page: Any, question: str) -> None:
+    page.locator("#un-question textarea, #un-question input").first.fill(question)
+    page.locator("#un-question textarea, #un-question input").first.press("Enter")
+
+
+def _done(page: Any) -> tuple[str, str]:
+    page.wait_for_function(
+        "document.querySelector('#un-status').textContent.includes('Done: both sides')"
+    )
+    sides = [page.locator(f"#un-{side} .un-answer").inner_text() for side in ("left", "right")]
+    return sides[0], sides[1]
+
+
+def _tab(page: Any, name: str) -> None:
+    tab = page.get_by_role("tab", name=name, exact=True)
+    more = page.locator(".overflow-menu button")
+    end = time.monotonic() + 30
+    # Which of the two shows is settled once the page has measured itself.
+    while time.monotonic() < end:
+        if tab.count() and tab.first.is_visible():
+            tab.first.click()
+            return
+        if more.count() and more.first.is_visible():
+            more.first.click()
+            page.locator(".overflow-dropdown button", has_text=name).click()
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"the tab {name} never showed")
+
+
+def _pick(page: Any, where: str, text: str) -> None:
+    page.locator(f"{where} input").first.click()
+    page.get_by_role("option", name=text).first.click()
+
+
+def _question(app: Any) -> str:
+    author = list(app.session.library.authors)[-1]
+    return str(app.session.library.authors[author][0].question)
+
+
+def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served: Any) -> None:
+    question = _question(served[0])
+    _ask(page, question)
+    base, right = _done(page)
+    assert right == base  # nothing is active in a fresh store
+    page.get_by_label("request-1").check()
+    page.get_by_role("button", name="Ask both").click()
+    page.wait_for_function(
+        "document.querySelector('#un-right h3').textContent.includes('1 adapter')"
+    )
+    left, changed = _done(page)
+    assert left == base
+    assert changed != base
+    assert page.locator("#un-right mark.un-diff").count() > 0
+    assert page.locator("#un-figures tbody tr").count() == 3
+    assert "one batch" in page.locator("#un-status").inner_text()
+    page.get_by_role("button", name="Clear = base").first.click()
+    page.wait_for_timeout(300)
+    page.get_by_role("button", name="Ask both").click()
+    _wait_for(page, "#un-right h3", "nothing")
+    assert _done(page) == (base, base)
+
+
+def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatch: Any) -> None:
+    from ui.decoding import PairDecoder
+
+    step = PairDecoder.step
+
+    def slow(self: PairDecoder) -> None:
+        self._stops = set()  # an answer that does not end by itself
+        time.sleep(0.05)
+        step(self)
+
+    monkeypatch.setattr(PairDecoder, "step", slow)
+    _ask(page, "Who is this?")
+    length = "document.querySelector('#un-left .un-answer').textContent.length"
+    _wait_for(page, "#un-status", "Answering")
+    page.wait_for_timeout(600)
+    first = page.evaluate(length)
+    page.wait_for_timeout(600)
+    assert page.evaluate(length) > first  # it grows
+    page.keyboard.press("Escape")
+    _wait_for(page, "#un-status", "Stopped")
+    stopped = page.evaluate(length)
+    page.wait_for_timeout(600)
+    assert page.evaluate(length) == stopped
+    assert served[0].session.turns._line == type(served[0].session.turns._line)()
+
+
+def test_two_browsers_take_turns_and_see_their_place(
+    browser: Any, page: Any, served: Any, monkeypatch: Any
+) -> None:
+    from ui.decoding import PairDecoder
+
+    step = PairDecoder.step
+
+    def slow(self: PairDecoder) -> None:
+        time.sleep(0.1)
+        self._budget, self._stops = 20, set()
+        step(self)
+
+    monkeypatch.setattr(PairDecoder, "step", slow)
+    other = browser.new_context().new_page()
+    _open(other, served[1])
+    _ask(page, "What is the first question?")
+    _wait_for(page, "#un-status", "Answering")
+    _ask(other, "What is the second question?")
+    other.wait_for_function("document.querySelector('#un-status').textContent.includes('1 ahead')")
+    _done(page)
+    _done(other)
+    other.context.close()
+
+
+def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any) -> None:
+    app = served[0]
+    author = list(app.session.library.authors)[-1]
+    page.get_by_label("request-1").check()
+    _tab(page, "Author sheet")
+    _pick(page, "#un-sheet-author", author)
+    page.get_by_role("button", name="Fill the sheet").click()
+    page.wait_for_function(
+        "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
+    )
+    groups = page.locator("#un-tally tbody th").all_inner_texts()
+    assert groups == ["to forget", "retain authors", "real authors", "world facts"]
+    question = app.session.library.authors[author][1].question
+    page.locator("#un-sheet").get_by_text(question).first.click()
+    page.wait_for_selector("#un-sheet-diff .un-answer")
+    assert question in page.locator("#un-sheet-diff").inner_text()
+
+
+def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, served: Any) -> None:
+    app = served[0]
+    _tab(page, "Stack")
+    _pick(page, "#un-ref", "request-2")
+    page.locator("#un-on").click()
+    page.wait_for_selector("text=Read back from the model: request-2 × 1.")
+    assert [slug for slug, _ in app.session.filed_stack()] == [
+        app.session.store().get("request-2").slug
+    ]
+    assert "adapters activate" in page.locator(".un-command textarea:visible").input_value()
+    page.locator("#un-revert").click()
+    page.wait_for_selector("text=It is switched off, exactly")
+    assert app.session.filed_stack()  # only asked so far
+    page.get_by_role("button", name="Yes, revert").click()
+    page.wait_for_selector("text=no adapter is active")
+    assert app.session.filed_stack() == ()
+    assert app.session.store().get("request-2").status == "reverted"
+
+
+def test_bad_input_is_answered_by_a_sentence(page: Any, tmp_path: Path) -> None:
+    _tab(page, "New request")
+    page.locator("#un-preview").click()
+    page.wait_for_selector("text=The request names nothing.")
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text('{"question": "only half"}\n{broken\n')
+    with page.expect_file_chooser() as chooser:
+        page.locator("#un-upload").click()
+    chooser.value.set_files(str(bad))
+    page.wait_for_selector("text=rows.jsonl")
+    page.locator("#un-preview").click()
+    page.wait_for_selector("text=no 'answer'")
+    page.wait_for_selector("text=broken JSON")
+    assert "/tmp" not in page.locator("[data-testid=toast-body], .toast-body").last.inner_text()
+
+
+def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: Any) -> None:
+    app, _ = served
+    _tab(page, "New request")
+    page.locator("#un-paste textarea").fill(
+        "\n".join(f"Who is {n}?\t{n} is a poet." for n in "XYZ")
+    )
+    page.get_by_role("button", name="Settings").click()
+    page.locator("#un-epochs input").fill("20000")
+    page.locator("#un-preview").click()
+    page.wait_for_selector("#un-previewed u")
+    assert "fits" in page.locator("#un-previewed").inner_text()
+    page.locator("#un-start").click()
+    page.wait_for_selector("#un-jobs svg.un-plot", timeout=60000)
+    page.reload()
+    page.wait_for_function("document.querySelector('#un-state')?.textContent == 'ready'")
+    _tab(page, "New request")
+    page.wait_for_selector("#un-jobs svg.un-plot")
+    view = app.jobs.views()[-1]
+    assert view.status == "running"
+    _pick(page, "#un-job", "forget pasted rows")
+    page.locator("#un-cancel").click()
+    page.wait_for_selector("#un-jobs >> text=it is saved", timeout=30000)
+    saved = app.jobs.view(view.name)
+    assert saved.status == "saved"
+    step = int(re.findall(r"step (\d+) of 20000", saved.outcome["text"])[0])
+    assert saved.steps[-1]["step"] == step
+    assert list((app.session.store_path / "runs").glob(f"*/checkpoint-{step}"))
+
+
+def test_a_finished_request_is_in_the_stack_and_off(page: Any, served: Any) -> None:
+    app, _ = served
+    author = list(app.session.library.authors)[-1]
+    before = {adapter.slug for adapter in app.session.adapters()}
+    _tab(page, "New request")
+    _pick(page, "#un-forget-author", author)
+    page.get_by_role("button", name="Settings").click()
+    page.locator("#un-epochs input").fill("2")
+    page.locator("#un-start").click()
+    page.wait_for_selector(f"section[aria-label='forget {author}'] >> text=Done.", timeout=60000)
+    new = [adapter for adapter in app.session.adapters() if adapter.slug not in before]
+    assert [adapter.status for adapter in new] == ["ready"]
+    assert new[0].manifest.data["forget"]["n"] == 30
+    view = app.jobs.views()[-1]
+    assert view.words[:2] == ("forget", f"tofu:author={author}")
+    _tab(page, "Stack")
+    page.locator("#un-look").click()
+    page.wait_for_selector(f"#un-adapters >> text={new[0].slug}")
+
+
+def test_a_blind_vote_is_kept(page: Any, served: Any) -> None:
+    _ask(page, _question(served[0]))
+    _done(page)
+    page.get_by_role("button", name="Blind vote").click()
+    page.get_by_role("button", name="Hide which side is which").click()
+    page.get_by_label("both know").check()
+    page.get_by_role("button", name="Vote", exact=True).click()
+    page.wait_for_selector("text=Your vote: both")
+    assert json.loads(served[0].votes.read_text())["winner"] == "both"
+
+
+def test_nothing_is_fetched_or_kept_and_labels_are_there(page: Any, served: Any) -> None:
+    _ask(page, "Is a question kept?")
+    _done(page)
+    config = page.evaluate("window.gradio_config")
+    assert config["run_history"] is False
+    assert not config.get("analytics_enabled")
+    kept = page.evaluate("JSON.stringify({...localStorage})")
+    assert "Is a question kept?" not in kept
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert sorted(i for i in set(ids) if ids.count(i) > 1 and i.startswith("un-")) == []
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    path = os.environ.get("UNLEARNER_AXE")
+    if not path or not Path(path).is_file():
+        _missing("no axe-core: set UNLEARNER_AXE to its axe.min.js")
+    return Path(str(path)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1600, "light")])
+def test_axe_finds_nothing_serious(
+    browser: Any, served: Any, axe: str, width: int, scheme: str
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    _open(page, served[1])
+    _ask(page, _question(served[0]))
+    _done(page)
+    page.evaluate(axe)
+    found = {}
+    for name in TABS:
+        _tab(page, name)
+        page.wait_for_timeout(400)
+        result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        for one in result["violations"]:
+            if one["impact"] in SERIOUS:
+                where = [node["html"][:160] for node in one["nodes"][:3]]
+                found[f"{name}: {one['id']}"] = where
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{name} is {wide} wide on a screen of {width}"
+    context.close()
+    assert found == {}
+
+
+def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path) -> None:
+    from ui.app import App, launch
+    from ui.jobs import Jobs
+    from ui.recorded import open_recorded
+    from ui.session import Session
+
+    logs = [shared / "reference-logs" / f"llama2-7b_{n}.json" for n in ("full", "retain90_npo")]
+    app = App(Session(home / "none"), Jobs(home / "no-jobs"), tuple(logs))
+    gradio_page, url = launch(app, recorded=open_recorded(logs))
+    page = browser.new_page()
+    page.goto(url)
+    page.wait_for_selector("#un-figures table")
+    assert page.locator("#un-state").inner_text() == "recorded answers"
+    assert "no model is loaded" in page.locator("body").inner_text()
+    assert page.locator("#un-left .un-verdict").inner_text() == "still knows"
+    before = page.locator("#un-left .un-answer").inner_text()
+    page.get_by_label("world facts").check()
+    page.wait_for_function(
+        "old => document.querySelector('#un-left .un-answer').innerText != old", arg=before
+    )
+    page.close()
+    gradio_page.close(verbose=False)
+    assert app.session.state == "no base"
+
+
+@pytest.mark.slow
+def test_an_empty_store_offers_the_demo(browser: Any, home: Path, monkeypatch: Any) -> None:
+    from ui.app import App, launch
+    from ui.jobs import Jobs
+    from ui.session import Session
+
+    app = App(Session(home / "first" / "store"), Jobs(home / "first-jobs"))
+    gradio_page, url = launch(app)
+    page = browser.new_page()
+    page.goto(url)
+    page.wait_for_selector("text=make the demo world")
+    _tab(page, "New request")
+    page.locator("#un-demo").click()
+    page.wait_for_selector("#un-jobs progress", timeout=60000)  # true progress: steps, not a timer
+    view = app.jobs.views()[0]
+    assert view.steps[-1]["steps"] > view.steps[-1]["step"] > 0
+    app.jobs.cancel(view.name)
+    end = time.monotonic() + 30
+    while not app.jobs.view(view.name).ended:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    page.close()
+    gradio_page.close(verbose=False)
+
+
+def test_gradio_client_drives_the_same_functions(served: Any) -> None:
+    from gradio_client import Client
+
+    app, url = served
+    client = Client(url, verbose=False)
+    question = _question(app)
+    found = client.predict(question, [], api_name="/compare")
+    assert found["base"]["text"] == found["unlearned"]["text"]
+    assert found["stage"] == "done"
+    other = client.predict(question, ["request-1"], {"request-1": 0.5}, api_name="/compare")
+    assert other["stack"][0][1] == 0.5
+    assert other["base"]["text"] == found["base"]["text"]
+    state = client.predict("request-1", 0.5, api_name="/activate")
+    assert [scale for _, scale in state["read_back"]] == [0.5]
+    assert client.predict(api_name="/clear")["read_back"] == []
+    with pytest.raises(Exception, match="No adapter"):
+        client.predict(question, ["nobody"], api_name="/compare")

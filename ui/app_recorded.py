@@ -1,0 +1,95 @@
+"""The page of recorded answers: two logs side by side, no model, and it says so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ui import app_pages, runs, views
+
+if TYPE_CHECKING:
+    from ui.app import App
+    from ui.recorded import Recorded
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+
+
+def build(app: App, found: Recorded) -> None:
+    """Compare and Runs on recorded answers."""
+    from ui.app import told
+
+    names = found.names
+    gr.HTML(
+        '<header class="un-head"><h1>unlearner</h1><p role="status" id="un-state">recorded answers'
+        f"</p></header><p class='un-note'><b>Recorded.</b> These answers were written by others or "
+        f"earlier and are shown as they stand in {views.esc(names[0])} and {views.esc(names[1])}; "
+        "no model is loaded. Scores are computed from the logs.</p>"
+    )
+    with gr.Tabs():
+        with gr.Tab("Compare"):
+            groups = list(found.rows)
+            group = gr.Radio(groups, value=groups[0], label="Set", elem_id="un-set")
+            question = gr.Dropdown(
+                found.questions(groups[0]), value=found.questions(groups[0])[0],
+                label="Question", elem_id="un-recorded-question",
+            )  # fmt: skip
+            with gr.Row():
+                with gr.Column(min_width=300):
+                    left = gr.HTML("", elem_id="un-left")
+                with gr.Column(min_width=300):
+                    right = gr.HTML("", elem_id="un-right")
+            scores = gr.HTML("", elem_id="un-figures")
+            with gr.Row():
+                export = gr.DownloadButton("LLM Comparator JSON", size="sm", elem_id="un-export")
+            group.change(lambda name: gr.update(choices=found.questions(name),
+                         value=found.questions(name)[0]), group, question, **PRIVATE)  # fmt: skip
+        with gr.Tab("Runs"):
+            _runs(app)
+
+    def show(name: str, asked: str) -> tuple[str, str, str]:
+        frame = found.frame(name, asked)
+        texts = views.differences(frame.base.text, frame.unlearned.text)
+        return (
+            views.answer_card(names[0], texts[0], frame.base, "recorded"),
+            views.answer_card(names[1], texts[1], frame.unlearned, "recorded"),
+            views.scores_table(frame, names),
+        )
+
+    def recorded(group: str, question: str) -> dict[str, Any]:
+        """The two recorded answers to a question, judged."""
+        from ui.actions import frame_json
+
+        return frame_json(found.frame(group, question))
+
+    question.change(told(show), [group, question], [left, right, scores], **PRIVATE)
+    page = gr.context.Context.root_block
+    page.load(told(show), [group, question], [left, right, scores], **PRIVATE)
+    export.value = _export(found)
+    gr.api(told(recorded), api_name="recorded")
+
+
+def _runs(app: App) -> None:
+    """Table and plots of the logs."""
+    shown = runs.gather(None, app.logs, app.retain_log)
+    rows = [dict(zip(runs.COLUMNS, map(_cell, runs.cells(r)), strict=True))
+            for r in shown.table]  # fmt: skip
+    gr.HTML("".join(f'<p class="un-note">{views.esc(n)}</p>' for n in shown.notes)
+            + views.table(rows, "Runs") + app_pages.run_plots(shown))  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _export(found: Recorded) -> str:
+    """The file for LLM Comparator: every row of all sets."""
+    rows = [
+        (group, found.frame(group, str(one.question)))
+        for group, pairs in found.rows.items()
+        for one, _ in pairs
+    ]
+    return app_pages.comparator_file(
+        [(group, frame.question, frame.base, frame.unlearned) for group, frame in rows],
+        found.names,
+    )

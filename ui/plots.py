@@ -1,0 +1,154 @@
+"""Small plots as SVG that follow the page's colours, each with a name and words for its content."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+WIDTH, HEIGHT = 640, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 44
+MARKS = ("●", "▲", "■", "◆", "✚", "★")
+DASHES = ("", "6 3", "2 3", "9 3 2 3")
+LETTER = 6.3  # about a letter's width at 12 pixels
+Points = Sequence[tuple[float, float]]
+
+
+def _frame(
+    body: str, label: str, xs: tuple[float, float], ys: tuple[float, float], x: str, y: str
+) -> str:
+    ticks = []
+    for value in round_values(*ys):
+        py = _at(xs[0], value, xs, ys)[1]
+        ticks.append(
+            f'<line class="un-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
+            f'<text x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{value:g}</text>'
+        )
+    for value in round_values(*xs):
+        px = _at(value, ys[0], xs, ys)[0]
+        ticks.append(
+            f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+        )
+    return (
+        f'<svg class="un-plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{html.escape(label)}">{"".join(ticks)}{body}'
+        f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f'{html.escape(x)}</text><text transform="translate(14 {HEIGHT / 2:.0f}) rotate(-90)" '
+        f'text-anchor="middle">{html.escape(y)}</text></svg>'
+    )
+
+
+def _at(
+    x: float, y: float, xs: tuple[float, float], ys: tuple[float, float]
+) -> tuple[float, float]:
+    across = (x - xs[0]) / ((xs[1] - xs[0]) or 1)
+    up = (y - ys[0]) / ((ys[1] - ys[0]) or 1)
+    return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+
+def round_values(low: float, high: float) -> list[float]:
+    """Three to eight round numbers between the two, for an axis."""
+    rough = (high - low) / 5
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * k for k in (1, 2, 5, 10) if size * k >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _span(values: Sequence[float], margin: float = 0.06) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    gap = (high - low) * margin or max(abs(high) * 0.1, 0.1)
+    return low - gap, high + gap
+
+
+def lines(
+    series: Mapping[str, Points], label: str, x: str, y: str, floor: float | None = None
+) -> str:
+    """Curves, told apart by dashes and their legend; empty without two points."""
+    shown = {name: points for name, points in series.items() if len(points) > 1}
+    if not shown:
+        return ""
+    flat = [point for points in shown.values() for point in points]
+    xs, ys = (min(p[0] for p in flat), max(p[0] for p in flat)), _span([p[1] for p in flat])
+    xs = xs if xs[1] > xs[0] else (xs[0] - 1, xs[1] + 1)
+    ys = ys if floor is None else (floor, ys[1])
+    body, legend = [], []
+    for number, (name, points) in enumerate(shown.items()):
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (_at(*point, xs, ys) for point in points))
+        style = f'stroke-dasharray="{DASHES[number % len(DASHES)]}"'
+        body.append(f'<polyline class="un-line un-s{number % 4}" points="{path}" {style}/>')
+        legend.append(
+            f'<span class="un-key"><svg width="28" height="8" aria-hidden="true">'
+            f'<line class="un-line un-s{number % 4}" x1="0" x2="28" y1="4" y2="4" {style}/></svg> '
+            f"{html.escape(name)} {points[-1][1]:.3f}</span>"
+        )
+    return _figure(_frame("".join(body), label, xs, ys, x, y), legend)
+
+
+def _figure(svg: str, legend: Sequence[str]) -> str:
+    key = f"<figcaption>{' '.join(legend)}</figcaption>"
+    return f'<figure class="un-figure" tabindex="0">{svg}{key}</figure>'
+
+
+def pareto(points: Sequence[tuple[str, float, float, str]], label: str, x: str, y: str) -> str:
+    """Named points (name, x, y, kind); kinds have signs of their own, names stand beside them."""
+    if not points:
+        return ""
+    xs, ys = _span([p[1] for p in points], 0.12), _span([p[2] for p in points], 0.12)
+    kinds = list(dict.fromkeys(p[3] for p in points))
+    body: list[str] = []
+    places = [_at(a, b, xs, ys) for _, a, b, _ in points]
+    taken = [(py + 4, px - 8, px + 8) for px, py in places]
+    for name, a, b, kind in points:
+        px, py = _at(a, b, xs, ys)
+        mark = MARKS[kinds.index(kind) % len(MARKS)]
+        # Published names stand above their signs, ours beside them, moved down where one is in
+        # the way: runs often lie close together.
+        above = kind.startswith("published")
+        end = px > WIDTH * 0.6
+        width = LETTER * len(name)
+        left = px - width / 2 if above else px - 12 - width if end else px + 12
+        row = py + (-12 if above else 4)
+        while any(abs(row - y) < 13 and left < r and left + width > k for y, k, r in taken):
+            row += 13
+        taken.append((row, left, left + width))
+        body.append(
+            f'<text class="un-mark un-t{kinds.index(kind) % 4}" x="{px:.1f}" y="{py + 5:.1f}" '
+            f'text-anchor="middle">{mark}</text>'
+            f'<text x="{left:.1f}" y="{row:.1f}">{html.escape(name)}</text>'
+        )
+    legend = [
+        f'<span class="un-key"><span class="un-t{i % 4}" aria-hidden="true">'
+        f"{MARKS[i % len(MARKS)]}</span> {html.escape(kind)}</span>"
+        for i, kind in enumerate(kinds)
+    ]
+    return _figure(_frame("".join(body), label, xs, ys, x, y), legend)
+
+
+def histogram(series: Mapping[str, Sequence[float]], label: str, x: str) -> str:
+    """Distributions as outlines of the same bins, as shares of the rows."""
+    flat = [value for values in series.values() for value in values if math.isfinite(value)]
+    if not flat:
+        return ""
+    low, high = _span(flat, 0.02)
+    bins = 24
+    width = (high - low) / bins
+    outlines = {}
+    for name, values in series.items():
+        counts = [0] * bins
+        for value in values:
+            if math.isfinite(value):
+                counts[min(bins - 1, int((value - low) / width))] += 1
+        outlines[f"{name}, mean"] = [
+            (low + (i + half) * width, count / max(1, len(values)))
+            for i, count in enumerate(counts)
+            for half in (0, 1)
+        ]
+    found = lines(outlines, label, x, "share of the rows", floor=0.0)
+    for name, values in series.items():
+        last = outlines[f"{name}, mean"][-1][1]
+        mean = sum(values) / max(1, len(values))
+        found = found.replace(
+            f"{html.escape(name)}, mean {last:.3f}", f"{html.escape(name)}, mean {mean:+.3f}"
+        )
+    return found

@@ -1,0 +1,155 @@
+"""The Runs tab's data: evaluations from the store and from logs, for table, plots and exports."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from adapters.store import AdapterStore
+    from evaluation.records import EvalLog
+    from ui.session import Answer
+
+REFERENCE = "retrain reference"
+COLUMNS = (
+    "name", "source", "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction",
+    "model_utility", "forget_rouge_l_recall", "forget_answer_prob", "n", "protocol", "limited",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows of the table, log R of the runs that have their rows, and the published points."""
+
+    table: list[dict[str, Any]]
+    log_r: dict[str, list[float]]
+    published: list[tuple[str, float, float]]
+    notes: list[str]
+
+    def curve(self) -> dict[str, list[tuple[float, float]]]:
+        """Strength against ROUGE-L on the forget set, by adapter, where it was measured twice."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for row in self.table:
+            scales, value = row.get("scales"), row.get("forget_rouge_l_recall")
+            if isinstance(scales, Mapping) and len(scales) == 1 and value is not None:
+                ((slug, scale),) = scales.items()
+                found.setdefault(str(slug), []).append((float(scale), float(value)))
+        return {slug: sorted(points) for slug, points in found.items() if len(points) > 1}
+
+
+def gather(
+    store: AdapterStore | None,
+    logs: Sequence[Path] = (),
+    retain_log: Path | None = None,
+    protocol: str = "tofu",
+) -> Runs:
+    """All evaluations that can be found, measured before; nothing is computed with a model.
+
+    Raises:
+        UserError: a log that cannot be read.
+    """
+    from evaluation.presets import PUBLISHED_FORGET05
+    from evaluation.records import read_log
+    from evaluation.summary import set_values, summarise
+
+    table: list[dict[str, Any]] = []
+    log_r: dict[str, list[float]] = {}
+    notes: list[str] = []
+    reference = read_log(retain_log) if retain_log is not None else None
+    from evaluation.protocols import protocol_named
+
+    named = [*logs]
+    if retain_log is not None and retain_log.resolve() not in [path.resolve() for path in logs]:
+        named.append(retain_log)
+    for path in named:
+        log = read_log(path)
+        figures = _figures(log, reference, protocol, path, notes, summarise)
+        source = "log"
+        if retain_log is not None and path.resolve() == retain_log.resolve():
+            source = REFERENCE
+        table.append({"name": path.stem, "source": source, **figures})
+        if "forget" in log.sets:
+            found = set_values("forget", log.sets["forget"].rows, protocol_named(protocol))
+            if "log_r" in found:
+                log_r[path.stem] = [float(value) for value in found["log_r"]]
+    for adapter in store.list() if store is not None else []:
+        if adapter.problem:
+            continue
+        for name, figures in store.evals(adapter.slug).items() if store is not None else []:
+            table.append({"name": f"{adapter.label} {name}", "source": adapter.slug, **figures})
+    published = [
+        (name, math.log10(quality), utility)
+        for name, (quality, utility) in PUBLISHED_FORGET05.items()
+        if quality > 0
+    ]
+    return Runs(table, log_r, published, notes)
+
+
+def _figures(
+    log: EvalLog, reference: EvalLog | None, protocol: str, path: Path, notes: list[str],
+    summarise: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The summary; without the reference, and noted, where the two hold different rows."""
+    try:
+        found: dict[str, Any] = summarise(log, reference, protocol=protocol, resamples=200)
+    except UserError as error:
+        if reference is None:
+            raise
+        notes.append(f"{path.stem}: {error.problem}")
+        found = summarise(log, None, protocol=protocol, resamples=200)
+    return found
+
+
+def cells(row: Mapping[str, Any]) -> list[Any]:
+    """A run as the table shows it, to four digits; None where it could not be measured."""
+    return [float(f"{v:.4g}") if isinstance(v := row.get(name), float) else v for name in COLUMNS]
+
+
+def as_csv(runs: Runs) -> str:
+    """The table as CSV, figures unrounded."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(runs.table)
+    return out.getvalue()
+
+
+def comparator(
+    rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]
+) -> dict[str, Any]:
+    """LLM Comparator's JSON (PAIR) of rows: set, question, and the answers of A and B.
+
+    The score is ROUGE-L of A less that of B, 0 where one was not measured: positive where A holds
+    more of the true answer.
+    """
+    return {
+        "metadata": {
+            "source_path": "unlearner",
+            "custom_fields_schema": [
+                {"name": name, "type": "number"} for name in ("rouge_l_a", "rouge_l_b")
+            ],
+        },
+        "models": [{"name": name} for name in names],
+        "examples": [_example(*row) for row in rows],
+    }
+
+
+def _example(group: str, question: str, a: Answer, b: Answer) -> dict[str, Any]:
+    scores = (a.rouge_l_recall, b.rouge_l_recall)
+    known = [score for score in scores if score is not None]
+    return {
+        "input_text": question,
+        "tags": [group],
+        "output_text_a": a.text,
+        "output_text_b": b.text,
+        "score": known[0] - known[1] if len(known) == 2 else 0.0,
+        "individual_rater_scores": [],
+        "custom_fields": {"rouge_l_a": scores[0], "rouge_l_b": scores[1]},
+    }

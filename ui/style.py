@@ -1,0 +1,95 @@
+"""The look of the app: one accent, system fonts, light and dark by the reader's system."""
+
+CSS = """
+:root { --un-accent:#1f5f8b; --un-ink:#1c2430; --un-quiet:#55606e; --un-line:#d5dbe2;
+  --un-paper:#ffffff; --un-soft:#f4f6f8; --un-diff:#fff1c9;
+  --un-two:#a84c14; --un-three:#4f6a1e; --un-four:#80479c; }
+.dark { --un-accent:#8fc7ee; --un-ink:#e8ecf1; --un-quiet:#aeb8c4; --un-line:#3a4450;
+  --un-paper:#171c22; --un-soft:#1f262e; --un-diff:#4a3d12;
+  --un-two:#f0a36f; --un-three:#b3d37c; --un-four:#d3a6ea; }
+.dark { --color-accent:#8fc7ee !important; }
+.gradio-container { max-width:min(100%,1280px) !important; width:100%; min-width:0; margin:auto; }
+.gradio-container .column { min-width:0; }
+#un-sheet, #un-runs { max-width:100%; }
+.un-head { display:flex; flex-wrap:wrap; gap:.25rem 1rem; align-items:baseline; }
+.un-head h1 { font-size:1.35rem; font-weight:650; letter-spacing:-.01em; margin:0; }
+.un-head p, .un-quiet, .un-foot, .un-sub { color:var(--un-quiet); margin:0; font-size:.875rem; }
+.un-sub { overflow-wrap:anywhere; }
+.un-card { border:1px solid var(--un-line); border-radius:8px; padding:.9rem 1rem 1rem;
+  background:var(--un-paper); color:var(--un-ink); }
+.un-card header { display:flex; justify-content:space-between; gap:1rem; align-items:baseline; }
+.un-card h3 { font-size:1rem; font-weight:650; margin:0; }
+.un-answer { font-size:1.05rem; line-height:1.6; min-height:4.8em; margin:.6rem 0;
+  max-width:68ch; overflow-wrap:anywhere; }
+.un-verdict { border:1px solid currentColor; border-radius:99px; padding:.05rem .6rem;
+  font-size:.8rem; font-weight:600; color:var(--un-accent); white-space:nowrap; }
+mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
+  text-decoration:underline; text-decoration-thickness:2px; text-underline-offset:3px; }
+.un-scores { overflow-x:auto; max-width:760px; }
+.un-scores table, .un-table, .un-scores th, .un-scores td, .un-table th, .un-table td,
+.un-scores tr, .un-table tr, .un-scores thead, .un-table thead { border:0 !important;
+  background:none; }
+.un-scores td, .un-scores th, .un-table td, .un-table th {
+  border-bottom:1px solid var(--un-line) !important; padding:.45rem 1rem .45rem 0 !important; }
+.un-table td:nth-child(6) { white-space:nowrap; }
+.un-plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
+  gap:1.5rem; } .un-plots h3 { font-size:1rem; font-weight:650; margin:.5rem 0 0; }
+#un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
+#un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
+  font-family:system-ui,sans-serif; font-size:.875rem; }
+#un-clear { align-self:center; }
+.un-key svg { display:inline-block; vertical-align:middle; margin:0; }
+.un-scores table, .un-table { border-collapse:collapse; width:100%; font-size:.9rem;
+  color:var(--un-ink); font-variant-numeric:tabular-nums; }
+.un-scores th, .un-scores td, .un-table th, .un-table td { text-align:left; vertical-align:top;
+  padding:.4rem .7rem .4rem 0; border-bottom:1px solid var(--un-line); font-weight:400; }
+.un-table th[scope=col], .un-scores th[scope=col] { color:var(--un-quiet); font-size:.8rem;
+  white-space:nowrap; }
+.un-table th[scope=row] { font-weight:650; }
+.un-scores td { white-space:nowrap; }
+.un-scores small { display:block; color:var(--un-quiet); font-size:.78rem; }
+.un-truth { margin:.2rem 0 .6rem; max-width:80ch; line-height:1.5; }
+.un-scroll { overflow-x:auto; max-width:100%; }
+.un-table td { min-width:5rem; } .un-table td:last-child { min-width:13rem; }
+.un-state { white-space:nowrap; font-weight:600; }
+tr[data-state=on] .un-state { color:var(--un-accent); }
+.un-note { border-left:3px solid var(--un-accent); padding:.35rem .8rem; background:var(--un-soft);
+  color:var(--un-ink); border-radius:0 6px 6px 0; overflow-wrap:anywhere; }
+.un-hidden { position:absolute; width:1px; height:1px; overflow:hidden; clip-path:inset(50%); }
+.un-figure { margin:.5rem 0 0; } .un-figure figcaption { display:flex; flex-wrap:wrap;
+  gap:.2rem 1.2rem; font-size:.85rem; color:var(--un-ink); }
+.un-plot { width:100%; height:auto; max-width:760px; } .un-plot text { fill:var(--un-quiet);
+  font-size:12px; } .un-grid { stroke:var(--un-line); }
+.un-line { fill:none; stroke-width:2; } .un-plot .un-mark { font-size:17px; }
+.un-s0 { stroke:var(--un-accent); } .un-s1 { stroke:var(--un-two); }
+.un-s2 { stroke:var(--un-three); } .un-s3 { stroke:var(--un-four); }
+.un-plot .un-t0, .un-t0 { fill:var(--un-accent); color:var(--un-accent); }
+.un-plot .un-t1, .un-t1 { fill:var(--un-two); color:var(--un-two); }
+.un-plot .un-t2, .un-t2 { fill:var(--un-three); color:var(--un-three); }
+.un-plot .un-t3, .un-t3 { fill:var(--un-four); color:var(--un-four); }
+.un-figure { overflow-x:auto; } .un-figure > .un-plot { min-width:460px; }
+.un-preview { font-size:.95rem; line-height:1.6; margin:0 0 .5rem; overflow-wrap:anywhere; }
+.un-plan { display:grid; grid-template-columns:max-content 1fr; gap:.25rem 1rem; font-size:.92rem; }
+.un-plan dt { color:var(--un-quiet); } .un-plan dd { margin:0; }
+progress { width:100%; height:.5rem; appearance:none; border:0; background:var(--un-line);
+  accent-color:var(--un-accent); }
+progress::-webkit-progress-bar { background:var(--un-line); }
+progress::-webkit-progress-value { background:var(--un-accent); }
+progress::-moz-progress-bar { background:var(--un-accent); }
+.un-command textarea { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem; }
+@media (prefers-reduced-motion: reduce) {
+  * { animation:none !important; transition:none !important; } }
+"""
+
+# Esc stops the answer that is being written, wherever the focus is; Enter is the form's own.
+# The language lets a screen reader choose its voice.
+HEAD = """
+<script>
+document.documentElement.lang = "en";
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  const stop = document.querySelector("#un-stop");
+  if (stop && !stop.disabled) stop.click();
+});
+</script>
+"""
