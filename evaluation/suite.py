@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.generation import BATCH_SIZE, Draft, generate_answers, known_start
+from evaluation.generation import BATCH_SIZE, Draft, Engine, generate_answers, known_start
 from evaluation.metrics import rouge_recall
 from evaluation.parts import Parts
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
@@ -62,12 +62,13 @@ class EvalData:
 class Effort:
     """What a batch may hold: tokens when scoring (padding included), questions when answering;
     whether the answers of a question share the computation of what they begin with, and whether
-    greedy answers start from what their scores have shown already.
+    greedy answers start from what their scores have shown already; and another engine for these.
     """
 
     batch_tokens: int = BATCH_TOKENS
     shared: bool = True
     drafts: bool = True
+    engine: Engine | None = None
     batch_size: int = BATCH_SIZE
 
 
@@ -288,6 +289,7 @@ class _Work:
                 open_,
                 batch_size=self.effort.batch_size,
                 drafts=[drafts[i] for i in indices],
+                engine=self.effort.engine,
                 on_progress=lambda done, total: self.on_progress(f"{name}: answers", done, total),
             )
             return [{d: texts[i] for d, texts in made.items()} for i in range(len(indices))]

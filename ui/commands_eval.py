@@ -7,20 +7,21 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import BaseMismatch, Interrupted
+from adapters.errors import BaseMismatch, Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui import options
+from ui.commands_systems import parse_systems, run_systems
 from ui.gates import check_gates, parse_gate
 from unlearner import ranks
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from evaluation.records import EvalLog
-    from evaluation.suite import EvalData
+    from evaluation.suite import Effort, EvalData
     from ui.console import Console
     from ui.gates import Gate
 
@@ -95,12 +96,30 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         metavar="A,B",
         help="these adapters in this order, or none (default: those active in the store)",
     )
+    parser.add_argument(
+        "--systems",
+        type=parse_systems,
+        metavar="A;B,C",
+        help="measure several systems on one loaded base, a row each: 'none;r0001;r0001,r0002'",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the log and figures")
     parser.add_argument(
         "--limit",
         type=options.positive_int,
         metavar="N",
         help="only the first N rows of each set: for a quick look, not for figures to compare",
+    )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="padded rows and undrafted answers, to check the faster way against",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what makes greedy answers; vllm is for one adapter or none, on a GPU "
+        "(default: transformers)",
     )
     parser.add_argument(
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
@@ -143,6 +162,8 @@ class _Stack:
 def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a model; 4 where a gate fails."""
     gates = _gates(args)
+    if args.systems is not None:
+        return run_systems(args, console)
     stack = _chosen_stack(args)
     console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {args.split} ...")
     from evaluation.records import read_log, write_json, write_log
@@ -214,7 +235,7 @@ def _measure(
     from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
     from adapters.fingerprint import fingerprint_base
     from adapters.stack import load_stack
-    from evaluation.suite import Effort, evaluate
+    from evaluation.suite import evaluate
     from unlearner.prompts import prompt_format
 
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
@@ -239,9 +260,35 @@ def _measure(
         key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
         resume_dir=args.out / PARTS if args.out else None,
         on_progress=progress_of(console),
-        effort=Effort(batch_size=args.batch_size) if args.batch_size else None,
+        effort=effort_of(args, _engine(args, stack)),
         meta={"split": args.split, "adapters": stack.active, **view},
     )
+
+
+def effort_of(args: argparse.Namespace, engine: Any = None) -> Effort:
+    """What the flags say of how the work is done; none of it changes a figure."""
+    from evaluation.suite import Effort
+
+    chosen = Effort(shared=not args.plain, drafts=not args.plain, engine=engine)
+    return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
+
+
+def _engine(args: argparse.Namespace, stack: _Stack) -> Any:
+    if args.engine == "transformers":
+        return None
+    from adapters.base_model import resolve_base
+    from evaluation.engines import VllmEngine
+
+    base = resolve_base(args.base, args.revision)
+    if stack.store is None or not stack.active:
+        return VllmEngine(base)
+    if len(stack.active) > 1 or stack.active[0][1] != 1.0:
+        raise UserError(
+            "vLLM runs one adapter, as it was trained.",
+            "Sum the stack with `unlearner adapters combine`, or leave out --engine.",
+        )
+    adapter = stack.store.get(stack.active[0][0])
+    return VllmEngine(base, adapter.path, int(adapter.manifest.lora.get("lora_r", 16)))
 
 
 def progress_of(console: Console) -> Callable[[str, int, int], None]:

@@ -25,7 +25,7 @@ def test_counts_as_text_and_json(run: Any) -> None:
     first = found["table"][0]
     assert first["ratio"] == pytest.approx(first["plain"] / first["ours"])
     text = run("bench", "--count-only")
-    assert "at least 13.5 x (" in text.out
+    assert "at least" not in text.out  # the targets are the 7B shape's
     assert "none known beforehand" in text.err
 
 

@@ -1,0 +1,91 @@
+"""`unlearner evaluate --systems`: the base, adapters and stacks measured on one loaded model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui import options
+from unlearner import ranks
+
+if TYPE_CHECKING:
+    from ui.console import Console
+
+COLUMNS = (
+    "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
+    "forget_answer_prob", "forget_nll", "retain_answer_prob", "retain_nll",
+)  # fmt: skip
+
+
+def parse_systems(text: str) -> list[list[str]]:
+    """`none;r0001;r0001,r0002` as lists of refs, the empty one for the bare base."""
+    found = [options.name_list(part) for part in text.split(";") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no system, as in 'none;r0001'")
+    return found
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.adapters is not None:
+        raise UserError("--systems names the adapters already.", "Leave out --adapters.")
+    if args.fail_if:
+        raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
+    if args.engine != "transformers":
+        raise UserError("--systems shares one loaded model.", "Leave out --engine.")
+
+
+def run_systems(args: argparse.Namespace, console: Console) -> int:
+    """One row a system. The base is loaded and the rows are tokenised once; a system is switched on
+    exactly, so each figure is what an evaluation of its own gives.
+    """
+    _check(args)
+    from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
+    from adapters.fingerprint import fingerprint_base
+    from adapters.stack import load_stack
+    from adapters.store import AdapterStore
+    from evaluation.records import read_log, write_log
+    from evaluation.suite import evaluate, load_eval_data
+    from evaluation.summary import summarise
+    from ui.commands_eval import LOG_FILE, PARTS, effort_of, progress_of
+    from unlearner.prompts import prompt_format
+
+    store = AdapterStore.open(options.store_path(args))
+    systems = [[store.get(ref).slug for ref in refs] for refs in args.systems]
+    retain_log = read_log(args.retain_log) if args.retain_log else None
+    data = load_eval_data(args.split, args.data)
+    console.words(f"Loading {args.base} for {len(systems)} systems ...")
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
+    model: Any = load_base(options.base_spec(args))
+    view = base_view(model)
+    table = []
+    for slugs in systems:
+        name = ",".join(slug.split("_")[0] for slug in slugs) or "base"
+        console.words(f"Evaluating {name} ...")
+        model = load_stack(model, store, slugs, base=fingerprint)
+        key = [fingerprint.digest, view, [[slug, 1.0] for slug in slugs]]
+        out = args.out / name.replace(",", "+") if args.out else None
+        log = evaluate(
+            model,
+            fmt,
+            data,
+            protocol=args.protocol,
+            retain_log=retain_log,
+            limit=args.limit,
+            key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+            resume_dir=out / PARTS if out else None,
+            on_progress=progress_of(console),
+            effort=effort_of(args),
+            meta={"split": args.split, "adapters": [[slug, 1.0] for slug in slugs], **view},
+        )
+        if out and ranks.rank() == 0:
+            write_log(log, out / LOG_FILE)
+        figures = summarise(log, retain_log, protocol=args.protocol)
+        table.append({**figures, "name": name, "adapters": slugs})
+    console.table([{c: row.get(c) for c in COLUMNS} for row in table], list(COLUMNS))
+    console.text(f"protocol {args.protocol}, split {args.split}")
+    console.result({"base": args.base, "split": args.split, "table": table})
+    return 0
