@@ -123,13 +123,10 @@ def count(
     """
     full = flops.new_llama(shape)
     plain_row = flops.plain_training_row(full)
-    plain_scored = flops.plain_scoring_row(full)
-    steps = plan_steps(len(work.forget), len(work.retain), 0, make_config().train)
-    pairs = [pair for step in steps for pair in step]
-    tokens = sum(
-        len(work.forget[p.forget].input_ids) + len(work.retain[p.retain].input_ids) for p in pairs
+    plain_eval = float(
+        # A missing paraphrase is scored again.
+        sum(max(len(q), 5) for q in work.questions) * flops.plain_scoring_row(full).flops
     )
-    texts = sum(max(len(q), 5) for q in work.questions)  # a missing paraphrase is scored again
     lengths = answer_lengths(work) if answers is None else answers
     generated = decode_flops(lengths, flops.decoding_token(full, 60).flops)
     said = "answers as long as the true ones, none known beforehand"
@@ -137,49 +134,52 @@ def count(
         known = sum(a.agreed for a in lengths) / sum(a.made for a in lengths)
         said = f"answers as recorded, {known:.0%} of their tokens known from scoring"
     model = flops.with_lora(full, rank)
-    some = [work.forget[p.forget] for p in pairs[:PAIRS]]
-    some += [work.retain[p.retain] for p in pairs[:PAIRS]]
-    here = sum(len(row.input_ids) for row in some)
-    whole = flops.training_step(model, some, packed=True)
-    again = flops.training_step(model, some, packed=True, checkpointing="all")
-    trees = _trees(model, work)
-    plain_job = 2.0 * len(pairs) * plain_row.flops
-    plain_eval = float(texts * plain_scored.flops)
-    peta = 1e15
     # The targets are those of the published model's shape.
     goal = 1.0 if shape == "llama2-7b" else 0.0
+    trees = _trees(model, work)
+    scored = _line("teacher-forced FLOPs", plain_eval, trees, 6.0 * goal)
+    in_all = plain_eval + generated[0], trees + generated[1]
+    whole = _line("evaluation FLOPs in all", *in_all, 5.5 * goal, said)
+    return [*_training(model, work, plain_row, shape, goal), scored, whole]
+
+
+def _training(
+    model: Any, work: Workload, plain_row: flops.Counted, shape: str, goal: float
+) -> list[Line]:
+    """FLOPs of the job, and bytes kept for backward, without and with checkpointing."""
+    steps = plan_steps(len(work.forget), len(work.retain), 0, make_config().train)
+    pairs = [pair for step in steps for pair in step]
+    rows = [row for p in pairs for row in (work.forget[p.forget], work.retain[p.retain])]
+    some = rows[: 2 * PAIRS]
+    here, tokens = (sum(len(row.input_ids) for row in part) for part in (some, rows))
+    whole = flops.training_step(model, some, packed=True)
+    again = flops.training_step(model, some, packed=True, checkpointing="all")
+    plain = float(len(rows) * plain_row.flops)
+    layers = flops.SHAPES[shape][2]
+    kept = [part.saved_bytes / here / layers / 1e3 for part in (whole, again)]
+    plain_kept = plain_row.saved_bytes / flops.PLAIN_TRAIN / layers / 1e3
+    official = "official: full fine-tune, checkpointed"
     return [
         _line(
-            "training FLOPs of one job", "PFLOP", plain_job / peta,
-            whole.flops / here * tokens / peta, 13.5 * goal,
-            "official: full fine-tune, checkpointed",
+            "training FLOPs of one job", plain, whole.flops / here * tokens, 13.5 * goal, official
         ),
         _line(
-            "the same with full checkpointing", "PFLOP", plain_job / peta,
-            again.flops / here * tokens / peta, 9.0 * goal,
-        ),
-        _line("teacher-forced FLOPs", "PFLOP", plain_eval / peta, trees / peta, 6.0 * goal),
-        _line(
-            "evaluation FLOPs in all", "PFLOP", (plain_eval + generated[0]) / peta,
-            (trees + generated[1]) / peta, 5.5 * goal, note=said,
-        ),
-        _line(
-            "saved for backward, a token and layer", "kB",
-            plain_row.saved_bytes / flops.PLAIN_TRAIN / flops.SHAPES[shape][2] / 1e3,
-            again.saved_bytes / here / flops.SHAPES[shape][2] / 1e3,
-            note="both checkpointed; the plain way's holds its logits",
+            "the same with full checkpointing", plain, again.flops / here * tokens, 9.0 * goal
         ),
         Line(
-            "the same, ours without checkpointing", "kB", None,
-            whole.saved_bytes / here / flops.SHAPES[shape][2] / 1e3, note="without autocast",
+            "saved for backward, a token and layer", "kB", plain_kept, kept[1],
+            plain_kept / kept[1], note="both checkpointed; the plain way's holds its logits",
+        ),
+        Line(
+            "the same, ours without checkpointing", "kB", None, kept[0], note="without autocast"
         ),
     ]  # fmt: skip
 
 
-def _line(
-    name: str, unit: str, plain: float, ours: float, at_least: float | None = None, note: str = ""
-) -> Line:
-    ratio = plain / ours
+def _line(name: str, plain: float, ours: float, at_least: float = 0.0, note: str = "") -> Line:
+    """FLOPs in peta, with a target where there is one."""
+    ratio, unit = plain / ours, "PFLOP"
+    plain, ours = plain / 1e15, ours / 1e15
     if not at_least:
         return Line(name, unit, plain, ours, ratio, note=note)
     return Line(name, unit, plain, ours, ratio, f"at least {at_least:g} x", ratio >= at_least, note)
