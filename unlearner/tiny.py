@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from unlearner.likelihood import answer_nll
+from unlearner.likelihood import answer_logits, row_nll
 from unlearner.muon import Muon
 from unlearner.prompts import Encoded, pad_batch, pad_id, prompt_format
 
@@ -236,7 +236,9 @@ def _step(
     pad: int,
     optimizers: list[tuple[torch.optim.Optimizer, float]],
 ) -> float:
-    found = answer_nll(model, pad_batch(rows, pad))
+    # All weights train, the head among them: its logits in one piece, as plain autograd has them.
+    logits = answer_logits(model, pad_batch(rows, pad))
+    found = row_nll(logits.logits, logits)
     loss = found.nll.sum() / found.n.sum()
     model.zero_grad(set_to_none=True)
     loss.backward()
