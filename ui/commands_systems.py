@@ -38,8 +38,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run_systems(args: argparse.Namespace, console: Console) -> int:
-    """One row a system. The base is loaded and the rows are tokenised once; a system is switched on
-    exactly, so each figure is what an evaluation of its own gives.
+    """One row a system. The base is loaded once; a system is switched on exactly, so each figure is
+    what an evaluation of its own gives. Nothing else is shared: with other weights every token's
+    states are others, from the first adapted layer on.
     """
     _check(args)
     from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
