@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
 from evaluation import flops
+from evaluation.generation import BATCH_SIZE, LEAVE
 from unlearner.config import make_config
 from unlearner.pairing import plan_steps
 from unlearner.prompts import Encoded, PromptFormat
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from unlearner.data import Row
 
 PAIRS = 8
-PLAIN_DECODE, OUR_DECODE = 30, 64
+PLAIN_DECODE = 30
 # Every so many-th pack of trees is counted, the others follow by their size.
 SAMPLE = 8
 
@@ -248,9 +249,9 @@ def _answer_of(text: Encoded) -> list[int]:
 def decode_flops(answers: Sequence[Answer], per_token: float) -> tuple[float, float]:
     """FLOPs of generation: in the data's order by 30, and ours.
 
-    A batch runs until its longest answer ends, and its prompts are padded to the longest. Ours
-    starts behind what scoring has shown to agree with the true answer, skips answers that agree to
-    their end, and puts answers of like expected length together, 64 at a time.
+    The plain way's batch runs until its longest answer ends; in both, prompts are padded to the
+    longest of the batch. Ours starts behind what scoring has shown to agree with the true answer,
+    skips answers that agree to their end, sorts by prompt and lets rows that ended leave.
     """
 
     def slots(order: Sequence[tuple[int, int]], size: int) -> int:
@@ -259,6 +260,19 @@ def decode_flops(answers: Sequence[Answer], per_token: float) -> tuple[float, fl
 
     plain = slots([(a.prompt, a.made) for a in answers], PLAIN_DECODE)
     left = [a for a in answers if a.agreed < a.made]
-    left.sort(key=lambda a: (a.truth - a.agreed, a.prompt + a.agreed), reverse=True)
-    ours = slots([(a.prompt + a.agreed, a.made - a.agreed) for a in left], OUR_DECODE)
+    left.sort(key=lambda a: (a.prompt + a.agreed, a.truth), reverse=True)
+    ours = sum(_our_slots(left[i : i + BATCH_SIZE]) for i in range(0, len(left), BATCH_SIZE))
     return plain * per_token, ours * per_token
+
+
+def _our_slots(batch: Sequence[Answer]) -> int:
+    """Token slots of one of our batches: its prompts, then every step for the rows still held."""
+    total = len(batch) * max(a.prompt + a.agreed for a in batch)
+    lengths = [a.made - a.agreed for a in batch]
+    held = len(batch)
+    for step in range(1, max(lengths)):
+        alive = sum(length > step for length in lengths)
+        if held - alive >= max(1, LEAVE * held):
+            held = alive
+        total += held
+    return total

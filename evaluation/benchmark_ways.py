@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evaluation import flops
-from evaluation.benchmark import OUR_DECODE, PAIRS, PLAIN_DECODE, Line, Workload
+from evaluation.benchmark import PAIRS, PLAIN_DECODE, Line, Workload
+from evaluation.generation import BATCH_SIZE
 from unlearner.prompts import Encoded, pad_batch
 
 if TYPE_CHECKING:
@@ -204,10 +205,16 @@ def _plain_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
 
 
 def _our_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+    import torch
+
+    from evaluation.generation import Prompt, greedy
+
     model.eval()
     asked = sorted(_prompts(questions), key=lambda item: -len(item[0]))
-    for i in range(0, len(asked), OUR_DECODE):
-        _answer(model, asked[i : i + OUR_DECODE])
+    with torch.no_grad():
+        for i in range(0, len(asked), BATCH_SIZE):
+            part = [Prompt(ids, budget) for ids, budget in asked[i : i + BATCH_SIZE]]
+            greedy(model.get_base_model(), part, (), 0)
 
 
 def quantise(model: Any) -> None:

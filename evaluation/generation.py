@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from unlearner.prompts import PromptFormat
 
 BATCH_SIZE = 64
+# Rows that ended leave the batch when they are this share of it.
+LEAVE = 0.1
 
 
 @dataclass(frozen=True)
@@ -133,17 +135,21 @@ def generate_tokens(
         Prompt([*prompt.ids, *known], prompt.budget - len(known), prompt.draft)
         for prompt, known in zip(prompts, begun, strict=True)
     ]
-    # A batch runs until its longest answer ends: answers of like length belong together.
+    # Prompts are padded to the longest of their batch; answers that end leave it.
     order = sorted(
         (i for i, prompt in enumerate(left) if i not in made and prompt.budget > 0),
-        key=lambda i: (left[i].draft.expected - len(begun[i]), len(left[i].ids)),
+        key=lambda i: (len(left[i].ids), left[i].draft.expected),
         reverse=True,
     )
     with evaluating(model), _own_config(model) as generator:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = [left[i] for i in indices]
-            for i, tokens in zip(indices, _run(generator, fmt, batch, draw, stops), strict=True):
+            if draw is None:
+                found = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
+            else:
+                found = _run(generator, fmt, batch, draw, stops)
+            for i, tokens in zip(indices, found, strict=True):
                 made[i] = begun[i] + _until(tokens, stops)[: left[i].budget]
             if on_progress is not None:
                 on_progress(min(start + batch_size, len(order)))
@@ -208,6 +214,56 @@ def _own_config(model: Any) -> Iterator[Any]:
         yield plain
     finally:
         plain.generation_config = kept
+
+
+def greedy(
+    model: Any, prompts: Sequence[Prompt], stops: Sequence[int], pad: int
+) -> list[list[int]]:
+    """Greedy new tokens of a batch in evaluation mode, what ends an answer included.
+
+    Transformers' `generate` keeps every row until the last one ends. Here rows that ended leave the
+    batch, and the cache, as soon as they are a share of it that is worth the copy.
+    """
+    import torch
+
+    batch = pad_batch([Encoded(prompt.ids, prompt.ids) for prompt in prompts], pad, left=True)
+    mask = batch["attention_mask"].to(model.device)
+    ids = batch["input_ids"].to(model.device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    rows = list(range(len(prompts)))
+    made: list[list[int]] = [[] for _ in prompts]
+    ended = set(stops)
+    cache: Any = None
+    while rows:
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        best = out.logits[:, -1].float().argmax(-1)
+        for row, token in zip(rows, best.tolist(), strict=True):
+            if not _is_over(made[row], prompts[row].budget, ended):
+                made[row].append(token)
+        alive = [i for i, r in enumerate(rows) if not _is_over(made[r], prompts[r].budget, ended)]
+        if not alive:
+            break
+        if len(rows) - len(alive) >= max(1, LEAVE * len(rows)):
+            kept = torch.tensor(alive, device=model.device)
+            cache.batch_select_indices(kept)
+            mask, positions, best = mask[kept], positions[kept], best[kept]
+            rows = [rows[i] for i in alive]
+        ids = best.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return made
+
+
+def _is_over(tokens: Sequence[int], budget: int, stops: set[int]) -> bool:
+    return len(tokens) >= budget or bool(tokens and tokens[-1] in stops)
 
 
 def _run(

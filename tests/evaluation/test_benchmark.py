@@ -76,8 +76,9 @@ def test_generation_starts_behind_what_is_known() -> None:
     answers = [Answer(10, 5, 5, 5), Answer(10, 8, 6, 2), Answer(4, 3, 7, 0)]
     plain, ours = decode_flops(answers, 1.0)
     assert plain == 3 * (10 + 7)
-    # The first is known to its end; the others start at 12 and 4 and make 4 and 7.
-    assert ours == 2 * (12 + 7)
+    # The first is known to its end. The others begin at 12 and 4 and make 4 and 7: two prompts of
+    # 12, three steps of both, then the one that goes on takes three alone.
+    assert ours == 2 * 12 + 3 * 2 + 3
 
 
 def test_recorded_answers_are_compared_token_by_token(shared: Path) -> None:

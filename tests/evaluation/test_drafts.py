@@ -71,6 +71,25 @@ def test_drafts_change_the_work_and_not_the_answers(model: Any, fmt: Any) -> Non
             assert before - after == sum(shares)
 
 
+def test_rows_that_leave_change_no_answer(model: Any, fmt: Any) -> None:
+    """Token for token what transformers' own generate gives, ends and budgets of all kinds."""
+    prompts = [
+        generation.Prompt(fmt.encode_prompt(q), budget)
+        for q, budget in zip(QUESTIONS, (3, 17, 40, 26), strict=True)
+    ]
+    with torch.no_grad():
+        plain = generation._run(model, fmt, prompts, None, [])
+        one = generation.greedy(model, prompts, [], 0)
+        # A token that some answer has in its middle ends it.
+        stop = plain[2][9]
+        ended = generation.greedy(model, prompts, [stop], 0)
+    assert one == [tokens[: p.budget] for tokens, p in zip(plain, prompts, strict=True)]
+    for cut, whole in zip(ended, one, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert cut == whole[:end]
+    assert len(ended[2]) < len(one[2])
+
+
 def test_what_agrees_is_what_the_model_would_say_first(
     model: Any, fmt: Any, rows: list[Row]
 ) -> None:
