@@ -18,6 +18,7 @@ Span = tuple[float, float]
 DASHES = ("", "6 3", "2 3", "9 3 2 3")
 COLOURS = 4  # classes un-s0 .. un-s3; dashes and signs tell more series apart
 LETTER = 6.3  # about a letter's width at 12 pixels
+WIDE = 7.2  # and what a wide font takes
 LINE = 17  # of the legend
 STANDALONE = """
 .un-plot { color-scheme:light dark; font-family:system-ui,sans-serif; background:#ffffff;
@@ -28,7 +29,8 @@ STANDALONE = """
   --un-two:#f0a36f; --un-three:#b3d37c; --un-four:#d3a6ea; } }
 """
 PLOT_CSS = """
-.un-plot text { fill:var(--un-quiet); font-size:12px; } .un-plot .un-name { fill:var(--un-ink); }
+.un-plot text { fill:var(--un-quiet); font-size:12px; } .un-plot .un-name { fill:var(--un-ink);
+  paint-order:stroke; stroke:var(--un-paper); stroke-width:3px; }
 .un-grid { stroke:var(--un-line); } .un-line { fill:none; stroke-width:2; }
 .un-front { fill:none; stroke:var(--un-quiet); stroke-width:1.5; stroke-dasharray:5 4; }
 .un-rule { stroke:var(--un-quiet); stroke-width:1; stroke-dasharray:2 3; }
@@ -63,6 +65,13 @@ class Axes:
             self.left + across * (self.width - self.left - self.right),
             self.height - self.bottom - up * (self.height - self.top - self.bottom),
         )
+
+    def value(self, px: float, py: float) -> Point:
+        """The inverse of `at`: the value at a pixel."""
+        across = (px - self.left) / (self.width - self.left - self.right)
+        up = (self.height - self.bottom - py) / (self.height - self.top - self.bottom)
+        (x0, x1), (y0, y1) = self.xs, self.ys
+        return x0 + across * (x1 - x0), y0 + up * (y1 - y0)
 
     def frame(
         self,
@@ -188,15 +197,16 @@ class Chart:
 def svg(chart: Chart) -> str:
     """The chart as an SVG element that follows the page's colours."""
     legend, lines = _legend(chart)
-    xs, ys = chart.ends()
-    axes = Axes(xs, ys, width=440, height=300 + lines * LINE, top=14 + lines * LINE, left=58)
+    axes = axes_of(chart, lines)
     body = [legend]
     for rule in chart.rules:
         body.append(_rule(axes, rule))
-    named = [s for s in chart.series if s.style == "marks"]
     for series in chart.series:
         body.append(_series(axes, series))
-    body.append(_labels(axes, named))
+    body += [
+        f'<text class="un-name" x="{x:.1f}" y="{y:.1f}">{html.escape(label)}</text>'
+        for label, (x, y) in label_places(axes, chart)
+    ]
     if chart.gap is not None:
         body.append(_gap(axes, chart.gap))
     head = f"<title>{html.escape(chart.title)}</title><desc>{html.escape(chart.text)}</desc>"
@@ -208,6 +218,12 @@ def svg(chart: Chart) -> str:
         head=head,
         x_ticks=chart.x_ticks,
     )
+
+
+def axes_of(chart: Chart, legend_lines: int = 1) -> Axes:
+    """The plane of a chart, below so many lines of legend."""
+    above = legend_lines * LINE
+    return Axes(*chart.ends(), width=440, height=306 + above, top=20 + above, left=58)
 
 
 def standalone(element: str) -> str:
@@ -271,21 +287,23 @@ def sign(slot: int, x: float, y: float, r: float = 6.0) -> str:
     return f'<polygon class="{name}" points="{points}"/>'
 
 
-def _labels(axes: Axes, named: Sequence[Series]) -> str:
-    """Names beside their points: right, left, above or below, where nothing stands yet."""
+def label_places(axes: Axes, chart: Chart) -> list[tuple[str, Point]]:
+    """Names with the pixels where they begin: right, left, above or below, where it is free."""
     places = [
         (axes.at(*point), label)
-        for series in named
+        for series in chart.series
+        if series.style == "marks"
         for point, label in zip(series.points, series.labels, strict=True)
     ]
     taken = [(px - 7, py - 7, px + 7, py + 7) for (px, py), _ in places]
     found = []
     for (px, py), label in places:
-        width = LETTER * len(label)
+        width = WIDE * len(label)
         spots = [
             (px + 11, py + 4), (px - 11 - width, py + 4), (px - width / 2, py - 12),
             (px - width / 2, py + 20), (px + 11, py + 18), (px + 11, py - 10),
             (px - 11 - width, py + 18), (px - 11 - width, py - 10),
+            *((px - width * part, py + down) for down in (34, -26, 48) for part in (0.5, 1, 0)),
         ]  # fmt: skip
         free = [
             (x, y)
@@ -298,16 +316,17 @@ def _labels(axes: Axes, named: Sequence[Series]) -> str:
             )
         ]
         x, y = (free or spots)[0]
+        x = min(max(x, axes.left), axes.width - width)
         taken.append((x, y - 10, x + width, y + 3))
-        found.append(f'<text class="un-name" x="{x:.1f}" y="{y:.1f}">{html.escape(label)}</text>')
-    return "".join(found)
+        found.append((label, (x, y)))
+    return found
 
 
 def _legend(chart: Chart) -> tuple[str, int]:
     """The names of the series above the plot, and how many lines they take."""
     x, line, parts = 8.0, 0, []
     for series in chart.series:
-        width = 34 + LETTER * len(series.name) + 12
+        width = 34 + WIDE * len(series.name) + 12
         if x + width > 440 and x > 8:
             x, line = 8.0, line + 1
         y = 14 + line * LINE
@@ -337,7 +356,7 @@ def _rule(axes: Axes, rule: Rule) -> str:
     else:
         (x1, y1), (x2, y2) = axes.at(rule.at, axes.ys[0]), axes.at(rule.at, axes.ys[1])
         end = x1 > axes.width * 0.7
-        place = f'x="{x1 + (-5 if end else 5):.1f}" y="{y2 + 11:.1f}" ' + (
+        place = f'x="{x1 + (-5 if end else 5):.1f}" y="{y2 - 4:.1f}" ' + (
             'text-anchor="end"' if end else 'text-anchor="start"'
         )
     line = f'<line class="un-rule" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'

@@ -155,12 +155,11 @@ def _system(one: LoadedLog, reference: LoadedLog | None, protocol: Protocol) -> 
         figures = summarise(one.log, None, protocol=protocol.name)
         # The rest of the sentence quotes a question, which a report may have to leave out.
         problem = error.problem.partition(", for example")[0].rstrip(".")
-        warnings = (f"{one.name} is not compared with the retrain reference: {problem}",)
+        warnings = (f"not compared with the retrain reference: {problem}",)
         reasons = {**figures["reasons"], "forget_quality": "not comparable with the reference"}
         figures, against = {**figures, "reasons": reasons}, None
-    notes = tuple(f"{one.name}: {note}" for note in figures["notes"])
     curve = None if against is None else ecdf(one.log, against, protocol)
-    return System(one.name, one.role, figures, curve, warnings + notes)
+    return System(one.name, one.role, figures, curve, warnings + tuple(figures["notes"]))
 
 
 def ecdf(log: EvalLog, retain_log: EvalLog, protocol: Protocol) -> Ecdf | None:
@@ -281,8 +280,13 @@ def _versions() -> dict[str, str]:
 
 def _warnings(views: tuple[View, ...], logs: tuple[LoadedLog, ...]) -> tuple[str, ...]:
     """What a reader must know before the figures, each once."""
-    found = [note for view in views for one in view.systems for note in one.warnings]
+    names: dict[str, list[str]] = {}
+    for one in (system for view in views for system in view.systems):
+        for note in one.warnings:
+            whose = names.setdefault(note, [])
+            whose += [one.name] if one.name not in whose else []
+    found = [f"{', '.join(whose)}: {note}" for note, whose in names.items()]
     splits = sorted({str(one.log.meta["split"]) for one in logs if one.log.meta.get("split")})
     if len(splits) > 1:
         found.append(f"the logs are of different splits: {', '.join(splits)}")
-    return tuple(dict.fromkeys(found))
+    return tuple(found)

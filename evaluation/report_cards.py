@@ -14,6 +14,7 @@ from evaluation.report_blocks import (
     Column,
     Figure,
     Heading,
+    Note,
     Para,
     Section,
     Table,
@@ -76,11 +77,14 @@ def robustness_section(card: Robustness, number: int) -> Section:
         f"{word}: {plain(card.about[key])}."
         for key, word in (
             ("base", "Base"), ("adapters", "Adapters"), ("split", "Split"),
-            ("protocol", "Protocol"), ("limit", "Limited to the first rows"),
+            ("protocol", "Protocol"),
         )
         if card.about.get(key) is not None
     ]  # fmt: skip
     blocks: list[Block] = [Para(" ".join(said))] if said else []
+    if card.about.get("limit") is not None:
+        text = f"Limited to the first {plain(card.about['limit'])} rows: for a quick look only."
+        blocks.append(Note(text))
     if card.verdicts:
         blocks.append(_verdicts(card.verdicts))
     if card.states:

@@ -26,6 +26,8 @@ from evaluation.report_style import CSS
 # Also a reader who opens the file in a browser is safe from what a model wrote into it.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+LONG = 40  # letters: a cell of more is read as a sentence, and gets the width for it
+
 
 def html_report(title: str, found: Sequence[Section]) -> str:
     """The whole file."""
@@ -100,9 +102,10 @@ def _table(table: Table) -> str:
         f"<tr{f' class=un-{kind}' if kind else ''}>{_cells(row, table.columns)}</tr>\n"
         for row, kind in zip(table.rows, kinds, strict=True)
     )
+    words = "" if any(column.numeric for column in table.columns) else ' class="un-text"'
     return (
         f'<div class="un-scroll" tabindex="0" role="region" aria-label="{esc(table.caption)}">'
-        f"<table><caption>{esc(table.caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n"
+        f"<table{words}><caption><span>{esc(table.caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n"
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -118,6 +121,7 @@ def _cells(row: Sequence[Cell], columns: Sequence[Column]) -> str:
     for i, (cell, column) in enumerate(zip(row, columns, strict=True)):
         small = f"<small>{esc(cell.small)}</small>" if cell.small else ""
         kind = ' class="un-num"' if column.numeric and i else ""
+        kind = ' class="un-words"' if len(cell.text) > LONG and not kind else kind
         tag = '<th scope="row">' if not i else f"<td{kind}>"
         found.append(f"{tag}{esc(cell.text)}{small}</{tag[1:3]}>")
     return "".join(found)

@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from evaluation.plots import DASHES, Chart, Gap, Point, Rule, Series, Span, span, stairs
+from evaluation.plots import (
+    DASHES,
+    Chart,
+    Gap,
+    Point,
+    Rule,
+    Series,
+    Span,
+    axes_of,
+    label_places,
+    span,
+    stairs,
+)
 from evaluation.report_blocks import fixed, p_text
 from evaluation.report_inputs import Calibration, Curve, Robustness
 from evaluation.report_tree import MEASURED, REFERENCE, Published, System, View
@@ -106,13 +118,13 @@ def ecdf_chart(view: View, system: System) -> Chart | None:
         f"rows of {system.name} lie at or below it, {fixed(found.theirs_at)} of the reference's. "
         f"D = {fixed(found.d, 4)}, p = {p_text(figures['forget_quality'])}, shift of the median "
         f"{fixed(figures['log_r_shift'], 3, True)} ({figures['direction']})."
-    ) + (f" {beyond} values beyond the edges are drawn on them." if beyond else "")
+    ) + (f" Values beyond the edges, drawn on them: {beyond}." if beyond else "")
     gap = Gap(found.at, found.ours_at, found.theirs_at, f"D = {fixed(found.d)}")
     return Chart(
         file_key(view.protocol, "ecdf", system.name),
         f"log R of {system.name} against the retrain reference, protocol {view.protocol}",
         text, "log R, nats a token (below 0: the right answer is likelier)",
-        "share of rows at or below", tuple(series), ends, (0.0, 1.02), gap=gap,
+        "share of rows at or below", tuple(series), ends, (0.0, 1.0), gap=gap,
     )  # fmt: skip
 
 
@@ -168,7 +180,7 @@ def strength_charts(found: Calibration) -> list[Chart]:
                 file_key("strength-cost", found.name),
                 f"What each strength forgets and keeps, {found.name}", f"{said}.",
                 "strength of the adapter (1 is as trained)", "value",
-                tuple(series), ys=(0.0, 1.05), rules=rules,
+                tuple(series), ys=(0.0, 1.0), rules=rules,
             )
         )  # fmt: skip
     return made
@@ -184,7 +196,7 @@ def robustness_charts(card: Robustness) -> list[Chart]:
                 Chart(
                     file_key("relearning", key, card.name), f"Relearning, {rows}, {card.name}",
                     _ends_text(series), "steps of relearning", "answer probability",
-                    series, ys=(0.0, 1.05),
+                    series, ys=(0.0, 1.0),
                 )
             )  # fmt: skip
     for key, name in (
@@ -198,7 +210,7 @@ def robustness_charts(card: Robustness) -> list[Chart]:
                 Chart(
                     file_key("sampling", key, card.name), f"Sampling: {name}, {card.name}",
                     _ends_text(series), "answers drawn (log scale)", f"{name} of n answers",
-                    series, ys=(0.0, 1.05),
+                    series, ys=(0.0, 1.0),
                     x_ticks=tuple((t, f"{2**t:g}") for t in ticks),
                 )
             )  # fmt: skip
@@ -244,6 +256,9 @@ def write_png(chart: Chart, path: Path) -> Path:
     axes = figure.add_subplot()
     for series in chart.series:
         _png_series(axes, series)
+    plane = axes_of(chart)
+    for label, place in label_places(plane, chart):
+        axes.annotate(label, plane.value(*place), fontsize=8)
     xs, ys = chart.ends()
     axes.set(xlim=xs, ylim=ys, xlabel=chart.x, ylabel=chart.y)
     axes.set_title(chart.title, fontsize=10, wrap=True)
@@ -273,8 +288,6 @@ def _png_series(axes: Any, series: Series) -> None:
         axes.plot(xs, ys, color="#55606e", ls="--", lw=1.2, label=series.name)
     elif series.style == "marks":
         axes.plot(xs, ys, ls="", marker=marker, ms=8, **style)
-        for (x, y), label in zip(series.points, series.labels, strict=True):
-            axes.annotate(label, (x, y), (7, 4), textcoords="offset points", fontsize=8)
     else:
         dash = DASHES[series.slot % len(DASHES)]
         pattern = (0, tuple(map(float, dash.split()))) if dash else "-"

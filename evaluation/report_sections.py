@@ -26,7 +26,7 @@ from evaluation.report_blocks import (
     p_text,
     plain,
 )
-from evaluation.report_cards import calibration_section, facts_table, robustness_section
+from evaluation.report_cards import calibration_section, robustness_section
 from evaluation.report_plots import ecdf_chart, quality_utility
 from evaluation.report_tree import (
     MEASURED,
@@ -115,7 +115,7 @@ def _summary(report: Report) -> Section:
                 "set, named with --retain-log or called retrain."
             )
         )
-    blocks += [Note(f"{text[:1].upper()}{text[1:]}.") for text in report.warnings]
+    blocks += [Note(f"{text}.") for text in report.warnings]
     facts = [f"Configurations tried: {report.tried}."]
     if report.retrain is not None:
         facts.append(f"Retrain reference: {report.retrain}.")
@@ -131,7 +131,7 @@ def _view_sections(report: Report, view: View) -> list[Section]:
     key = f"-{view.protocol}" if many else ""
     table: list[Block] = [system_table(view, report.published)]
     if report.published:
-        table.append(Para(f"Published rows: {PUBLISHED_SOURCE}. Nothing else of them is known."))
+        table.append(Para(f"Published rows: {PUBLISHED_SOURCE}. A dash: not published."))
     band = next((s for s in view.systems if s.role == SECOND), None)
     if band is not None and band.figures["ks"] is not None:
         table.append(
@@ -218,7 +218,7 @@ def _system_row(system: System) -> tuple[Cell, ...]:
 
 
 def _published_row(row: Published) -> tuple[Cell, ...]:
-    unknown = Cell("not published")
+    unknown = Cell(DASH)
     return (
         Cell(row.name), Cell("published"), Cell(fixed(row.forget_quality, 2)), unknown, unknown,
         unknown, Cell(fixed(row.model_utility, 2)), *[unknown] * 6,
@@ -298,14 +298,18 @@ def _provenance(report: Report) -> Section:
     blocks.append(Code(report.command) if report.command else Para("Its command is not recorded."))
     blocks.append(Para(f"Versions: {plain(report.versions)}."))
     blocks.append(Para(f"Configurations tried: {report.tried}."))
+    said = tuple(
+        (Cell(f.name), Cell(f.kind), Cell(plain(f.about))) for f in report.files if f.about
+    )
     blocks += [Heading("Inputs"), files]
-    for one in report.files:
-        if one.about:
-            blocks.append(facts_table(f"{one.kind} {one.name}, as its file says", one.about))
+    if said:
+        columns = ("Name", "Kind", "Recorded in it")
+        heads = tuple(Column(head, numeric=False) for head in columns)
+        blocks.append(Table("What the files say of their making", heads, said))
     blocks.append(Heading("Settings and seeds"))
-    blocks.append(facts_table("Intervals", report.settings["bootstrap"]))
+    blocks.append(Para(f"Intervals: {plain(report.settings['bootstrap'])}."))
     for name, settings in report.settings["protocols"].items():
-        blocks.append(facts_table(f"Protocol {name}", settings))
+        blocks.append(Para(f"Protocol {name}: {plain(settings)}."))
     for name, settings in report.settings["methods"].items():
         blocks.append(Para(f"Training of {name}:"))
         blocks.append(Code(json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True)))

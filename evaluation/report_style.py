@@ -14,7 +14,7 @@ CSS = (
 * { box-sizing:border-box; }
 body { margin:0; background:var(--un-paper); color:var(--un-ink);
   font:400 1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; }
-header.un-head, main { max-width:1240px; margin:0 auto; padding:0 1.25rem; }
+header.un-head, main { max-width:1480px; margin:0 auto; padding:0 1.25rem; }
 h1 { font-size:1.6rem; letter-spacing:-.015em; line-height:1.2; margin:2rem 0 .6rem; }
 h2 { font-size:1.2rem; letter-spacing:-.01em; margin:2.6rem 0 .7rem; padding-top:.7rem;
   border-top:1px solid var(--un-line); }
@@ -32,16 +32,18 @@ small, .un-quiet { color:var(--un-quiet); } .un-quiet { font-size:.85rem; }
 table { border-collapse:collapse; font-size:.86rem; line-height:1.4;
   font-variant-numeric:tabular-nums; min-width:min(100%,34rem); }
 caption { text-align:left; color:var(--un-quiet); font-size:.85rem; padding-bottom:.4rem; }
+caption span { position:sticky; left:0; display:inline-block; max-width:calc(100vw - 2.4rem); }
 th, td { text-align:left; vertical-align:top; padding:.45rem .8rem .45rem 0;
   border-bottom:1px solid var(--un-line); font-weight:400; }
 thead th { vertical-align:bottom; color:var(--un-quiet); font-weight:600; font-size:.8rem; }
 tbody th { font-weight:650; position:sticky; left:0; background:var(--un-paper); }
 th small, td small { display:block; font-size:.74rem; font-weight:400; white-space:nowrap; }
 thead small { white-space:normal; } .un-num { text-align:right; }
-td.un-num { white-space:nowrap; } td:last-child { overflow-wrap:anywhere; }
+td.un-num { white-space:nowrap; }
+.un-words { min-width:17rem; max-width:72ch; } .un-text td:last-child { overflow-wrap:anywhere; }
 .un-published td, .un-published th { color:var(--un-quiet); font-style:italic; font-weight:400; }
 .un-reference td, .un-reference th, .un-total td, .un-total th { background:var(--un-soft); }
-.un-plots { display:grid; gap:1.4rem 2rem; margin:.8rem 0;
+.un-plots { display:grid; gap:1.6rem 2.2rem; margin:.8rem 0;
   grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr)); }
 .un-plots.un-one { grid-template-columns:minmax(0,620px); }
 .un-figure { margin:0; min-width:0; } .un-plot { display:block; width:100%; height:auto;
@@ -49,7 +51,7 @@ td.un-num { white-space:nowrap; } td:last-child { overflow-wrap:anywhere; }
 figcaption { font-size:.85rem; color:var(--un-quiet); margin-top:.35rem; max-width:72ch;
   overflow-wrap:anywhere; } figcaption b { color:var(--un-ink); font-weight:600; }
 pre { background:var(--un-soft); border:1px solid var(--un-line); border-radius:6px;
-  padding:.7rem .9rem; overflow-x:auto; font:.82rem/1.5 ui-monospace,Menlo,Consolas,monospace; }
+  padding:.7rem .9rem; overflow-x:auto; white-space:pre-wrap; overflow-wrap:anywhere; font:.82rem/1.5 ui-monospace,Menlo,Consolas,monospace; }
 details { border-top:1px solid var(--un-line); } summary { padding:.55rem 0; cursor:pointer; }
 details[open] > summary { font-weight:650; }
 .un-answers ol { padding-left:1.6rem; margin:.3rem 0 1rem; } .un-answers li { margin:.9rem 0; }
