@@ -22,7 +22,7 @@ from evaluation.systems import (
     digest,
     forget_and_measure,
     measure,
-    table_row,
+    table_rows,
     train_small,
 )
 from unlearner.config import UnlearnConfig, make_config
@@ -53,7 +53,7 @@ class Reproduction:
         methods: objectives to compare.
         base: how models are loaded; its name is ignored.
         load_in_4bit: None takes the preset's.
-        protocol: of the evaluation.
+        protocols: of the evaluation; one pass over each model serves all of them.
         limit: only the first so many rows of each set.
     """
 
@@ -67,7 +67,7 @@ class Reproduction:
     methods: tuple[str, ...] = ("npo", "simnpo")
     base: BaseSpec = field(default_factory=lambda: BaseSpec(""))
     load_in_4bit: bool | None = None
-    protocol: str = "tofu"
+    protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
 
     @property
@@ -98,7 +98,7 @@ def plan(run: Reproduction) -> dict[str, Any]:
         "retrain": str(reference),
         "public_retain_log": preset.retain_log or None,
         "data": str(run.data) if run.data else "locuslab/TOFU",
-        "protocol": run.protocol,
+        "protocol": ", ".join(run.protocols),
         "load_in_4bit": run.spec("").load_in_4bit,
         "dtype": run.base.dtype,
         "methods": {method: run.config(method).to_json() for method in run.methods},
@@ -123,7 +123,7 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
     origin, retrain = _models(run, report)
-    what = Measured(run.data, run.split, run.protocol, run.limit)
+    what = Measured(run.data, run.split, run.protocols, run.limit)
     logs = {"origin": run.out / "logs" / "origin.json"}
     measured = [("origin", run.spec(origin))]
     if retrain is None:
@@ -152,7 +152,11 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
             log=logs[method],
             refusals=refusals,
         )
-    table = [table_row(name, log, logs["retrain"]) for name, log in logs.items()]
+    table = [
+        row
+        for name, log in logs.items()
+        for row in table_rows(name, log, logs["retrain"], run.protocols)
+    ]
     found = {
         "target": f"tofu-{run.split}",
         "preset": run.preset,
@@ -169,7 +173,10 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
 
 def _in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = {"origin": 0, "retrain": 1}
-    return sorted(table, key=lambda row: first.get(row["name"], 2))
+    protocols = list(dict.fromkeys(row["protocol"] for row in table))
+    return sorted(
+        table, key=lambda row: (protocols.index(row["protocol"]), first.get(row["name"], 2))
+    )
 
 
 def _named(report: Report, name: str) -> Report:

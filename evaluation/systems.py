@@ -30,7 +30,7 @@ class Measured:
 
     data: Path | None
     split: str
-    protocol: str = "tofu"
+    protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
 
 
@@ -90,7 +90,7 @@ def measure(
 
     folder = resolve_base(base.name, base.revision)
     weights = digest(fingerprint_base(folder).digest, asdict(base), list(adapters), key)
-    wanted = digest(weights, what.split, what.protocol, what.limit)
+    wanted = digest(weights, what.split, what.protocols, what.limit)
     if log.is_file() and read_log(log).meta.get("made_from") == wanted:
         return str(log)
     model: Any = load_base(base)
@@ -102,7 +102,7 @@ def measure(
             model,
             prompt_format(load_tokenizer(str(folder))),
             load_eval_data(what.split, what.data),
-            protocol=what.protocol,
+            protocol=what.protocols,
             limit=what.limit,
             key=weights,
             resume_dir=log.parent / "parts",
@@ -181,13 +181,12 @@ def _pass_on(report: Report, event: dict[str, Any], number: int) -> None:
         report({**event, "request": number})
 
 
-def table_row(name: str, log: Path, retain_log: Path) -> dict[str, Any]:
-    """One line of the table: the summary of a log against the retrain reference."""
+def table_rows(
+    name: str, log: Path, retain_log: Path, protocols: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A system's lines of the table: the summary of its log against the reference, by protocol."""
     from evaluation.records import read_log
-    from evaluation.summary import summarise
+    from evaluation.summary import summarise_all
 
-    found = read_log(log)
-    return {
-        "name": name,
-        **summarise(found, read_log(retain_log), protocol=found.meta["protocols"][0]),
-    }
+    found = summarise_all(read_log(log), protocols, read_log(retain_log))
+    return [{"name": name, **summary} for summary in found]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
 from ui import options
 from ui.console import duration_text, setting_text, size_text
 from ui.events import show_event
@@ -111,7 +111,7 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         "--protocol",
         default=DEFAULT,
         metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
+        help=f"{', '.join(PROTOCOLS)}, several with commas, or all (default: {DEFAULT})",
     )
     parser.add_argument(
         "--limit",
@@ -209,7 +209,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         if method not in OBJECTIVE_DEFAULTS:
             hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
             raise UserError(f"There is no objective '{method}'.", hint)
-    protocol_named(args.protocol)
+    protocols = tuple(protocol.name for protocol in protocols_named(args.protocol))
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
     from adapters.base_model import BaseSpec
     from evaluation.reproduce import Reproduction, plan, reproduce
@@ -225,7 +225,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         methods=tuple(args.methods),
         base=BaseSpec("", dtype=args.dtype, device=args.device, attention=args.attention),
         load_in_4bit=args.load_in_4bit,
-        protocol=args.protocol,
+        protocols=protocols,
         limit=args.limit,
     )
     if args.dry_run:
@@ -277,6 +277,7 @@ def _stopped(out: Path) -> Interrupted:
 
 def print_comparison(table: list[dict[str, Any]], console: Console) -> None:
     """Prints the systems of a comparison, one a line."""
-    rows = [{HEADS.get(key, key): row.get(key) for key in COLUMNS} for row in table]
-    console.table(rows)
+    several = len({row["protocol"] for row in table}) > 1
+    columns = ("protocol", *COLUMNS) if several else COLUMNS
+    console.table([{HEADS.get(key, key): row.get(key) for key in columns} for row in table])
     console.text(LEGEND)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ui import options
@@ -12,6 +13,7 @@ from ui.commands_store import adapter_row
 from ui.console import size_text
 from ui.events import show_event
 from ui.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
+from ui.own_rows import mined
 from unlearner.config import STREAMS, make_config
 
 if TYPE_CHECKING:
@@ -48,11 +50,7 @@ def register(commands: Any) -> None:
 
 def add_run_flags(parser: options.Parser) -> None:
     """What every command has that trains an adapter: retain rows, guard, place, label."""
-    parser.add_argument(
-        "--retain",
-        metavar="ROWS",
-        help="rows to keep: a JSONL file or tofu:SPLIT (default: the rest of TOFU)",
-    )
+    _add_retain_flags(parser)
     parser.add_argument(
         "--label", metavar="NAME", help="what to call the adapter; it is stored in the clear"
     )
@@ -99,6 +97,21 @@ def add_run_flags(parser: options.Parser) -> None:
     )
 
 
+def _add_retain_flags(parser: options.Parser) -> None:
+    parser.add_argument(
+        "--retain",
+        metavar="ROWS",
+        help="rows to keep: a JSONL file or tofu:SPLIT (default: the rest of TOFU)",
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=options.positive_int,
+        metavar="N",
+        help="of these rows keep only the N nearest to the request, by their words: what is most "
+        "at risk of going with it",
+    )
+
+
 def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     """The settings of a run: the objective's published ones with the given flags."""
     names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
@@ -134,6 +147,9 @@ def train_request(
     replaces: Sequence[str] = (),
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
+    if args.neighbours:
+        retain = mined(request.retain, request.rows, args.neighbours, console)
+        request = replace(request, retain=tuple(retain))
     from adapters.store import AdapterStore
     from unlearner.data import load_refusals, parse_request
 
