@@ -17,8 +17,8 @@ from adapters.teachers import teacher_path, write_teacher
 from unlearner import ranks
 from unlearner.config import UnlearnConfig
 from unlearner.data import Request, Row
-from unlearner.prepare import Prepared, Template, prepare
-from unlearner.prompts import pad_id
+from unlearner.prepare import Prepared, prepare
+from unlearner.prompts import Template, pad_id
 
 if TYPE_CHECKING:
     from unlearner.callbacks import Progress
