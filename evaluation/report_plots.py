@@ -9,19 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from evaluation.plots import (
-    DASHES,
-    Chart,
-    Gap,
-    Point,
-    Rule,
-    Series,
-    Span,
-    axes_of,
-    label_places,
-    span,
-    stairs,
-)
+from evaluation.axes import Point, Span, span
+from evaluation.plots import DASHES, Chart, Gap, Rule, Series, axes_of, label_places, stairs
 from evaluation.report_blocks import fixed, p_text
 from evaluation.report_inputs import Calibration, Curve, Robustness
 from evaluation.report_tree import MEASURED, REFERENCE, Published, System, View

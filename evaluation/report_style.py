@@ -51,7 +51,8 @@ td.un-num { white-space:nowrap; }
 figcaption { font-size:.85rem; color:var(--un-quiet); margin-top:.35rem; max-width:72ch;
   overflow-wrap:anywhere; } figcaption b { color:var(--un-ink); font-weight:600; }
 pre { background:var(--un-soft); border:1px solid var(--un-line); border-radius:6px;
-  padding:.7rem .9rem; overflow-x:auto; white-space:pre-wrap; overflow-wrap:anywhere; font:.82rem/1.5 ui-monospace,Menlo,Consolas,monospace; }
+  padding:.7rem .9rem; overflow-x:auto; white-space:pre-wrap; overflow-wrap:anywhere;
+  font:.82rem/1.5 ui-monospace,Menlo,Consolas,monospace; }
 details { border-top:1px solid var(--un-line); } summary { padding:.55rem 0; cursor:pointer; }
 details[open] > summary { font-weight:650; }
 .un-answers ol { padding-left:1.6rem; margin:.3rem 0 1rem; } .un-answers li { margin:.9rem 0; }

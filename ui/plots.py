@@ -6,10 +6,12 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from evaluation.plots import DASHES, LETTER, Axes, Point, round_values, span
+from evaluation.axes import Axes, Point, round_values, span
+from evaluation.plots import DASHES
 
 __all__ = ["histogram", "lines", "pareto", "round_values"]
 
+LETTER = 6.3  # about a letter's width at 12 pixels
 MARKS = ("●", "▲", "■", "◆", "✚", "★")
 Points = Sequence[Point]
 
