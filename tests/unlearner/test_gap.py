@@ -143,9 +143,14 @@ def test_everything_is_put_back(base: BaseSpec, fresh_model: Any, quick: Config)
     modes = [m.training for m in model.modules()]
     grads = [p.requires_grad for p in model.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
-    with pytest.raises(KeyError), undisturbed(model):
-        torch.rand(2), random.random(), np.random.rand(2)
-        raise KeyError
+
+    def careless() -> None:
+        with undisturbed(model):
+            torch.rand(2), random.random(), np.random.rand(2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        careless()
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == grads
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -336,6 +341,4 @@ def test_a_reading_that_is_no_number_ends_the_run(
     request_: Request, base: BaseSpec, quick: Config, store: AdapterStore
 ) -> None:
     with pytest.raises(RuntimeError, match="the gap after step 0 is no number"):
-        unlearn(
-            request_, base, quick(), store, stop_at=StopAt(lambda model: {"gap": float("nan")})
-        )
+        unlearn(request_, base, quick(), store, stop_at=StopAt(lambda model: {"gap": float("nan")}))
