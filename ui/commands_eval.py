@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import BaseMismatch, Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui import options
+from ui.commands_metrics import Extras, add_metric_flags, metric_figures, plan_extras
 from ui.commands_systems import parse_systems, run_systems
 from ui.gates import check_gates, parse_gate
 from unlearner import ranks
@@ -124,14 +125,15 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
     )
+    add_metric_flags(parser)
 
 
-def _gates(args: argparse.Namespace) -> list[Gate]:
+def _gates(args: argparse.Namespace, more: Sequence[str] = ()) -> list[Gate]:
     """The conditions of --fail-if and the protocol's name, read before anything is computed."""
     from evaluation.summary import BETTER
 
     protocol_named(args.protocol)
-    return [parse_gate(text, list(BETTER)) for text in args.fail_if]
+    return [parse_gate(text, [*BETTER, *more]) for text in args.fail_if]
 
 
 def run_score(args: argparse.Namespace, console: Console) -> int:
@@ -161,7 +163,7 @@ class _Stack:
 
 def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a model; 4 where a gate fails."""
-    gates = _gates(args)
+    gates = _gates(args, metric_figures(args))
     if args.systems is not None:
         return run_systems(args, console)
     stack = _chosen_stack(args)
@@ -174,8 +176,9 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
 
     retain_log = read_log(args.retain_log) if args.retain_log else None
     data = load_eval_data(args.split, args.data)
+    extras = plan_extras(args, data, protocol_named(args.protocol), console)
     try:
-        log = _measure(args, stack, data, retain_log, console)
+        log = _measure(args, stack, data, retain_log, extras, console)
     except KeyboardInterrupt:
         if args.out is None:
             raise
@@ -183,7 +186,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
             f"Interrupted: the finished parts are kept in {args.out / PARTS}.",
             "Run the same command again to continue.",
         ) from None
-    figures = summarise(log, retain_log, protocol=args.protocol)
+    figures = extras.join(summarise(log, retain_log, protocol=args.protocol))
     named = {
         "base": args.base,
         "adapters": [slug for slug, _ in stack.active],
@@ -199,6 +202,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     if ranks.rank() == 0:
         _attach(stack, args, figures)
     report_figures(named, console)
+    extras.report(named, console)
     check_gates(gates, figures)
     return 0
 
@@ -229,6 +233,7 @@ def _measure(
     stack: _Stack,
     data: EvalData,
     retain_log: EvalLog | None,
+    extras: Extras,
     console: Console,
 ) -> EvalLog:
     """Loads the model and evaluates it; only ever the first `--limit` rows where that is given."""
@@ -249,20 +254,23 @@ def _measure(
             raise BaseMismatch(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
-    key = [fingerprint.digest, view, stack.active]
-    return evaluate(
+    key = hashlib.sha256(json.dumps([fingerprint.digest, view, stack.active]).encode()).hexdigest()
+    meta = {"split": args.split, "adapters": stack.active, **view}
+    log = evaluate(
         model,
         fmt,
         data,
         protocol=args.protocol,
         retain_log=retain_log,
         limit=args.limit,
-        key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+        key=key,
         resume_dir=args.out / PARTS if args.out else None,
         on_progress=progress_of(console),
         effort=effort_of(args, _engine(args, stack)),
-        meta={"split": args.split, "adapters": stack.active, **view},
+        meta=meta,
     )
+    extras.measure(model, fmt, key, meta, progress_of(console))
+    return log
 
 
 def effort_of(args: argparse.Namespace, engine: Any = None) -> Effort:

@@ -33,6 +33,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--systems names the adapters already.", "Leave out --adapters.")
     if args.fail_if:
         raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
+    if args.metrics or args.lm_eval:
+        raise UserError(
+            "--metrics and --lm-eval are for one system.", "Evaluate that one with --adapters."
+        )
     if args.engine != "transformers":
         raise UserError("--systems shares one loaded model.", "Leave out --engine.")
 
