@@ -199,7 +199,10 @@ def with_token_figures(figures: Mapping[str, Any], tokens: Mapping[str, Any]) ->
     What both have (`better`, `reasons`, `notes`) is joined; the counts of rows of the token metrics
     are `token_rows`.
     """
-    joined = {key: {**figures[key], **tokens[key]} for key in ("better", "reasons")}
-    joined["notes"] = [*figures["notes"], *tokens["notes"]]
+    joined: dict[str, Any] = {
+        "better": {**figures["better"], **tokens["better"]},
+        "reasons": {**figures["reasons"], **tokens["reasons"]},
+        "notes": [*figures["notes"], *tokens["notes"]],
+    }
     own = {key: value for key, value in tokens.items() if key not in ("n", "limited")}
     return {**figures, **own, **joined, "token_rows": tokens["n"]}
