@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +195,7 @@ def reference_losses(
             texts,
             pad_id(fmt.tokenizer),
             batch_tokens=batch_tokens,
-            on_batch=lambda done, all_, name=name: report(f"{name}: reference", done, all_),
+            on_batch=partial(report, f"{name}: reference"),
         )
         losses[name] = [one.mean_nll for one in found]
     return losses
@@ -261,7 +262,7 @@ class _Work:
             texts,
             pad_id(self.fmt.tokenizer),
             batch_tokens=self.batch_tokens,
-            on_batch=lambda done, total: self.on_progress(f"{name}: tokens", done, total),
+            on_batch=partial(self.on_progress, f"{name}: tokens"),
         )
 
     def _row(
@@ -288,7 +289,7 @@ class _Work:
             texts,
             pad_id(self.fmt.tokenizer),
             batch_tokens=self.batch_tokens,
-            on_batch=lambda done, total: self.on_progress(f"{name}: KL to the base", done, total),
+            on_batch=partial(self.on_progress, f"{name}: KL to the base"),
         )
         return [replace(row, kl=kl) for row, kl in zip(rows, divergences, strict=True)]
 

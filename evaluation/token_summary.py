@@ -6,6 +6,7 @@ The keys of `summarise_tokens` are a contract: others script against them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from adapters.errors import UserError
@@ -21,7 +22,7 @@ from evaluation.membership import (
 from evaluation.metrics import RESAMPLES
 from evaluation.records import RowRecord
 from evaluation.summary import match_rows
-from evaluation.token_records import TokenRecords, TokenRow
+from evaluation.token_records import TokenRecords
 
 EXTRACTION = ("extraction_strength", "exact_memorization")
 # privleak compares the AUC of this attack, as MUSE and open-unlearning do.
@@ -112,7 +113,8 @@ def _membership(
     if retain_records is None:
         found["privleak"] = (None, NEEDS_RETRAIN)
         return found
-    theirs = _matched(records, retain_records)
+    questions = {name: [row.question for row in records.rows(name)] for name in records.sets}
+    theirs = match_retrained(questions, records.meta, retain_records)
     for name in ATTACKS:
         attack = _attack(theirs, name)
         if attack is not None:
@@ -148,16 +150,23 @@ def _why_no_attack(records: TokenRecords, name: str) -> str:
     return "not every row has a score"
 
 
-def _matched(records: TokenRecords, theirs: TokenRecords) -> TokenRecords:
-    """The retrained model's records in the order of ours.
+def match_retrained(
+    questions: Mapping[str, Sequence[str]], settings: Mapping[str, Any], theirs: TokenRecords
+) -> TokenRecords:
+    """A retrained model's records in the order of the model's that is held against it.
+
+    Args:
+        questions: of the measured rows by set; those of forget and holdout are matched.
+        settings: min_k, max_length and limit of that measurement (the `meta` of its records).
+        theirs: of the retrained model.
 
     Raises:
         UserError: other rows, another k of Min-K, or texts cut at another length.
     """
     for key, what in (("min_k", "the share k of Min-K"), ("max_length", "the length of a cut")):
-        if records.meta.get(key) != theirs.meta.get(key):
+        if settings.get(key) != theirs.meta.get(key):
             raise UserError(
-                f"The two token metrics differ in {what}: {records.meta.get(key)} against "
+                f"The two token metrics differ in {what}: {settings.get(key)} against "
                 f"{theirs.meta.get(key)}.",
                 "Measure both models with the same settings.",
             )
@@ -166,22 +175,15 @@ def _matched(records: TokenRecords, theirs: TokenRecords) -> TokenRecords:
             "The retrained model's token metrics hold no membership scores.",
             "Measure that model with --metrics membership and the same --holdout.",
         )
-    limited = records.meta.get("limit") is not None
     sets = dict(theirs.sets)
     for name in ("forget", "holdout"):
-        order = _same_rows(records.rows(name), theirs.rows(name), subset=limited)
-        sets[name] = type(sets[name])(order, sets[name].total)
+        ours = [RowRecord(question) for question in questions.get(name, ())]
+        yours = [RowRecord(row.question) for row in sets[name].rows]
+        match = match_rows(ours, yours, subset=settings.get("limit") is not None)
+        place = {id(record): row for record, row in zip(yours, sets[name].rows, strict=True)}
+        order = tuple(place[id(record)] for record in match.theirs)
+        sets[name] = replace(sets[name], rows=order)
     return TokenRecords(sets, theirs.meta)
-
-
-def _same_rows(
-    ours: Sequence[TokenRow], theirs: Sequence[TokenRow], *, subset: bool
-) -> tuple[TokenRow, ...]:
-    """`theirs` in the order of `ours`; the answer's length tells rows of one question apart."""
-    bare = [[RowRecord(row.question, str(row.n)) for row in rows] for rows in (ours, theirs)]
-    match = match_rows(*bare, subset=subset)
-    place = {id(record): row for record, row in zip(bare[1], theirs, strict=True)}
-    return tuple(place[id(record)] for record in match.theirs)
 
 
 def _notes(records: TokenRecords, theirs: TokenRecords | None) -> list[str]:

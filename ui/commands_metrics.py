@@ -139,13 +139,14 @@ class Extras:
             from evaluation.token_summary import summarise_tokens, with_token_figures
 
             found = with_token_figures(found, summarise_tokens(self.records, self.retain))
-            found["token_metrics"] = str(self.args.out / TOKEN_FILE) if self.args.out else None
         if self.tasks is not None:
             found["lm_eval"] = self.lm_eval
         return found
 
     def report(self, figures: Mapping[str, Any], console: Console) -> None:
         """Prints the figures that `join` added, as tables; nothing with --json."""
+        if self.records is not None and self.args.out:
+            console.words(f"Wrote {self.args.out / TOKEN_FILE}")
         names = metric_figures(self.args)
         rows = [_line(name, figures) for name in names if figures.get(name) is not None]
         if rows:
@@ -189,15 +190,18 @@ def plan_extras(
         return extras
     from evaluation.token_records import read_records
     from evaluation.token_suite import TokenData, TokenPlan, check_holdout
+    from evaluation.token_summary import match_retrained
 
     attacked = "membership" in args.metrics
     holdout = _holdout_rows(args) if attacked else ()
     rows = TokenData(tuple(data.forget), tuple(data.retain), tuple(holdout))
     if attacked:
         check_holdout(rows)
+    plan = TokenPlan(args.metrics, rows, protocol.max_rows, protocol.max_length, limit=args.limit)
     if args.retain_metrics is not None:
         extras.retain = read_records(args.retain_metrics)
-    plan = TokenPlan(args.metrics, rows, protocol.max_rows, protocol.max_length, limit=args.limit)
+        questions = {name: [row.question for row in rows] for name, rows in plan.sets.items()}
+        match_retrained(questions, vars(plan), extras.retain)
     if args.reference is not None:
         plan = replace(plan, reference=_reference_losses(args, plan, console))
     extras.plan = plan

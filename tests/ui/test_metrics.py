@@ -48,7 +48,7 @@ def test_all_metrics_stand_beside_the_figures_and_in_a_file(
     assert first.json["better"]["mia_loss_auc"] == "one half"
     assert first.json["better"]["model_utility"] == "higher"
     path = tmp_path / "a" / "token_metrics.json"
-    assert first.json["token_metrics"] == str(path)
+    assert f"Wrote {path}" in first.err
     records = read_records(path)
     assert records.meta["holdout"] == str(holdout)
     assert json.loads((tmp_path / "a" / "figures.json").read_text())["mia_zlib_auc"] is not None
@@ -152,16 +152,30 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     assert problem in ran.err
 
 
-def test_forgotten_rows_are_no_holdout_and_metrics_need_their_file(
-    run: Any, words: list[Any], data: Path, holdout: Path
-) -> None:
-    asked = [*words, "--metrics", "membership", "--holdout"]
-    ran = run(*asked, data / "forget05_perturbed.json")
+def test_forgotten_rows_are_no_holdout(run: Any, words: list[Any], data: Path) -> None:
+    ran = run(*words, "--metrics", "membership", "--holdout", data / "forget05_perturbed.json")
     assert ran.code == 2
     assert "3 holdout rows are forget rows too" in ran.err
-    assert (
-        "no token metrics /none.json" in run(*asked, holdout, "--retain-metrics", "/none.json").err
-    )
+
+
+def test_metrics_of_a_retrained_model_are_checked_before_a_model_is_loaded(
+    run: Any, words: list[Any], holdout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapters import base_model
+
+    asked = [*words, "--metrics", "membership", "--holdout", holdout]
+    assert run(*asked, "--out", tmp_path / "d").code == 0
+    kept = tmp_path / "d" / "token_metrics.json"
+    monkeypatch.setattr(base_model, "load_base", None)
+    whole = [word for word in asked if word not in ("--limit", "2")]
+    for words_, path, problem in (
+        (asked, "/none.json", "no token metrics /none.json"),
+        ([*asked, "--protocol", "open-unlearning"], kept, "differ in the length of a cut"),
+        (whole, kept, "hold different rows"),
+    ):
+        ran = run(*words_, "--retain-metrics", path)
+        assert ran.code == 2
+        assert problem in ran.err
 
 
 def test_tasks_of_the_harness_are_run_on_the_loaded_model(
