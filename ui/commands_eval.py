@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import BaseMismatch, Interrupted, UserError
 from evaluation.protocols import protocols_named
 from ui import options, own_rows, scoring
+from ui.commands_metrics import Extras, add_metric_flags, metric_figures, plan_extras
 from ui.commands_systems import parse_systems, run_systems
 from ui.gates import check_gates
 from unlearner import ranks
@@ -97,6 +98,7 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
     )
+    add_metric_flags(parser)
 
 
 def run_score(args: argparse.Namespace, console: Console) -> int:
@@ -127,7 +129,7 @@ class _Stack:
 
 def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a model; 4 where a gate fails."""
-    gates = scoring.gates_of(args)
+    gates = scoring.gates_of(args, metric_figures(args))
     if args.systems is not None:
         return run_systems(args, console)
     stack = _chosen_stack(args)
@@ -139,8 +141,9 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
 
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)
+    extras = plan_extras(args, data, protocols_named(args.protocol)[0], console)
     try:
-        log = _measure(args, stack, data, references.first, console)
+        log = _measure(args, stack, data, references.first, extras, console)
     except KeyboardInterrupt:
         if args.out is None:
             raise
@@ -148,7 +151,8 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
             f"Interrupted: the finished parts are kept in {args.out / PARTS}.",
             "Run the same command again to continue.",
         ) from None
-    summaries = scoring.figures_of(args, log, references)
+    first, *others = scoring.figures_of(args, log, references)
+    summaries = [extras.join(first), *others]
     about = {
         "base": args.base,
         "adapters": [slug for slug, _ in stack.active],
@@ -166,6 +170,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         for figures in summaries:
             _attach(stack, args, figures)
     report_figures(named, console)
+    extras.report(named, console)
     check_gates(gates, summaries[0])
     return 0
 
@@ -196,6 +201,7 @@ def _measure(
     stack: _Stack,
     data: EvalData,
     retain_log: EvalLog | None,
+    extras: Extras,
     console: Console,
 ) -> EvalLog:
     """Loads the model and evaluates it; only ever the first `--limit` rows where that is given."""
@@ -216,20 +222,23 @@ def _measure(
             raise BaseMismatch(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
-    key = [fingerprint.digest, view, stack.active]
-    return evaluate(
+    key = hashlib.sha256(json.dumps([fingerprint.digest, view, stack.active]).encode()).hexdigest()
+    meta = {"split": own_rows.name_of(args), "adapters": stack.active, **view}
+    log = evaluate(
         model,
         fmt,
         data,
         protocol=[protocol.name for protocol in protocols_named(args.protocol)],
         retain_log=retain_log,
         limit=args.limit,
-        key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+        key=key,
         resume_dir=args.out / PARTS if args.out else None,
         on_progress=progress_of(console),
         effort=effort_of(args, _engine(args, stack)),
-        meta={"split": own_rows.name_of(args), "adapters": stack.active, **view},
+        meta=meta,
     )
+    extras.measure(model, fmt, key, meta, progress_of(console))
+    return log
 
 
 def effort_of(args: argparse.Namespace, engine: Any = None) -> Effort:

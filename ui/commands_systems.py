@@ -38,6 +38,10 @@ def _check(args: argparse.Namespace) -> None:
             "--systems measures several models, a public log holds one.",
             "Convert a log of --out with `unlearner score LOG --write-tofu FILE`.",
         )
+    if args.metrics or args.lm_eval:
+        raise UserError(
+            "--metrics and --lm-eval are for one system.", "Evaluate that one with --adapters."
+        )
     if args.engine != "transformers":
         raise UserError("--systems shares one loaded model.", "Leave out --engine.")
 

@@ -30,6 +30,8 @@ SPLITS = (
     "world_facts",
     "world_facts_perturbed",
 )
+# Rows of authors that no TOFU model was trained on, for membership inference.
+HOLDOUT_SPLITS = {"forget01": "holdout01", "forget05": "holdout05", "forget10": "holdout10"}
 ROWS_PER_AUTHOR = 20
 WORLD_FILE = "world.json"
 # JSON may escape one half of a pair; no tokenizer takes it.
@@ -179,13 +181,13 @@ def load_split(name: str, data: Path | None = None) -> list[Row]:
     """The rows of a TOFU split, in the data set's order.
 
     Args:
-        name: one of `SPLITS`.
+        name: one of `SPLITS` or `HOLDOUT_SPLITS`.
         data: folder of TOFU's JSON-lines files; without it the hub's `locuslab/TOFU` is read.
 
     Raises:
         UserError: unknown split, missing folder or file, no way to the hub.
     """
-    if name not in SPLITS:
+    if name not in (*SPLITS, *HOLDOUT_SPLITS.values()):
         raise UserError(f"There is no TOFU split '{name}'.", did_you_mean(name, SPLITS))
     if data is None:
         return _load_hub_split(name)
