@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adapters.errors import UserError
+from evaluation.matching import match_rows
 from evaluation.metrics import forget_quality
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.records import EvalLog, RowRecord
 from evaluation.scoring import encode_answers, score_rows
-from evaluation.summary import match_rows, set_values, summarise
+from evaluation.summary import set_values, summarise
 from unlearner import ranks
 from unlearner.data import FORGET_SPLITS, Request, Row, load_split, read_rows
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from adapters.errors import UserError
+from evaluation.matching import match_rows
 from evaluation.membership import (
     ATTACKS,
     Attack,
@@ -21,7 +22,6 @@ from evaluation.membership import (
 )
 from evaluation.metrics import RESAMPLES
 from evaluation.records import RowRecord
-from evaluation.summary import match_rows
 from evaluation.token_records import TokenRecords
 
 EXTRACTION = ("extraction_strength", "exact_memorization")

@@ -73,7 +73,7 @@ def test_one_group_is_measured_alone_and_printed(run: Any, words: list[Any]) -> 
     assert ran.code == 0
     assert "forget_extraction_strength" in ran.out
     assert "mia_" not in ran.out
-    assert "retain_kl is not measured: no adapter was active" in ran.err
+    assert "Not measured: retain_kl (no adapter was active" in ran.err
 
 
 def test_a_stack_is_held_against_its_base(
