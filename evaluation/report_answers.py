@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adapters.errors import UserError
+from evaluation.matching import match_rows
 from evaluation.metrics import log_truth_ratio
 from evaluation.protocols import Protocol
 from evaluation.records import RowRecord, SetRecord
-from evaluation.summary import generation_of, match_rows, protocol_rows
+from evaluation.summary import generation_of, protocol_rows
 
 MOST = 10
 Parts = tuple[tuple[str, bool], ...]

@@ -19,6 +19,7 @@ from unlearner.data import Request
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore, StoredAdapter
+    from unlearner.prompts import Template
     from unlearner.tiny import TinyRecipe, TinyShape
 
 Report = Callable[[dict[str, Any]], None]
@@ -30,8 +31,9 @@ class Measured:
 
     data: Path | None
     split: str
-    protocol: str = "tofu"
+    protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
+    template: Template = "auto"
 
 
 def digest(*parts: Any) -> str:
@@ -90,7 +92,7 @@ def measure(
 
     folder = resolve_base(base.name, base.revision)
     weights = digest(fingerprint_base(folder).digest, asdict(base), list(adapters), key)
-    wanted = digest(weights, what.split, what.protocol, what.limit)
+    wanted = digest(weights, what.split, what.protocols, what.limit, what.template)
     if log.is_file() and read_log(log).meta.get("made_from") == wanted:
         return str(log)
     model: Any = load_base(base)
@@ -100,9 +102,9 @@ def measure(
     with threads_for(model):
         found = evaluate(
             model,
-            prompt_format(load_tokenizer(str(folder))),
+            prompt_format(load_tokenizer(str(folder)), what.template),
             load_eval_data(what.split, what.data),
-            protocol=what.protocol,
+            protocol=what.protocols,
             limit=what.limit,
             key=weights,
             resume_dir=log.parent / "parts",
@@ -136,7 +138,7 @@ def forget_and_measure(
 
     filed = AdapterStore.open(store, create=True)
     slugs = [
-        file_request(report, filed, request, base, config, number, refusals).slug
+        file_request(report, filed, request, base, config, number, refusals, what.template).slug
         for number, request in enumerate(requests, start=1)
     ]
     return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)
@@ -150,6 +152,7 @@ def file_request(
     config: UnlearnConfig,
     number: int,
     refusals: Sequence[str] = (),
+    template: Template = "auto",
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless it stands in the store already."""
     from unlearner.run import unlearn
@@ -167,6 +170,7 @@ def file_request(
             on_stack=False,
             label=label,
             resume=True,
+            template=template,
             refusals=refusals,
             on_progress=lambda event: _pass_on(report, event, number),
         )
@@ -181,13 +185,12 @@ def _pass_on(report: Report, event: dict[str, Any], number: int) -> None:
         report({**event, "request": number})
 
 
-def table_row(name: str, log: Path, retain_log: Path) -> dict[str, Any]:
-    """One line of the table: the summary of a log against the retrain reference."""
+def table_rows(
+    name: str, log: Path, retain_log: Path, protocols: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A system's lines of the table: the summary of its log against the reference, by protocol."""
     from evaluation.records import read_log
-    from evaluation.summary import summarise
+    from evaluation.summary import summarise_all
 
-    found = read_log(log)
-    return {
-        "name": name,
-        **summarise(found, read_log(retain_log), protocol=found.meta["protocols"][0]),
-    }
+    found = summarise_all(read_log(log), protocols, read_log(retain_log))
+    return [{"name": name, **summary} for summary in found]

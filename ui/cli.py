@@ -15,6 +15,7 @@ from typing import Any
 from adapters.errors import Interrupted, UserError
 from ui import (
     commands_bench,
+    commands_calibrate,
     commands_consolidate,
     commands_eval,
     commands_finetune,
@@ -44,6 +45,7 @@ exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 preflight says no, 4 qualit
 130 interrupted and saved"""
 MODULES = (
     commands_bench,
+    commands_calibrate,
     commands_runs,
     commands_info,
     commands_train,

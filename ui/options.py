@@ -128,10 +128,11 @@ def template() -> Parser:
     parser = Parser(add_help=False)
     parser.add_argument(
         "--template",
-        choices=("auto", "llama2", "chat"),
+        choices=("auto", "llama2", "chat", "open-unlearning"),
         default="auto",
-        help="prompt format: TOFU's plain Llama-2 text, the tokenizer's chat template, or "
-        "whichever fits the tokenizer (default: auto)",
+        help="prompt format: TOFU's plain Llama-2 text, the tokenizer's chat template, that "
+        "template as open-unlearning's Llama-3 models were trained with it (system prompt and "
+        "date), or whichever of the first two fits the tokenizer (default: auto)",
     )
     return parser
 

@@ -306,7 +306,8 @@ def per_token(
         hidden: (targets, width).
         head: the frozen LM head.
         value: from the logits (tokens, vocabulary) of some tokens, and which these are, to one
-            float32 value each; a token's value may depend on its own logits only.
+            float32 value each; a token's value may depend on its own logits only. Without
+            gradient it may give several values a token, as columns.
         chunk: tokens at a time.
     """
     result: Tensor = _PerToken.apply(hidden, head, value, chunk)

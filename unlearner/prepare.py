@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from adapters.base_model import BaseSpec, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
@@ -23,13 +23,11 @@ from unlearner.earlier import (
     without_rows_of,
 )
 from unlearner.pairing import Rows
-from unlearner.prompts import PromptFormat, encode_rows, prompt_format
+from unlearner.prompts import PromptFormat, Template, encode_rows, prompt_format
 
 if TYPE_CHECKING:
     from adapters.states import ActiveAdapter
     from adapters.store import AdapterStore
-
-Template = Literal["auto", "llama2", "chat"]
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,7 @@ class UnlearnTrainer(Trainer):
     def save_here(self) -> None:
         """A checkpoint of the last whole step, outside the schedule."""
         self._save_checkpoint(self.model, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Only what is trained: parents and base are files of their own and never change.

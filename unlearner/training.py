@@ -18,6 +18,7 @@ from unlearner import memory, preflight, ranks
 from unlearner.callbacks import RunCallback, StopRequest
 from unlearner.config import UnlearnConfig
 from unlearner.environment import threads_for
+from unlearner.gap import GapCallback
 from unlearner.packing import pack_attention, packs_exactly
 from unlearner.pairing import Pair, Rows, plan_steps
 from unlearner.prompts import pad_id
@@ -26,6 +27,7 @@ from unlearner.trainer import UnlearnTrainer
 
 if TYPE_CHECKING:
     from unlearner.callbacks import Progress
+    from unlearner.gap import StopAt
     from unlearner.guard import GuardRow
     from unlearner.prepare import Prepared
 
@@ -41,6 +43,7 @@ def train(
     parent_hashes: Sequence[str],
     callbacks: Sequence[Any],
     report: Progress,
+    stop_at: StopAt | None = None,
 ) -> dict[str, Any]:
     """Trains the new adapter of `model`; how it was run, for the manifest.
 
@@ -54,6 +57,7 @@ def train(
         parent_hashes: SHA-256 of the parents' weights, for the name of kept references.
         callbacks: more of transformers' callbacks.
         report: gets the events.
+        stop_at: what ends the training before its last step.
 
     Raises:
         DoesNotFit: two steps on the longest rows need too much, or memory ran out half-way.
@@ -89,10 +93,18 @@ def train(
         trainer.add_callback(
             RunCallback(lambda: trainer.last_terms, stop, work / "metrics.jsonl", report)
         )
+        watch = None
+        if stop_at is not None:
+            watch = GapCallback(stop_at, len(steps), work / "metrics.jsonl", report, last)
+            trainer.add_callback(watch)
         with stop.listening(report):
-            _run(trainer, last, run, budget)
-    done = trainer.state.global_step
-    if ranks.any_of(stop.asked) and done < len(steps):
+            if last is not None and watch is not None and watch.trace.stopped_at is not None:
+                trainer._load_from_checkpoint(last)  # it ended here; only publishing it failed
+            else:
+                _run(trainer, last, run, budget)
+    ended = watch.trace.stopped_at if watch is not None else None
+    done = trainer.state.global_step if ended is None else ended
+    if ended is None and ranks.any_of(stop.asked) and done < len(steps):
         raise Interrupted(
             f"Stopped after step {done} of {len(steps)}; it is saved.",
             "The same command with --resume continues it.",
@@ -103,6 +115,7 @@ def train(
         "gradient_checkpointing": run.config.train.gradient_checkpointing,
         "processes": ranks.world_size(),
         "probe_bytes": measured.peak,
+        **(watch.record() if watch is not None else {}),
     }
 
 

@@ -117,7 +117,7 @@ def test_every_command_has_json_debug_and_help(words: str, run: Any) -> None:
             "'--learning-rate'",
         ),
         (["forget", "x", "--base", "b", "--on-stack", "--independent"], "not allowed", "--help"),
-        (["evaluate", "--base", "b"], "required: --split", "evaluate --help"),
+        (["evaluate", "--base", "b"], "--split --rows is required", "evaluate --help"),
     ],
 )
 def test_bad_usage_names_the_word_and_the_fix(
