@@ -15,20 +15,20 @@ import numpy as np
 
 from adapters.errors import UserError
 from evaluation import metrics
-from evaluation.presets import PUBLISHED_FORGET05
+from evaluation.presets import PUBLISHED_FORGET05, PUBLISHED_FORGET10
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.records import EvalLog, read_log
 from evaluation.report_answers import answer_sets
-from evaluation.report_inputs import (
-    RETRAIN,
+from evaluation.report_inputs import RETRAIN, Inputs, find_inputs, sha256
+from evaluation.report_read import (
     Calibration,
-    Inputs,
     Robustness,
-    find_inputs,
+    Search,
     read_calibration,
     read_json,
     read_robustness,
-    sha256,
+    read_rows,
+    read_search,
 )
 from evaluation.report_tree import (
     MEASURED,
@@ -45,6 +45,7 @@ from evaluation.report_tree import (
 from evaluation.summary import match_forget, set_values, summarise
 
 NOT_STATED = "not stated"
+PUBLISHED = {"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10}
 PACKAGES = ("unlearner", "numpy", "scipy", "rouge-score")
 
 
@@ -74,6 +75,7 @@ def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
     views = tuple(_view(logs, reference, protocol) for protocol in protocols) if logs else ()
     cards = tuple(map(read_robustness, found.robustness))
     curves = tuple(map(read_calibration, found.calibration))
+    searches = tuple(map(read_search, found.tune))
     origin = next((one.log.sets for one in logs if one.name.casefold() == "origin"), None)
     shown = [
         made
@@ -86,7 +88,7 @@ def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
         title=request.title,
         command=request.command,
         date=request.date,
-        tried=_tried(request, found, curves),
+        tried=_tried(request, searches, curves),
         retrain=None if reference is None else reference.name,
         views=views,
         published=_published(request, logs, found),
@@ -94,7 +96,11 @@ def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
         without_answers=request.without_answers,
         robustness=cards,
         calibration=curves,
-        files=_files(logs, found, cards, curves),
+        searches=searches,
+        checks=tuple(
+            check for path in found.results for check in read_rows(read_json(path), "checks", path)
+        ),
+        files=_files(logs, found, cards, curves, searches),
         settings=_settings(protocols, found),
         versions=_versions(),
         warnings=_warnings(views, logs),
@@ -186,17 +192,13 @@ def ecdf(log: EvalLog, retain_log: EvalLog, protocol: Protocol) -> Ecdf | None:
     )  # fmt: skip
 
 
-def _tried(request: ReportRequest, found: Inputs, curves: tuple[Calibration, ...]) -> str:
+def _tried(
+    request: ReportRequest, searches: tuple[Search, ...], curves: tuple[Calibration, ...]
+) -> str:
     """How many configurations were tried: as stated, else as the files of searches count them."""
     if request.tried is not None:
         return f"{request.tried}, as stated by --tried"
-    parts = []
-    for path in found.tune:
-        raw = read_json(path)
-        count = raw.get("tried", raw.get("trials"))
-        count = len(count) if isinstance(count, list) else count
-        if isinstance(count, int):
-            parts.append(f"{count} by the search in {path}")
+    parts = [f"{one.tried} by the search {one.name}" for one in searches]
     for one in curves:
         tried = one.about.get("tried")
         if isinstance(tried, int):
@@ -209,13 +211,20 @@ def _published(
 ) -> tuple[Published, ...]:
     wanted = request.published
     if wanted is None:
-        splits = {str(one.log.meta.get("split")) for one in logs}
-        targets = {str(read_json(path).get("target")) for path in found.results}
-        wanted = "forget05" if "forget05" in splits or "tofu-forget05" in targets else "none"
-    if wanted not in ("forget05", "none"):
-        raise UserError(f"There are no published rows {wanted!r}.", "Choose forget05 or none.")
-    rows = PUBLISHED_FORGET05 if wanted == "forget05" else {}
-    return tuple(Published(name, quality, utility) for name, (quality, utility) in rows.items())
+        stated = {str(one.log.meta["split"]) for one in logs if one.log.meta.get("split")}
+        stated |= {
+            str(read_json(path).get("target")).removeprefix("tofu-") for path in found.results
+        }
+        split = stated.pop() if len(stated) == 1 else "none"
+        wanted = split if split in PUBLISHED else "none"
+    if wanted not in (*PUBLISHED, "none"):
+        raise UserError(
+            f"There are no published rows {wanted!r}.", f"Choose {', '.join(PUBLISHED)} or none."
+        )
+    rows = PUBLISHED.get(wanted, {})
+    return tuple(
+        Published(name, quality, utility, wanted) for name, (quality, utility) in rows.items()
+    )
 
 
 def _files(
@@ -223,6 +232,7 @@ def _files(
     found: Inputs,
     cards: tuple[Robustness, ...],
     curves: tuple[Calibration, ...],
+    searches: tuple[Search, ...],
 ) -> tuple[InputFile, ...]:
     """Every input with its digest and what it says of its making."""
     files = [
@@ -239,8 +249,13 @@ def _files(
         files.append(InputFile("robustness", card.name, str(path), sha256(path), card.about))
     for path, curve in zip(found.calibration, curves, strict=True):
         files.append(InputFile("calibration", curve.name, str(path), sha256(path), curve.about))
-    for kind, paths in (("reproduction", found.results), ("search", found.tune)):
-        files += [InputFile(kind, path.parent.name, str(path), sha256(path)) for path in paths]
+    for path, search in zip(found.tune, searches, strict=True):
+        files.append(InputFile("search", search.name, str(path), sha256(path), search.about))
+    for path in found.results:
+        raw = read_json(path)
+        about = {key: raw[key] for key in ("target", "preset", "origin", "seconds") if key in raw}
+        name = path.resolve().parent.name
+        files.append(InputFile("reproduction", name, str(path), sha256(path), about))
     return tuple(files)
 
 

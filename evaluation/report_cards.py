@@ -22,12 +22,13 @@ from evaluation.report_blocks import (
     p_text,
     plain,
 )
-from evaluation.report_inputs import Calibration, Curve, Robustness
 from evaluation.report_plots import robustness_charts, strength_charts
+from evaluation.report_read import Calibration, Curve, Robustness, Search
 
 # Columns of figures by key: their heads and directions.
 FIGURES = {
     "forget_quality": ("Forget quality (p)", HIGHER),
+    "forget_quality_log10": ("log10", HIGHER),
     "ks": ("KS D", LOWER),
     "log_r_gap": ("Gap of log R", "→ 0 is best"),
     "log_r_shift": ("Shift of log R", "→ 0 is best"),
@@ -35,6 +36,7 @@ FIGURES = {
     "model_utility": ("Model utility", HIGHER),
     "forget_nll": ("Forget NLL", "best near the reference's"),
     "retrain_forget_nll": ("Retrain's forget NLL", ""),
+    "forget_rouge_l_recall": ("Forget ROUGE-L", LOWER),
     "forget_answer_prob": ("Forget answer prob.", LOWER),
     "retain_answer_prob": ("Retain answer prob.", HIGHER),
 }
@@ -45,6 +47,8 @@ def calibration_section(found: Calibration, number: int) -> Section:
     about = found.about
     chosen = "none was chosen" if found.chosen_scale is None else f"{found.chosen_scale:g}"
     said = [f"Chosen strength of {found.name}: {chosen}."]
+    if about.get("reason"):
+        said.append(f"Why: {plain(about['reason'])}.")
     if about.get("rule"):
         said.append(f"Rule: {plain(about['rule'])}.")
     said += [
@@ -65,6 +69,10 @@ def calibration_section(found: Calibration, number: int) -> Section:
                 tuple("total" if m else "measured" for m in marked),
             )
         )  # fmt: skip
+    if found.evaluations:
+        names = [Cell(f"{row['scale']:g}") for row in found.evaluations]
+        caption = "Whole evaluations at some strengths"
+        blocks.append(_figure_table(caption, found.evaluations, Column("Strength"), names))
     if found.held_out:
         blocks.append(facts_table("On rows that did not choose it", found.held_out))
     title = "Strength curve" + (f", {found.name}" if found.name else "")
@@ -108,9 +116,31 @@ def robustness_section(card: Robustness, number: int) -> Section:
     if card.paraphrase:
         blocks += [Heading("Paraphrases and other forms"), _paraphrase(card.paraphrase)]
     if card.drop:
-        blocks += [Heading("Without the adapter"), facts_table("Adapter dropped", card.drop)]
+        blocks += [Heading("Adapter drop"), facts_table("The adapter switched off", card.drop)]
     title = "Robustness" + (f", {card.name}" if card.name else "")
     return Section(f"robustness-{number + 1}", title, tuple(blocks))
+
+
+def search_section(found: Search, number: int) -> Section:
+    """How many settings were tried, and the chosen ones on the seed that chose and on others."""
+    blocks: list[Block] = [
+        Para(
+            f"{found.tried} configurations were tried. The chosen one was chosen by its figures on "
+            "the first seed, which are therefore optimistic; the other seeds did not choose."
+        )
+    ]
+    rows = [row for row in (found.selected, *found.held_out) if row]
+    if rows:
+        words = ["chosen by it", *["held out"] * len(found.held_out)]
+        names = [
+            Cell(f"seed {plain(row.get('seed'))}", word)
+            for row, word in zip(rows, words[-len(rows) :], strict=True)
+        ]
+        caption = "The chosen settings on every seed"
+        blocks.append(_figure_table(caption, rows, Column("Seed", numeric=False), names))
+    if found.settings:
+        blocks.append(facts_table("The chosen settings", found.settings))
+    return Section(f"search-{number + 1}", f"Search, {found.name}", tuple(blocks))
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -12,7 +12,7 @@ from adapters.errors import UserError
 from evaluation.axes import Point, Span, span
 from evaluation.plots import DASHES, Chart, Gap, Rule, Series, axes_of, label_places, stairs
 from evaluation.report_blocks import fixed, p_text
-from evaluation.report_inputs import Calibration, Curve, Robustness
+from evaluation.report_read import Calibration, Curve, Robustness
 from evaluation.report_tree import MEASURED, REFERENCE, Published, System, View
 
 TAIL = 0.005  # of the rows at either end may lie beyond a plot's edge
@@ -186,6 +186,7 @@ def robustness_charts(card: Robustness) -> list[Chart]:
                     file_key("relearning", key, card.name), f"Relearning, {rows}, {card.name}",
                     _ends_text(series), "steps of relearning", "answer probability",
                     series, ys=(0.0, 1.0),
+                    rules=_levels(card.relearning, f"{key}_answer_prob"),
                 )
             )  # fmt: skip
     for key, name in (
@@ -204,6 +205,15 @@ def robustness_charts(card: Robustness) -> list[Chart]:
                 )
             )  # fmt: skip
     return made
+
+
+def _levels(curves: Sequence[Curve], key: str) -> tuple[Rule, ...]:
+    """A level for what was measured once only: a model that was not attacked."""
+    return tuple(
+        Rule(float(one.points[0][key]), one.name, level=True)
+        for one in curves
+        if len(one.points) == 1 and one.points[0].get(key) is not None
+    )
 
 
 def _ends_text(series: Sequence[Series]) -> str:

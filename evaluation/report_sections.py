@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from evaluation.metrics import NEEDS_RETRAIN
 from evaluation.report_blocks import (
@@ -13,7 +13,6 @@ from evaluation.report_blocks import (
     Answers,
     Block,
     Cell,
-    Code,
     Column,
     Figure,
     Heading,
@@ -26,8 +25,9 @@ from evaluation.report_blocks import (
     p_text,
     plain,
 )
-from evaluation.report_cards import calibration_section, robustness_section
+from evaluation.report_cards import calibration_section, robustness_section, search_section
 from evaluation.report_plots import ecdf_chart, quality_utility
+from evaluation.report_provenance import provenance_section, reading_section
 from evaluation.report_tree import (
     MEASURED,
     PUBLISHED_SOURCE,
@@ -63,21 +63,6 @@ HEAD_WITHOUT = (
     "Questions and answers were left out (--without-answers). Forget quality alone does not show "
     "whether a model still writes sentences: read some answers before you believe it."
 )
-READING = (
-    ("Forget quality", HIGHER, "p-value of the two-sample Kolmogorov-Smirnov test of log R on the "
-     "forget rows, against a model that never saw them. It shrinks with the number of rows and "
-     "cannot tell forgotten too little from forgotten too much: read D, shift and direction."),
-    ("KS D", LOWER, "largest distance of the two distribution functions of log R. Its interval "
-     "lies high, as resampling adds noise to what cannot be negative: read its upper end."),
-    ("Shift of log R", "→ 0", "median log R less the reference's, nats a token. Negative: the "
-     "right answer is still preferred, under-forgotten. Positive: over-forgotten."),
-    ("Direction", "indistinguishable", "the word for the shift; indistinguishable where p > 0.05."),
-    ("Model utility", HIGHER, "harmonic mean of nine parts: ROUGE-L recall, probability and truth "
-     "ratio on retain authors, real authors and world facts."),
-    ("Forget NLL", NEAR, "mean negative log-likelihood of the true answers, nats a token. Far "
-     "above the reference's means that text is broken, not forgotten."),
-    ("[low, high]", "", "95 % percentile interval of a bootstrap over rows."),
-)  # fmt: skip
 
 
 def sections(report: Report) -> tuple[Section, ...]:
@@ -85,11 +70,12 @@ def sections(report: Report) -> tuple[Section, ...]:
     found = [_summary(report)]
     for view in report.views:
         found += _view_sections(report, view)
+    found += [search_section(one, i) for i, one in enumerate(report.searches)]
     found += [calibration_section(one, i) for i, one in enumerate(report.calibration)]
     found += [robustness_section(card, i) for i, card in enumerate(report.robustness)]
     if report.answers:
         found.append(_answers(report))
-    found += [_reading(), _provenance(report)]
+    found += [reading_section(), provenance_section(report)]
     return tuple(found)
 
 
@@ -131,7 +117,15 @@ def _view_sections(report: Report, view: View) -> list[Section]:
     key = f"-{view.protocol}" if many else ""
     table: list[Block] = [system_table(view, report.published)]
     if report.published:
-        table.append(Para(f"Published rows: {PUBLISHED_SOURCE}. A dash: not published."))
+        table.append(
+            Para(
+                f"Published rows: {PUBLISHED_SOURCE.format(split=report.published[0].split)}. They "
+                "are of that model: hold only figures of the same model, split and protocol "
+                "against them. A dash: not published."
+            )
+        )
+    if report.checks:
+        table.append(_checks(report.checks))
     band = next((s for s in view.systems if s.role == SECOND), None)
     if band is not None and band.figures["ks"] is not None:
         table.append(
@@ -195,6 +189,10 @@ def _system_row(system: System) -> tuple[Cell, ...]:
         why if f["forget_quality"] is None else p_text(f["forget_quality"]),
         "" if f["forget_quality"] is None else f"log10 {fixed(f['forget_quality_log10'], 2)}",
     )
+
+    def mean(name: str) -> Cell:
+        return Cell(fixed(f[name]), interval_text(f[f"{name}_interval"]))
+
     utility = Cell(
         fixed(f["model_utility"]),
         interval_text(f["model_utility_interval"]) or f["reasons"].get("model_utility", ""),
@@ -209,9 +207,9 @@ def _system_row(system: System) -> tuple[Cell, ...]:
         Cell(f["direction"] or DASH),
         utility,
         Cell(fixed(f["forget_nll"]), "" if reference is None else f"retrain {fixed(reference)}"),
-        Cell(fixed(f["forget_answer_prob"])),
-        Cell(fixed(f["forget_rouge_l_recall"])),
-        Cell(fixed(f["retain_answer_prob"])),
+        mean("forget_answer_prob"),
+        mean("forget_rouge_l_recall"),
+        mean("retain_answer_prob"),
         Cell(str(f["n"])),
         Cell(f["protocol"]),
     )
@@ -223,6 +221,23 @@ def _published_row(row: Published) -> tuple[Cell, ...]:
         Cell(row.name), Cell("published"), Cell(fixed(row.forget_quality, 2)), unknown, unknown,
         unknown, Cell(fixed(row.model_utility, 2)), *[unknown] * 6,
     )  # fmt: skip
+
+
+def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
+    """What a reproduction recorded of its figures against the published ones."""
+    columns = (
+        Column("System", numeric=False), Column("Figure", numeric=False), Column("Measured"),
+        Column("Published"), Column("In words", numeric=False),
+    )  # fmt: skip
+    rows = tuple(
+        (
+            Cell(plain(check.get("name"))), Cell(plain(check.get("figure"))),
+            Cell(p_text(check.get("measured"))), Cell(p_text(check.get("published"))),
+            Cell(plain(check.get("text"))),
+        )
+        for check in checks
+    )  # fmt: skip
+    return Table("Measured against published, as the reproduction recorded it", columns, rows)
 
 
 def utility_table(view: View) -> Table | None:
@@ -275,42 +290,3 @@ def _answers(report: Report) -> Section:
         blocks.append(Heading(name))
         blocks += [Answers(one) for one in report.answers if one.system == name]
     return Section("answers", "Best and worst answers", tuple(blocks))
-
-
-def _reading() -> Section:
-    table = Table(
-        "What the figures mean",
-        (Column("Figure", numeric=False), Column("Better", numeric=False),
-         Column("Meaning", numeric=False)),
-        tuple((Cell(name), Cell(better or DASH), Cell(text)) for name, better, text in READING),
-    )  # fmt: skip
-    return Section("reading", "How to read the figures", (table,))
-
-
-def _provenance(report: Report) -> Section:
-    files = Table(
-        "Files that this report was made from",
-        (Column("Kind", numeric=False), Column("Name", numeric=False),
-         Column("Path", numeric=False), Column("sha256", numeric=False)),
-        tuple((Cell(f.kind), Cell(f.name), Cell(f.path), Cell(f.sha256)) for f in report.files),
-    )  # fmt: skip
-    blocks: list[Block] = [Heading("This report")]
-    blocks.append(Code(report.command) if report.command else Para("Its command is not recorded."))
-    blocks.append(Para(f"Versions: {plain(report.versions)}."))
-    blocks.append(Para(f"Configurations tried: {report.tried}."))
-    said = tuple(
-        (Cell(f.name), Cell(f.kind), Cell(plain(f.about))) for f in report.files if f.about
-    )
-    blocks += [Heading("Inputs"), files]
-    if said:
-        columns = ("Name", "Kind", "Recorded in it")
-        heads = tuple(Column(head, numeric=False) for head in columns)
-        blocks.append(Table("What the files say of their making", heads, said))
-    blocks.append(Heading("Settings and seeds"))
-    blocks.append(Para(f"Intervals: {plain(report.settings['bootstrap'])}."))
-    for name, settings in report.settings["protocols"].items():
-        blocks.append(Para(f"Protocol {name}: {plain(settings)}."))
-    for name, settings in report.settings["methods"].items():
-        blocks.append(Para(f"Training of {name}:"))
-        blocks.append(Code(json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True)))
-    return Section("provenance", "Provenance", tuple(blocks))

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluation.report_answers import AnswerSet
-    from evaluation.report_inputs import Calibration, Robustness
+    from evaluation.report_read import Calibration, Robustness, Search
 
 SCHEMA, KIND = 1, "unlearner-report"
 MEASURED, REFERENCE, SECOND = "measured", "retrain reference", "second retrain reference"
 PUBLISHED_SOURCE = (
-    "model card of OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat (arXiv 2410.07163): "
-    "Llama-2-7b-chat on TOFU forget05, to two digits"
+    "model card of OPTML-Group/SimNPO-TOFU-{split}-Llama-2-7b-chat (arXiv 2410.07163), "
+    "Llama-2-7b-chat on TOFU {split}, to two digits"
 )
 
 
@@ -29,7 +29,7 @@ class ReportRequest:
             the system called `retrain` is the reference, where there is one.
         protocols: names; empty takes the first that a log states, else `tofu`.
         robustness, calibration: cards beside those found in folders.
-        published: `forget05`, `none`, or None: where a log says that it is of forget05.
+        published: `forget05`, `forget10`, `none`, or None: the split that all logs state.
         tried: how many configurations were tried, as the caller states it.
         without_answers: leave out every question and answer.
         command: what made the report, to be printed.
@@ -94,6 +94,7 @@ class Published:
     name: str
     forget_quality: float
     model_utility: float
+    split: str
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class Report:
     without_answers: bool
     robustness: tuple[Robustness, ...]
     calibration: tuple[Calibration, ...]
+    searches: tuple[Search, ...]
+    checks: tuple[Mapping[str, Any], ...]
     files: tuple[InputFile, ...]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from evaluation.protocols import PROTOCOLS, protocol_named
 from ui import options
 
 if TYPE_CHECKING:
+    from evaluation.report_tree import ReportRequest
     from ui.console import Console
 
 OUT, TITLE = Path("report"), "Unlearning report"
@@ -81,8 +83,8 @@ def _add_card_flags(parser: options.Parser) -> None:
     )
     parser.add_argument(
         "--published",
-        choices=("forget05", "none"),
-        help="published rows beside ours (default: forget05 where a log says it is of forget05)",
+        choices=("forget05", "forget10", "none"),
+        help="published rows beside ours (default: those of the split that the logs state)",
     )
     parser.add_argument(
         "--without-answers", action="store_true", help="leave out every question and answer"
@@ -99,22 +101,9 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
         protocol_named(name)
     console.words(f"Reading {', '.join(args.inputs)} ...")
     from evaluation.report_files import make_report
-    from evaluation.report_tree import ReportRequest
 
-    request = ReportRequest(
-        inputs=tuple(args.inputs),
-        retain_log=args.retain_log,
-        second_retain_log=args.second_retain_log,
-        protocols=tuple(args.protocol),
-        robustness=tuple(args.robustness),
-        calibration=tuple(args.calibration),
-        title=args.title,
-        tried=args.tried,
-        published=args.published,
-        without_answers=args.without_answers,
-        command=command_text(args),
-        date=args.date,
-    )
+    request = _request(args)
+    request = replace(request, command=command_text(request, png=args.png))
     written = make_report(request, args.out, png=args.png)
     for text in written.report.warnings:
         console.words(f"Note: {text}.")
@@ -141,21 +130,41 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def command_text(args: argparse.Namespace) -> str:
+def _request(args: argparse.Namespace) -> ReportRequest:
+    """What the flags ask for."""
+    from evaluation.report_tree import ReportRequest
+
+    return ReportRequest(
+        inputs=tuple(args.inputs),
+        retain_log=args.retain_log,
+        second_retain_log=args.second_retain_log,
+        protocols=tuple(args.protocol),
+        robustness=tuple(args.robustness),
+        calibration=tuple(args.calibration),
+        title=args.title,
+        tried=args.tried,
+        published=args.published,
+        without_answers=args.without_answers,
+        date=args.date,
+    )
+
+
+def command_text(request: ReportRequest, *, png: bool = False) -> str:
     """The command that makes the same report, without where it is written: that changes no byte."""
-    words: list[object] = ["unlearner", "report", *args.inputs]
+    words: list[object] = ["unlearner", "report", *request.inputs]
     named = {
-        "--retain-log": args.retain_log,
-        "--second-retain-log": args.second_retain_log,
-        "--protocol": ",".join(args.protocol) or None,
-        "--tried": args.tried,
-        "--published": args.published,
-        "--title": args.title if args.title != TITLE else None,
-        "--date": args.date or None,
+        "--retain-log": request.retain_log,
+        "--second-retain-log": request.second_retain_log,
+        "--protocol": ",".join(request.protocols) or None,
+        "--tried": request.tried,
+        "--published": request.published,
+        "--title": request.title if request.title != TITLE else None,
+        "--date": request.date or None,
     }
     for flag, value in named.items():
         words += [] if value is None else [flag, value]
-    for flag, files in (("--robustness", args.robustness), ("--calibration", args.calibration)):
+    cards = {"--robustness": request.robustness, "--calibration": request.calibration}
+    for flag, files in cards.items():
         words += [flag, *files] if files else []
-    words += ["--without-answers"] * args.without_answers + ["--png"] * args.png
+    words += ["--without-answers"] * request.without_answers + ["--png"] * png
     return shlex.join(map(str, words))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
-from evaluation import report_inputs
+from evaluation import report_inputs, report_read
 from evaluation.axes import Axes
 from evaluation.plots import Chart, Series, label_places, svg
 from evaluation.protocols import PROTOCOLS, protocol_named
@@ -240,9 +240,16 @@ def test_published_rows_stand_beside_ours_and_say_so(report: Callable[..., Path]
 
 
 def test_another_split_is_not_compared_with_published_rows(tmp_path: Path) -> None:
-    path = write_log(made_log(1, split="forget10"), tmp_path / "a.json")
+    path = write_log(made_log(1, split="forget01"), tmp_path / "a.json")
     made, _ = gather(ReportRequest((str(path),)))
     assert made.published == ()
+    path = write_log(made_log(1, split="forget10"), tmp_path / "b.json")
+    made, _ = gather(ReportRequest((str(path),)))
+    assert {one.name: one.forget_quality for one in made.published}["simnpo"] == 0.45
+    both = write_log(made_log(1), tmp_path / "c.json")
+    made, _ = gather(ReportRequest((str(path), str(both))))
+    assert made.published == ()
+    assert "different splits: forget05, forget10" in " ".join(made.warnings)
 
 
 def test_a_limited_run_is_marked(tmp_path: Path) -> None:
@@ -457,18 +464,18 @@ def test_cards_of_another_shape_are_refused(
     path = tmp_path / "card.json"
     path.write_text(json.dumps(robustness_card() | change))
     if words is None:
-        assert report_inputs.read_robustness(path).name == "r0001"
+        assert report_read.read_robustness(path).name == "r0001"
         return
     with pytest.raises(UserError, match=re.escape(words)):
-        report_inputs.read_robustness(path)
+        report_read.read_robustness(path)
 
 
 def test_calibration_refuses_a_strength_that_is_no_number(tmp_path: Path) -> None:
     path = write_json(tmp_path / "c.json", calibration_card() | {"chosen_scale": "half"})
     with pytest.raises(UserError, match="chosen_scale is 'half'"):
-        report_inputs.read_calibration(path)
+        report_read.read_calibration(path)
     path = write_json(tmp_path / "c.json", calibration_card() | {"chosen_scale": None})
-    assert report_inputs.read_calibration(path).chosen_scale is None
+    assert report_read.read_calibration(path).chosen_scale is None
 
 
 def test_folders_of_every_command_are_looked_through(tmp_path: Path) -> None:
@@ -483,6 +490,7 @@ def test_folders_of_every_command_are_looked_through(tmp_path: Path) -> None:
         tmp_path / "made" / "result.json",
         {
             "target": "tofu-forget05", "methods": {"npo": {"seed": 3}},
+            "checks": [{"name": "npo", "figure": "ks", "text": "npo: it is within the band"}],
             "logs": {"origin": "elsewhere/logs/origin.json", "npo": "elsewhere/npo-1/log.json"},
         },
     )  # fmt: skip
@@ -497,6 +505,8 @@ def test_folders_of_every_command_are_looked_through(tmp_path: Path) -> None:
     whole, _ = gather(ReportRequest((str(tmp_path / "made"),)))
     assert list(whole.settings["methods"].values()) == [{"seed": 3}]
     assert whole.published
+    make_report(ReportRequest((str(tmp_path / "made"),)), tmp_path / "out")
+    assert "npo: it is within the band" in (tmp_path / "out" / "report.html").read_text()
     (tmp_path / "made" / "npo-1" / "log.json").unlink()
     with pytest.raises(UserError, match="which is gone"):
         report_inputs.find_inputs([str(tmp_path / "made")])
@@ -527,8 +537,52 @@ def test_how_many_were_tried_is_stated_or_counted_or_not_stated(
     assert gather(ReportRequest((log,)))[0].tried == "not stated"
     assert gather(ReportRequest((log,), tried=12))[0].tried == "12, as stated by --tried"
     assert gather(ReportRequest((str(folder),)))[0].tried == "3 strengths of r0001 by calibration"
-    write_json(folder / "tune.json", {"kind": "unlearner-tune", "trials": [1, 2]})
-    assert gather(ReportRequest((str(folder),)))[0].tried.startswith("2 by the search in ")
+    write_json(folder / "tune.json", {"kind": "unlearner-tune", "schema": 1, "tried": 17})
+    whole = gather(ReportRequest((str(folder),)))[0]
+    assert whole.tried == "17 by the search run; 3 strengths of r0001 by calibration"
+    write_json(folder / "tune.json", {"kind": "unlearner-tune", "schema": 1})
+    with pytest.raises(UserError, match="tried is None"):
+        gather(ReportRequest((str(folder),)))
+
+
+def test_a_search_shows_the_seed_that_chose_and_those_that_did_not(tmp_path: Path) -> None:
+    rows = [{"seed": seed, "forget_quality": 0.9 - seed / 10, "ks": 0.1, "model_utility": 0.6}
+            for seed in range(3)]  # fmt: skip
+    chosen = {"settings": {"beta": 2.5}, "selected": rows[0], "held_out": rows[1:]}
+    write_json(
+        tmp_path / "run" / "tune.json",
+        {"kind": "unlearner-tune", "schema": 1, "tried": 9, "chosen": chosen,
+         "command": ["unlearner", "forget", "x"]},
+    )  # fmt: skip
+    made = make_report(ReportRequest((str(tmp_path / "run"),)), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert made.report.tried == "9 by the search run"
+    assert "| seed 0 (chosen by it) | 0.9 |" in text
+    assert "| seed 2 (held out) | 0.7 |" in text
+    assert "| beta | 2.5 |" in text
+    assert "command unlearner, forget, x" in text
+
+
+def test_what_was_measured_once_is_a_level_in_the_relearning_plot(tmp_path: Path) -> None:
+    card = robustness_card()
+    origin = {"step": 0, "seen_answer_prob": 0.97, "unseen_answer_prob": 0.96}
+    card["relearning"]["curves"].append({"name": "origin", "points": [origin]})
+    path = write_json(tmp_path / "card.json", card)
+    make_report(ReportRequest((), robustness=(path,)), tmp_path / "out")
+    plot = (tmp_path / "out" / "plots" / "relearning-seen-r0001.svg").read_text()
+    assert ">origin</text>" in plot
+    assert "0.970" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_evaluations_of_a_calibration_become_a_table_and_not_a_blob(tmp_path: Path) -> None:
+    whole = summarise(made_log(1), made_log(2), resamples=0)
+    card = calibration_card() | {"evaluations": [{"scale": 0.5, **whole}], "held_out": None}
+    path = write_json(tmp_path / "c.json", json.loads(json.dumps(card)))
+    make_report(ReportRequest((), calibration=(path,)), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Whole evaluations at some strengths" in text
+    assert f"{whole['model_utility']:.3f}" in text
+    assert "model\_utility\_parts" not in text
 
 
 def test_provenance_names_digests_versions_seeds_and_the_command(

@@ -13,7 +13,7 @@ import pytest
 
 from evaluation.records import AnswerScore, EvalLog, Generation, RowRecord, SetRecord, write_log
 from ui.cli import parse
-from ui.commands_report import command_text
+from ui.commands_report import _request, command_text
 
 SETS = {"forget": 12, "retain": 6, "real_authors": 4, "world_facts": 4}
 
@@ -118,7 +118,7 @@ def test_the_command_it_prints_makes_the_same_report() -> None:
     args = parse([*words, "--out", "somewhere", "--json"])
     import shlex
 
-    again = shlex.split(command_text(args))
+    again = shlex.split(command_text(_request(args), png=args.png))
     assert again[0] == "unlearner"
     assert "--out" not in again
     other = parse(again[1:])
