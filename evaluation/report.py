@@ -68,7 +68,7 @@ def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
     """
     found = find_inputs(request.inputs, request.robustness, request.calibration)
     logs = load_logs(found, request)
-    if not logs and not found.robustness and not found.calibration:
+    if not (logs or found.robustness or found.calibration or found.tune):
         raise UserError("There is nothing to report on.", "Name a log, a card or their folder.")
     reference = next((one for one in logs if one.role == REFERENCE), None)
     protocols = [protocol_named(name) for name in request.protocols or _stated(logs)]
