@@ -253,7 +253,8 @@ def _files(
         files.append(InputFile("search", search.name, str(path), sha256(path), search.about))
     for path in found.results:
         raw = read_json(path)
-        about = {key: raw[key] for key in ("target", "preset", "origin", "seconds") if key in raw}
+        recorded = ("target", "preset", "origin", "seconds")
+        about: dict[str, Any] = {key: raw[key] for key in recorded if key in raw}
         name = path.resolve().parent.name
         files.append(InputFile("reproduction", name, str(path), sha256(path), about))
     return tuple(files)
