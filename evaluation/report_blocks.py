@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evaluation.plots import Chart
@@ -100,6 +101,22 @@ def charts(sections: tuple[Section, ...]) -> list[Chart]:
     return [
         block.chart for found in sections for block in found.blocks if isinstance(block, Figure)
     ]
+
+
+def distinct(found: Sequence[Section]) -> tuple[Section, ...]:
+    """The sections with no two plots of one file name: a later one gets a number."""
+    times: Counter[str] = Counter()
+
+    def named(block: Block) -> Block:
+        if not isinstance(block, Figure):
+            return block
+        key = block.chart.key
+        times[key] += 1
+        if times[key] == 1:
+            return block
+        return Figure(replace(block.chart, key=f"{key}-{times[key]}"))
+
+    return tuple(replace(one, blocks=tuple(map(named, one.blocks))) for one in found)
 
 
 def fixed(value: Any, digits: int = 3, sign: bool = False) -> str:

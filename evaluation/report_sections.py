@@ -20,6 +20,7 @@ from evaluation.report_blocks import (
     Para,
     Section,
     Table,
+    distinct,
     fixed,
     interval_text,
     p_text,
@@ -76,11 +77,13 @@ def sections(report: Report) -> tuple[Section, ...]:
     if report.answers:
         found.append(_answers(report))
     found += [reading_section(), provenance_section(report)]
-    return tuple(found)
+    return distinct(found)
 
 
 def _summary(report: Report) -> Section:
-    blocks: list[Block] = [Note(HEAD_WITHOUT if report.without_answers else HEAD_WITH)]
+    blocks: list[Block] = []
+    if report.views:  # cards hold no texts
+        blocks.append(Note(HEAD_WITHOUT if report.without_answers else HEAD_WITH))
     limited = [
         system.name
         for view in report.views[:1]

@@ -433,10 +433,27 @@ def test_word_differences_hold_every_word_once() -> None:
     assert word_differences("", "a b") == ((), (("a b", True),))
 
 
+def test_plots_of_one_name_get_files_of_their_own(folder: Path, tmp_path: Path) -> None:
+    again = write_json(tmp_path / "again.json", calibration_card() | {"chosen_scale": 1.0})
+    paths = (folder / "calibration.json", again)
+    logs = [f"{name}={folder / 'logs' / 'simnpo.json'}" for name in ("a b", "a-b")]
+    retrain = folder / "logs" / "retrain.json"
+    make_report(ReportRequest(tuple(logs), retrain, calibration=paths), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    linked = re.findall(r"\]\(plots/(.*?)\)", text)
+    assert len(linked) == len(set(linked)) == 7
+    assert set(linked) == {path.name for path in (tmp_path / "out" / "plots").iterdir()}
+    pair = [(tmp_path / "out" / "plots" / f"strength-gap-r0001{n}.svg").read_text()
+            for n in ("", "-2")]  # fmt: skip
+    assert "chosen 0.5" in pair[0]
+    assert "chosen 1" in pair[1]
+
+
 def test_cards_alone_make_a_report(folder: Path, tmp_path: Path) -> None:
     request = ReportRequest((), robustness=(folder / "robustness.json",))
     text = make_report(request, tmp_path / "out").html.read_text()
     assert "✗ does not hold" in text
+    assert "holds questions and answers" not in text
     assert "Limited to the first 20 rows" in text
     assert "under-forgotten" in text
     assert (tmp_path / "out" / "plots" / "sampling-share-leaked-r0001.svg").is_file()
