@@ -30,7 +30,10 @@ FIGURES = (
     "forget_nll", "retrain_forget_nll", "forget_answer_prob", "forget_rouge_l_recall",
     "forget_truth_ratio", "retain_answer_prob", "retain_rouge_l_recall", "retain_nll",
 )  # fmt: skip
-SPREADS = ("ks", "log_r_shift", "model_utility")
+SPREADS = (
+    "forget_quality", "ks", "log_r_shift", "model_utility", "forget_nll", "forget_answer_prob",
+    "forget_rouge_l_recall", "retain_answer_prob",
+)  # fmt: skip
 ROW_FIGURES = ("rouge_l_recall", "answer_prob", "nll", "log_r")
 
 

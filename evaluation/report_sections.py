@@ -187,11 +187,12 @@ def system_table(view: View, published: Sequence[Published]) -> Table:
 def _system_row(system: System) -> tuple[Cell, ...]:
     f = system.figures
     itself = system.role == REFERENCE
-    why = f["reasons"].get("forget_quality", "")
-    quality = Cell(
-        why if f["forget_quality"] is None else p_text(f["forget_quality"]),
-        "" if f["forget_quality"] is None else f"log10 {fixed(f['forget_quality_log10'], 2)}",
-    )
+    quality = Cell(f["reasons"].get("forget_quality", ""))
+    if f["forget_quality"] is not None:
+        spread = "{}" if f["forget_quality_interval"] is None else "[{}, {}]; {}"
+        ends = map(p_text, f["forget_quality_interval"] or ())
+        small = spread.format(*ends, f"log10 {fixed(f['forget_quality_log10'], 2)}")
+        quality = Cell(p_text(f["forget_quality"]), small)
 
     def mean(name: str) -> Cell:
         return Cell(fixed(f[name]), interval_text(f[f"{name}_interval"]))

@@ -200,6 +200,10 @@ def test_the_table_equals_the_summary_and_d_the_ks_statistic(
         wanted = figures.get(key, figures["model_utility_parts"].get(key))
         assert float(rows["npo"][key]) == wanted
     assert float(rows["npo"]["ks_low"]) == figures["ks_interval"][0]
+    assert float(rows["npo"]["forget_quality_high"]) == figures["forget_quality_interval"][1]
+    assert (
+        f"{figures['forget_quality_interval'][1]:.3g}]; log10" in (out / "report.html").read_text()
+    )
     page = (out / "report.html").read_text()
     for value in (figures["ks"], figures["model_utility"], figures["forget_nll"]):
         assert f"{value:.3f}" in page
