@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,6 +88,7 @@ class Extras:
     """What was asked for beside the evaluation, and once measured its results."""
 
     args: argparse.Namespace
+    live: bool = False
     plan: TokenPlan | None = None
     retain: TokenRecords | None = None
     tasks: Any = None
@@ -124,7 +128,7 @@ class Extras:
             from evaluation.lm_harness import run_tasks
 
             named, limit = self.args.lm_eval, self.args.limit
-            with threads_for(model):
+            with threads_for(model), _bars(self.live):
                 self.lm_eval = ranks.from_first(
                     lambda: run_tasks(model, fmt.tokenizer, named, self.tasks, limit=limit)
                 )
@@ -157,6 +161,11 @@ class Extras:
             console.table(self.lm_eval)
 
 
+def _bars(live: bool) -> contextlib.AbstractContextManager[Any]:
+    """The harness draws its own progress bars: only on a terminal, where they may move."""
+    return contextlib.nullcontext() if live else contextlib.redirect_stderr(io.StringIO())
+
+
 def _line(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     low, high = figures.get(f"{name}_interval") or (None, None)
     better = figures["better"][name]
@@ -177,8 +186,9 @@ def plan_extras(
             the harness does not know.
     """
     _check_flags(args)
-    extras = Extras(args)
+    extras = Extras(args, console.live)
     if args.lm_eval:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from evaluation.lm_harness import load_tasks
 
         console.words("Loading the tasks of lm-eval ...")
