@@ -126,38 +126,13 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
     origin, retrain = _models(run, report)
-    template = run.chosen.template
-    what = Measured(run.data, run.split, run.protocols, run.limit, template)
-    logs = {"origin": run.out / "logs" / "origin.json"}
-    measured = [("origin", run.spec(origin))]
-    if retrain is None:
-        logs["retrain"] = Path(str(run.retain_log))
-    else:
-        # The reference is scored as it was published, not through 4-bit weights.
-        logs["retrain"] = run.out / "logs" / "retrain.json"
-        measured.append(("retrain", replace(run.spec(retrain), load_in_4bit=False)))
-    report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
-    for name, spec in measured:
-        measure(_named(report, name), base=spec, what=what, log=logs[name])
+    what = Measured(run.data, run.split, run.protocols, run.limit, run.chosen.template)
+    logs = _measure_pair(run, origin, retrain, what, report)
     request = _request(run, origin, report)
-    stores: dict[str, str] = {}
-    refusals = load_refusals(run.data)
+    stores = {}
     for method in run.methods:
         report({"event": "stage", "stage": method, "text": f"Unlearning with {method}"})
-        config = run.config(method)
-        work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)))}"
-        logs[method] = work / "log.json"
-        stores[method] = str(work / "forget-store")
-        forget_and_measure(
-            _named(report, method),
-            requests=[request],
-            base=run.spec(origin),
-            config=config,
-            store=work / "forget-store",
-            what=what,
-            log=logs[method],
-            refusals=refusals,
-        )
+        stores[method], logs[method] = _unlearned(run, method, request, origin, what, report)
     table = [
         row
         for name, log in logs.items()
@@ -176,7 +151,7 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
                 run.chosen.published.get(run.split, {}),
             )
         ],
-        "stores": stores,
+        "stores": {method: str(store) for method, store in stores.items()},
         "retain_rows": len(request.retain),
         "methods": {method: run.config(method).to_json() for method in run.methods},
         "logs": {name: str(path) for name, path in logs.items()},
@@ -184,6 +159,43 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     }
     write_json(run.out / "result.json", json.loads(json.dumps(found, default=str)))
     return found
+
+
+def _measure_pair(
+    run: Reproduction, origin: str, retrain: str | None, what: Measured, report: Report
+) -> dict[str, Path]:
+    """Logs of Origin and Retrain, where no log stands for the latter already."""
+    logs = {"origin": run.out / "logs" / "origin.json"}
+    measured = [("origin", run.spec(origin))]
+    if retrain is None:
+        logs["retrain"] = Path(str(run.retain_log))
+    else:
+        # The reference is scored as it was published, not through 4-bit weights.
+        logs["retrain"] = run.out / "logs" / "retrain.json"
+        measured.append(("retrain", replace(run.spec(retrain), load_in_4bit=False)))
+    report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
+    for name, spec in measured:
+        measure(_named(report, name), base=spec, what=what, log=logs[name])
+    return logs
+
+
+def _unlearned(
+    run: Reproduction, method: str, request: Request, origin: str, what: Measured, report: Report
+) -> tuple[Path, Path]:
+    """Store and log of the request unlearned with one method."""
+    config = run.config(method)
+    work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)))}"
+    forget_and_measure(
+        _named(report, method),
+        requests=[request],
+        base=run.spec(origin),
+        config=config,
+        store=work / "forget-store",
+        what=what,
+        log=work / "log.json",
+        refusals=load_refusals(run.data),
+    )
+    return work / "forget-store", work / "log.json"
 
 
 def _in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:

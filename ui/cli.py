@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse(words)
+        args.words = words
         _quiet_libraries(console)
         # Only the console writes data: what a library prints is words, and goes to stderr.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -223,7 +224,8 @@ def _measure(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
     key = hashlib.sha256(json.dumps([fingerprint.digest, view, stack.active]).encode()).hexdigest()
-    meta = {"split": own_rows.name_of(args), "adapters": stack.active, **view}
+    command = shlex.join(["unlearner", *args.words])
+    meta = {"split": own_rows.name_of(args), "adapters": stack.active, "command": command, **view}
     log = evaluate(
         model,
         fmt,

@@ -127,6 +127,11 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         metavar="DIR",
         help="folder for models, stores and logs (default: ./reproduce)",
     )
+    _add_outcome_flags(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
+
+
+def _add_outcome_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--gate",
         action="store_true",
@@ -140,7 +145,6 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         help="then fold the last method's adapter into full weights there, measured again, with a "
         "model card",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
 
 
 def run_quickstart(args: argparse.Namespace, console: Console) -> int:

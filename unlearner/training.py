@@ -102,21 +102,33 @@ def train(
                 trainer._load_from_checkpoint(last)  # it ended here; only publishing it failed
             else:
                 _run(trainer, last, run, budget)
-    ended = watch.trace.stopped_at if watch is not None else None
-    done = trainer.state.global_step if ended is None else ended
-    if ended is None and ranks.any_of(stop.asked) and done < len(steps):
-        raise Interrupted(
-            f"Stopped after step {done} of {len(steps)}; it is saved.",
-            "The same command with --resume continues it.",
-        )
     return {
-        "steps": done,
+        "steps": _steps_done(trainer, watch, stop, len(steps)),
         "packed": packed,
         "gradient_checkpointing": run.config.train.gradient_checkpointing,
         "processes": ranks.world_size(),
         "probe_bytes": measured.peak,
         **(watch.record() if watch is not None else {}),
     }
+
+
+def _steps_done(
+    trainer: UnlearnTrainer, watch: GapCallback | None, stop: StopRequest, steps: int
+) -> int:
+    """The steps of a run that came to its end, the last one or the one that `watch` chose.
+
+    Raises:
+        Interrupted: it was stopped on request before that.
+    """
+    if watch is not None and watch.trace.stopped_at is not None:
+        return watch.trace.stopped_at
+    done = int(trainer.state.global_step)
+    if ranks.any_of(stop.asked) and done < steps:
+        raise Interrupted(
+            f"Stopped after step {done} of {steps}; it is saved.",
+            "The same command with --resume continues it.",
+        )
+    return done
 
 
 def _last_checkpoint(work: Path, resume: bool, report: Progress) -> str | None:
