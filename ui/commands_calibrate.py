@@ -49,6 +49,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("ref", metavar="REF", help="adapter: slug, its start, label or request id")
     _add_flags(parser)
+    _add_output_flags(parser)
     parser.set_defaults(run=run_calibrate)
 
 
@@ -91,6 +92,9 @@ def _add_flags(parser: options.Parser) -> None:
         metavar="NAME",
         help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
     )
+
+
+def _add_output_flags(parser: options.Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {FILE} and the logs")
     parser.add_argument(
         "--limit",

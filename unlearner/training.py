@@ -93,16 +93,13 @@ def train(
         trainer.add_callback(
             RunCallback(lambda: trainer.last_terms, stop, work / "metrics.jsonl", report)
         )
-        watch = None
-        if stop_at is not None:
-            watch = GapCallback(stop_at, len(steps), work / "metrics.jsonl", report, last)
-            trainer.add_callback(watch)
+        watch = _watch(trainer, stop_at, work / "metrics.jsonl", report, last)
         with stop.listening(report):
-            if last is not None and watch is not None and watch.trace.stopped_at is not None:
+            if last is not None and _ended(watch) is not None:
                 trainer._load_from_checkpoint(last)  # it ended here; only publishing it failed
             else:
                 _run(trainer, last, run, budget)
-    ended = watch.trace.stopped_at if watch is not None else None
+    ended = _ended(watch)
     done = trainer.state.global_step if ended is None else ended
     if ended is None and ranks.any_of(stop.asked) and done < len(steps):
         raise Interrupted(
@@ -117,6 +114,26 @@ def train(
         "probe_bytes": measured.peak,
         **(watch.record() if watch is not None else {}),
     }
+
+
+def _watch(
+    trainer: UnlearnTrainer,
+    stop_at: StopAt | None,
+    log: Path,
+    report: Progress,
+    last: str | None,
+) -> GapCallback | None:
+    """What reads the distance to a reference while the trainer runs; None where none is given."""
+    if stop_at is None:
+        return None
+    watch = GapCallback(stop_at, trainer.args.max_steps, log, report, last)
+    trainer.add_callback(watch)
+    return watch
+
+
+def _ended(watch: GapCallback | None) -> int | None:
+    """The step at which the reference was met, None where it was not."""
+    return None if watch is None else watch.trace.stopped_at
 
 
 def _last_checkpoint(work: Path, resume: bool, report: Progress) -> str | None:
