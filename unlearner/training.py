@@ -95,10 +95,7 @@ def train(
         )
         watch = _watch(trainer, stop_at, work / "metrics.jsonl", report, last)
         with stop.listening(report):
-            if last is not None and _ended(watch) is not None:
-                trainer._load_from_checkpoint(last)  # it ended here; only publishing it failed
-            else:
-                _run(trainer, last, run, budget)
+            _run(trainer, last, run, budget, _ended(watch))
     ended = _ended(watch)
     done = trainer.state.global_step if ended is None else ended
     if ended is None and ranks.any_of(stop.asked) and done < len(steps):
@@ -237,8 +234,13 @@ def _check_fit(
     return measured
 
 
-def _run(trainer: UnlearnTrainer, last: str | None, run: Prepared, budget: float) -> None:
+def _run(
+    trainer: UnlearnTrainer, last: str | None, run: Prepared, budget: float, ended: int | None
+) -> None:
     """Trains; where memory runs out the last whole step is saved and the way on is named."""
+    if last is not None and ended is not None:  # only publishing it failed
+        trainer._load_from_checkpoint(last)
+        return
     try:
         trainer.train(resume_from_checkpoint=last)
     except RuntimeError as error:
