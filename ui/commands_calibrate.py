@@ -49,6 +49,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("ref", metavar="REF", help="adapter: slug, its start, label or request id")
     _add_flags(parser)
+    _add_output_flags(parser)
     parser.set_defaults(run=run_calibrate)
 
 
@@ -67,24 +68,6 @@ def _add_flags(parser: options.Parser) -> None:
         metavar="LOG",
         help="log of a model that never saw the forget set; calibration needs it",
     )
-    _add_choice_flags(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {FILE} and the logs")
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="only the first N rows of each set: for a quick look; nothing is published then "
-        "unless --publish asks for it",
-    )
-    parser.add_argument(
-        "--publish",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="store the adapter at the chosen scale as a new one (default: yes)",
-    )
-
-
-def _add_choice_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--scales",
         type=scale_list,
@@ -108,6 +91,23 @@ def _add_choice_flags(parser: options.Parser) -> None:
         default=DEFAULT,
         metavar="NAME",
         help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
+    )
+
+
+def _add_output_flags(parser: options.Parser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {FILE} and the logs")
+    parser.add_argument(
+        "--limit",
+        type=options.positive_int,
+        metavar="N",
+        help="only the first N rows of each set: for a quick look; nothing is published then "
+        "unless --publish asks for it",
+    )
+    parser.add_argument(
+        "--publish",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="store the adapter at the chosen scale as a new one (default: yes)",
     )
 
 

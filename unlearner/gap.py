@@ -151,6 +151,15 @@ class GapCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = True  # publishing may fail: the result need not be made again
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says so where the run came to its end and the reference was not reached."""
+        at, distance = self.trace.readings[-1]
+        if self.trace.stopped_at is None and at == self._steps and distance < 0:
+            text = (
+                f"the reference was not reached: the run ends at {distance:+.3f}, under-forgotten"
+            )
+            self._report({"event": "note", "text": text})
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps readings and the weights of the last one with the checkpoint."""
         from safetensors.torch import save

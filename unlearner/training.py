@@ -93,17 +93,18 @@ def train(
         trainer.add_callback(
             RunCallback(lambda: trainer.last_terms, stop, work / "metrics.jsonl", report)
         )
-        watch = None
-        if stop_at is not None:
-            watch = GapCallback(stop_at, len(steps), work / "metrics.jsonl", report, last)
-            trainer.add_callback(watch)
+        watch = _watch(trainer, stop_at, work / "metrics.jsonl", report, last)
         with stop.listening(report):
-            if last is not None and watch is not None and watch.trace.stopped_at is not None:
-                trainer._load_from_checkpoint(last)  # it ended here; only publishing it failed
-            else:
-                _run(trainer, last, run, budget)
+            _run(trainer, last, run, budget, _ended(watch))
+    ended = _ended(watch)
+    done = trainer.state.global_step if ended is None else ended
+    if ended is None and ranks.any_of(stop.asked) and done < len(steps):
+        raise Interrupted(
+            f"Stopped after step {done} of {len(steps)}; it is saved.",
+            "The same command with --resume continues it.",
+        )
     return {
-        "steps": _steps_done(trainer, watch, stop, len(steps)),
+        "steps": done,
         "packed": packed,
         "gradient_checkpointing": run.config.train.gradient_checkpointing,
         "processes": ranks.world_size(),
@@ -112,23 +113,24 @@ def train(
     }
 
 
-def _steps_done(
-    trainer: UnlearnTrainer, watch: GapCallback | None, stop: StopRequest, steps: int
-) -> int:
-    """The steps of a run that came to its end, the last one or the one that `watch` chose.
+def _watch(
+    trainer: UnlearnTrainer,
+    stop_at: StopAt | None,
+    log: Path,
+    report: Progress,
+    last: str | None,
+) -> GapCallback | None:
+    """What reads the distance to a reference while the trainer runs; None where none is given."""
+    if stop_at is None:
+        return None
+    watch = GapCallback(stop_at, trainer.args.max_steps, log, report, last)
+    trainer.add_callback(watch)
+    return watch
 
-    Raises:
-        Interrupted: it was stopped on request before that.
-    """
-    if watch is not None and watch.trace.stopped_at is not None:
-        return watch.trace.stopped_at
-    done = int(trainer.state.global_step)
-    if ranks.any_of(stop.asked) and done < steps:
-        raise Interrupted(
-            f"Stopped after step {done} of {steps}; it is saved.",
-            "The same command with --resume continues it.",
-        )
-    return done
+
+def _ended(watch: GapCallback | None) -> int | None:
+    """The step at which the reference was met, None where it was not."""
+    return None if watch is None else watch.trace.stopped_at
 
 
 def _last_checkpoint(work: Path, resume: bool, report: Progress) -> str | None:
@@ -232,8 +234,13 @@ def _check_fit(
     return measured
 
 
-def _run(trainer: UnlearnTrainer, last: str | None, run: Prepared, budget: float) -> None:
+def _run(
+    trainer: UnlearnTrainer, last: str | None, run: Prepared, budget: float, ended: int | None
+) -> None:
     """Trains; where memory runs out the last whole step is saved and the way on is named."""
+    if last is not None and ended is not None:  # only publishing it failed
+        trainer._load_from_checkpoint(last)
+        return
     try:
         trainer.train(resume_from_checkpoint=last)
     except RuntimeError as error:

@@ -128,6 +128,8 @@ def test_readings_do_not_disturb_the_training(
     )
     assert weights(with_) == weights(without)
     assert [step for step, _ in gaps(events)] == [0, 2, 4, 5]  # also after the last step
+    (note,) = (e["text"] for e in events if e["event"] == "note")
+    assert note.startswith("the reference was not reached: the run ends at -")
     train = with_.manifest.train
     assert (train["stopped_at_step"], train["kept_step"], train["gap_every"]) == (None, 5, 2)
     assert train["gap"] == gaps(events)[-1][1]
@@ -335,6 +337,18 @@ def test_a_run_with_readings_is_another_run(
     events: list[dict[str, Any]] = []
     unlearn(request_, base, quick(), store, resume=True, on_progress=events.append)
     assert [e["step"] for e in events if e["event"] == "train"] == [1, 2, 3, 4]
+
+
+def test_a_run_that_starts_beyond_the_reference_says_so(
+    request_: Request, base: BaseSpec, quick: Config, nll: Any, store: AdapterStore
+) -> None:
+    events: list[dict[str, Any]] = []
+    made = unlearn(
+        request_, base, quick(), store, stop_at=stop_at(nll, 0.0), on_progress=events.append
+    )
+    assert made.manifest.train["stopped_at_step"] is None
+    (note,) = (e["text"] for e in events if e["event"] == "note")
+    assert note.startswith("nothing is under-forgotten at the start")
 
 
 def test_a_reading_that_is_no_number_ends_the_run(
