@@ -20,9 +20,10 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from unlearner import ranks
-from unlearner.config import STREAMS, ObjectiveConfig, UnlearnConfig
+from unlearner.config import ObjectiveConfig, UnlearnConfig, streams_of
 from unlearner.forwards import REFERENCE, StepForwards
 from unlearner.guard import GuardRow, guard_kl
+from unlearner.hidden import freeze_above, steered_layer
 from unlearner.losses import OBJECTIVES
 from unlearner.packing import pack_rows
 from unlearner.pairing import Pair, Rows, micro_batches
@@ -86,7 +87,7 @@ class UnlearnTrainer(Trainer):
             callbacks: transformers callbacks.
         """
         self.objective: ObjectiveConfig = config.objective
-        self._streams = STREAMS[config.objective.name] + (("guard",) if guard else ())
+        self._streams = streams_of(config.objective) + (("guard",) if guard else ())
         self._guard = guard
         self._rows = rows
         self._pad = pad_token_id
@@ -96,6 +97,8 @@ class UnlearnTrainer(Trainer):
         self._bare = model
         self._steps = steps
         self._pairs = len(steps[0])
+        if config.objective.name == "rmu":
+            freeze_above(model, steered_layer(model, config.objective.rmu_layer))
         self._terms: list[dict[str, float]] = []
         self.last_terms: dict[str, float] = {}
         batches = micro_batches(
@@ -151,7 +154,7 @@ class UnlearnTrainer(Trainer):
         num_items_in_batch: int | None = None,
     ) -> Tensor:
         """The micro-batch's share of the step's loss: sum over its pairs / pairs of the step."""
-        step = StepForwards(model, inputs, self._streams, self._parents, self._bare)
+        step = StepForwards(model, inputs, self._streams, self._parents, self._bare, self.args.seed)
         terms = OBJECTIVES[self.objective.name](step, self.objective)
         pairs = self._pairs
         parts = {"forget": terms.forget.sum() / pairs, "retain": terms.retain.sum() / pairs}

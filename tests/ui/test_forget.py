@@ -32,7 +32,11 @@ RETAIN = [
 # Another value than the default for every flag that reaches the configuration.
 FLAGS: dict[str, tuple[str | None, Any]] = {
     "beta": ("4.5", 4.5),
+    "beta2": ("2", 2.0),
     "gamma": ("0.5", 0.5),
+    "rmu_layer": ("1", 1),
+    "rmu_coefficient": ("6.5", 6.5),
+    "ceu_skip": ("0", 0),
     "forget_weight": ("0.3", 0.3),
     "retain_weight": ("2", 2.0),
     "guard_weight": ("0.5", 0.5),
@@ -106,8 +110,9 @@ def test_the_objective_brings_its_own_defaults() -> None:
 def test_help_tells_the_defaults(run: Any) -> None:
     text = " ".join(run("forget", "--help").out.split())
     assert "(default: 0.0001)" in text
-    assert "(default: 2.5; npo 0.1; dpo 0.1)" in text
-    assert "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo" in text
+    assert "(default: 2.5; npo 0.1; dpo 0.1; undial 10; wga 1; satimp 5)" in text
+    named = "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo, rmu, undial, wga"
+    assert f"{named}, satimp, ceu (default: simnpo)" in text
 
 
 def parsed_base(*words: str) -> Any:

@@ -50,6 +50,10 @@ def test_an_unknown_objective_gets_the_nearest() -> None:
 def test_all_settings_that_cannot_be_used_are_named_at_once() -> None:
     bad = {
         "beta": 0.0,
+        "beta2": -1.0,
+        "rmu_layer": -2,
+        "rmu_coefficient": 0.0,
+        "ceu_skip": -1,
         "forget_weight": -1.0,
         "retain_weight": -0.5,
         "lora_r": 0,
