@@ -75,7 +75,8 @@ def steering_vector(width: int, seed: int) -> Tensor:
     The same for all rows, steps and processes of a run. Source: arXiv 2403.03218.
     """
     drawn = torch.rand(width, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm()
+    length: Tensor = drawn.norm()
+    return drawn / length
 
 
 def squared_distance(hidden: Tensor, goal: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def _check_layer(config: UnlearnConfig, folder: Path) -> None:
     from unlearner.hidden import layer_of
     from unlearner.memory import read_shape
 
-    layer_of(config.objective.rmu_layer, read_shape(folder).layers)
+    layer_of(config.objective.rmu_layer, read_shape(folder)["num_hidden_layers"])
 
 
 def _check_names(train: TrainConfig) -> None:
