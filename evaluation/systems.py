@@ -19,6 +19,7 @@ from unlearner.data import Request
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore, StoredAdapter
+    from evaluation.suite import EvalData
     from unlearner.tiny import TinyRecipe, TinyShape
 
 Report = Callable[[dict[str, Any]], None]
@@ -77,8 +78,15 @@ def measure(
     store: Path | None = None,
     adapters: Sequence[str] = (),
     key: str = "",
+    rows: EvalData | None = None,
+    generate: bool = True,
+    stale: bool = False,
 ) -> str:
-    """The log of `base` with `adapters` of `store` active, measured unless it stands already."""
+    """The log of `base` with `adapters` of `store` active, measured unless it stands already.
+
+    `rows` are measured instead of the split's; `generate=False` leaves out the answers; `stale`
+    measures adapters without the parents they were trained on.
+    """
     from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
     from adapters.fingerprint import fingerprint_base
     from adapters.stack import load_stack
@@ -90,20 +98,25 @@ def measure(
 
     folder = resolve_base(base.name, base.revision)
     weights = digest(fingerprint_base(folder).digest, asdict(base), list(adapters), key)
-    wanted = digest(weights, what.split, what.protocol, what.limit)
+    chosen: list[Any] = [] if rows is None else [asdict(rows)]
+    chosen += [] if generate else ["scores alone"]
+    wanted = digest(weights, what.split, what.protocol, what.limit, *chosen)
     if log.is_file() and read_log(log).meta.get("made_from") == wanted:
         return str(log)
     model: Any = load_base(base)
     view = base_view(model)
     if adapters and store is not None:
-        model = load_stack(model, AdapterStore.open(store), list(adapters))
+        model = load_stack(
+            model, AdapterStore.open(store), list(adapters), allow_missing_parents=stale
+        )
     with threads_for(model):
         found = evaluate(
             model,
             prompt_format(load_tokenizer(str(folder))),
-            load_eval_data(what.split, what.data),
+            rows or load_eval_data(what.split, what.data),
             protocol=what.protocol,
             limit=what.limit,
+            generate=generate,
             key=weights,
             resume_dir=log.parent / "parts",
             on_progress=lambda label, done, total: report(

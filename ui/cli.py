@@ -21,6 +21,7 @@ from ui import (
     commands_info,
     commands_merge,
     commands_runs,
+    commands_sequence,
     commands_store,
     commands_train,
     commands_ui,
@@ -44,6 +45,7 @@ exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 preflight says no, 4 qualit
 MODULES = (
     commands_bench,
     commands_runs,
+    commands_sequence,
     commands_info,
     commands_train,
     commands_consolidate,
