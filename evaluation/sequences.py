@@ -75,8 +75,8 @@ def run_sequence(
         "origin": start,
         "policies": lines,
     }
-    write_json(out / "sequence.json", result)
-    return result
+    told: dict[str, Any] = json.loads(write_json(out / "sequence.json", result).read_text("utf-8"))
+    return told
 
 
 @dataclass

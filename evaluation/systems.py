@@ -155,6 +155,34 @@ def forget_and_measure(
     return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)
 
 
+def full_and_measure(
+    report: Report,
+    *,
+    requests: Sequence[Request],
+    base: BaseSpec,
+    config: UnlearnConfig,
+    out: Path,
+    what: Measured,
+    log: Path,
+    refusals: Sequence[str] = (),
+) -> str:
+    """The log of the base with all its weights trained on all requests at once, as papers do.
+
+    The model is kept in a folder under `out` whose name holds what it was trained on. What an
+    adapter is compared with, for small models: nothing of it can be reverted.
+    """
+    from unlearner.earlier import joined
+    from unlearner.full import forget_full
+
+    request = joined(list(requests))
+    depends = [request.rows, request.retain, asdict(base), config.to_json(), list(refusals)]
+    folder = out / f"full-{digest(depends)}"
+    if not folder.exists():
+        forget_full(request, base, config, folder, refusals=refusals, on_progress=report)
+    trained = BaseSpec(str(folder), dtype=base.dtype, device=base.device, attention=base.attention)
+    return measure(report, base=trained, what=what, log=log)
+
+
 def file_request(
     report: Report,
     store: AdapterStore,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import UserError
 from ui import options
 from ui.commands_info import REQUEST_HELP
 from ui.commands_store import adapter_row
@@ -43,6 +45,19 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
     add_run_flags(parser)
+    full = parser.add_argument_group("all weights, for comparison on small models")
+    full.add_argument(
+        "--full",
+        type=Path,
+        metavar="DIR",
+        help="train all weights and write the model to DIR instead of storing an adapter: nothing "
+        "of it can be reverted; use a --learning-rate about ten times lower",
+    )
+    full.add_argument(
+        "--any-size",
+        action="store_true",
+        help="with --full: also where the model has more than 300 million weights",
+    )
     parser.set_defaults(run=run_forget)
 
 
@@ -123,7 +138,39 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     from unlearner.data import parse_request
 
     request = parse_request(args.request, args.data, args.retain)
+    if args.full is not None:
+        return _train_full(args, console, config, request)
     return train_request(args, console, config, request)
+
+
+def _train_full(
+    args: argparse.Namespace, console: Console, config: UnlearnConfig, request: Request
+) -> int:
+    """Trains all weights; refuses flags that speak of adapters."""
+    named = [*given_settings(args, LORA_FIELDS)]
+    named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "store")
+              if getattr(args, n)]  # fmt: skip
+    if named:
+        flag = "--" + named[0].replace("_", "-")
+        raise UserError(f"{flag} says nothing with --full.", "Leave one of the two away.")
+    from unlearner.data import load_refusals
+    from unlearner.full import forget_full
+
+    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    out = forget_full(
+        request,
+        options.base_spec(args),
+        config,
+        args.full,
+        template=args.template,
+        refusals=refusals,
+        any_size=args.any_size,
+        on_progress=lambda event: show_event(event, console),
+    )
+    console.text(str(out))
+    console.hint(f"measure it with `unlearner evaluate --base {out} ...`.")
+    console.result({"out": out, "base": args.base, "request": request.name})
+    return 0
 
 
 def train_request(

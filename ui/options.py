@@ -208,6 +208,10 @@ SETTING_HELP = {
     "gradient_checkpointing": "recompute activations, slower with less memory: off, all, a number "
     "N for every N-th layer, or auto, as far as it is needed; without a word: all",
     "padded": "padded batches sorted by length instead of packs",
+    "sam_rho": "take the forget gradient this far towards where forgetting is undone most, so that "
+    "it holds when the model is trained again; 0 = off, published 0.01; forget rows run twice",
+    "noise_scale": "noise on the weights while training, in rounding errors of nf4, so that "
+    "forgetting holds in 4 bit; 0 = off",
     "optim": "transformers' optimizer name",
     "seed": "of pairing, order and the adapter's first weights",
 }

@@ -127,6 +127,14 @@ FORMULAS: dict[str, str] = {
     ),
 }
 
+# What these settings of the training add to any of them.
+OPTION_FORMULAS: dict[str, str] = {
+    "sam_rho": "the forget gradient is taken at theta + sam_rho g/|g|, g the forget gradient of "
+    "the whole step at theta",
+    "noise_scale": "in training y = W x + s B A x + noise_scale E x, E random with nf4's rounding "
+    "error as its size, one draw a step",
+}
+
 # Which row streams an objective reads. Beside the defaults, so that a request can be checked
 # before torch is imported.
 STREAMS: dict[str, tuple[str, ...]] = {
@@ -187,6 +195,10 @@ class TrainConfig:
         gradient_checkpointing: trade time for memory: "off", "all", a number N for every N-th
             layer, or "auto", as much as the memory plan asks for.
         padded: padded batches, sorted by length, instead of packs.
+        sam_rho: length of the step to where forgetting is undone the most, at which the forget
+            gradient is taken; 0 = off (see `unlearner.sharpness`).
+        noise_scale: size of the noise on the weights in training, in rounding errors of nf4; 0 =
+            off (see `unlearner.weight_noise`).
         optim: transformers' optimizer name.
         seed: of pairing, order and adapter init.
     """
@@ -202,6 +214,8 @@ class TrainConfig:
     max_length: int = 500
     gradient_checkpointing: str = "auto"
     padded: bool = False
+    sam_rho: float = 0.0
+    noise_scale: float = 0.0
     optim: str = "adamw_torch"
     seed: int = 42
 
@@ -269,6 +283,8 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (train.num_train_epochs >= 1, f"num_train_epochs {train.num_train_epochs} is below 1"),
         (train.max_length >= 8, f"max_length {train.max_length} is below 8"),
         (0 <= train.warmup_ratio <= 1, f"warmup_ratio {train.warmup_ratio} is not in [0, 1]"),
+        (train.sam_rho >= 0, f"sam_rho {train.sam_rho} is below 0"),
+        (train.noise_scale >= 0, f"noise_scale {train.noise_scale} is below 0"),
         (train.weight_decay >= 0, f"weight_decay {train.weight_decay} is below 0"),
         (
             re.fullmatch(CHECKPOINTING, train.gradient_checkpointing) is not None,

@@ -40,6 +40,17 @@ def rows_of_batch(batch: Mapping[str, Tensor]) -> int:
     return int(batch["input_ids"].shape[0])
 
 
+def of_streams(
+    batch: Mapping[str, Tensor], streams: Sequence[str], wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """The batch with the rows of `wanted` alone, which stand together in `streams`."""
+    size = rows_of_batch(batch) // len(streams)
+    start = streams.index(wanted[0]) * size
+    rows = part_of_batch(batch, start, start + len(wanted) * size)
+    by_pair = [name for name in batch if name == "guard" or name.startswith(REFERENCE.format(""))]
+    return rows | {name: batch[name] for name in by_pair}
+
+
 class StepForwards:
     """What an objective asks of the model for the rows of a micro-batch (`losses.Forwards`).
 
@@ -56,6 +67,7 @@ class StepForwards:
         parents: Sequence[str] = (),
         bare: torch.nn.Module | None = None,
         seed: int = 0,
+        frozen: torch.nn.Module | None = None,
     ) -> None:
         """Takes the batch, whose rows stand stream by stream, equally many of each.
 
@@ -66,7 +78,10 @@ class StepForwards:
             parents: names of the adapters the new one is trained on top of.
             bare: the PeftModel inside `model`, where the two are not the same.
             seed: of what an objective draws once and for all.
+            frozen: a copy of the model as it was, where all weights train and none can be
+                switched off; it is the reference then.
         """
+        self._frozen = frozen
         self.seed = seed
         self._model = model
         self._bare: Any = model if bare is None else bare
@@ -154,10 +169,11 @@ class StepForwards:
 
     def _reference(self, stream: str, read: Callable[[Any, Mapping[str, Tensor]], Any]) -> Any:
         part = part_of_batch(self._batch, *self._span(stream))
-        was_training = self._bare.training
-        self._bare.eval()
+        model = self._bare if self._frozen is None else self._frozen
+        was_training = model.training
+        model.eval()
         try:
-            with torch.no_grad(), parents_only(self._bare, self._parents):
-                return read(self._bare, part)
+            with torch.no_grad(), parents_only(model, self._parents):
+                return read(model, part)
         finally:
-            self._bare.train(was_training)
+            model.train(was_training)

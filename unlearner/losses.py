@@ -132,9 +132,20 @@ def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
+def retain_term(step: Forwards, config: ObjectiveConfig) -> Tensor:
+    """What the objective keeps, a value a retain row, unweighted: their mean NLL in most."""
+    if config.name == "kl":
+        return step.reference_kl("retain")
+    if config.name != "rmu":
+        return step.nll("retain").per_token
+    kept = step.states("retain", config.rmu_layer)
+    before = step.reference_states("retain", config.rmu_layer).hidden
+    return sum_by_row(by_token.squared_distance(kept.hidden, before), kept).per_token
+
+
 def _retain(step: Forwards, config: ObjectiveConfig, like: Tensor) -> Tensor:
-    """Mean NLL of the retain rows; zeros where it has no weight and is not computed."""
-    return step.nll("retain").per_token if config.retain_weight else torch.zeros_like(like)
+    """The retain term; zeros where it has no weight and is not computed."""
+    return retain_term(step, config) if config.retain_weight else torch.zeros_like(like)
 
 
 def _simnpo(step: Forwards, config: ObjectiveConfig) -> Terms:
@@ -159,12 +170,6 @@ def _grad_ascent(step: Forwards, config: ObjectiveConfig) -> Terms:
     return Terms(forget, torch.zeros_like(forget))
 
 
-def _kl(step: Forwards, config: ObjectiveConfig) -> Terms:
-    loss = -step.nll("forget").per_token
-    kept = step.reference_kl("retain") if config.retain_weight else torch.zeros_like(loss)
-    return Terms(loss, kept)
-
-
 def _idk(step: Forwards, config: ObjectiveConfig) -> Terms:
     loss = step.nll("refusal").per_token
     return Terms(loss, _retain(step, config, loss))
@@ -187,12 +192,7 @@ def _rmu(step: Forwards, config: ObjectiveConfig) -> Terms:
     goal = config.rmu_coefficient * by_token.steering_vector(at.hidden.shape[-1], step.seed)
     away = by_token.squared_distance(at.hidden, goal.to(at.hidden.device))
     loss = sum_by_row(away, at).per_token
-    if not config.retain_weight:
-        return Terms(loss, torch.zeros_like(loss))
-    kept = step.states("retain", config.rmu_layer)
-    before = step.reference_states("retain", config.rmu_layer).hidden
-    moved = by_token.squared_distance(kept.hidden, before)
-    return Terms(loss, sum_by_row(moved, kept).per_token)
+    return Terms(loss, _retain(step, config, loss))
 
 
 def _undial(step: Forwards, config: ObjectiveConfig) -> Terms:
@@ -232,7 +232,7 @@ OBJECTIVES: dict[str, Callable[[Forwards, ObjectiveConfig], Terms]] = {
     "npo": _npo,
     "grad_ascent": _grad_ascent,
     "grad_diff": _grad_diff,
-    "kl": _kl,
+    "kl": _grad_diff,  # it differs in what it keeps
     "idk": _idk,
     "dpo": _dpo,
     "rmu": _rmu,

@@ -41,6 +41,7 @@ def train(
     parent_hashes: Sequence[str],
     callbacks: Sequence[Any],
     report: Progress,
+    frozen: Any = None,
 ) -> dict[str, Any]:
     """Trains the new adapter of `model`; how it was run, for the manifest.
 
@@ -54,6 +55,7 @@ def train(
         parent_hashes: SHA-256 of the parents' weights, for the name of kept references.
         callbacks: more of transformers' callbacks.
         report: gets the events.
+        frozen: a copy of `model` as it was, where all of its weights train.
 
     Raises:
         DoesNotFit: two steps on the longest rows need too much, or memory ran out half-way.
@@ -83,6 +85,7 @@ def train(
             guard=teachers,
             packed=packed,
             references=references,
+            frozen=frozen,
             callbacks=callbacks,
         )
         measured = _check_fit(trainer, model, run, memory_limit, report)

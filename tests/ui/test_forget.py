@@ -55,6 +55,8 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "max_length": ("64", 64),
     "gradient_checkpointing": ("2", "2"),
     "padded": (None, True),
+    "sam_rho": ("0.01", 0.01),
+    "noise_scale": ("1", 1.0),
     "optim": ("adamw_8bit", "adamw_8bit"),
     "seed": ("7", 7),
 }
@@ -509,3 +511,20 @@ def test_merge_refuses_4_bit_and_another_base(
     ran = run(*words, "--base", make_tiny_llama(tmp_path / "other", seed=1))
     assert ran.code == 3
     assert not out.exists()
+
+
+def test_full_writes_a_model_and_refuses_flags_of_adapters(
+    run: Any, tiny_base: Path, request_files: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "full"
+    words = ["forget", *request_files, "--base", tiny_base, "--device", "cpu", "--full", out]
+    for flags in (["--lora-r", "4"], ["--label", "x"], ["--on-stack"], ["--store", tmp_path]):
+        refused = run(*words, *flags)
+        assert refused.code == 2
+        assert f"{flags[0]} says nothing with --full" in refused.err
+    assert run(*words, "--load-in-4bit").code == 2
+    done = run(*words, "--num-train-epochs", 1, "--json")
+    assert done.code == 0
+    assert (out / "model.safetensors").is_file()
+    assert done.json["out"] == str(out)
+    assert run(*words).code == 2

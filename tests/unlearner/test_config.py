@@ -64,6 +64,8 @@ def test_all_settings_that_cannot_be_used_are_named_at_once() -> None:
         "num_train_epochs": 0,
         "per_device_train_batch_size": 0,
         "warmup_ratio": 1.5,
+        "sam_rho": -0.1,
+        "noise_scale": -1.0,
         "weight_decay": -0.1,
         "max_grad_norm": -1.0,
         "max_length": 7,
