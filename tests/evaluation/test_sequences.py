@@ -61,7 +61,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(data: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     config = make_config(
-        "simnpo", lora_r=2, lora_alpha=8, learning_rate=3e-2, num_train_epochs=2, warmup_ratio=0.0
+        "grad_diff",
+        lora_r=2,
+        lora_alpha=8,
+        learning_rate=2e-2,
+        num_train_epochs=2,
+        warmup_ratio=0.0,
+        retain_weight=0.1,
     )
     return Plan(
         split="forget05",
