@@ -19,6 +19,7 @@ from unlearner.data import Request
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore, StoredAdapter
+    from evaluation.suite import EvalData
     from unlearner.prompts import Template
     from unlearner.tiny import TinyRecipe, TinyShape
 
@@ -79,8 +80,15 @@ def measure(
     store: Path | None = None,
     adapters: Sequence[str] = (),
     key: str = "",
+    rows: EvalData | None = None,
+    generate: bool = True,
+    stale: bool = False,
 ) -> str:
-    """The log of `base` with `adapters` of `store` active, measured unless it stands already."""
+    """The log of `base` with `adapters` of `store` active, measured unless it stands already.
+
+    `rows` are measured instead of the split's; `generate=False` leaves out the answers; `stale`
+    measures adapters without the parents they were trained on.
+    """
     from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
     from adapters.fingerprint import fingerprint_base
     from adapters.stack import load_stack
@@ -92,20 +100,25 @@ def measure(
 
     folder = resolve_base(base.name, base.revision)
     weights = digest(fingerprint_base(folder).digest, asdict(base), list(adapters), key)
-    wanted = digest(weights, what.split, what.protocols, what.limit, what.template)
+    chosen: list[Any] = [] if rows is None else [asdict(rows)]
+    chosen += [] if generate else ["scores alone"]
+    wanted = digest(weights, what.split, what.protocols, what.limit, what.template, *chosen)
     if log.is_file() and read_log(log).meta.get("made_from") == wanted:
         return str(log)
     model: Any = load_base(base)
     view = base_view(model)
     if adapters and store is not None:
-        model = load_stack(model, AdapterStore.open(store), list(adapters))
+        model = load_stack(
+            model, AdapterStore.open(store), list(adapters), allow_missing_parents=stale
+        )
     with threads_for(model):
         found = evaluate(
             model,
             prompt_format(load_tokenizer(str(folder)), what.template),
-            load_eval_data(what.split, what.data),
+            rows or load_eval_data(what.split, what.data),
             protocol=what.protocols,
             limit=what.limit,
+            generate=generate,
             key=weights,
             resume_dir=log.parent / "parts",
             on_progress=lambda label, done, total: report(
@@ -142,6 +155,34 @@ def forget_and_measure(
         for number, request in enumerate(requests, start=1)
     ]
     return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)
+
+
+def full_and_measure(
+    report: Report,
+    *,
+    requests: Sequence[Request],
+    base: BaseSpec,
+    config: UnlearnConfig,
+    out: Path,
+    what: Measured,
+    log: Path,
+    refusals: Sequence[str] = (),
+) -> str:
+    """The log of the base with all its weights trained on all requests at once, as papers do.
+
+    The model is kept in a folder under `out` whose name holds what it was trained on. What an
+    adapter is compared with, for small models: nothing of it can be reverted.
+    """
+    from unlearner.earlier import joined
+    from unlearner.full import forget_full
+
+    request = joined(list(requests))
+    depends = [request.rows, request.retain, asdict(base), config.to_json(), list(refusals)]
+    folder = out / f"full-{digest(depends)}"
+    if not folder.exists():
+        forget_full(request, base, config, folder, refusals=refusals, on_progress=report)
+    trained = BaseSpec(str(folder), dtype=base.dtype, device=base.device, attention=base.attention)
+    return measure(report, base=trained, what=what, log=log)
 
 
 def file_request(

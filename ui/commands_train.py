@@ -49,6 +49,19 @@ def register(commands: Any) -> None:
     parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
     add_run_flags(parser)
     add_gap_flags(parser)
+    full = parser.add_argument_group("all weights, for comparison on small models")
+    full.add_argument(
+        "--full",
+        type=Path,
+        metavar="DIR",
+        help="train all weights and write the model to DIR instead of storing an adapter: nothing "
+        "of it can be reverted; use a --learning-rate about ten times lower",
+    )
+    full.add_argument(
+        "--any-size",
+        action="store_true",
+        help="with --full: also where the model has more than 300 million weights",
+    )
     parser.set_defaults(run=run_forget)
 
 
@@ -175,6 +188,8 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     from unlearner.data import parse_request
 
     request = parse_request(args.request, args.data, args.retain)
+    if args.full is not None:
+        return _train_full(args, console, config, request)
     return train_request(args, console, config, request, stop_at=_stop_at(args, request))
 
 
@@ -203,6 +218,43 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     return StopAt(probe, args.stop_at, f"{probe.key}-{args.stop_at}", args.gap_every)
 
 
+def _with_neighbours(args: argparse.Namespace, request: Request, console: Console) -> Request:
+    """The request, of its retain rows only the nearest where --neighbours asks for it."""
+    retain = mined(request.retain, request.rows, args.neighbours, console)
+    return replace(request, retain=tuple(retain))
+
+
+def _train_full(
+    args: argparse.Namespace, console: Console, config: UnlearnConfig, request: Request
+) -> int:
+    """Trains all weights; refuses flags that speak of adapters."""
+    named = [*given_settings(args, LORA_FIELDS)]
+    named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at")
+              if getattr(args, n)]  # fmt: skip
+    named += ["store"] if "--store" in args.words else []  # else it may be the environment's
+    if named:
+        flag = "--" + named[0].replace("_", "-")
+        raise UserError(f"{flag} says nothing with --full.", "Leave one of the two away.")
+    from unlearner.data import load_refusals
+    from unlearner.full import forget_full
+
+    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    out = forget_full(
+        _with_neighbours(args, request, console),
+        options.base_spec(args),
+        config,
+        args.full,
+        template=args.template,
+        refusals=refusals,
+        any_size=args.any_size,
+        on_progress=lambda event: show_event(event, console),
+    )
+    console.text(str(out))
+    console.hint(f"measure it with `unlearner evaluate --base {out} ...`.")
+    console.result({"out": out, "base": args.base, "request": request.name})
+    return 0
+
+
 def train_request(
     args: argparse.Namespace,
     console: Console,
@@ -212,9 +264,7 @@ def train_request(
     stop_at: StopAt | None = None,
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
-    if args.neighbours:
-        retain = mined(request.retain, request.rows, args.neighbours, console)
-        request = replace(request, retain=tuple(retain))
+    request = _with_neighbours(args, request, console)
     from adapters.store import AdapterStore
     from unlearner.data import load_refusals, parse_request
 

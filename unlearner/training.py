@@ -44,6 +44,7 @@ def train(
     callbacks: Sequence[Any],
     report: Progress,
     stop_at: StopAt | None = None,
+    frozen: Any = None,
 ) -> dict[str, Any]:
     """Trains the new adapter of `model`; how it was run, for the manifest.
 
@@ -58,6 +59,7 @@ def train(
         callbacks: more of transformers' callbacks.
         report: gets the events.
         stop_at: what ends the training before its last step.
+        frozen: a copy of `model` as it was, where all of its weights train.
 
     Raises:
         DoesNotFit: two steps on the longest rows need too much, or memory ran out half-way.
@@ -87,6 +89,7 @@ def train(
             guard=teachers,
             packed=packed,
             references=references,
+            frozen=frozen,
             callbacks=callbacks,
         )
         measured = _check_fit(trainer, model, run, memory_limit, report)
