@@ -20,6 +20,7 @@ from ui import (
     commands_finetune,
     commands_info,
     commands_merge,
+    commands_robustness,
     commands_runs,
     commands_store,
     commands_train,
@@ -50,6 +51,7 @@ MODULES = (
     commands_store,
     commands_merge,
     commands_eval,
+    commands_robustness,
     commands_finetune,
     commands_ui,
 )
