@@ -7,6 +7,7 @@ are then quantised by whoever loads them. They live in a folder that goes when t
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -112,15 +113,15 @@ class Workplace:
     def __init__(self, subject: Subject, scratch: Path | None = None) -> None:
         """Takes the subject, and the folder that the merged weights are written under for now."""
         self.subject = subject
-        self._scratch = scratch
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch = scratch or Path(tempfile.gettempdir())
+        self._folded: Path | None = None
 
     def __enter__(self) -> Workplace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._folded is not None:
+            shutil.rmtree(self._folded, ignore_errors=True)
 
     @contextmanager
     def loaded(self, state: str, *, float32: bool = False) -> Iterator[Loaded]:
@@ -193,6 +194,7 @@ class Workplace:
     @cached_property
     def merged_folder(self) -> Path:
         """The merged weights: the subject's own, else its adapters folded into the base now."""
+        from adapters.files import left_by_the_dead, temporary_name
         from adapters.fingerprint import fingerprint_base
         from adapters.merging import fold_stack
 
@@ -202,7 +204,10 @@ class Workplace:
         assert store is not None  # a subject without merged weights has a stack
         base = fingerprint_base(self._base_folder)
         stack = [(store.require_whole(slug, base).path, s) for slug, s in self.subject.stack]
-        if self._scratch is not None:
-            self._scratch.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix=".merged-", dir=self._scratch)
-        return fold_stack(self._base_folder, stack, Path(self._folder.name) / "merged").path
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        # A killed process leaves its weights behind: many gigabytes of a large model.
+        for path in self._scratch.glob(".tmp-*-merged"):
+            if left_by_the_dead(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        self._folded = self._scratch / temporary_name("merged")
+        return fold_stack(self._base_folder, stack, self._folded).path

@@ -72,7 +72,7 @@ def _forgotten(states: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
     value = states[name]["forget_answer_prob"]
     holds = value <= FORGOTTEN_PROB
     word = "is forgotten" if holds else "is still known"
-    text = f"asked plainly, the forget set {word}: answer probability {value:.4f} ({name})"
+    text = f"asked plainly, the forget set {word}: answer probability {value:.3g} ({name})"
     return [Verdict("forgotten", value, FORGOTTEN_PROB, holds, text)]
 
 
@@ -82,7 +82,7 @@ def _quantised(state: Mapping[str, Any], full: Mapping[str, Any]) -> list[Verdic
     change = after - before
     holds = change <= PROB_CHANGE
     text = (
-        f"{name}: rounding moves the forget answers' probability from {before:.4f} to {after:.4f}"
+        f"{name}: rounding moves the forget answers' probability from {before:.3g} to {after:.3g}"
     )
     found = [Verdict(name, change, PROB_CHANGE, holds, text)]
     band = full.get("ks_interval")
@@ -104,17 +104,17 @@ def _relearning(found: Mapping[str, Any]) -> Verdict:
     control = curves["retrain"][-1]["unseen_answer_prob"] if "retrain" in curves else None
     threshold = max(FORGOTTEN_PROB, control or 0.0)
     recovered = found["recovery"].get("unlearned")
-    beside = "no control" if control is None else f"Retrain {control:.4f}"
+    beside = "no control" if control is None else f"Retrain {control:.3g}"
     text = (
         f"{last['step']} steps on {found['rows_seen']} forget rows bring the other "
-        f"{found['rows_unseen']} to {value:.4f} ({beside})"
+        f"{found['rows_unseen']} to {value:.3g} ({beside})"
     )
     text += "" if recovered is None else f", {100 * recovered:.0f} % of what Origin knew"
     holds: bool | None = value <= threshold
     if holds and seen < TAUGHT_PROB:
         holds = None
         text += (
-            f"; but the attack taught its own rows only to {seen:.4f}: raise --relearn-lr or "
+            f"; but the attack taught its own rows only to {seen:.3g}: raise --relearn-lr or "
             "--relearn-steps"
         )
     return Verdict("relearning", value, threshold, holds, text)
@@ -142,8 +142,8 @@ def _paraphrase(found: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     rise = worst["answer_prob"] - plain["answer_prob"]
     text = (
         f"the worst of {len(others)} other wordings, {worst['form']}, moves the answers' "
-        f"probability from {plain['answer_prob']:.4f} to {worst['answer_prob']:.4f} "
-        f"(the base answers it with {worst['base_answer_prob']:.4f})"
+        f"probability from {plain['answer_prob']:.3g} to {worst['answer_prob']:.3g} "
+        f"(the base answers it with {worst['base_answer_prob']:.3g})"
     )
     return [Verdict("paraphrase", rise, PROB_CHANGE, rise <= PROB_CHANGE, text)]
 
@@ -159,9 +159,9 @@ def _drop(found: Mapping[str, Any]) -> Verdict:
         text = "merged weights hold no adapter that could be switched off"
         return Verdict("drop", None, FORGOTTEN_PROB, True, text)
     off, base = found["answer_prob_off"], found["base_answer_prob"]
-    same = "bit for bit the base again" if found["bit_equal"] else f"the base has {base:.4f}"
+    same = "bit for bit the base again" if found["bit_equal"] else f"the base has {base:.3g}"
     text = (
-        f"with the adapter off the answers' probability is {off:.4f} ({same}): base and adapter "
+        f"with the adapter off the answers' probability is {off:.3g} ({same}): base and adapter "
         "are reversible by whoever holds both; only merged weights are a release"
     )
     return Verdict("drop", off, FORGOTTEN_PROB, off <= FORGOTTEN_PROB, text)

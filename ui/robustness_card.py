@@ -75,9 +75,9 @@ def sampling_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict_line(verdict: Mapping[str, Any]) -> str:
-    """`leaks  relearning  0.6700 against 0.1000: ...`."""
-    value = "-" if verdict["value"] is None else f"{verdict['value']:.4f}"
+    """`leaks  relearning  0.67 against 0.1: ...`."""
+    value = "-" if verdict["value"] is None else f"{verdict['value']:.3g}"
     return (
-        f"{WORDS[verdict['holds']]:<9} {verdict['name']:<20} {value} against "
-        f"{verdict['threshold']:.4f}: {verdict['text']}"
+        f"{WORDS[verdict['holds']]:<9}  {verdict['name']:<19}  {value} against "
+        f"{verdict['threshold']:.3g}: {verdict['text']}"
     )
