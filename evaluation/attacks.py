@@ -121,15 +121,9 @@ def drop(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> dict
 
     `bit_equal`: whether the last equals the first in every score, not only on average.
     """
-    from adapters.stack import activate
-
     plain = [Row(row.question, row.answer) for row in rows]
-    with place.loaded("origin") as loaded:
-        base = _losses(loaded, plain, "drop: base", on_progress)
-    with place.loaded("adapter") as loaded:
-        on = _losses(loaded, plain, "drop: adapter on", on_progress)
-        activate(loaded.model, [])
-        off = _losses(loaded, plain, "drop: adapter off", on_progress)
+    base = _base_losses(place, plain, on_progress)
+    on, off = _on_and_off(place, plain, on_progress)
     return {
         "applies": True,
         "base_answer_prob": _mean_prob(base),
@@ -138,6 +132,22 @@ def drop(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> dict
         "bit_equal": base == off,
         "n": len(plain),
     }
+
+
+def _base_losses(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> list[float]:
+    with place.loaded("origin") as loaded:
+        return _losses(loaded, rows, "drop: base", on_progress)
+
+
+def _on_and_off(
+    place: Workplace, rows: Sequence[Row], on_progress: OnProgress
+) -> tuple[list[float], list[float]]:
+    from adapters.stack import activate
+
+    with place.loaded("adapter") as loaded:
+        on = _losses(loaded, rows, "drop: adapter on", on_progress)
+        activate(loaded.model, [])
+        return on, _losses(loaded, rows, "drop: adapter off", on_progress)
 
 
 def _losses(

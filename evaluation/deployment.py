@@ -115,6 +115,7 @@ class Workplace:
         self.subject = subject
         self._scratch = scratch or Path(tempfile.gettempdir())
         self._folded: Path | None = None
+        self._heavy = False
 
     def __enter__(self) -> Workplace:
         return self
@@ -131,17 +132,17 @@ class Workplace:
             state: one of `STATES`, or "retrain".
             float32: whatever dtype was asked for: to train all weights.
         """
-        import torch
-
         from adapters.base_model import load_base, load_tokenizer
         from adapters.fingerprint import fingerprint_base
         from adapters.stack import load_stack
-        from unlearner.environment import threads_for
+        from unlearner.environment import SMALL_MODEL, threads_for
         from unlearner.prompts import prompt_format
 
         spec = self._spec(state)
         fmt = prompt_format(load_tokenizer(spec.name, spec.revision), self.subject.template)
         spec = replace(spec, dtype="float32") if float32 else spec
+        self._make_room()
+        self._heavy = self.weights(state) >= SMALL_MODEL
         model: Any = load_base(spec, int8=state.endswith("int8"))
         if state.startswith("adapter") and self.subject.store is not None:
             refs, scales = [slug for slug, _ in self.subject.stack], dict(self.subject.stack)
@@ -155,10 +156,18 @@ class Workplace:
             )
         with threads_for(model):
             yield Loaded(model, fmt)
-        del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+    def _make_room(self) -> None:
+        """Frees the model before, which holds itself in cycles, before another is loaded.
+
+        Small ones may wait for Python's own collector: walking the heap takes longer than they do.
+        """
+        import torch
+
+        if self._heavy:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     @contextmanager
     def when_needed(self, state: str) -> Iterator[Callable[[], Loaded]]:

@@ -48,15 +48,13 @@ def test_a_question_leaks_with_the_share_of_subsets_that_hold_a_leak() -> None:
 QUESTIONS = ["Who wrote the novel?", "Where was the author born, and in which year?"]
 
 
-@pytest.mark.parametrize(
-    "draws", [Draws(3, 1e-6, max_total=60), Draws(3, top_p=1e-9, max_total=60)]
-)
+@pytest.mark.parametrize("certain", [{"temperature": 1e-6}, {"top_p": 1e-9}])
 def test_without_chance_every_draw_is_the_greedy_answer(
-    tiny: tuple[Any, Any], draws: Draws
+    tiny: tuple[Any, Any], certain: dict[str, Any]
 ) -> None:
     """The cache is repeated and cut without mixing rows: another road gives the same tokens."""
     model, fmt = tiny
-    draws = Draws(3, max_total=60, **certain)  # type: ignore[arg-type]
+    draws = Draws(3, max_total=60, **certain)
     greedy = generate_answers(model, fmt, QUESTIONS, [Decoding("greedy", max_total=60)])["greedy"]
     for question, answer in zip(QUESTIONS, greedy, strict=True):
         assert draw_answers(model, fmt, question, draws) == [answer] * 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +169,7 @@ def test_every_form_is_held_as_it_says(
     }
 
 
-def test_finished_parts_are_not_done_again_and_settings_make_others(
+def test_finished_parts_are_not_done_again(
     run: Any, put: Any, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put("1")
@@ -204,6 +206,10 @@ def test_every_setting_reaches_its_attack(
         seen.append((form.name, len(rows)))
         return {"answer_prob": 0.1, "rouge_l_recall": 0.1, "n": len(rows)}
 
+    # What is called without a model needs none to be loaded.
+    monkeypatch.setattr(Workplace, "loaded", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(Workplace, "weights", lambda *_: 1000)
+    monkeypatch.setattr(robustness, "probabilities", lambda *_: {"unseen_answer_prob": 0.9})
     monkeypatch.setattr(robustness, "relearn", relearn)
     monkeypatch.setattr(robustness, "row_recalls", recalls)
     monkeypatch.setattr(attacks, "ask", ask)
@@ -295,7 +301,7 @@ def test_the_active_stack_with_its_strengths_is_the_default(
     none = run(*words)
     assert none.code == 2
     assert "nothing to attack" in none.err
-    assert run("adapters", "activate", slug, "--scale", f"{slug}=0.5", *store).code == 0
+    assert run("adapters", "activate", slug, "--scales", "0.5", *store).code == 0
     half = run(*words).json
     whole = run(*words, "--adapters", slug).json
     assert half["adapters"] == whole["adapters"] == [slug]
@@ -303,6 +309,19 @@ def test_the_active_stack_with_its_strengths_is_the_default(
     adapter, merged = half["states"]
     assert adapter["forget_nll"] == pytest.approx(merged["forget_nll"], rel=1e-4)
     assert adapter["forget_nll"] != pytest.approx(whole["states"][0]["forget_nll"], rel=1e-3)
+
+
+def test_weights_that_a_killed_run_left_behind_go(
+    run: Any, put: Any, words: list[Any], tmp_path: Path
+) -> None:
+    """The folder's name holds the process: that of a living one stays."""
+    put("1")
+    out, mine = tmp_path / "card", f".tmp-{os.getpid()}-abcd-merged"
+    for name in (mine, ".tmp-2147483646-abcd-merged"):
+        (out / name).mkdir(parents=True)
+    words = [*words, "--adapters", "1", "--attacks", "states", "--states", "merged"]
+    assert run(*words, "--out", out).code == 0
+    assert [path.name for path in out.glob(".tmp-*")] == [mine]
 
 
 def test_a_gate_fails_after_the_card(run: Any, put: Any, words: list[Any]) -> None:
