@@ -22,6 +22,7 @@ from ui import (
     commands_info,
     commands_merge,
     commands_report,
+    commands_robustness,
     commands_runs,
     commands_sequence,
     commands_store,
@@ -56,6 +57,7 @@ MODULES = (
     commands_merge,
     commands_eval,
     commands_report,
+    commands_robustness,
     commands_finetune,
     commands_ui,
 )
