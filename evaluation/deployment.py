@@ -22,8 +22,7 @@ from adapters.errors import UserError
 if TYPE_CHECKING:
     from adapters.base_model import BaseSpec
     from adapters.store import AdapterStore
-    from unlearner.prepare import Template
-    from unlearner.prompts import PromptFormat
+    from unlearner.prompts import PromptFormat, Template
 
 STATES = ("origin", "adapter", "adapter-nf4", "merged", "merged-nf4", "merged-int8")
 QUANTISED = {"adapter-nf4": "adapter", "merged-nf4": "merged", "merged-int8": "merged"}
