@@ -187,7 +187,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     page.get_by_label("request-1").check()
     page.get_by_role("button", name="Ask both").click()
     page.wait_for_function(
-        "document.querySelector('#un-right h3').textContent.includes('1 adapter')"
+        "document.querySelector('#un-right h2').textContent.includes('1 adapter')"
     )
     left, changed = _done(page)
     assert left == base
@@ -198,7 +198,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     page.get_by_role("button", name="Clear = base").first.click()
     page.wait_for_timeout(300)
     page.get_by_role("button", name="Ask both").click()
-    _wait_for(page, "#un-right h3", "nothing")
+    _wait_for(page, "#un-right h2", "nothing")
     assert _done(page) == (base, base)
 
 
@@ -358,10 +358,17 @@ def test_a_blind_vote_is_kept(page: Any, served: Any) -> None:
     _ask(page, _question(served[0]))
     _done(page)
     page.get_by_role("button", name="Blind vote").click()
-    page.get_by_role("button", name="Hide which side is which").click()
+    page.locator("#un-blind").click()
+    page.wait_for_selector("#un-left >> text=Hidden until you have voted")
+    _done(page)
+    page.wait_for_function(
+        "document.querySelector('#un-a .un-answer').innerText != 'No answer yet.'"
+    )
+    assert "Base" not in page.locator("#un-left").inner_text()
     page.get_by_label("both know").check()
     page.get_by_role("button", name="Vote", exact=True).click()
     page.wait_for_selector("text=Your vote: both")
+    page.wait_for_selector("#un-left h2:text('Base')")  # now it is told
     assert json.loads(served[0].votes.read_text())["winner"] == "both"
 
 

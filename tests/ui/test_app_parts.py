@@ -121,7 +121,11 @@ def test_comparator_json_has_the_layout_of_its_reader() -> None:
     example = made["examples"][0]
     assert (example["input_text"], example["tags"], example["score"]) == ("q", ["to forget"], 0.75)
     assert (example["output_text_a"], example["output_text_b"]) == ("x", "y")
-    assert made["examples"][1]["score"] == 0.0
+    assert example["custom_fields"]["rouge_l"] == [1.0, 0.25]
+    assert made["examples"][1]["score"] is None  # not measured is no tie
+    schema = made["metadata"]["custom_fields_schema"]
+    assert {field["name"] for field in schema} == set(example["custom_fields"])
+    assert {field["type"] for field in schema} == {"per_model_number", "per_model_category"}
 
 
 def test_plots_name_every_point_and_escape_names() -> None:
@@ -150,6 +154,7 @@ def test_frames_say_what_the_model_reported() -> None:
     assert "read back from the model: request-1 × 0.5" in cards[1]
     assert '<mark class="un-diff">c</mark>' in cards[1]
     assert "not in the data" in views.scores_table(frame)
+    assert "<table>" not in views.scores_table(frame)
 
 
 def test_a_request_names_exactly_one_source(tmp_path: Path) -> None:
@@ -241,7 +246,7 @@ def test_all_authors_of_tofu_can_be_asked(shared: Path) -> None:
     assert {len(rows) for rows in library.authors.values()} == {20}
     last = list(library.authors)[-1]
     assert all(row.perturbed_answers for row in library.authors[last])
-    beside = library.beside(last, 5)
+    beside = library.beside(library.authors[last], 5)
     assert {name for name, _ in beside} == {"retain authors", "real authors", "world facts"}
     own = {row.question for row in library.authors[last]}
     assert not own & {row.question for _, row in beside}
