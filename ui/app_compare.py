@@ -162,11 +162,12 @@ def _status(text: str) -> str:
 
 def _stage(frame: Frame) -> str:
     how = "one batch" if frame.one_batch else "in turns"
-    sides = "the right side, the base's answer stands" if frame.base_whole else f"both sides {how}"
+    doing = "the right side alone" if frame.kept else f"both sides {how}"
+    done = "the right side alone, the base's answer stood" if frame.kept else f"both sides {how}"
     return {
         "waiting": f"Waiting in line: {frame.ahead} ahead.",
-        "answering": f"Answering, {sides} …",
+        "answering": f"Answering, {doing} …",
         "scoring": "Scoring against the true answer …",
         "stopped": "Stopped. What was said stays; it is not scored.",
-        "done": f"Done: both sides {how}. Words that only one side says are bold and underlined.",
+        "done": f"Done: {done}. Words that only one side says are bold and underlined.",
     }[frame.stage]

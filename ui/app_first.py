@@ -38,7 +38,7 @@ def first(app: App) -> First:
         make = gr.Button("Make the demo world", variant="primary", elem_id="un-demo")
         stop = gr.Button("Stop and keep what is done", visible=False, elem_id="un-demo-stop")
         command_box(same.demo(folder(app)))
-    began = make.click(told(lambda: begin(app)), None, None, **PRIVATE)
+    began = make.click(told(lambda: _begin(app)), None, None, **PRIVATE)
     stop.click(told(lambda: _stop(app)), None, None, **PRIVATE)
     return First([box, live, make, stop], [began])
 
@@ -60,15 +60,13 @@ def job(app: App) -> JobView | None:
     return found[-1] if found else None
 
 
-def begin(app: App) -> str:
-    """Starts the demo, or goes on with one that was interrupted; the job's name."""
+def _begin(app: App) -> None:
+    """Starts the demo, or goes on with one that was interrupted."""
     view = job(app)
-    if view is not None and view.status in ("saved", "died"):
+    if view is None or view.status in ("failed", "withdrawn", "done"):
+        app.jobs.submit("demo world", ["quickstart", "--out", str(folder(app))])
+    elif view.ended:
         app.jobs.resume(view.name)
-        return view.name
-    if view is not None and not view.ended:
-        return view.name
-    return app.jobs.submit("demo world", ["quickstart", "--out", str(folder(app))])
 
 
 def _stop(app: App) -> None:

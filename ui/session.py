@@ -53,8 +53,8 @@ class Answer:
 class Frame:
     """A comparison as far as it has come. `stack` is what the model's layers said.
 
-    `base_whole` says that the base's answer is complete and scored: it can be kept while the
-    right side answers again.
+    `base_whole` says that the base's answer is complete and scored, so that it can be kept while
+    the right side answers again; `kept` says that it was.
     """
 
     question: str
@@ -67,6 +67,7 @@ class Frame:
     ahead: int = 0
     sampling: Sampling | None = None
     base_whole: bool = False
+    kept: bool = False
 
 
 @dataclass
@@ -312,7 +313,7 @@ def _begun(asked: str, stack: Stack, sampling: Sampling, keep: Frame | None) -> 
     base = keep.base if keep is not None and same and keep.base_whole else None
     return Frame(
         asked, base or Answer(""), Answer(""), tuple(stack), sampling=sampling,
-        base_whole=base is not None,
+        base_whole=base is not None, kept=base is not None,
     )  # fmt: skip
 
 
