@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.views import command
 
 if TYPE_CHECKING:
+    from ui.jobs import Jobs
+    from ui.runs import Sources
     from ui.session import Frame, Session
 
 
 class Actions:
     """The functions behind the page; `gradio_client` calls these by their names."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(
+        self, session: Session, jobs: Jobs | None = None,
+        sources: Callable[[], Sources] | None = None,
+    ) -> None:  # fmt: skip
+        """`jobs` and `sources` are what the page has beside its model: trainings, evaluations."""
         self.session = session
+        self._jobs, self._sources = jobs, sources
 
     def compare(
         self, question: str, adapters: list[str] | None = None,
@@ -89,31 +96,41 @@ class Actions:
         return self.stack()
 
     def sheet(
-        self, author: str, adapters: list[str] | None = None, neighbours: int = 5
-    ) -> dict[str, Any]:
+        self, author: str, adapters: list[str] | None = None, neighbours: int = 5,
+        strengths: dict[str, float] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """The author's questions and their neighbours, answered and scored both ways."""
         from ui.sheet import fill, tally
 
         self.session.wait()
-        stack = self.stack_of(adapters)
-        *_, (rows, _) = fill(self.session, author, stack, neighbours=int(neighbours))
+        stack = self.stack_of(adapters, strengths)
+        *_, last = fill(self.session, author, stack, neighbours=int(neighbours))
+        rows = last.rows
         return {"rows": [dataclasses.asdict(row) for row in rows], "tally": tally(rows)}
+
+    def runs(self) -> dict[str, Any]:
+        """The Runs tab: every evaluation and probe that was made before."""
+        if self._sources is None:
+            return {"table": [], "probes": {}, "notes": []}
+        found = self._sources()
+        runs = found.runs()
+        probes = dataclasses.asdict(found.probes())
+        return {"table": runs.table, "probes": probes, "notes": runs.notes}
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Trainings as they stand: title, status, how many are ahead, the last step."""
+        views = self._jobs.views() if self._jobs is not None else []
+        return [
+            {"name": view.name, "title": view.title, "status": view.status,
+             "ahead": view.position, "last": view.steps[-1] if view.steps else None}
+            for view in views
+        ]  # fmt: skip
 
     def _store(self) -> Any:
         store = self.session.store()
         if store is None:
             raise UserError("There is no store yet.", "File a request first.")
         return store
-
-    def change_command(self, action: str, ref: str = "", strength: float = 1.0) -> str:
-        """The command that does the same as a button of the Stack tab."""
-        tail = ["--store", self.session.store_path]
-        if action == "activate":
-            scales = [] if strength == 1.0 else ["--scales", f"{strength:g}"]
-            return command("adapters", "activate", ref, "--with-parents", *scales, *tail)
-        if action == "clear":
-            return command("adapters", "revert", "--all", *tail)
-        return command("adapters", "revert", ref, *tail)
 
 
 def frame_json(frame: Frame) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import logging
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +12,27 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
-from ui import app_compare, app_pages, app_recorded, app_request, views
+from ui import (
+    app_compare,
+    app_first,
+    app_pages,
+    app_recorded,
+    app_request,
+    app_runs,
+    app_stack,
+    views,
+)
 from ui.actions import Actions
+from ui.app_pages import PRIVATE, told
 from ui.jobs import Jobs
+from ui.runs import Sources
 from ui.style import CSS, HEAD
 
 if TYPE_CHECKING:
     from ui.recorded import Recorded
     from ui.session import Session
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LOG = logging.getLogger("unlearner.app")
 
 
 @dataclass
@@ -37,51 +44,42 @@ class App:
     logs: tuple[Path, ...] = ()
     retain_log: Path | None = None
     votes: Path = Path("votes.jsonl")
-    stops: dict[str, threading.Event] = field(default_factory=dict)
+    robustness: tuple[Path, ...] = ()
+    calibration: tuple[Path, ...] = ()
+    stops: dict[str, dict[str, threading.Event]] = field(default_factory=dict)
+    scratch: Path | None = None
 
     @property
     def actions(self) -> Actions:
         """What a page can ask."""
-        return Actions(self.session)
+        return Actions(self.session, self.jobs, self.sources)
 
-    def stop_of(self, request: gr.Request) -> threading.Event:
-        """A new stop button for this browser's next answer."""
-        event = self.stops[str(request.session_hash)] = threading.Event()
-        return event
-
-
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose errors reach the page as a sentence; nothing of a question is logged."""
-
-    def fail(error: Exception) -> gr.Error:
-        if isinstance(error, UserError):
-            return gr.Error(str(error), title="That did not work", print_exception=False)
-        LOG.error("%s in %s", type(error).__name__, function.__name__)
-        return gr.Error(
-            f"{type(error).__name__}. See the terminal; `unlearner doctor` checks this machine.",
-            title="Something unforeseen",
-            print_exception=False,
+    def sources(self) -> Sources:
+        """Where the Runs tab reads."""
+        return Sources(
+            self.session.store(), self.logs, self.retain_log, self.robustness, self.calibration
         )
 
-    if inspect.isgeneratorfunction(function):
+    def stop_of(self, request: gr.Request, what: str = "answer") -> threading.Event:
+        """A new stop button for this browser's next answer; what was being answered ends."""
+        mine = self.stops.setdefault(str(request.session_hash), {})
+        if what in mine:
+            mine[what].set()
+        event = mine[what] = threading.Event()
+        return event
 
-        @functools.wraps(function)
-        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            try:
-                yield from function(*args, **kwargs)
-            except Exception as error:
-                raise fail(error) from None
+    def superseded(self, request: gr.Request, event: threading.Event) -> bool:
+        """Whether this browser has asked for something else meanwhile."""
+        return self.stops.get(str(request.session_hash), {}).get("answer") is not event
 
-        return stream
+    def halt(self, request: gr.Request) -> None:
+        """Ends what this browser waits for."""
+        for event in list(self.stops.get(str(request.session_hash), {}).values()):
+            event.set()
 
-    @functools.wraps(function)
-    def plain(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            raise fail(error) from None
-
-    return plain
+    def new_file(self, name: str) -> Path:
+        """A path for a download, in a private folder: `scratch`, where one was given."""
+        return Path(tempfile.mkdtemp(prefix="unlearner-", dir=self.scratch)) / name
 
 
 def build(app: App, recorded: Recorded | None = None) -> gr.Blocks:
@@ -94,9 +92,12 @@ def build(app: App, recorded: Recorded | None = None) -> gr.Blocks:
     return page
 
 
-def _strengths(app: App, stack: Any, strengths: Any) -> None:
-    """A slider for every adapter that is on; it acts on the next answer."""
-    with gr.Accordion("Strength of each adapter", open=False):
+def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any], Any]]) -> None:
+    """A slider for every adapter that is on; the right side answers anew when one is moved.
+
+    `again` holds the function that wires an event to that, once the Compare tab is built.
+    """
+    with gr.Accordion("Strength of each adapter", open=False, elem_id="un-strengths"):
 
         @gr.render(inputs=stack)  # type: ignore[untyped-decorator]
         def sliders(chosen: list[str]) -> None:
@@ -107,14 +108,20 @@ def _strengths(app: App, stack: Any, strengths: Any) -> None:
                     0, 1.5, value=dict(app.session.filed_stack()).get(slug, 1.0), step=0.05,
                     label=f"Strength of {labels(app).get(slug, slug)}", key=f"strength-{slug}",
                 )  # fmt: skip
-                slider.change(
+                # A change, not the mouse's release: arrow keys move it too. While one is noted
+                # only the last of the others is kept.
+                noted = slider.change(
                     lambda kept, value, slug=slug: {**(kept or {}), slug: value},
-                    [strengths, slider], strengths, **PRIVATE, show_progress="hidden",
+                    [strengths, slider], strengths,
+                    **PRIVATE, show_progress="hidden", trigger_mode="always_last",
                 )  # fmt: skip
+                again[0](noted.then)
 
 
 def _live(app: App, page: gr.Blocks) -> None:
     head = gr.HTML(_head(app), elem_id="un-head")
+    first = app_first.first(app)
+    again: list[Callable[[Any], Any]] = []
     with gr.Row(equal_height=True, elem_id="un-bar"):
         stack = gr.CheckboxGroup(
             choices=_choices(app), value=_on(app), label="Adapters on the right side",
@@ -123,51 +130,76 @@ def _live(app: App, page: gr.Blocks) -> None:
         )  # fmt: skip
         strengths = gr.State({})
         clear = gr.Button("Clear = base", elem_id="un-clear", size="md", scale=1, min_width=120)
-    _strengths(app, stack, strengths)
+    _strengths(app, stack, strengths, again)
     with gr.Tabs():
         with gr.Tab("Compare", id="compare"):
-            compare = app_compare.compare(app, stack, strengths)
+            compare, wire = app_compare.compare(app, stack, strengths)
+            again.append(wire)
         with gr.Tab("Author sheet", id="sheet"):
             sheet_author = app_pages.sheet(app, stack, strengths)
-        with gr.Tab("Stack", id="stack"):
-            app_pages.stack(app, stack, head, _choices, _on)
-        with gr.Tab("Runs", id="runs"):
-            app_pages.runs(app, page)
+        with gr.Tab("Stack", id="stack") as stack_tab:
+            show_stack, stack_outputs = app_stack.stack(app, stack, _choices, _on)
+        with gr.Tab("Runs", id="runs") as runs_tab:
+            read_runs, runs_outputs = app_runs.runs(app, page)
         with gr.Tab("New request", id="request"):
-            request_author = app_request.request(app, page)
-    clear.click(lambda: [], outputs=stack, **PRIVATE)
-    outputs = [head, stack, compare, sheet_author, request_author]
-    timer = gr.Timer(1.0)
+            request = app_request.request(app)
+    wire(stack.input)
+    wire(clear.click(lambda: [], outputs=stack, **PRIVATE).then)
+    stack_tab.select(told(show_stack), None, stack_outputs, show_progress="hidden", **PRIVATE)
+    runs_tab.select(told(read_runs), None, runs_outputs, show_progress="hidden", **PRIVATE)
+    authors = [compare, sheet_author, request.author]
+    _keep_fresh(app, page, [head, stack, *authors], (request, first))
+    page.unload(_forget_stops(app))
+    for name in ("compare", "stack", "activate", "revert", "clear", "sheet", "runs", "jobs"):
+        gr.api(told(getattr(app.actions, name)), api_name=name)
 
-    def refresh(chosen: list[str], seen: bool) -> tuple[Any, ...]:
-        """Header, adapters and authors, until the base is loaded."""
-        names = list(app.session.library.authors)
-        loading = app.session.state == "loading"
-        known = [slug for _, slug in _choices(app)]
-        kept = [slug for slug in chosen or [] if slug in known]
+
+def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[Any, Any]) -> None:
+    """Header, adapters, authors and jobs: once a second while something is under way."""
+    timer, seen = gr.Timer(1.0), gr.State(("", ""))
+    request, first = watched
+
+    def look(chosen: list[str], last: tuple[str, str]) -> tuple[Any, ...]:
+        busy = app_request.advance(app)
+        now = (str(app.session.store_path), repr((_head(app), _choices(app))))
+        # An open list would close under the reader's hand: it is filled anew only where it must.
+        parts = [gr.skip()] * 5 if now == last else _renewed(app, chosen, now[0] == last[0])
         return (
-            _head(app),
-            gr.update(choices=_choices(app), value=kept if seen else _on(app)),
-            *[gr.update(choices=names) for _ in range(3)],
-            gr.Timer(active=loading),
-            True,
+            *parts,
+            *app_request.shown(app, find=not last[0]),
+            *app_first.shown(app),
+            gr.Timer(active=busy or app.session.state == "loading"),
+            now,
         )
 
-    fresh = gr.State(False)
-    both = {"inputs": [stack, fresh], "outputs": [*outputs, timer, fresh]}
-    timer.tick(refresh, **both, **PRIVATE, show_progress="hidden")
-    page.load(refresh, **both, **PRIVATE, show_progress="hidden")
-    page.unload(_forget_stops(app))
-    for name in ("compare", "stack", "activate", "revert", "clear", "sheet"):
-        gr.api(told(getattr(app.actions, name)), api_name=name)
+    every = [*outputs, *request.outputs, *first.outputs, timer, seen]
+    both = {"inputs": [outputs[1], seen], "outputs": every}
+    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+    timer.tick(told(look), **both, **quiet)
+    page.load(told(look), **both, **quiet)
+    wake = {"fn": lambda: gr.Timer(active=True), "inputs": None, "outputs": timer}
+    for begun in (*request.started, *first.started):
+        begun.then(**wake, **quiet)
+
+
+def _renewed(app: App, chosen: list[str], same_store: bool) -> list[Any]:
+    """Header, adapters and the three lists of authors; ticks stay while the store is the same."""
+    choices = _choices(app)
+    known = [slug for _, slug in choices]
+    kept = [slug for slug in chosen or [] if slug in known]
+    asked, authors = list(app.session.askable()), list(app.session.library.authors)
+    return [
+        _head(app),
+        gr.update(choices=choices, value=kept if same_store else _on(app)),
+        *[gr.update(choices=names) for names in (asked, asked, authors)],
+    ]
 
 
 def _forget_stops(app: App) -> Callable[[gr.Request], None]:
     def left(request: gr.Request) -> None:
         """Nobody reads on: the answer that is being written ends."""
-        event = app.stops.pop(str(request.session_hash), None)
-        if event is not None:
-            event.set()
+        app.halt(request)
+        app.stops.pop(str(request.session_hash), None)
 
     return left
 
@@ -199,7 +231,7 @@ def _head(app: App) -> str:
         "loading": "loading the base …",
         "resting": "resting: a training uses the GPU",
         "failed": f"not loaded: {session.problem}",
-        "no base": "no model: start with --base, or make the demo world under “New request”",
+        "no base": "no model: start with --base B",
     }[session.state]
     note = (
         f'<p class="un-note">{views.esc(session.library.note)}</p>' if session.library.note else ""

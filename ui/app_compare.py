@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui import app_pages, verdicts, views
-from ui.app_pages import PRIVATE, _told
+from ui import app_vote, same, verdicts, views
+from ui.app_pages import PRIVATE, command_box, told
 from ui.decoding import Sampling
 
 if TYPE_CHECKING:
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from ui.session import Frame
 
 FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
+SETTLE_SECONDS = 0.25  # a slider that moves on within this time is not answered yet
+Answers = Iterator[tuple[Any, ...]]
 
 
 def _asking(app: App) -> tuple[Any, ...]:
     """Author, questions, question, the two buttons, and what stands under "More"."""
     with gr.Row():
         author = gr.Dropdown(
-            choices=list(app.session.library.authors), label="Author", elem_id="un-author",
+            choices=list(app.session.askable()), label="Author or filed request",
+            elem_id="un-author",
             value=None, scale=1,
         )  # fmt: skip
         question_list = gr.Dropdown(
-            choices=[], label="Question of this author", value=None, elem_id="un-list", scale=2
+            choices=[], label="Questions of that author", value=None, elem_id="un-list", scale=2
         )
     question = gr.Textbox(
         label="Question", placeholder="Choose one above, or type your own. Enter asks.",
@@ -43,7 +46,18 @@ def _asking(app: App) -> tuple[Any, ...]:
     return author, question_list, question, ask, stop, (heat, seed, longest)
 
 
-def _answers(app: App) -> tuple[Any, ...]:
+class _Fields(NamedTuple):
+    """Where a comparison is shown."""
+
+    status: Any
+    left: Any
+    right: Any
+    scores: Any
+    frame: Any
+    box: Any
+
+
+def _answers() -> _Fields:
     """Both answers, their figures, the last comparison and its command."""
     status = gr.HTML(_status("Ask something."), elem_id="un-status")
     with gr.Row():
@@ -54,69 +68,92 @@ def _answers(app: App) -> tuple[Any, ...]:
     scores = gr.HTML("", elem_id="un-figures")
     with gr.Accordion("How the verdict is found", open=False):
         gr.Markdown(verdicts.RULE)
-    frame_state = gr.State(None)
-    same = app_pages.command_box()
-    app_pages.vote(app, frame_state)
-    return status, left, right, scores, frame_state, same
+    return _Fields(status, left, right, scores, gr.State(None), command_box())
 
 
-def compare(app: App, stack: Any, strengths: Any) -> Any:
-    """The Compare tab; its author field."""
-    author, question_list, question, ask, stop, more = _asking(app)
-    outputs = _answers(app)
+class _Asking:
+    """The functions behind the buttons of the tab."""
 
-    def questions(name: str | None) -> Any:
-        rows = app.session.library.authors.get(name or "", ())
-        return gr.update(choices=[row.question for row in rows], value=None)
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def frames(
+        self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
+        number: float, most: float, request: gr.Request,
+    ) -> Iterator[Any]:  # fmt: skip
+        """A comparison, as long as this browser asks nothing else."""
+        event = self.app.stop_of(request)
+        wanted = self.app.actions.stack_of(chosen or [], kept or {})
+        sampling = Sampling(float(temperature), int(number or 0), int(most))
+        for frame in self.app.session.compare(asked, wanted, sampling, event):
+            if not self.app.superseded(request, event):
+                yield frame
 
     def run(
-        asked: str, chosen: list[str], kept: dict[str, float], temperature: float, number: float,
-        most: float, request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        event = app.stop_of(request)
-        wanted = app.actions.stack_of(chosen or [], kept or {})
-        sampling = Sampling(float(temperature), int(number or 0), int(most))
-        names, shown = {a.slug: a.label for a in app.session.adapters()}, 0.0
-        last_stage = ""
-        for frame in app.session.compare(asked, wanted, sampling, event):
-            now = time.monotonic()
-            if frame.stage == last_stage and now - shown < FRAME_SECONDS:
-                continue
-            shown, last_stage = now, frame.stage
-            cards = views.frame_cards(frame, names)
-            yield (_status(_stage(frame)), *cards, views.scores_table(frame), frame,
-                   ask_command(app, frame, sampling))  # fmt: skip
+        self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
+        number: float, most: float, request: gr.Request,
+    ) -> Answers:  # fmt: skip
+        """Both sides."""
+        found = self.frames(asked, chosen, kept, temperature, number, most, request)
+        yield from _pictures(self.app, found)
+
+    def again(
+        self, last: Any, chosen: list[str], kept: dict[str, float], request: gr.Request
+    ) -> Answers:
+        """The right side of the last comparison with the adapters as they are now."""
+        if last is None:  # nothing was asked yet, or a blind vote is under way
+            return
+        wanted = self.app.actions.stack_of(chosen or [], kept or {})
+        event = self.app.stop_of(request)
+        if event.wait(SETTLE_SECONDS) or (last.stage == "done" and tuple(wanted) == last.stack):
+            return
+        sampling = last.sampling or Sampling()
+        found = self.app.session.compare(last.question, wanted, sampling, event, keep=last)
+        mine = (frame for frame in found if not self.app.superseded(request, event))
+        yield from _pictures(self.app, mine)
+
+
+def compare(app: App, stack: Any, strengths: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The Compare tab: its author field, and what makes an event answer the right side anew."""
+    author, question_list, question, ask, stop, more = _asking(app)
+    fields = _answers()
+    asking = _Asking(app)
+
+    def questions(name: str | None) -> Any:
+        rows = app.session.askable().get(name or "", ())
+        return gr.update(choices=[row.question for row in rows], value=None)
+
+    def wire(event: Any) -> Any:
+        # Many may be under way: a new one ends those before it within a token.
+        return event(
+            told(asking.again), [fields.frame, stack, strengths], list(fields),
+            concurrency_limit=16, trigger_mode="multiple", show_progress="hidden", **PRIVATE,
+        )  # fmt: skip
 
     author.change(questions, author, question_list, **PRIVATE)
     question_list.change(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
+    inputs = [question, stack, strengths, *more]
     gr.on(
-        [ask.click, question.submit],
-        _told(run),
-        [question, stack, strengths, *more],
-        list(outputs),
+        [ask.click, question.submit], told(asking.run), inputs, list(fields),
         concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
     )  # fmt: skip
-
-    def halt(request: gr.Request) -> None:
-        event = app.stops.get(str(request.session_hash))
-        if event is not None:
-            event.set()
-
-    stop.click(halt, queue=False, **PRIVATE)
-    return author
+    stop.click(app.halt, queue=False, **PRIVATE)
+    connect = app_vote.vote(app, asking.frames, lambda frame: _status(_stage(frame)))
+    connect(inputs, list(fields[:4]), fields.frame, fields.box)
+    return author, wire
 
 
-def ask_command(app: App, frame: Frame, sampling: Sampling) -> str:
-    """The call that gives the same answers in a script."""
-    slugs = [slug for slug, _ in frame.stack]
-    strengths = {slug: scale for slug, scale in frame.stack if scale != 1.0}
-    extra = f", strengths={strengths!r}" if strengths else ""
-    if sampling.temperature:
-        extra += f", temperature={sampling.temperature:g}, seed={sampling.seed}"
-    return (
-        "from gradio_client import Client\n"
-        f"Client(URL).predict({frame.question!r}, {slugs!r}{extra}, api_name='/compare')"
-    )
+def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
+    """What the page shows of a comparison, not more often than can be seen."""
+    names, shown = {a.slug: a.label for a in app.session.adapters()}, 0.0
+    last_stage = ""
+    for frame in frames:
+        now = time.monotonic()
+        if frame.stage == last_stage and now - shown < FRAME_SECONDS:
+            continue
+        shown, last_stage = now, frame.stage
+        yield (_status(_stage(frame)), *views.frame_cards(frame, names),
+               views.scores_table(frame), frame, same.ask(app.session, frame))  # fmt: skip
 
 
 def _status(text: str) -> str:
@@ -125,10 +162,12 @@ def _status(text: str) -> str:
 
 def _stage(frame: Frame) -> str:
     how = "one batch" if frame.one_batch else "in turns"
+    doing = "the right side alone" if frame.kept else f"both sides {how}"
+    done = "the right side alone, the base's answer stood" if frame.kept else f"both sides {how}"
     return {
         "waiting": f"Waiting in line: {frame.ahead} ahead.",
-        "answering": f"Answering, both sides {how} …",
+        "answering": f"Answering, {doing} …",
         "scoring": "Scoring against the true answer …",
         "stopped": "Stopped. What was said stays; it is not scored.",
-        "done": f"Done: both sides {how}. Words that only one side says are bold and underlined.",
+        "done": f"Done: {done}. Words that only one side says are bold and underlined.",
     }[frame.stage]

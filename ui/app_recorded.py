@@ -6,19 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ui import app_pages, runs, views
+from ui import runs_page, same, views
+from ui.app_pages import PRIVATE, command_box, comparator_file, note, told
 
 if TYPE_CHECKING:
     from ui.app import App
     from ui.recorded import Recorded
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-
 
 def build(app: App, found: Recorded) -> None:
     """Compare and Runs on recorded answers."""
-    from ui.app import told
-
     names = found.names
     gr.HTML(
         '<header class="un-head"><h1>unlearner</h1><p role="status" id="un-state">recorded answers'
@@ -42,6 +39,7 @@ def build(app: App, found: Recorded) -> None:
             scores = gr.HTML("", elem_id="un-figures")
             with gr.Row():
                 export = gr.DownloadButton("LLM Comparator JSON", size="sm", elem_id="un-export")
+            command_box(same.recorded(app.logs))
             group.change(lambda name: gr.update(choices=found.questions(name),
                          value=found.questions(name)[0]), group, question, **PRIVATE)  # fmt: skip
         with gr.Tab("Runs"):
@@ -65,31 +63,17 @@ def build(app: App, found: Recorded) -> None:
     question.change(told(show), [group, question], [left, right, scores], **PRIVATE)
     page = gr.context.Context.root_block
     page.load(told(show), [group, question], [left, right, scores], **PRIVATE)
-    export.value = _export(found)
+    export.value = comparator_file(app, found.comparison(), names)
     gr.api(told(recorded), api_name="recorded")
 
 
 def _runs(app: App) -> None:
     """Table and plots of the logs."""
-    shown = runs.gather(None, app.logs, app.retain_log)
-    rows = [dict(zip(runs.COLUMNS, map(_cell, runs.cells(r)), strict=True))
-            for r in shown.table]  # fmt: skip
-    gr.HTML("".join(f'<p class="un-note">{views.esc(n)}</p>' for n in shown.notes)
-            + views.table(rows, "Runs") + app_pages.run_plots(shown))  # fmt: skip
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else str(value)
-
-
-def _export(found: Recorded) -> str:
-    """The file for LLM Comparator: every row of all sets."""
-    rows = [
-        (group, found.frame(group, str(one.question)))
-        for group, pairs in found.rows.items()
-        for one, _ in pairs
-    ]
-    return app_pages.comparator_file(
-        [(group, frame.question, frame.base, frame.unlearned) for group, frame in rows],
-        found.names,
-    )
+    sources = app.sources()
+    shown = sources.runs()
+    gr.HTML(
+        "".join(map(note, shown.notes)) + runs_page.table_html(shown)
+        + runs_page.log_r_html(shown, list(shown.log_r))
+        + runs_page.plots_html(shown, sources.probes())
+    )  # fmt: skip
+    command_box(same.runs(app.session, app.logs, app.retain_log, None))

@@ -1,15 +1,16 @@
-"""The New request tab: what is asked, what it costs, the training as it goes, and the demo."""
+"""The New request tab: what is asked, what it costs, and the training as it goes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui import requests
-from ui.app_pages import PRIVATE, _note, _told, command_box
+from adapters.errors import UserError
+from ui import app_first, requests
+from ui.app_pages import PRIVATE, command_box, note, told
 
 if TYPE_CHECKING:
     from ui.app import App
@@ -67,15 +68,23 @@ def _draft(*fields: Any) -> requests.Draft:
     return requests.draft(author, pasted, upload, objective, label, settings)
 
 
-def request(app: App, page: gr.Blocks) -> Any:
-    """The New request tab; its author field."""
+class RequestTab(NamedTuple):
+    """The author field, what the page's clock renews, and what starts it."""
+
+    author: Any
+    outputs: list[Any]
+    started: list[Any]
+
+
+def request(app: App) -> RequestTab:
+    """The New request tab."""
     fields = _form(app)
     with gr.Row():
         preview = gr.Button("Preview and check memory", elem_id="un-preview")
         start = gr.Button("Start training", variant="primary", elem_id="un-start")
-    shown = gr.HTML("", elem_id="un-previewed")
+    shown_ = gr.HTML("", elem_id="un-previewed")
     same = command_box()
-    live, job, timer = _watch(app, page)
+    live, job, events = _watch(app)
 
     def looked(asked: requests.Draft) -> str:
         rows, plan = requests.look(asked, app.session)
@@ -87,67 +96,70 @@ def request(app: App, page: gr.Blocks) -> Any:
 
     def begin(*values: Any) -> tuple[Any, ...]:
         asked = _draft(*values)
-        told = looked(asked)  # refuses before anything is started
+        seen = looked(asked)  # refuses before anything is started
         if app.session.on_gpu:
             app.session.rest()
         title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
         name = app.jobs.submit(title, asked.words(app.session), asked.rows or None)
-        return (told, asked.command(app.session), gr.update(choices=_jobs(app), value=name),
-                _jobs_html(app), gr.Timer(active=True))  # fmt: skip
+        return (seen, asked.command(app.session), gr.update(choices=_jobs(app), value=name),
+                _jobs_html(app))  # fmt: skip
 
-    preview.click(_told(look), fields, [shown, same], **PRIVATE)
-    start.click(_told(begin), fields, [shown, same, job, live, timer], **PRIVATE)
-    return fields[0]
+    preview.click(told(look), fields, [shown_, same], **PRIVATE)
+    began = start.click(told(begin), fields, [shown_, same, job, live], **PRIVATE)
+    return RequestTab(fields[0], [live, job], [began, *events])
 
 
-def _watch(app: App, page: gr.Blocks) -> tuple[Any, Any, Any]:
-    """The jobs as they go: their picture, the field that names one, and the clock."""
+def _watch(app: App) -> tuple[Any, Any, list[Any]]:
+    """The jobs as they go: their picture, the field that names one, and what sets one going."""
     live = gr.HTML(_jobs_html(app), elem_id="un-jobs")
     with gr.Row():
-        job = gr.Dropdown(choices=_jobs(app), label="Job", value=None, elem_id="un-job")
-        cancel = gr.Button("Cancel and save", elem_id="un-cancel")
-        resume = gr.Button("Go on", elem_id="un-resume")
-    demo = gr.Button("Make the demo world (CPU, minutes)", visible=_first(app), elem_id="un-demo")
+        job = gr.Dropdown(
+            choices=_jobs(app), label="Job", value=None, elem_id="un-job", scale=2, min_width=260
+        )
+        cancel = gr.Button("Cancel and save", elem_id="un-cancel", scale=1, min_width=140)
+        resume = gr.Button("Go on", elem_id="un-resume", scale=1, min_width=100)
     said = gr.HTML("")
-    timer = gr.Timer(1.0)
 
-    def tick() -> tuple[Any, ...]:
-        app.jobs.advance()
-        _settle(app)
-        busy = any(not view.ended for view in app.jobs.views())
-        return (_jobs_html(app), gr.update(choices=_jobs(app)), gr.update(visible=_first(app)),
-                gr.Timer(active=busy))  # fmt: skip
-
-    def found() -> tuple[Any, ...]:
-        """As a tick, and the job that goes on is chosen: what a page that comes back shows."""
-        live_, names, *rest = tick()
-        open_ = [view.name for view in app.jobs.views() if not view.ended]
-        chosen = gr.update(choices=_jobs(app), value=open_[0]) if open_ else names
-        return (live_, chosen, *rest)
-
-    def act(action: str) -> Callable[[str | None], tuple[Any, ...]]:
-        def run(name: str | None) -> tuple[Any, ...]:
-            text = getattr(app.jobs, action)(name or "")
-            return _note(str(text or "It goes on.")), gr.Timer(active=True)
+    def act(action: str) -> Callable[[str | None], str]:
+        def run(name: str | None) -> str:
+            text = getattr(app.jobs, action)(name or _only(app))
+            return note(str(text or "It goes on."))
 
         return run
 
-    def make_demo() -> tuple[Any, ...]:
-        folder = app.session.store_path.resolve().parent / "unlearner-demo"
-        name = app.jobs.submit("demo world", ["quickstart", "--out", str(folder)])
-        return gr.update(choices=_jobs(app), value=name), gr.Timer(active=True)
-
-    cancel.click(_told(act("cancel")), job, [said, timer], **PRIVATE)
-    resume.click(_told(act("resume")), job, [said, timer], **PRIVATE)
-    demo.click(_told(make_demo), None, [job, timer], **PRIVATE)
-    ticking = [live, job, demo, timer]
-    timer.tick(_told(tick), None, ticking, show_progress="hidden", **PRIVATE)
-    page.load(_told(found), None, ticking, show_progress="hidden", **PRIVATE)
-    return live, job, timer
+    events = [
+        cancel.click(told(act("cancel")), job, said, **PRIVATE),
+        resume.click(told(act("resume")), job, said, **PRIVATE),
+    ]
+    return live, job, events
 
 
-def _first(app: App) -> bool:
-    return app.session.base is None and not app.session.adapters()
+def _only(app: App) -> str:
+    """The job that is meant where none is chosen: the one under way, else the last one."""
+    views = app.jobs.views()
+    under_way = [view for view in views if not view.ended] or views[-1:]
+    if not under_way:
+        raise UserError("There is no job.", "Start a training first.")
+    return under_way[0].name
+
+
+def advance(app: App) -> bool:
+    """Starts the next job, takes over what an ended one made; whether any goes on."""
+    app.jobs.advance()
+    busy = any(not view.ended for view in app.jobs.views())
+    if not busy:
+        app_first.adopt(app)
+        if app.session.state == "resting":
+            app.session.start()
+    return busy
+
+
+def shown(app: App, find: bool) -> tuple[Any, Any]:
+    """The jobs as they stand; with `find` the one that goes on is chosen, for a page come back."""
+    under_way = [view.name for view in app.jobs.views() if not view.ended]
+    if find and under_way:
+        return _jobs_html(app), gr.update(choices=_jobs(app), value=under_way[0])
+    return _jobs_html(app), gr.update(choices=_jobs(app))
 
 
 def _jobs(app: App) -> list[tuple[str, str]]:
@@ -155,26 +167,6 @@ def _jobs(app: App) -> list[tuple[str, str]]:
 
 
 def _jobs_html(app: App) -> str:
-    shown = [view for view in app.jobs.views() if not view.ended][:3]
-    shown = shown or app.jobs.views()[-1:]
-    return "".join(map(requests.job_html, shown))
-
-
-def _settle(app: App) -> None:
-    """What an ended job changes: the demo becomes what the app works on, the model wakes up."""
-    from adapters.base_model import BaseSpec
-
-    views_ = app.jobs.views()
-    session = app.session
-    if any(not view.ended for view in views_):
-        return
-    if session.state == "resting":
-        session.start()
-    for view in views_:
-        found = view.outcome.get("result", {})
-        if session.base is None and view.words[:1] == ("quickstart",) and "base" in found:
-            session.base = BaseSpec(str(found["base"]))
-            session.data, session.store_path = Path(found["data"]), Path(found["store"])
-            app.logs = tuple(sorted(Path(found["folder"]).glob("logs/*.json")))
-            app.retain_log = Path(found["folder"]) / "logs" / "retrain.json"
-            session.start()
+    views = app.jobs.views()
+    shown_ = [view for view in views if not view.ended][:3] or views[-1:]
+    return "".join(map(requests.job_html, shown_))

@@ -14,6 +14,7 @@ from typing import Any
 
 from adapters.errors import Interrupted, UserError
 from ui import (
+    commands_ask,
     commands_bench,
     commands_calibrate,
     commands_consolidate,
@@ -46,6 +47,7 @@ first steps:
 exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 preflight says no, 4 quality gate failed,
 130 interrupted and saved"""
 MODULES = (
+    commands_ask,
     commands_bench,
     commands_calibrate,
     commands_runs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ui import options
 
 if TYPE_CHECKING:
     from ui.console import Console
+    from ui.recorded import Recorded
 
 HOST = "127.0.0.1"
 
@@ -40,6 +42,14 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--retain-log", type=Path, metavar="LOG", help="log of a model that never saw the data"
     )
+    parser.add_argument(
+        "--robustness", type=Path, nargs="+", default=[], metavar="FILE",
+        help="results of `unlearner robustness` (default: robustness.json beside the logs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", default=[], metavar="FILE",
+        help="results of `unlearner calibrate` (default: calibration.json beside the logs)",
+    )  # fmt: skip
     parser.add_argument(
         "--votes", type=Path, default=Path("votes.jsonl"), metavar="FILE",
         help="where blind votes go (default: ./votes.jsonl)",
@@ -89,6 +99,16 @@ def run_ui(args: argparse.Namespace, console: Console) -> int:
         recorded = None
     console.words("Opening the page ...")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    with tempfile.TemporaryDirectory(prefix="unlearner-") as scratch:
+        # Uploads and downloads hold forget text: in a private folder that goes with the app.
+        os.environ["GRADIO_TEMP_DIR"] = scratch
+        return _serve(args, console, auth, recorded, Path(scratch))
+
+
+def _serve(
+    args: argparse.Namespace, console: Console, auth: list[tuple[str, str]] | None,
+    recorded: Recorded | None, scratch: Path,
+) -> int:  # fmt: skip
     try:
         from ui.app import App, launch
     except ModuleNotFoundError as error:
@@ -104,7 +124,11 @@ def run_ui(args: argparse.Namespace, console: Console) -> int:
         args.data,
         args.template,
     )
-    app = App(session, Jobs(jobs_folder()), tuple(args.logs), args.retain_log, args.votes)
+    app = App(
+        session, Jobs(jobs_folder()), tuple(args.logs), args.retain_log, args.votes,
+        robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
+    )  # fmt: skip
+    app.sources().probes()  # a file that is none is refused before the page opens
     page, url = launch(
         app, recorded=recorded, host=args.host, port=args.port, auth=auth, open_browser=args.open
     )

@@ -43,6 +43,7 @@ class PairDecoder:
     PEFT's mixed batches know one adapter a row, and batch size changes 4-bit rounding.
 
     The prompts are those of the evaluation, and a seeded draw is the evaluation's draw.
+    With `right_only` the base's side has ended before it began: only the stack answers.
     """
 
     def __init__(
@@ -55,13 +56,15 @@ class PairDecoder:
         *,
         quantised: bool = False,
         mixed: bool | None = None,
+        right_only: bool = False,
     ) -> None:
         """`mixed` forces one way or the other, for comparing them."""
         prompt = fmt.encode_prompt(question)
         self.model, self.fmt = model, fmt
         self.stack = list(stack)
-        self.sides = (_Side(), _Side())
+        self.sides = (_Side(done=right_only), _Side())
         self.one_batch = (len(self.stack) == 1 and not quantised) if mixed is None else mixed
+        self.one_batch = self.one_batch and not right_only
         self._budget = sampling.max_new
         self._prompt = prompt
         self._stops = set(stop_tokens(model, fmt))

@@ -26,6 +26,7 @@ from ui.console import Console, json_value
 JOB, EVENTS, OUTCOME, LOCK, REQUEST = (
     "job.json", "events.jsonl", "outcome.json", "running.lock", "request.jsonl",
 )  # fmt: skip
+STOPPING, RESUMED = "stopping", "Going on."
 ENDED = ("done", "saved", "failed", "died", "withdrawn")
 
 
@@ -55,8 +56,10 @@ class JobView:
 class Jobs:
     """The jobs in a folder; one runs at a time, the others wait in the order they came."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, runner: Sequence[str] = ("-m", "ui.jobs")) -> None:
+        """`runner` is what the interpreter is given to run a job's folder."""
         self.folder = folder
+        self._runner = list(runner)
         self._starting = threading.Lock()
 
     def submit(
@@ -81,14 +84,18 @@ class Jobs:
         return name
 
     def resume(self, name: str) -> None:
-        """Puts a saved job back in line; it goes on from its checkpoint."""
+        """Puts a saved job, or one whose process died, back in line.
+
+        It goes on from its last checkpoint, a job without one from the start.
+        """
         place = self._place(name)
-        if self.view(name).status != "saved":
-            raise UserError("Only an interrupted and saved job can go on.")
+        if self.view(name).status not in ("saved", "died"):
+            raise UserError("Only an interrupted job can go on.")
         job = _read(place / JOB)
         # The quickstart goes on by itself; a training is told to.
         told = "--resume" in job["words"] or job["words"][0] != "forget"
         words = [*job["words"], *([] if told else ["--resume"])]
+        _append(place, {"said": RESUMED})
         (place / OUTCOME).unlink(missing_ok=True)
         (place / "started").unlink(missing_ok=True)
         _write(place / JOB, {**job, "words": words, "made": time.time_ns()})
@@ -110,7 +117,7 @@ class Jobs:
         with (place / "stderr.txt").open("ab") as errors:
             # A session of its own: closing the app's terminal must not stop the training.
             process = subprocess.Popen(
-                [sys.executable, "-m", "ui.jobs", str(place)],
+                [sys.executable, *self._runner, str(place)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
@@ -179,8 +186,9 @@ def _status(place: Path, events: Sequence[Mapping[str, Any]]) -> str:
         fresh = time.time() - float(_read(place / "started").get("time", 0)) < 60
         begun = (place / LOCK).is_file() and _read(place / LOCK).get("for") == _stamp(place)
         return "starting" if fresh and not begun else "died"
-    asked = any(e.get("said") == "stopping" for e in events)
-    return "stopping" if asked else "running"
+    # A job that goes on was asked to stop once, but that is over.
+    signs = [e["said"] for e in events if e.get("said") in (STOPPING, RESUMED)]
+    return "stopping" if signs[-1:] == [STOPPING] else "running"
 
 
 def _stamp(place: Path) -> Any:
@@ -218,6 +226,11 @@ def _events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def _append(place: Path, event: Mapping[str, Any]) -> None:
+    with (place / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**json_value(event), "time": time.time()}) + "\n")
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -240,8 +253,7 @@ class JobConsole(Console):
         self._place = place
 
     def _tell(self, event: Mapping[str, Any]) -> None:
-        with (self._place / EVENTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**json_value(event), "time": time.time()}) + "\n")
+        _append(self._place, event)
 
     def words(self, text: str) -> None:
         """A line of words."""
@@ -249,7 +261,7 @@ class JobConsole(Console):
 
     def urgent(self, text: str) -> None:
         """The word that it was asked to stop; comes from inside a signal handler."""
-        self._tell({"said": "stopping"})
+        self._tell({"said": STOPPING})
 
     def progress(self, event: Mapping[str, Any]) -> None:
         """One step."""

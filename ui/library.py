@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from adapters.digests import key_id, mark
 from adapters.errors import UserError
 from unlearner.data import FORGET_SPLITS, Author, Row, load_authors, load_split
+
+if TYPE_CHECKING:
+    from adapters.catalog import StoredAdapter
 
 MOST_TELLINGS = 4
 NEIGHBOURS = {
@@ -34,9 +39,9 @@ class Library:
                     return row
         return None
 
-    def beside(self, author: str, n: int = 20) -> list[tuple[str, Row]]:
-        """Rows to be kept, with the name of their set: `n` of each, none of them the author's."""
-        own = {row.question for row in self.authors.get(author, ())}
+    def beside(self, rows: Sequence[Row], n: int = 20) -> list[tuple[str, Row]]:
+        """Rows to be kept, with the name of their set: `n` of each, none of them in `rows`."""
+        own = {row.question for row in rows}
         found = []
         for name, rows in self.neighbours.items():
             kept = [row for row in rows if row.question not in own]
@@ -45,6 +50,30 @@ class Library:
             places = {(k * len(kept) // n + k) % len(kept) for k in range(n)} if kept else set()
             found += [(name, kept[place]) for place in sorted(places)]
         return found
+
+
+def requested(
+    library: Library, adapters: Sequence[StoredAdapter], key: bytes
+) -> dict[str, tuple[Row, ...]]:  # fmt: skip
+    """The questions of each filed request that the data holds, by a name for the request.
+
+    The store keeps no text: a question is recognised by its keyed mark, so requests that were
+    filed with another key, or with rows that are not in the data, are not found.
+    """
+    mine = key_id(key)
+    marks = [
+        (adapter.label, set(told.get("marks", ())))
+        for adapter in adapters
+        if not adapter.problem
+        and (told := adapter.manifest.data.get("forget", {})).get("key_id") == mine
+    ]
+    by_mark = {mark(key, row.question): row for rows in library.authors.values() for row in rows}
+    found = {}
+    for label, wanted in marks:
+        rows = tuple(row for known, row in by_mark.items() if known in wanted)
+        if rows:
+            found[f"request {label}"] = rows
+    return found
 
 
 def read_library(data: Path | None) -> Library:

@@ -35,6 +35,15 @@ class Recorded:
         """The questions of a set in their order."""
         return [str(one.question) for one, _ in self.rows.get(group, [])]
 
+    def comparison(self) -> list[tuple[str, str, Answer, Answer]]:
+        """Every row of all sets: set, question, both answers."""
+        frames = [
+            (group, self.frame(group, str(one.question)))
+            for group, pairs in self.rows.items()
+            for one, _ in pairs
+        ]
+        return [(group, f.question, f.base, f.unlearned) for group, f in frames]
+
     def frame(self, group: str, question: str) -> Frame:
         """The recorded answers to a question, judged by the same rule as live ones.
 

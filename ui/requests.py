@@ -62,6 +62,7 @@ def base_words(spec: BaseSpec) -> list[str]:
     words += ["--dtype", spec.dtype] if spec.dtype != "auto" else []
     words += ["--load-in-4bit"] if spec.load_in_4bit else []
     words += ["--device", spec.device] if spec.device != "auto" else []
+    words += ["--attention", spec.attention] if spec.attention != "auto" else []
     return words
 
 
@@ -220,6 +221,11 @@ def plan_html(plan: dict[str, Any], free: int | None) -> str:
     )
 
 
+def _shown(word: str) -> str:
+    """A word of a job's command; the private file of pasted rows is the reader's own file."""
+    return "rows.jsonl" if word.endswith(f"/{REQUEST}") else word
+
+
 def job_html(view: Any) -> str:
     """A job as it stands: status, step, losses as curves, time left."""
     from ui.console import duration_text
@@ -254,7 +260,8 @@ def job_html(view: Any) -> str:
     }
     plot = lines(curves, f"Losses of {view.title}", "step", "loss")
     return (
-        f'<section class="un-card" aria-label="{esc(view.title)}"><header><h3>{esc(view.title)}'
-        f'</h3><span class="un-verdict">{esc(view.status)}</span></header>'
-        f'<p class="un-sub" role="status">{esc(words)}</p>{bar}{plot}</section>'
+        f'<section class="un-card" aria-label="{esc(view.title)}"><header><h2>{esc(view.title)}'
+        f'</h2><span class="un-verdict">{esc(view.status)}</span></header>'
+        f'<p class="un-sub" role="status">{esc(words)}</p>{bar}{plot}'
+        f'<p class="un-foot"><code>{esc(command(*map(_shown, view.words)))}</code></p></section>'
     )

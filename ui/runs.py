@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.probes import Probes, gather_probes, is_probe
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from ui.session import Answer
 
 REFERENCE = "retrain reference"
+PER_MODEL = {
+    "rouge_l_recall": "rouge_l", "answer_prob": "answer_prob", "truth_ratio": "truth_ratio",
+}  # fmt: skip
 COLUMNS = (
     "name", "source", "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction",
     "model_utility", "forget_rouge_l_recall", "forget_answer_prob", "n", "protocol", "limited",
@@ -42,6 +46,36 @@ class Runs:
                 ((slug, scale),) = scales.items()
                 found.setdefault(str(slug), []).append((float(scale), float(value)))
         return {slug: sorted(points) for slug, points in found.items() if len(points) > 1}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the Runs tab reads: a store, logs, and probes in files."""
+
+    store: AdapterStore | None = None
+    logs: tuple[Path, ...] = ()
+    retain_log: Path | None = None
+    robustness: tuple[Path, ...] = ()
+    calibration: tuple[Path, ...] = ()
+
+    def runs(self) -> Runs:
+        """The evaluations."""
+        return gather(self.store, self.logs, self.retain_log)
+
+    def probes(self) -> Probes:
+        """The probes."""
+        return gather_probes(self.store, self.logs, self.robustness, self.calibration)
+
+
+def write_report(sources: Sources, out: Path) -> Path:
+    """The HTML report of everything the Runs tab shows, written to `out`.
+
+    The one place where the page's report is made, and `report_command` names its command.
+    """
+    from ui.runs_page import file_html
+
+    out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
+    return out
 
 
 def gather(
@@ -83,6 +117,8 @@ def gather(
         if adapter.problem:
             continue
         for name, figures in store.evals(adapter.slug).items() if store is not None else []:
+            if is_probe(name):
+                continue
             table.append({"name": f"{adapter.label} {name}", "source": adapter.slug, **figures})
     published = [
         (name, math.log10(quality), utility)
@@ -112,6 +148,12 @@ def cells(row: Mapping[str, Any]) -> list[Any]:
     return [float(f"{v:.4g}") if isinstance(v := row.get(name), float) else v for name in COLUMNS]
 
 
+def split_of(runs: Runs) -> str | None:
+    """The forget split that these evaluations name, None where they name none or several."""
+    named = {str(row["split"]) for row in runs.table if row.get("split")}
+    return named.pop() if len(named) == 1 else None
+
+
 def as_csv(runs: Runs) -> str:
     """The table as CSV, figures unrounded."""
     out = io.StringIO()
@@ -126,14 +168,15 @@ def comparator(
 ) -> dict[str, Any]:
     """LLM Comparator's JSON (PAIR) of rows: set, question, and the answers of A and B.
 
-    The score is ROUGE-L of A less that of B, 0 where one was not measured: positive where A holds
-    more of the true answer.
+    The score is ROUGE-L of A less that of B, null where one was not measured: positive where A
+    holds more of the true answer. A field that is per model holds A's value, then B's.
     """
     return {
         "metadata": {
             "source_path": "unlearner",
             "custom_fields_schema": [
-                {"name": name, "type": "number"} for name in ("rouge_l_a", "rouge_l_b")
+                *({"name": name, "type": "per_model_number"} for name in PER_MODEL.values()),
+                {"name": "verdict", "type": "per_model_category"},
             ],
         },
         "models": [{"name": name} for name in names],
@@ -149,7 +192,10 @@ def _example(group: str, question: str, a: Answer, b: Answer) -> dict[str, Any]:
         "tags": [group],
         "output_text_a": a.text,
         "output_text_b": b.text,
-        "score": known[0] - known[1] if len(known) == 2 else 0.0,
+        "score": known[0] - known[1] if len(known) == 2 else None,
         "individual_rater_scores": [],
-        "custom_fields": {"rouge_l_a": scores[0], "rouge_l_b": scores[1]},
+        "custom_fields": {
+            **{name: [getattr(a, key), getattr(b, key)] for key, name in PER_MODEL.items()},
+            "verdict": [a.word or None, b.word or None],
+        },
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.errors import UserError
-from ui.library import Library, read_library
+from ui.library import Library, read_library, requested
 from ui.turns import Turns
 from ui.verdicts import verdict
 
@@ -51,7 +51,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Frame:
-    """A comparison as far as it has come. `stack` is what the model's layers said."""
+    """A comparison as far as it has come. `stack` is what the model's layers said.
+
+    `base_whole` says that the base's answer is complete and scored, so that it can be kept while
+    the right side answers again; `kept` says that it was.
+    """
 
     question: str
     base: Answer
@@ -61,6 +65,9 @@ class Frame:
     one_batch: bool = False
     stage: Literal["waiting", "answering", "scoring", "done", "stopped"] = "answering"
     ahead: int = 0
+    sampling: Sampling | None = None
+    base_whole: bool = False
+    kept: bool = False
 
 
 @dataclass
@@ -157,6 +164,15 @@ class Session:
         store = self.store()
         return [] if store is None else store.list()
 
+    def askable(self) -> dict[str, tuple[Row, ...]]:
+        """What can be asked about: the filed requests whose questions the data holds, authors."""
+        from adapters.digests import key_path, store_key
+
+        adapters = self.adapters()
+        if not adapters or not self.library.authors or not key_path().is_file():
+            return dict(self.library.authors)
+        return {**requested(self.library, adapters, store_key()), **self.library.authors}
+
     def filed_stack(self) -> tuple[tuple[str, float], ...]:
         """The store's active stack."""
         store = self.store()
@@ -186,11 +202,14 @@ class Session:
             return self.use(stack)
 
     def compare(
-        self, question: str, stack: Stack, sampling: Sampling, stop: threading.Event | None = None
-    ) -> Iterator[Frame]:
+        self, question: str, stack: Stack, sampling: Sampling,
+        stop: threading.Event | None = None, keep: Frame | None = None,
+    ) -> Iterator[Frame]:  # fmt: skip
         """The comparison as it grows: a frame a token, then one with the scores.
 
-        `stop` ends both answers within a token; what was said so far stays.
+        `stop` ends both answers within a token; what was said so far stays. `keep` is an earlier
+        comparison: where its base answered the same question in the same way to its end, that
+        answer stands and only the stack answers.
 
         Raises:
             UserError: no question, no model, a stack that cannot be used.
@@ -202,18 +221,24 @@ class Session:
             raise UserError("There is no question.", "Choose one or type one.")
         self.require()
         stop = stop or threading.Event()
-        empty = Answer("")
+        frame = _begun(asked, stack, sampling, keep)
         ticket = self.turns.join()
         try:
             for ahead in self.turns.waiting(ticket):
-                yield Frame(asked, empty, empty, tuple(stack), stage="waiting", ahead=ahead)
+                yield dataclasses.replace(frame, stage="waiting", ahead=ahead)
             active = self._active(stack)
             model, fmt = self.require()
             names = [name for name, _ in active]
-            pair = PairDecoder(model, fmt, asked, names, sampling, quantised=self._quantised)
+            pair = PairDecoder(
+                model, fmt, asked, names, sampling, quantised=self._quantised,
+                right_only=frame.base_whole,
+            )  # fmt: skip
             row = self.library.row(asked)
             clock = _Clock()
-            frame = Frame(asked, empty, empty, active, row.answer if row else None, pair.one_batch)
+            truth = row.answer if row else None
+            frame = dataclasses.replace(
+                frame, stack=active, truth=truth, one_batch=pair.one_batch, stage="answering"
+            )
             while not pair.done and not stop.is_set():
                 pair.step()
                 frame = _framed(frame, pair, clock)
@@ -234,17 +259,16 @@ class Session:
         """The frame with both answers judged; the model keeps its stack."""
         from adapters.stack import base_only
 
-        if row is None:
-            sides = [judged(a, None, None) for a in (frame.base, frame.unlearned)]
-        else:
+        base, before = frame.base, None
+        if not frame.base_whole:
             with base_only(self._model):
-                before = self.teacher_forced([row])[0]
-            after = self.teacher_forced([row])[0] if frame.stack else before
-            sides = [
-                judged(frame.base, row, before),
-                judged(frame.unlearned, row, after),
-            ]
-        return dataclasses.replace(frame, base=sides[0], unlearned=sides[1], stage="done")
+                before = self.teacher_forced([row])[0] if row else None
+            base = judged(base, row, before)
+        after = before
+        if row is not None and (frame.stack or before is None):
+            after = self.teacher_forced([row])[0]
+        right = judged(frame.unlearned, row, after)
+        return dataclasses.replace(frame, base=base, unlearned=right, stage="done", base_whole=True)
 
     def teacher_forced(self, rows: Sequence[Row]) -> list[tuple[float, float | None]]:
         """Answer probability and truth ratio R of each row, with what is active now.
@@ -283,12 +307,23 @@ class _Clock:
         return self._ended.setdefault(number, now) if done else now
 
 
+def _begun(asked: str, stack: Stack, sampling: Sampling, keep: Frame | None) -> Frame:
+    """The frame before the first token, with the base's answer of `keep` where it still holds."""
+    same = keep is not None and (keep.question, keep.sampling) == (asked, sampling)
+    base = keep.base if keep is not None and same and keep.base_whole else None
+    return Frame(
+        asked, base or Answer(""), Answer(""), tuple(stack), sampling=sampling,
+        base_whole=base is not None, kept=base is not None,
+    )  # fmt: skip
+
+
 def _framed(frame: Frame, pair: Any, clock: _Clock) -> Frame:
     sides = [
         Answer(text, tokens, clock.seconds(i, pair.sides[i].done))
         for i, (text, tokens) in enumerate(zip(pair.texts, pair.lengths, strict=True))
     ]
-    return dataclasses.replace(frame, base=sides[0], unlearned=sides[1])
+    base = frame.base if frame.base_whole else sides[0]
+    return dataclasses.replace(frame, base=base, unlearned=sides[1])
 
 
 def judged(answer: Answer, row: Row | None, scores: tuple[float, float | None] | None) -> Answer:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
 from ui.session import Answer, judged
@@ -48,6 +48,14 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
+class Filled(NamedTuple):
+    """The rows so far, how many there will be, and how many questions of others come first."""
+
+    rows: list[SheetRow]
+    total: int
+    ahead: int = 0
+
+
 def fill(
     session: Session,
     author: str,
@@ -56,26 +64,34 @@ def fill(
     neighbours: int = 5,
     max_new: int = 200,
     stop: threading.Event | None = None,
-) -> Iterator[tuple[list[SheetRow], int]]:
-    """The rows so far and how many there will be, batch by batch: the author's, then neighbours.
+) -> Iterator[Filled]:
+    """The sheet batch by batch: the author's rows, or a filed request's, then neighbours.
 
-    Every batch waits for its turn, so a question from another page comes in between.
+    Every batch waits for its turn, so a question from another page comes in between; how many are
+    ahead is told.
 
     Raises:
         UserError: no such author, no model.
     """
-    rows = session.library.authors.get(author)
+    rows = session.askable().get(author)
     if not rows:
         raise UserError(f"There is no author {author!r} in the data.", "Choose one from the list.")
-    wanted = [(AUTHOR, row) for row in rows] + session.library.beside(author, neighbours)
+    wanted = [(AUTHOR, row) for row in rows] + session.library.beside(rows, neighbours)
     found: list[SheetRow] = []
+    stop = stop or threading.Event()
     for start in range(0, len(wanted), BATCH):
-        if stop is not None and stop.is_set():
+        ticket = session.turns.join()
+        try:
+            for ahead in session.turns.waiting(ticket):
+                yield Filled(list(found), len(wanted), ahead)
+            if not stop.is_set():
+                session.use(stack)
+                found += _batch(session, wanted[start : start + BATCH], max_new)
+        finally:
+            session.turns.leave(ticket)
+        yield Filled(list(found), len(wanted))
+        if stop.is_set():
             return
-        with session.turns.turn():
-            session.use(stack)
-            found += _batch(session, wanted[start : start + BATCH], max_new)
-        yield list(found), len(wanted)
 
 
 def _batch(session: Session, wanted: Sequence[tuple[str, Row]], max_new: int) -> list[SheetRow]:

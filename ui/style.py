@@ -18,7 +18,7 @@ CSS = """
 .un-card { border:1px solid var(--un-line); border-radius:8px; padding:.9rem 1rem 1rem;
   background:var(--un-paper); color:var(--un-ink); }
 .un-card header { display:flex; justify-content:space-between; gap:1rem; align-items:baseline; }
-.un-card h3 { font-size:1rem; font-weight:650; margin:0; }
+.un-card h2 { font-size:1rem; font-weight:650; margin:0; }
 .un-answer { font-size:1.05rem; line-height:1.6; min-height:4.8em; margin:.6rem 0;
   max-width:68ch; overflow-wrap:anywhere; }
 .un-verdict { border:1px solid currentColor; border-radius:99px; padding:.05rem .6rem;
@@ -33,7 +33,7 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
   border-bottom:1px solid var(--un-line) !important; padding:.45rem 1rem .45rem 0 !important; }
 .un-table td:nth-child(6) { white-space:nowrap; }
 .un-plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
-  gap:1.5rem; } .un-plots h3 { font-size:1rem; font-weight:650; margin:.5rem 0 0; }
+  gap:1.5rem; } .un-plots h2 { font-size:1rem; font-weight:650; margin:.5rem 0 0; }
 #un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
 #un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
   font-family:system-ui,sans-serif; font-size:.875rem; }
@@ -53,6 +53,9 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 .un-table td { min-width:5rem; } .un-table td:last-child { min-width:13rem; }
 .un-state { white-space:nowrap; font-weight:600; }
 tr[data-state=on] .un-state { color:var(--un-accent); }
+.un-first { padding:.4rem 1rem 0; line-height:1.55; } .un-first h2 { font-size:1.15rem;
+  font-weight:650; margin:.4rem 0; } .un-first p { max-width:72ch; margin:.3rem 0; }
+.un-card code { font-size:.8rem; overflow-wrap:anywhere; background:none; padding:0; }
 .un-note { border-left:3px solid var(--un-accent); padding:.35rem .8rem; background:var(--un-soft);
   color:var(--un-ink); border-radius:0 6px 6px 0; overflow-wrap:anywhere; }
 .un-hidden { position:absolute; width:1px; height:1px; overflow:hidden; clip-path:inset(50%); }
@@ -60,7 +63,8 @@ tr[data-state=on] .un-state { color:var(--un-accent); }
   gap:.2rem 1.2rem; font-size:.85rem; color:var(--un-ink); }
 .un-plot { width:100%; height:auto; max-width:760px; } .un-plot text { fill:var(--un-quiet);
   font-size:12px; } .un-grid { stroke:var(--un-line); }
-.un-line { fill:none; stroke-width:2; } .un-plot .un-mark { font-size:17px; }
+.un-line { fill:none; stroke-width:2; } .un-front { fill:none; stroke-width:1.5; opacity:.75; }
+.un-plot .un-mark { font-size:17px; }
 .un-s0 { stroke:var(--un-accent); } .un-s1 { stroke:var(--un-two); }
 .un-s2 { stroke:var(--un-three); } .un-s3 { stroke:var(--un-four); }
 .un-plot .un-t0, .un-t0 { fill:var(--un-accent); color:var(--un-accent); }

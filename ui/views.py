@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ui.probes import is_probe, probe_text
+
 if TYPE_CHECKING:
     from adapters.catalog import StoredAdapter
     from ui.session import Answer, Frame
@@ -65,7 +67,7 @@ def answer_card(title: str, body: str, answer: Answer | None, note: str = "") ->
         foot = f"{answer.tokens} tokens in {answer.seconds:.2f} s{rate}"
     text = body or '<span class="un-quiet">No answer yet.</span>'
     return (
-        f'<section class="un-card" aria-label="{esc(title)}"><header><h3>{esc(title)}</h3>{verdict}'
+        f'<section class="un-card" aria-label="{esc(title)}"><header><h2>{esc(title)}</h2>{verdict}'
         f'</header><p class="un-sub">{esc(note)}</p>'
         f'<div class="un-answer">{text}</div><p class="un-foot">{esc(foot)}</p></section>'
     )
@@ -99,10 +101,14 @@ def stack_text(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | N
 
 
 def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> str:
-    """The figures of this answer, both sides, with the direction in words and arrows."""
-    if frame.stage != "done":
+    """The figures of this answer, both sides, with the direction in words and arrows.
+
+    It stands from the start with dots where a figure is still to come, so that nothing moves.
+    """
+    if frame.stage == "waiting":
         return ""
-    rows = []
+    done, rows = frame.stage == "done", []
+    dots = "–" if frame.stage == "stopped" else "…"
     for name, key, means in (
         ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
         ("Answer probability", "answer_prob", "of the true answer, a token"),
@@ -110,8 +116,9 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     ):
         before, after = getattr(frame.base, key), getattr(frame.unlearned, key)
         rows.append(
-            f'<tr><th scope="row">{name}<small>{means}</small></th><td>{number(before)}</td>'
-            f"<td>{number(after)} {arrow(before, after)}</td></tr>"
+            f'<tr><th scope="row">{name}<small>{means}</small></th>'
+            f"<td>{number(before) if done or frame.base_whole else dots}</td>"
+            f"<td>{f'{number(after)} {arrow(before, after)}' if done else dots}</td></tr>"
         )
     truth = (
         f'<p class="un-truth"><b>True answer</b> {esc(frame.truth)}</p>'
@@ -121,6 +128,8 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
             "score against.</p>"
         )
     )
+    if frame.truth is None:
+        return f'<div class="un-scores">{truth}</div>'
     return (
         f'<div class="un-scores">{truth}<table><caption class="un-hidden">Figures of this answer'
         '</caption><thead><tr><th scope="col">This answer</th><th scope="col">'
@@ -176,6 +185,9 @@ def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]
     manifest = adapter.manifest
     figures = []
     for name, found in evals.items():
+        if is_probe(name):
+            figures.append(probe_text(name, found))
+            continue
         quality, utility = found.get("forget_quality"), found.get("model_utility")
         said = [f"FQ {quality:.3g}" if quality is not None else "FQ needs a reference"]
         said += [f"MU {utility:.3f}"] if utility is not None else []
@@ -198,10 +210,7 @@ def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]
 def adapter_table(rows: Sequence[Sequence[str]]) -> str:
     """The store's adapters; an empty store says how to fill it."""
     if not rows:
-        return (
-            '<p class="un-empty">The store is empty. File a request under “New request”, or make '
-            "the demo world there.</p>"
-        )
+        return '<p class="un-empty">The store is empty. File a request under “New request”.</p>'
     heads = (
         "State",
         "Label",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,29 +12,13 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.browser
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
 SERIOUS = ("serious", "critical")
+NAMELESS = re.compile(
+    r"^\s*- (button|textbox|checkbox|radio|combobox|slider|spinbutton|tab|link|listbox)"
+    r"(?: \[[^\]]*\])*:?\s*$",
+    re.MULTILINE,
+)
 TABS = ("Compare", "Author sheet", "Stack", "Runs", "New request")
-
-
-def _missing(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        _missing("no chromium: `apt-get install chromium`")
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=ARGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +126,8 @@ def _ask(page: Any, question: str) -> None:
     page.locator("#un-question textarea, #un-question input").first.press("Enter")
 
 
-def _done(page: Any) -> tuple[str, str]:
-    page.wait_for_function(
-        "document.querySelector('#un-status').textContent.includes('Done: both sides')"
-    )
+def _done(page: Any, how: str = "both sides") -> tuple[str, str]:
+    _wait_for(page, "#un-status", f"Done: {how}")
     sides = [page.locator(f"#un-{side} .un-answer").inner_text() for side in ("left", "right")]
     return sides[0], sides[1]
 
@@ -184,22 +164,59 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     _ask(page, question)
     base, right = _done(page)
     assert right == base  # nothing is active in a fresh store
-    page.get_by_label("request-1").check()
-    page.get_by_role("button", name="Ask both").click()
-    page.wait_for_function(
-        "document.querySelector('#un-right h3').textContent.includes('1 adapter')"
-    )
-    left, changed = _done(page)
+    page.get_by_label("request-1").check()  # the right side answers anew by itself
+    _wait_for(page, "#un-right h2", "1 adapter")
+    left, changed = _done(page, "the right side alone")
     assert left == base
     assert changed != base
     assert page.locator("#un-right mark.un-diff").count() > 0
     assert page.locator("#un-figures tbody tr").count() == 3
+    assert "--adapters" in page.locator(".un-command textarea:visible").input_value()
+    page.get_by_role("button", name="Ask both").click()
+    assert _done(page) == (base, changed)
     assert "one batch" in page.locator("#un-status").inner_text()
     page.get_by_role("button", name="Clear = base").first.click()
-    page.wait_for_timeout(300)
+    _wait_for(page, "#un-right h2", "nothing")
+    assert _done(page, "the right side alone") == (base, base)
     page.get_by_role("button", name="Ask both").click()
-    _wait_for(page, "#un-right h3", "nothing")
     assert _done(page) == (base, base)
+
+
+def test_a_strength_that_moves_answers_the_right_side_alone(
+    page: Any, served: Any, monkeypatch: Any
+) -> None:
+    from ui.decoding import PairDecoder
+
+    page.get_by_label("request-1").check()
+    _ask(page, _question(served[0]))
+    base, whole = _done(page)
+    assert whole != base
+    page.get_by_role("button", name="Strength of each adapter").click()
+    number = page.get_by_label("number input for Strength of request-1")
+    number.fill("0")
+    _wait_for(page, "#un-right .un-sub", "request-1 × 0")
+    assert _done(page, "the right side alone") == (base, base)  # nothing acts at strength 0
+    number.fill("1")
+    _wait_for(page, "#un-right .un-sub", "request-1 × 1")
+    assert _done(page, "the right side alone") == (base, whole)
+
+    step = PairDecoder.step
+
+    def slow(self: PairDecoder) -> None:
+        self._stops = set()
+        time.sleep(0.05)
+        step(self)
+
+    monkeypatch.setattr(PairDecoder, "step", slow)
+    slider = page.locator("#un-strengths input[type=range]")
+    slider.focus()
+    for _ in range(4):  # by keyboard; what is answered is where it came to rest
+        page.keyboard.press("ArrowLeft")
+    _wait_for(page, "#un-right .un-sub", "request-1 × 0.8")
+    _wait_for(page, "#un-status", "Answering, the right side alone")
+    page.keyboard.press("Escape")
+    _wait_for(page, "#un-status", "Stopped")
+    assert page.locator("#un-left .un-answer").inner_text() == base
 
 
 def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatch: Any) -> None:
@@ -260,6 +277,13 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any) -> None
     _pick(page, "#un-sheet-author", author)
     page.get_by_role("button", name="Fill the sheet").click()
     page.wait_for_function(
+        "document.querySelector('#un-sheet-status').textContent.includes(' of ')"
+    )
+    page.locator("#un-sheet-stop").click()
+    _wait_for(page, "#un-sheet-status", "Stopped")
+    assert "25 of" not in page.locator("#un-sheet-status").inner_text()
+    page.get_by_role("button", name="Fill the sheet").click()
+    page.wait_for_function(
         "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
     )
     groups = page.locator("#un-tally tbody th").all_inner_texts()
@@ -305,6 +329,114 @@ def test_bad_input_is_answered_by_a_sentence(page: Any, tmp_path: Path) -> None:
     assert "/tmp" not in page.locator("[data-testid=toast-body], .toast-body").last.inner_text()
 
 
+def test_uploads_that_are_huge_or_hold_html_do_no_harm(page: Any, tmp_path: Path) -> None:
+    _tab(page, "New request")
+
+    def upload(name: str, content: bytes) -> None:
+        path = tmp_path / name
+        path.write_bytes(content)
+        with page.expect_file_chooser() as chooser:
+            page.locator("#un-upload").click()
+        chooser.value.set_files(str(path))
+
+    upload("large.jsonl", b"x" * 5_200_000)
+    page.wait_for_selector("text=large.jsonl")
+    page.locator("#un-preview").click()
+    page.wait_for_selector("text=Use one of at most")
+    upload("huge.jsonl", b"x" * 7_000_000)
+    page.wait_for_selector("text=/maximum allowed size|too large|exceeds/i")
+    html = "<img src=x onerror='window.harmed = 1'>"
+    upload("html.jsonl", json.dumps({"question": html, "answer": f"{html} is her."}).encode())
+    page.wait_for_selector("text=html.jsonl")
+    page.locator("#un-preview").click()
+    page.wait_for_selector("#un-previewed u")
+    assert html in page.locator("#un-previewed").inner_text()
+    assert page.locator("#un-previewed img").count() == 0
+    assert page.evaluate("window.harmed") is None
+
+
+def test_html_in_a_question_stays_text(page: Any) -> None:
+    html = "<img src=x onerror='window.harmed = 1'>"
+    _ask(page, html)
+    _done(page)
+    assert html in page.locator(".un-command textarea:visible").input_value().replace(
+        "'\"'\"'", "'"
+    )
+    assert page.evaluate("window.harmed") is None
+
+
+def test_everything_can_be_reached_and_done_by_keyboard(page: Any, served: Any) -> None:
+    focused = """() => { const e = document.activeElement; return [e.tagName, e.id,
+        e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText || '',
+        e.closest('[id^=un-]')?.id || '']; }"""
+    page.locator("body").press("Home")
+    seen: list[tuple[str, str]] = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        tag, _, name, where = page.evaluate(focused)
+        seen.append((where, f"{tag} {name}".strip()))
+        if where == "un-stop":
+            break
+    places = list(dict.fromkeys(where for where, _ in seen))
+    wanted = ["un-stack", "un-clear", "un-strengths", "un-author", "un-question", "un-ask",
+              "un-stop"]  # fmt: skip
+    assert [place for place in places if place in wanted] == wanted, seen
+    assert all(name.split(" ", 1)[1:] for _, name in seen), seen
+    assert any(name.startswith("BUTTON Compare") for _, name in seen)
+    page.keyboard.press("Shift+Tab")  # from Stop to Ask to the question
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.type(_question(served[0]))
+    page.keyboard.press("Enter")
+    assert _done(page)[0]
+    page.locator("[role=tab][aria-selected=true]").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.locator("[role=tab][aria-selected=true]").first.inner_text() == "Author sheet"
+
+
+def test_runs_draw_what_is_chosen_and_make_files(
+    page: Any, served: Any, shared: Path, tmp_path: Path
+) -> None:
+    app = served[0]
+    logs = shared / "reference-logs"
+    beside = tmp_path / "robustness.json"
+    beside.write_text(
+        json.dumps(
+            {
+                "kind": "unlearner-robustness", "schema": 1,
+                "relearning": {"curves": [{"name": "npo", "points": [
+                    {"step": k, "seen_answer_prob": 0.1 * k, "unseen_answer_prob": 0.05 * k}
+                    for k in range(4)]}]},
+            }
+        )
+    )  # fmt: skip
+    app.logs = (logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
+    app.retain_log, app.robustness = logs / "llama2-7b_retain90_tofu.json", (beside,)
+    try:
+        _tab(page, "Runs")  # opening the tab reads anew
+        page.wait_for_selector("#un-log-r svg.un-plot", timeout=60000)
+        assert "llama2-7b_full, mean" in page.locator("#un-log-r").inner_text()
+        page.wait_for_selector("#un-plots >> text=Relearning")
+        assert page.locator("#un-plots polyline.un-front").count() >= 1
+        words = page.locator(".un-command textarea:visible").input_value().splitlines()
+        assert [line.split()[1] for line in words] == ["score", "score"]
+        page.get_by_label("llama2-7b_full").uncheck()
+        page.wait_for_function(
+            "!document.querySelector('#un-log-r').innerText.includes('llama2-7b_full')"
+        )
+        page.get_by_label("llama2-7b_full").check()
+        page.locator("#un-report").click()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="HTML report", exact=True).click(timeout=60000)
+        assert "Relearning" in Path(download.value.path()).read_text()
+        page.locator("#un-pair").click()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="comparator.json").click(timeout=60000)
+        assert len(json.loads(Path(download.value.path()).read_text())["models"]) == 2
+    finally:
+        app.logs, app.retain_log, app.robustness = (), None, ()
+
+
 def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: Any) -> None:
     app, _ = served
     _tab(page, "New request")
@@ -345,12 +477,17 @@ def test_a_finished_request_is_in_the_stack_and_off(page: Any, served: Any) -> N
     page.locator("#un-start").click()
     page.wait_for_selector(f"section[aria-label='forget {author}'] >> text=Done.", timeout=60000)
     new = [adapter for adapter in app.session.adapters() if adapter.slug not in before]
+    page.locator("#un-stack").get_by_text(new[0].label).wait_for()  # offered at once, and off
+    assert not page.get_by_label(new[0].label, exact=True).first.is_checked()
+    secret = app.session.library.authors[author][0].answer
+    left_behind = [app.jobs.folder, app.session.store_path]
+    for path in (p for folder in left_behind for p in folder.rglob("*") if p.is_file()):
+        assert secret.encode() not in path.read_bytes(), f"{path} holds forget text"
     assert [adapter.status for adapter in new] == ["ready"]
     assert new[0].manifest.data["forget"]["n"] == 30
     view = app.jobs.views()[-1]
     assert view.words[:2] == ("forget", f"tofu:author={author}")
     _tab(page, "Stack")
-    page.locator("#un-look").click()
     page.wait_for_selector(f"#un-adapters >> text={new[0].slug}")
 
 
@@ -358,16 +495,44 @@ def test_a_blind_vote_is_kept(page: Any, served: Any) -> None:
     _ask(page, _question(served[0]))
     _done(page)
     page.get_by_role("button", name="Blind vote").click()
-    page.get_by_role("button", name="Hide which side is which").click()
+    page.locator("#un-blind").click()
+    page.wait_for_selector("#un-left >> text=Hidden until you have voted")
+    _done(page)
+    page.wait_for_function(
+        "document.querySelector('#un-a .un-answer').innerText != 'No answer yet.'"
+    )
+    assert "Base" not in page.locator("#un-left").inner_text()
     page.get_by_label("both know").check()
     page.get_by_role("button", name="Vote", exact=True).click()
     page.wait_for_selector("text=Your vote: both")
+    page.wait_for_selector("#un-left h2:text('Base')")  # now it is told
     assert json.loads(served[0].votes.read_text())["winner"] == "both"
 
 
-def test_nothing_is_fetched_or_kept_and_labels_are_there(page: Any, served: Any) -> None:
+def test_nothing_is_fetched_or_kept_and_labels_are_there(
+    page: Any, served: Any, capfd: Any, caplog: Any, monkeypatch: Any
+) -> None:
+    fetched: list[str] = []
+    page.on("request", lambda request: fetched.append(request.url))
+    page.reload()
     _ask(page, "Is a question kept?")
     _done(page)
+    away = [url for url in fetched if not url.startswith((served[1], "data:", "blob:"))]
+    assert fetched
+    assert away == []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Is a question kept?")
+
+    monkeypatch.setattr(type(served[0].session), "compare", fail)
+    page.get_by_role("button", name="Ask both").click()
+    page.wait_for_selector("text=RuntimeError. See the terminal")
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "RuntimeError in" in said  # what happened is logged, not what was asked
+    assert "Is a question kept?" not in said
+    assert "Is a question kept?" not in page.locator("body").inner_text().replace(
+        page.locator("#un-question textarea, #un-question input").first.input_value(), ""
+    )
     config = page.evaluate("window.gradio_config")
     assert config["run_history"] is False
     assert not config.get("analytics_enabled")
@@ -377,15 +542,8 @@ def test_nothing_is_fetched_or_kept_and_labels_are_there(page: Any, served: Any)
     assert sorted(i for i in set(ids) if ids.count(i) > 1 and i.startswith("un-")) == []
 
 
-@pytest.fixture(scope="module")
-def axe() -> str:
-    path = os.environ.get("UNLEARNER_AXE")
-    if not path or not Path(path).is_file():
-        _missing("no axe-core: set UNLEARNER_AXE to its axe.min.js")
-    return Path(str(path)).read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1600, "light")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1600])
 def test_axe_finds_nothing_serious(
     browser: Any, served: Any, axe: str, width: int, scheme: str
 ) -> None:
@@ -398,12 +556,20 @@ def test_axe_finds_nothing_serious(
     found = {}
     for name in TABS:
         _tab(page, name)
-        page.wait_for_timeout(400)
+        page.wait_for_timeout(300)
         result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         for one in result["violations"]:
             if one["impact"] in SERIOUS:
                 where = [node["html"][:160] for node in one["nodes"][:3]]
                 found[f"{name}: {one['id']}"] = where
+        # What a screen reader is told: every control has a name, no id stands twice.
+        tree = page.locator("body").aria_snapshot()
+        assert not NAMELESS.findall(tree), f"{name}: {tree}"
+        twice = page.evaluate(
+            "(ids => ids.filter((id, i) => ids.indexOf(id) !== i))"
+            "([...document.querySelectorAll('[id]')].map(e => e.id).filter(Boolean))"
+        )
+        assert twice == [], f"{name}: {twice}"
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, f"{name} is {wide} wide on a screen of {width}"
     context.close()
@@ -435,31 +601,6 @@ def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path) 
     assert app.session.state == "no base"
 
 
-@pytest.mark.slow
-def test_an_empty_store_offers_the_demo(browser: Any, home: Path, monkeypatch: Any) -> None:
-    from ui.app import App, launch
-    from ui.jobs import Jobs
-    from ui.session import Session
-
-    app = App(Session(home / "first" / "store"), Jobs(home / "first-jobs"))
-    gradio_page, url = launch(app)
-    page = browser.new_page()
-    page.goto(url)
-    page.wait_for_selector("text=make the demo world")
-    _tab(page, "New request")
-    page.locator("#un-demo").click()
-    page.wait_for_selector("#un-jobs progress", timeout=60000)  # true progress: steps, not a timer
-    view = app.jobs.views()[0]
-    assert view.steps[-1]["steps"] > view.steps[-1]["step"] > 0
-    app.jobs.cancel(view.name)
-    end = time.monotonic() + 30
-    while not app.jobs.view(view.name).ended:
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    page.close()
-    gradio_page.close(verbose=False)
-
-
 def test_gradio_client_drives_the_same_functions(served: Any) -> None:
     from gradio_client import Client
 
@@ -475,5 +616,9 @@ def test_gradio_client_drives_the_same_functions(served: Any) -> None:
     state = client.predict("request-1", 0.5, api_name="/activate")
     assert [scale for _, scale in state["read_back"]] == [0.5]
     assert client.predict(api_name="/clear")["read_back"] == []
+    sheet = client.predict(list(app.session.library.authors)[-1], [], 1, {}, api_name="/sheet")
+    assert sheet["tally"][0]["group"] == "to forget"
+    assert set(client.predict(api_name="/runs")) == {"table", "probes", "notes"}
+    assert isinstance(client.predict(api_name="/jobs"), list)
     with pytest.raises(Exception, match="No adapter"):
         client.predict(question, ["nobody"], api_name="/compare")

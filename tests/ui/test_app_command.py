@@ -44,11 +44,14 @@ def _interrupt(self: threading.Event, timeout: float | None = None) -> bool:
 def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
     auth = tmp_path / "auth"
     auth.write_text("mira:secret\n")
+    robust, strength = tmp_path / "r.json", tmp_path / "c.json"
+    robust.write_text('{"kind": "unlearner-robustness", "schema": 1}')
+    strength.write_text('{"kind": "unlearner-calibration", "schema": 1, "curve": []}')
     ran, seen = opened(
         "--base", "b", "--revision", "r", "--store", "s", "--data", "d", "--votes", "v.jsonl",
         "--template", "llama2", "--dtype", "float32", "--load-in-4bit", "--device", "cpu",
         "--retain-log", "ref.json", "--logs", "x.json", "--host", "0.0.0.0", "--port", "7999",
-        "--auth", auth, "--open",
+        "--auth", auth, "--open", "--robustness", robust, "--calibration", strength,
     )  # fmt: skip
     app = seen["app"]
     base = app.session.base
@@ -59,6 +62,7 @@ def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
         Path("v.jsonl"), (Path("x.json"),), Path("ref.json"),
     )  # fmt: skip
     assert (seen["host"], seen["port"], seen["auth"]) == ("0.0.0.0", 7999, [("mira", "secret")])
+    assert (app.robustness, app.calibration) == ((robust,), (strength,))
     assert seen["open_browser"]
     assert ran.out.startswith("http://127.0.0.1:1/")
     assert ran.code == 130

@@ -121,7 +121,11 @@ def test_comparator_json_has_the_layout_of_its_reader() -> None:
     example = made["examples"][0]
     assert (example["input_text"], example["tags"], example["score"]) == ("q", ["to forget"], 0.75)
     assert (example["output_text_a"], example["output_text_b"]) == ("x", "y")
-    assert made["examples"][1]["score"] == 0.0
+    assert example["custom_fields"]["rouge_l"] == [1.0, 0.25]
+    assert made["examples"][1]["score"] is None  # not measured is no tie
+    schema = made["metadata"]["custom_fields_schema"]
+    assert {field["name"] for field in schema} == set(example["custom_fields"])
+    assert {field["type"] for field in schema} == {"per_model_number", "per_model_category"}
 
 
 def test_plots_name_every_point_and_escape_names() -> None:
@@ -150,6 +154,7 @@ def test_frames_say_what_the_model_reported() -> None:
     assert "read back from the model: request-1 × 0.5" in cards[1]
     assert '<mark class="un-diff">c</mark>' in cards[1]
     assert "not in the data" in views.scores_table(frame)
+    assert "<table>" not in views.scores_table(frame)
 
 
 def test_a_request_names_exactly_one_source(tmp_path: Path) -> None:
@@ -241,7 +246,7 @@ def test_all_authors_of_tofu_can_be_asked(shared: Path) -> None:
     assert {len(rows) for rows in library.authors.values()} == {20}
     last = list(library.authors)[-1]
     assert all(row.perturbed_answers for row in library.authors[last])
-    beside = library.beside(last, 5)
+    beside = library.beside(library.authors[last], 5)
     assert {name for name, _ in beside} == {"retain authors", "real authors", "world facts"}
     own = {row.question for row in library.authors[last]}
     assert not own & {row.question for _, row in beside}
@@ -304,3 +309,81 @@ def test_clear_gives_the_bare_base_and_strength_matters(
     assert ask([], hot).base.text != bare.base.text
     with pytest.raises(UserError, match="no question"):
         next(session.compare("  ", [], Sampling()))
+
+
+def test_the_right_side_alone_says_what_both_sides_said(
+    tmp_path: Path, tiny_base: Path, put: Any
+) -> None:
+    slug = put("1")
+    session = _session(tmp_path, tiny_base)
+    sampling = Sampling(max_new=12)
+    *_, first = session.compare("Where?", [], sampling)
+    *_, whole = session.compare("Where?", [(slug, 1.0)], sampling)
+    *_, again = session.compare("Where?", [(slug, 1.0)], sampling, keep=first)
+    assert again.kept
+    assert again.base is first.base  # not answered, not scored anew
+    assert again.unlearned.text == whole.unlearned.text
+    assert again.unlearned.text != again.base.text
+    stop = threading.Event()
+    frames = session.compare("Where?", [(slug, 0.5)], sampling, stop, keep=again)
+    assert next(frames).base is first.base
+    stop.set()
+    *_, stopped = frames
+    assert (stopped.stage, stopped.base_whole) == ("stopped", True)
+    *_, last = session.compare("Where?", [(slug, 0.5)], sampling, keep=stopped)
+    assert last.kept
+    for changed in (("When?", sampling), ("Where?", Sampling(max_new=11))):
+        *_, other = session.compare(changed[0], [], changed[1], keep=first)
+        assert not other.kept  # another question, or asked in another way
+
+
+def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any) -> None:
+    from adapters.digests import key_id, mark
+    from adapters.store import AdapterStore
+    from ui.library import Library, requested
+    from unlearner.data import Row
+
+    key = b"k" * 32
+    rows = tuple(Row(f"Who is {n}?", f"{n} is.") for n in "ABC")
+
+    def data(with_key: bytes) -> dict[str, Any]:
+        marks = [mark(with_key, row.question) for row in rows[:2]]
+        told = {"n": 2, "digest": "0" * 64, "kind": "x", "key_id": key_id(with_key)}
+        return {"forget": {**told, "marks": marks}}
+
+    put("1", label="mine", data=data(key))
+    put("2", label="of another key", data=data(b"o" * 32))
+    put("3", label="unmarked")
+    found = requested(
+        Library({"A": rows[:1], "B": rows[1:]}), AdapterStore.open(tmp_path / "store").list(), key
+    )
+    assert found == {"request mine": rows[:2]}
+
+
+def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> None:
+    script = tmp_path / "runner.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "from pathlib import Path\n"
+        "from ui.jobs import LOCK, _birth\n"
+        "place = Path(sys.argv[1])\n"
+        "made = json.loads((place / 'job.json').read_text())['made']\n"
+        "lock = {'pid': os.getpid(), 'birth': _birth(os.getpid()), 'for': made}\n"
+        "(place / LOCK).write_text(json.dumps(lock))\n"
+        "while not (place / 'leave').exists(): time.sleep(0.05)\n"
+    )
+    jobs = Jobs(tmp_path / "jobs", runner=[str(script)])
+    name = jobs.submit("t", ["quickstart"])
+    place = tmp_path / "jobs" / name
+    _until(lambda: jobs.view(name).status == "running")
+    (place / "events.jsonl").write_text('{"said": "stopping"}\n')
+    assert jobs.view(name).status == "stopping"
+    (place / "leave").touch()
+    _until(lambda: jobs.view(name).status == "died")  # gone without an outcome
+    (place / "leave").unlink()
+    jobs.resume(name)
+    _until(lambda: jobs.view(name).status == "running")  # not "stopping": that is over
+    with pytest.raises(UserError, match="interrupted"):
+        jobs.resume(name)
+    (place / "leave").touch()
+    _until(lambda: jobs.view(name).ended)

@@ -1,0 +1,96 @@
+"""The Runs tab: every evaluation and probe that was made before, as table, plots and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from adapters.errors import UserError
+from ui import runs as runs_data
+from ui import runs_page, same
+from ui.app_pages import PRIVATE, command_box, comparator_file, note, told
+
+if TYPE_CHECKING:
+    from ui.app import App
+
+EMPTY = (
+    "No evaluation yet. `unlearner evaluate --store S ...` files its figures with the adapter; "
+    "`unlearner ui --logs LOG ...` shows logs."
+)
+
+
+def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
+    """The Runs tab; what reads it anew, and the fields that fills."""
+    said = gr.HTML("")
+    grid = gr.Dataframe(
+        headers=list(runs_data.COLUMNS), value=[], interactive=False, elem_id="un-runs",
+        label="Evaluations, measured before; nothing is computed here", max_height=420,
+    )  # fmt: skip
+    chosen = gr.CheckboxGroup(
+        [], label="Runs whose log R is drawn", elem_id="un-chosen", visible=False,
+        info="The first two chosen are what the LLM Comparator JSON holds.",
+    )  # fmt: skip
+    spread = gr.HTML("", elem_id="un-log-r")
+    figures = gr.HTML("", elem_id="un-plots")
+    with gr.Row():
+        again = gr.Button("Read again", size="sm")
+        table = gr.DownloadButton("CSV", size="sm", elem_id="un-csv")
+        report = gr.Button("Make the HTML report", size="sm", elem_id="un-report")
+        report_file = gr.DownloadButton("HTML report", size="sm", visible=False)
+        pair = gr.Button("LLM Comparator JSON of two runs", size="sm", elem_id="un-pair")
+        pair_file = gr.DownloadButton("comparator.json", size="sm", visible=False)
+    box = command_box()
+
+    def read() -> tuple[Any, ...]:
+        sources = app.sources()
+        found, probes = sources.runs(), sources.probes()
+        path = app.new_file("runs.csv")
+        path.write_text(runs_data.as_csv(found), encoding="utf-8")
+        notes = "".join(map(note, [*found.notes, *probes.notes])) or (
+            "" if found.table else note(EMPTY)
+        )
+        names = list(found.log_r)
+        first = names[: runs_page.SHOWN_CURVES]
+        return (
+            notes,
+            [runs_data.cells(row) for row in found.table],
+            gr.update(choices=names, value=first, visible=bool(names)),
+            runs_page.log_r_html(found, first),
+            runs_page.plots_html(found, probes),
+            str(path),
+            same.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found)),
+        )
+
+    def draw(names: list[str]) -> str:
+        return runs_page.log_r_html(app.sources().runs(), names or [])
+
+    def write() -> Any:
+        path = runs_data.write_report(app.sources(), app.new_file("report.html"))
+        return gr.update(value=str(path), visible=True)
+
+    def export(names: list[str]) -> Any:
+        return gr.update(value=_pair(app, names or []), visible=True)
+
+    outputs = [said, grid, chosen, spread, figures, table, box]
+    again.click(told(read), None, outputs, **PRIVATE)
+    page.load(told(read), None, outputs, show_progress="hidden", **PRIVATE)
+    chosen.input(told(draw), chosen, spread, show_progress="hidden", **PRIVATE)
+    report.click(told(write), None, report_file, **PRIVATE)
+    pair.click(told(export), chosen, pair_file, **PRIVATE)
+    return read, outputs
+
+
+def _pair(app: App, names: list[str]) -> str:
+    """LLM Comparator's file of the first two chosen logs."""
+    from ui.recorded import open_recorded
+
+    known = {path.stem: path for path in app.logs}
+    if app.retain_log is not None:
+        known.setdefault(app.retain_log.stem, app.retain_log)
+    paths = [known[name] for name in names if name in known][:2]
+    if len(paths) < 2:
+        raise UserError("Fewer than two logs are chosen.", "Choose two under the table.")
+    found = open_recorded(paths)
+    return comparator_file(app, found.comparison(), found.names)

@@ -1,0 +1,94 @@
+"""The blind vote: both answers behind letters, and nothing else of them on the page until then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from adapters.errors import UserError
+from ui import same, views, votes
+from ui.app_pages import PRIVATE, told
+
+if TYPE_CHECKING:
+    from ui.app import App
+    from ui.session import Frame
+
+HIDDEN = "Hidden until you have voted."
+Frames = Callable[..., Iterator["Frame"]]
+
+
+def vote(app: App, frames: Frames, status: Callable[[Any], str]) -> Callable[..., None]:
+    """The fields of the vote; what it gives back wires them to the Compare tab.
+
+    `frames` answers a question for this browser, `status` is a comparison's state in words.
+    """
+    with gr.Accordion("Blind vote: which answer knows more?", open=False):
+        gr.Markdown(
+            "Asks the question above anew and shows the answers as A and B. Which side is which "
+            "is told after the vote."
+        )
+        start = gr.Button("Ask blind", size="sm", elem_id="un-blind")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                a = gr.HTML(views.answer_card("A", "", None), elem_id="un-a")
+            with gr.Column(min_width=300):
+                b = gr.HTML(views.answer_card("B", "", None), elem_id="un-b")
+        choice = gr.Radio(list(votes.CHOICES), label="Your vote")
+        give = gr.Button("Vote", size="sm")
+        said = gr.HTML("")
+        given = gr.State(None)
+
+    def begin(
+        asked: str, chosen: list[str], kept: dict[str, float], temperature: float, number: float,
+        most: float, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        hidden = views.answer_card("Hidden", HIDDEN, None)
+        empty = [views.answer_card(letter, "", None) for letter in "AB"]
+        last: Frame | None = None
+        stage = ""
+        for frame in frames(asked, chosen, kept, temperature, number, most, request):
+            last = frame
+            if frame.stage != stage:
+                stage = frame.stage
+                yield (status(frame), hidden, hidden, "", None, "", *empty, None, None, "")
+        if last is None or last.stage not in ("done", "stopped"):  # something else was asked
+            return
+        made = votes.ballot(last.question, last.base.text, last.unlearned.text, last.stack)
+        cards = [
+            views.answer_card(letter, views.esc(text), None)
+            for letter, text in zip("AB", made.texts, strict=True)
+        ]
+        yield (status(last), hidden, hidden, "", None, same.vote(app.session, last, app.votes),
+               *cards, None, (made, last), "")  # fmt: skip
+
+    def cast(held: Any, chosen: str | None) -> tuple[Any, ...]:
+        if held is None:
+            raise UserError("There is no ballot.", "Ask blind first.")
+        made, frame = held
+        line = votes.cast(app.votes, made, chosen or "")
+        names = {adapter.slug: adapter.label for adapter in app.session.adapters()}
+        return (
+            _result(line, app.votes), None, frame,
+            *views.frame_cards(frame, names), views.scores_table(frame),
+        )  # fmt: skip
+
+    def wire(inputs: list[Any], cards: list[Any], frame_state: Any, box: Any) -> None:
+        """`cards` are the Compare tab's status, left, right and figures."""
+        start.click(
+            told(begin), inputs, [*cards, frame_state, box, a, b, choice, given, said],
+            concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
+        )  # fmt: skip
+        give.click(told(cast), [given, choice], [said, given, frame_state, *cards[1:]], **PRIVATE)
+
+    return wire
+
+
+def _result(line: dict[str, Any], path: Path) -> str:
+    tally = ", ".join(f"{name} {n}" for name, n in votes.count(path).items())
+    return (
+        f'<p class="un-note" role="status">A was the {views.esc(line["a"])}. Your vote: '
+        f"{views.esc(line['winner'])}. So far: {views.esc(tally)} (in {views.esc(path)}).</p>"
+    )
