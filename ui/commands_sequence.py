@@ -47,6 +47,11 @@ def register(commands: Any) -> None:
         epilog="example:\n  unlearner sequence tofu:forget05 --base B --data TOFU "
         "--retain-log R.json --out S --requests 3 --revert 2",
     )
+    _add_flags(parser)
+    parser.set_defaults(run=run_sequence_command)
+
+
+def _add_flags(parser: options.Parser) -> None:
     parser.add_argument("split", metavar="SPLIT", help="tofu:forget01, tofu:forget05 or forget10")
     parser.add_argument(
         "--policies",
@@ -83,7 +88,6 @@ def register(commands: Any) -> None:
         help="rows to keep: a JSONL file or tofu:SPLIT (default: the split's retain rows)",
     )
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default=DEFAULT)
-    parser.set_defaults(run=run_sequence_command)
 
 
 def _plan(args: argparse.Namespace) -> Plan:

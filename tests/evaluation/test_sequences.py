@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from adapters.base_model import BaseSpec
 from adapters.errors import UserError
 from adapters.store import AdapterStore
+from evaluation.protocols import PROTOCOLS
 from evaluation.records import AnswerScore, EvalLog, RowRecord, SetRecord
 from evaluation.sequence_figures import figures, interference, quality_of, step_between
 from evaluation.sequence_plan import POLICIES, Plan, split_authors, utility_rows
@@ -97,11 +99,15 @@ def reference(data: Path, path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _private_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def _private_home_and_short_answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random model never ends its answers: here they are cut short."""
+    tofu = PROTOCOLS["tofu"]
+    short = replace(tofu, decoding=replace(tofu.decoding, max_total=60))
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("UNLEARNER_KEY", str(home / "key"))
         patch.setenv("UNLEARNER_CACHE", str(home / "cache"))
+        patch.setitem(PROTOCOLS, "tofu", short)
         yield
 
 
@@ -218,8 +224,6 @@ def test_guarded_rows_are_those_of_earlier_requests(done: tuple[dict[str, Any], 
 def test_what_was_done_is_not_done_again_and_another_history_is_refused(
     done: tuple[dict[str, Any], Path], plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     import unlearner.run
 
     def never(*args: Any, **kwargs: Any) -> Any:
@@ -233,8 +237,6 @@ def test_what_was_done_is_not_done_again_and_another_history_is_refused(
 
 
 def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeypatch: Any) -> None:
-    from dataclasses import replace
-
     import evaluation.sequences as module
 
     small = replace(plan, count=2, revert=0)
@@ -268,8 +270,6 @@ def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeyp
 def test_what_cannot_be_done_is_refused_before_any_work(
     change: dict[str, Any], problem: str, plan: Plan, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     with pytest.raises(UserError, match=problem):
         run_sequence(replace(plan, **change), ["on-stack"], tmp_path)
     with pytest.raises(UserError, match="'stack' is no policy"):
