@@ -260,6 +260,32 @@ def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeyp
     assert line["arrivals"][1]["cost"]["seconds"] > 0
 
 
+def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
+    plan: Plan, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from evaluation import systems
+    from evaluation.records import read_log
+    from unlearner import full
+
+    given: dict[str, Any] = {
+        "requests": [one.request for one in plan.authors[:2]],
+        "base": plan.base,
+        "config": plan.config,
+        "out": tmp_path,
+        "what": systems.Measured(plan.data, "forget05", limit=2),
+        "log": tmp_path / "full.json",
+    }
+    events: list[dict[str, Any]] = []
+    log = read_log(Path(systems.full_and_measure(events.append, **given)))
+    (folder,) = tmp_path.glob("full-*")
+    record = json.loads((folder / full.RECORD).read_text())
+    assert record["data"]["forget"]["n"] == 6
+    assert log.meta["base"] == str(folder)
+    assert len(log.sets["forget"].rows) == 2
+    monkeypatch.setattr(full, "forget_full", None)
+    assert systems.full_and_measure(events.append, **given) == str(tmp_path / "full.json")
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
