@@ -142,9 +142,18 @@ def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
             f"{line['policy']}: {cost['steps']} steps, {cost['pairs']:,} pairs, "
             f"{cost['bytes'] / 2**20:.1f} MiB of adapters for {found['requests']} requests"
         )
-    console.hint(f"everything is in {args.out / 'sequence.json'}.")
-    console.result({"out": args.out / "sequence.json", **found})
+    page = _write_page(found, args.out / "sequence.html")
+    console.hint(f"the page is {page}, everything is in {args.out / 'sequence.json'}.")
+    console.result({"out": args.out / "sequence.json", "page": page, **found})
     return 0
+
+
+def _write_page(found: Mapping[str, Any], path: Path) -> Path:
+    from adapters.files import write_bytes
+    from ui.sequence_page import sequence_page
+
+    write_bytes(path, sequence_page(found).encode())
+    return path
 
 
 def stage_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -155,6 +155,29 @@ def test_every_policy_measures_every_author_after_each_arrival(
     assert found["origin"]["forget_quality"] is None
 
 
+def test_the_page_shows_every_policy_and_what_a_revert_leaves(
+    done: tuple[dict[str, Any], Path],
+) -> None:
+    import xml.etree.ElementTree as ET
+
+    from ui.sequence_page import sequence_page
+
+    page = sequence_page(done[0])
+    tree = ET.fromstring(page.split("<body>")[0].replace("<!doctype html>", "").split("<style>")[0]
+                         .split("<head>")[0] + "<body>" + page.split("<body>")[1])  # fmt: skip
+    text = "".join(tree.itertext())
+    # Five curves of three policies, and the steps; forget quality has no value before arrival 1.
+    assert len(tree.findall(".//figure")) == 6
+    assert len(tree.findall(".//polyline")) == 18
+    assert [h.text for h in tree.findall(".//h2")] == list(POLICIES)
+    assert len(tree.findall(".//table")) == 4
+    first = done[0]["policies"][0]["interference"][0][0]
+    assert tree.find(".//table/tbody/tr/td/b").text == f"{first:+.2f}"  # type: ignore[union-attr]
+    stale = done[0]["policies"][1]["revert"]["stale"][0]
+    assert f"after the revert: 2 active, stale: {stale}" in text
+    assert "Trained again: 1" in text
+
+
 def test_what_the_policies_cost(done: tuple[dict[str, Any], Path]) -> None:
     lines = {line["policy"]: line for line in done[0]["policies"]}
     costs = {
@@ -352,6 +375,8 @@ def test_the_command_runs_a_sequence_and_prints_a_line_a_stage(
     assert told["rows_measured"] == 3
     assert told["settings"]["train"]["num_train_epochs"] == 1
     assert told["policies"][0]["arrivals"][0]["cost"]["pairs"] == 3
+    page = (tmp_path / "sequence.html").read_text()
+    assert "1 requests of forget05, one after another" in page
     assert call(*words) == 0
     out = capsys.readouterr().out
     assert "after 1" in out
