@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     config = quick("simnpo", num_train_epochs=4, **option)
     whole = trainer(config)
     whole.train()
+    shutil.rmtree(tmp_path / "run")  # of two checkpoints only the newest step is kept
     half = trainer(config)
     half.add_callback(StopAtTwo())
     half.train()

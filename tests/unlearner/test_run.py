@@ -402,11 +402,12 @@ def test_a_request_without_retain_rows(
     request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
     alone = replace(request_, retain=())
-    configs = [quick("simnpo"), quick("npo"), quick("kl"), quick("simnpo", retain_weight=0.0)]
-    for config in configs:
+    for config in (quick("simnpo"), quick("npo"), quick("kl")):
         with pytest.raises(UserError, match="needs retain rows"):
             unlearn(alone, base, config, store)
-    assert prepare(alone, base, quick("grad_ascent"), store).rows.retain == []
+    # A term of weight 0 is not computed, so nothing of it is asked for.
+    for config in (quick("grad_ascent"), quick("simnpo", retain_weight=0.0)):
+        assert prepare(alone, base, config, store).rows.retain == []
 
 
 @pytest.mark.usefixtures("loads_nothing")
