@@ -252,7 +252,7 @@ def _choose(
     utility: Callable[[float], float | None],
     asked: Settings,
 ) -> tuple[float | None, str | None, list[Point]]:
-    """The chosen scale, or None with the reason; and the points that were in question at last.
+    """The chosen scale or None, which were refused and why, and the points in question at last.
 
     Where a candidate loses too much, the next one is the best up to the scale at which the loss
     would be within the bound if it grew in proportion. It mostly grows faster than that, so a
@@ -261,15 +261,17 @@ def _choose(
     if whole is None:
         return None, "model utility cannot be measured on this data, so its loss has no bound", []
     allowed = list(points)
+    refused: list[str] = []
     for _ in range(TRIES):
         found = best(allowed, asked.by)
         if found.scale == 0:
-            reason = "no scale within the bound is nearer to the reference than 0, switched off"
-            return None, reason, allowed
+            weaker = "weaker scale" if refused else "scale"
+            reason = f"no {weaker} is nearer to the reference than 0, switched off"
+            return None, "; ".join([*refused, reason]), allowed
         loss = whole - (utility(found.scale) or 0.0)
         if loss <= asked.max_mu_loss:
-            return found.scale, None, allowed
+            return found.scale, "; ".join(refused) or None, allowed
+        refused.append(f"scale {found.scale:g} loses {loss:.4f} of model_utility")
         most = found.scale * asked.max_mu_loss / loss
         allowed = [point for point in allowed if point.scale <= most]
-    reason = f"{TRIES} scales, each weaker than the one before, lose more than "
-    return None, f"{reason}{asked.max_mu_loss:g} of model_utility", allowed
+    return None, "; ".join([*refused, f"no more than {TRIES} are tried"]), allowed

@@ -295,4 +295,5 @@ def _choice_text(found: Mapping[str, Any]) -> str:
         f"chosen          scale {chosen:g}: model_utility {utility:.4f} [{low:.4f}, {high:.4f}], "
         f"{utility - at[0.0]['model_utility']:+.4f} against scale 0; "
         + (f"published as {found['published']}" if found["published"] else "not published")
+        + (f" ({found['reason']})" if found["reason"] else "")
     )
