@@ -107,6 +107,7 @@ def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any],
                 slider = gr.Slider(
                     0, 1.5, value=dict(app.session.filed_stack()).get(slug, 1.0), step=0.05,
                     label=f"Strength of {labels(app).get(slug, slug)}", key=f"strength-{slug}",
+                    interactive=True,
                 )  # fmt: skip
                 # A change, not the mouse's release: arrow keys move it too. While one is noted
                 # only the last of the others is kept.

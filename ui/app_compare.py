@@ -153,7 +153,8 @@ def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
             continue
         shown, last_stage = now, frame.stage
         yield (_status(_stage(frame)), *views.frame_cards(frame, names),
-               views.scores_table(frame), frame, same.ask(app.session, frame))  # fmt: skip
+               views.scores_table(frame), frame, 
+               views.command_html(same.ask(app.session, frame)))  # fmt: skip
 
 
 def _status(text: str) -> str:

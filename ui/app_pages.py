@@ -57,12 +57,9 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def command_box(value: str = "") -> gr.Textbox:
-    """A field to copy the same action from as a command."""
-    return gr.Textbox(
-        value, label="Copy as command", lines=1, max_lines=4, interactive=False,
-        buttons=["copy"], elem_classes="un-command",
-    )  # fmt: skip
+def command_box(value: str = "") -> gr.HTML:
+    """Where `views.command_html` stands, once there is a command."""
+    return gr.HTML(views.command_html(value), elem_classes="un-command-box")
 
 
 def note(text: str) -> str:
@@ -124,7 +121,7 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
             text += " Stopped." if event.is_set() else ""
             yield (f'<p class="un-foot" role="status">{views.esc(text)}</p>',
                    views.tally_table(sheet_data.tally(found)), [row.cells() for row in found],
-                   found, words)  # fmt: skip
+                   found, views.command_html(words))  # fmt: skip
 
     def open_row(found: list[Any], event: gr.SelectData) -> tuple[str, str]:
         # The table may be sorted: the row is found by its question, not by its place.

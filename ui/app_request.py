@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from adapters.errors import UserError
-from ui import app_first, requests
+from ui import app_first, requests, views
 from ui.app_pages import PRIVATE, command_box, note, told
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def request(app: App) -> RequestTab:
 
     def look(*values: Any) -> tuple[str, str]:
         asked = _draft(*values)
-        return looked(asked), asked.command(app.session)
+        return looked(asked), views.command_html(asked.command(app.session))
 
     def begin(*values: Any) -> tuple[Any, ...]:
         asked = _draft(*values)
@@ -101,8 +101,8 @@ def request(app: App) -> RequestTab:
             app.session.rest()
         title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
         name = app.jobs.submit(title, asked.words(app.session), asked.rows or None)
-        return (seen, asked.command(app.session), gr.update(choices=_jobs(app), value=name),
-                _jobs_html(app))  # fmt: skip
+        return (seen, views.command_html(asked.command(app.session)),
+                gr.update(choices=_jobs(app), value=name), _jobs_html(app))  # fmt: skip
 
     preview.click(told(look), fields, [shown_, same], **PRIVATE)
     began = start.click(told(begin), fields, [shown_, same, job, live], **PRIVATE)

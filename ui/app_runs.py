@@ -9,7 +9,7 @@ import gradio as gr
 
 from adapters.errors import UserError
 from ui import runs as runs_data
-from ui import runs_page, same
+from ui import runs_page, same, views
 from ui.app_pages import PRIVATE, command_box, comparator_file, note, told
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
             runs_page.log_r_html(found, first),
             runs_page.plots_html(found, probes),
             str(path),
-            same.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found)),
+            views.command_html(
+                same.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
+            ),
         )
 
     def draw(names: list[str]) -> str:

@@ -40,7 +40,9 @@ def stack(
 
     def start(name: str | None, scale: float) -> tuple[Any, ...]:
         app.actions.activate(name or "", float(scale))
-        return shown(same.change(app.session, "activate", name or "", float(scale)))
+        return shown(
+            views.command_html(same.change(app.session, "activate", name or "", float(scale)))
+        )
 
     def ask(name: str | None) -> tuple[Any, ...]:
         if not name:
@@ -56,9 +58,9 @@ def stack(
     def confirmed(name: str) -> tuple[Any, ...]:
         if name == "*":
             app.actions.clear()
-            return shown(same.change(app.session, "clear"))
+            return shown(views.command_html(same.change(app.session, "clear")))
         app.actions.revert(name)
-        return shown(same.change(app.session, "revert", name))
+        return shown(views.command_html(same.change(app.session, "revert", name)))
 
     outputs = [listing, read, ref, box, chosen, asking]
     switch_on.click(told(start), [ref, strength], outputs, **PRIVATE)
@@ -66,10 +68,19 @@ def stack(
     nothing.click(told(ask_all), None, [asking, about, pending], **PRIVATE)
     yes.click(told(confirmed), pending, outputs, **PRIVATE)
     no.click(lambda: gr.update(visible=False), None, asking, **PRIVATE)
-    look.click(told(lambda: shown(same.change(app.session, "list"))), None, outputs, **PRIVATE)
+    look.click(
+        told(lambda: shown(views.command_html(same.change(app.session, "list")))),
+        None,
+        outputs,
+        **PRIVATE,
+    )
 
     def opened() -> tuple[Any, ...]:
-        return _listing(app), gr.update(choices=_all(app)), same.change(app.session, "list")
+        return (
+            _listing(app),
+            gr.update(choices=_all(app)),
+            views.command_html(same.change(app.session, "list")),
+        )
 
     return opened, [listing, ref, box]
 

@@ -61,7 +61,8 @@ def vote(app: App, frames: Frames, status: Callable[[Any], str]) -> Callable[...
             views.answer_card(letter, views.esc(text), None)
             for letter, text in zip("AB", made.texts, strict=True)
         ]
-        yield (status(last), hidden, hidden, "", None, same.vote(app.session, last, app.votes),
+        yield (status(last), hidden, hidden, "", None, 
+               views.command_html(same.vote(app.session, last, app.votes)),
                *cards, None, (made, last), "")  # fmt: skip
 
     def cast(held: Any, chosen: str | None) -> tuple[Any, ...]:

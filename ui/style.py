@@ -80,7 +80,16 @@ progress { width:100%; height:.5rem; appearance:none; border:0; background:var(-
 progress::-webkit-progress-bar { background:var(--un-line); }
 progress::-webkit-progress-value { background:var(--un-accent); }
 progress::-moz-progress-bar { background:var(--un-accent); }
-.un-command textarea { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem; }
+.un-command { display:flex; flex-wrap:wrap; gap:.3rem .8rem; align-items:center;
+  color:var(--un-ink); } .un-command h2 { font-size:.85rem; font-weight:600; margin:0; }
+.un-command pre { order:3; flex:1 1 100%; margin:0; padding:.5rem .7rem; overflow-x:auto;
+  background:var(--un-soft); border:1px solid var(--un-line); border-radius:6px; }
+.un-command code { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem;
+  background:none; padding:0; color:inherit; white-space:pre; }
+.un-copy { margin-left:auto; padding:.15rem .7rem; font-size:.82rem; border-radius:6px;
+  border:1px solid var(--un-line); background:var(--un-paper); color:var(--un-ink); }
+.un-copy:focus-visible, .un-command pre:focus-visible { outline:2px solid var(--un-accent);
+  outline-offset:2px; }
 @media (prefers-reduced-motion: reduce) {
   * { animation:none !important; transition:none !important; } }
 """
@@ -90,6 +99,18 @@ progress::-moz-progress-bar { background:var(--un-accent); }
 HEAD = """
 <script>
 document.documentElement.lang = "en";
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-un-copy]");
+  if (!button) return;
+  const code = button.parentElement.querySelector("code");
+  const said = (text) => { button.textContent = text; };
+  const mark = () => {  // without the right to the clipboard the text is marked, ready to copy
+    getSelection().selectAllChildren(code);
+    said("Marked: press Ctrl+C");
+  };
+  if (!navigator.clipboard) mark();
+  else navigator.clipboard.writeText(code.textContent).then(() => said("Copied"), mark);
+});
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   const stop = document.querySelector("#un-stop");

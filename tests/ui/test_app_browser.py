@@ -171,7 +171,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     assert changed != base
     assert page.locator("#un-right mark.un-diff").count() > 0
     assert page.locator("#un-figures tbody tr").count() == 3
-    assert "--adapters" in page.locator(".un-command textarea:visible").input_value()
+    assert "--adapters" in page.locator(".un-command code:visible").inner_text()
     page.get_by_role("button", name="Ask both").click()
     assert _done(page) == (base, changed)
     assert "one batch" in page.locator("#un-status").inner_text()
@@ -303,7 +303,7 @@ def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, s
     assert [slug for slug, _ in app.session.filed_stack()] == [
         app.session.store().get("request-2").slug
     ]
-    assert "adapters activate" in page.locator(".un-command textarea:visible").input_value()
+    assert "adapters activate" in page.locator(".un-command code:visible").inner_text()
     page.locator("#un-revert").click()
     page.wait_for_selector("text=It is switched off, exactly")
     assert app.session.filed_stack()  # only asked so far
@@ -359,9 +359,7 @@ def test_html_in_a_question_stays_text(page: Any) -> None:
     html = "<img src=x onerror='window.harmed = 1'>"
     _ask(page, html)
     _done(page)
-    assert html in page.locator(".un-command textarea:visible").input_value().replace(
-        "'\"'\"'", "'"
-    )
+    assert html in page.locator(".un-command code:visible").inner_text().replace("'\"'\"'", "'")
     assert page.evaluate("window.harmed") is None
 
 
@@ -389,9 +387,9 @@ def test_everything_can_be_reached_and_done_by_keyboard(page: Any, served: Any) 
     page.keyboard.press("Enter")
     assert _done(page)[0]
     page.locator("[role=tab][aria-selected=true]").first.focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    assert page.locator("[role=tab][aria-selected=true]").first.inner_text() == "Author sheet"
+    page.wait_for_selector("[role=tab][aria-selected=true] >> text=Author sheet")
 
 
 def test_runs_draw_what_is_chosen_and_make_files(
@@ -418,7 +416,7 @@ def test_runs_draw_what_is_chosen_and_make_files(
         assert "llama2-7b_full, mean" in page.locator("#un-log-r").inner_text()
         page.wait_for_selector("#un-plots >> text=Relearning")
         assert page.locator("#un-plots polyline.un-front").count() >= 1
-        words = page.locator(".un-command textarea:visible").input_value().splitlines()
+        words = page.locator(".un-command code:visible").inner_text().splitlines()
         assert [line.split()[1] for line in words] == ["score", "score"]
         page.get_by_label("llama2-7b_full").uncheck()
         page.wait_for_function(
