@@ -85,8 +85,13 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
         )  # fmt: skip
         beside = gr.Slider(1, 20, value=5, step=1, label="Neighbours of each kind", scale=1)
     with gr.Row():
-        fill = gr.Button("Fill the sheet", variant="primary", elem_id="un-fill")
-        stop = gr.Button("Stop the sheet (Esc)", elem_id="un-sheet-stop")
+        fill = gr.Button(
+            "Fill the sheet", variant="primary", elem_id="un-fill", size="md", scale=0,
+            min_width=180,
+        )  # fmt: skip
+        stop = gr.Button(
+            "Stop the sheet (Esc)", elem_id="un-sheet-stop", size="md", scale=0, min_width=180
+        )
     status = gr.HTML("", elem_id="un-sheet-status")
     summary = gr.HTML("", elem_id="un-tally")
     grid = gr.Dataframe(

@@ -25,10 +25,14 @@ def stack(
         ref = gr.Dropdown(choices=_all(app), label="Adapter", value=None, elem_id="un-ref")
         strength = gr.Slider(0, 1.5, value=1.0, step=0.05, label="Strength, 1 is as trained")
     with gr.Row():
-        switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on")
-        off = gr.Button("Revert …", elem_id="un-revert")
-        nothing = gr.Button("Clear = base …", elem_id="un-clear-filed")
-        look = gr.Button("Read back", elem_id="un-look")
+        switch_on = gr.Button(
+            "Switch on", variant="primary", elem_id="un-on", size="md", scale=0, min_width=140
+        )
+        off = gr.Button("Revert …", elem_id="un-revert", size="md", scale=0, min_width=140)
+        nothing = gr.Button(
+            "Clear = base …", elem_id="un-clear-filed", size="md", scale=0, min_width=140
+        )
+        look = gr.Button("Read back", elem_id="un-look", size="md", scale=0, min_width=140)
     asking, about, yes, no = _confirmation()
     pending = gr.State("")
     box = command_box()

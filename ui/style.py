@@ -17,6 +17,7 @@ CSS = """
 .un-sub { overflow-wrap:anywhere; }
 .un-card { border:1px solid var(--un-line); border-radius:8px; padding:.9rem 1rem 1rem;
   background:var(--un-paper); color:var(--un-ink); }
+.un-card { box-sizing:border-box; height:100%; }
 .un-card header { display:flex; justify-content:space-between; gap:1rem; align-items:baseline; }
 .un-card h2 { font-size:1rem; font-weight:650; margin:0; }
 .un-answer { font-size:1.05rem; line-height:1.6; min-height:4.8em; margin:.6rem 0;
@@ -37,7 +38,11 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 #un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
 #un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
   font-family:system-ui,sans-serif; font-size:.875rem; }
-#un-clear { align-self:center; }
+#un-clear, #un-cancel, #un-resume { align-self:center; }
+#un-left, #un-right, #un-left .prose, #un-right .prose { height:100%; }
+.un-scores th[scope=row] { width:60%; } .un-part { font-size:1rem; font-weight:650; }
+.gradio-container input[type=range]::-webkit-slider-thumb { border:2px solid var(--un-accent); }
+.gradio-container input[type=range]::-moz-range-thumb { border:2px solid var(--un-accent); }
 .un-key svg { display:inline-block; vertical-align:middle; margin:0; }
 .un-scores table, .un-table { border-collapse:collapse; width:100%; font-size:.9rem;
   color:var(--un-ink); font-variant-numeric:tabular-nums; }
@@ -85,7 +90,7 @@ progress::-moz-progress-bar { background:var(--un-accent); }
 .un-command pre { order:3; flex:1 1 100%; margin:0; padding:.5rem .7rem; overflow-x:auto;
   background:var(--un-soft); border:1px solid var(--un-line); border-radius:6px; }
 .un-command code { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem;
-  background:none; padding:0; color:inherit; white-space:pre; }
+  background:none; padding:0; color:inherit; white-space:pre-wrap; overflow-wrap:anywhere; }
 .un-copy { margin-left:auto; padding:.15rem .7rem; font-size:.82rem; border-radius:6px;
   border:1px solid var(--un-line); background:var(--un-paper); color:var(--un-ink); }
 .un-copy:focus-visible, .un-command pre:focus-visible { outline:2px solid var(--un-accent);
