@@ -109,11 +109,12 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def load_base(spec: BaseSpec) -> PreTrainedModel:
+def load_base(spec: BaseSpec, *, int8: bool = False) -> PreTrainedModel:
     """The base, frozen and in eval mode; safetensors only, no remote code.
 
     `auto` means bf16 on CUDA and float32 elsewhere. 4-bit is nf4 with double quantisation, compute
-    dtype bf16 on CUDA and float32 on CPU. Raises UserError for missing weights or tools.
+    dtype bf16 on CUDA and float32 on CPU. `int8` holds it as LLM.int8 (arXiv 2208.07339), to
+    measure with, never to train on. Raises UserError for missing weights or tools.
     """
     from transformers import AutoModelForCausalLM
 
@@ -128,8 +129,8 @@ def load_base(spec: BaseSpec) -> PreTrainedModel:
         "trust_remote_code": False,
         "local_files_only": True,
     }
-    if spec.load_in_4bit:
-        options["quantization_config"] = _nf4(dtype)
+    if spec.load_in_4bit or int8:
+        options["quantization_config"] = _int8() if int8 else _nf4(dtype)
         options["device_map"] = {"": device}
     elif device != "cpu":
         options["device_map"] = {"": device}
@@ -166,6 +167,8 @@ def base_view(model: PreTrainedModel) -> dict[str, Any]:
         view["quantization"] = str(quantization.bnb_4bit_quant_type)
         view["compute_dtype"] = _dtype_name(quantization.bnb_4bit_compute_dtype)
         view["double_quant"] = bool(quantization.bnb_4bit_use_double_quant)
+    elif quantization is not None and getattr(inner, "is_loaded_in_8bit", False):
+        view["quantization"] = "int8"
     elif quantization is not None:
         view["quantization"] = str(getattr(quantization, "quant_method", "other"))
     return view
@@ -305,12 +308,23 @@ def _keep_4bit_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _nf4(compute_dtype: torch.dtype) -> Any:
+def _int8() -> Any:
+    _require_bitsandbytes("8")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def _require_bitsandbytes(bits: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "Loading in 4 bit needs the package bitsandbytes.",
+            f"Loading in {bits} bit needs the package bitsandbytes.",
             "Install it with `pip install unlearner[quant]`.",
         )
+
+
+def _nf4(compute_dtype: torch.dtype) -> Any:
+    _require_bitsandbytes("4")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

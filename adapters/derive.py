@@ -1,4 +1,6 @@
-"""A new adapter made from others of the store: their exact sum, or its best approximation."""
+"""A new adapter made from others of the store: their exact sum, its best approximation, or one at
+another strength.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapters.adapter_files import read_adapter
 from adapters.algebra import cat_adapters, factor_adapter
 from adapters.errors import UserError
 from adapters.manifest import ForgetManifest
+from adapters.stack import MAX_SCALE
 
 if TYPE_CHECKING:
     from adapters.catalog import StoredAdapter
@@ -59,3 +63,50 @@ def combine(
             },
         )
         return store.publish(made.path, manifest)
+
+
+def scaled(store: AdapterStore, ref: str, scale: float) -> StoredAdapter:
+    """The adapter at another strength as one of its own, status ready.
+
+    `B' = scale * alpha/r * B` with `alpha' = r`, one float32 rounding a weight, so that it computes
+    at strength 1 what the original computes at `scale`. It supersedes the original, forgets the
+    same rows and has the same parents.
+
+    Args:
+        store: where the original lies and the new one is published.
+        ref: slug, label or request id.
+        scale: of the trained strength, above 0 and at most 1.5, not 1.
+
+    Raises:
+        UserError: a scale that gives nothing new, or none at all.
+    """
+    found = store.require_whole(ref)
+    if scale == 0:
+        raise UserError(
+            f"At scale 0 {found.slug} does nothing: that is no adapter.",
+            f"Switch it off with `unlearner adapters revert {found.slug}`.",
+        )
+    if scale == 1:
+        raise UserError(
+            f"At scale 1 {found.slug} is what it is: there is nothing to publish.",
+            f"Use {found.slug} itself.",
+        )
+    if not 0 < scale <= MAX_SCALE:
+        raise UserError(f"The scale {scale:g} is outside 0 to {MAX_SCALE}.", "Use 1 as trained.")
+    manifest = found.manifest
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = cat_adapters([(found.path, scale)], Path(scratch) / "scaled")
+        rank = int(read_adapter(folder).config["r"])
+        made = ForgetManifest(
+            request_id=f"scaled-{found.slug.split('_')[0]}",
+            label=f"{found.label[:60]} at {scale:g}",
+            policy="derived",
+            data=manifest.data,
+            base=manifest.base,
+            parents=manifest.parents,
+            parent_scales=manifest.parent_scales,
+            supersedes=(found.slug,),
+            lora={"r": rank, "alpha": rank},
+            origin={"kind": "scaled", "from": [found.slug], "scales": [scale]},
+        )
+        return store.publish(folder, made)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from adapters.errors import UserError
-from evaluation.public_logs import TASKS
-from evaluation.records import AnswerScore, EvalLog, RowRecord, SetRecord
+from evaluation.protocols import DEFAULT, Protocol, protocol_named
+from evaluation.public_logs import PREFIXES, TASKS
+from evaluation.records import AnswerScore, EvalLog, RowRecord, SetRecord, write_json
+
+# exp() of more is no finite number, and JSON has no other.
+LARGEST_LOG = 700.0
 
 
 def to_tofu(
@@ -96,3 +101,121 @@ def _tofu_answers(rows: Sequence[RowRecord], decoding: str | None) -> dict[str, 
             for row, g in zip(rows, made, strict=True)
         ]
     return columns
+
+
+def write_open_unlearning(
+    log: EvalLog, folder: Path, retain_log: EvalLog | None = None, protocol: str = DEFAULT
+) -> list[Path]:
+    """`TOFU_EVAL.json` and `TOFU_SUMMARY.json` of open-unlearning in `folder`, made from `log`.
+
+    The first may serve there as `retain_logs_path`. Raises UserError as `to_open_unlearning` and
+    `evaluation.summary.summarise` do.
+    """
+    evaluation = to_open_unlearning(log, retain_log, protocol)
+    summary = {
+        name: body["agg_value"]
+        for name, body in sorted(evaluation.items())
+        if body["agg_value"] is not None
+    }
+    return [
+        write_json(folder / "TOFU_EVAL.json", evaluation),
+        write_json(folder / "TOFU_SUMMARY.json", summary),
+    ]
+
+
+def to_open_unlearning(
+    log: EvalLog, retain_log: EvalLog | None = None, protocol: str = DEFAULT
+) -> dict[str, Any]:
+    """`log` as open-unlearning's per-row evaluation, one object a metric (arXiv 2506.12618).
+
+    Aggregates are this tool's, under `protocol`; what could not be measured has `agg_value` None
+    (forget quality without a reference). `rougeL_f1`, which no figure of TOFU uses, is left out.
+
+    Raises:
+        UserError: as `evaluation.summary.summarise`.
+    """
+    from evaluation.summary import protocol_rows, summarise
+
+    chosen = protocol_named(protocol)
+    figures = summarise(log, retain_log, protocol=protocol, resamples=0)
+    found: dict[str, Any] = {
+        "forget_quality": {"agg_value": figures["forget_quality"]},
+        "model_utility": {"agg_value": figures["model_utility"]},
+    }
+    for prefix, name in PREFIXES.items():
+        if name in log.sets:
+            rows = protocol_rows(log.sets[name], chosen)
+            found |= _open_unlearning_metrics(prefix, name, rows, chosen, figures)
+    return found
+
+
+def _open_unlearning_metrics(
+    prefix: str, name: str, rows: Sequence[RowRecord], protocol: Protocol, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """One set's metrics under open-unlearning's names; those that lack a row's data are missing."""
+    from evaluation.summary import generation_of, set_values
+
+    values = set_values(name, rows, protocol)
+    plain = name in ("forget", "retain")
+    made = [generation_of(row, protocol) for row in rows]
+    columns: dict[str, list[dict[str, Any] | None]] = {
+        "Q_A_Prob": [_prob(row.answer_score) for row in rows],
+        "Q_A_PARA_Prob": [_prob(row.paraphrase) for row in rows] if plain else [None],
+        "Q_A_PERT_Prob": [_probs(row.perturbed) for row in rows],
+        "Q_A_ROUGE": [
+            None
+            if answer is None
+            else {
+                "rouge1_recall": answer.rouge1_recall,
+                "rougeL_recall": answer.rouge_l_recall,
+                "input": f"[INST] {row.question} [/INST]",
+                "ground_truth": row.answer,
+                "generation": answer.text,
+            }
+            for row, answer in zip(rows, made, strict=True)
+        ],
+    }
+    found = {
+        f"{prefix}_{metric}": {
+            "agg_value": _mean_of(metric, cells),
+            "value_by_index": {str(i): cell for i, cell in enumerate(cells)},
+        }
+        for metric, cells in columns.items()
+        if cells and all(cell is not None for cell in cells)
+    }
+    if "log_r" in values:
+        ratios = [math.exp(min(value, LARGEST_LOG)) for value in values["log_r"].tolist()]
+        title = "forget_truth_ratio" if name == "forget" else f"{prefix}_Truth_Ratio"
+        found[title] = {
+            "agg_value": figures[f"{name}_truth_ratio"],
+            "value_by_index": {str(i): {"score": value} for i, value in enumerate(ratios)},
+        }
+    if not plain and "answer_prob" in values:
+        found[f"{prefix}_Q_A_Prob_normalised"] = {
+            "agg_value": figures[f"{name}_answer_prob"],
+            "value_by_index": {
+                str(i): {"prob": value} for i, value in enumerate(values["answer_prob"].tolist())
+            },
+        }
+    return found
+
+
+def _prob(score: AnswerScore | None) -> dict[str, Any] | None:
+    if score is None:
+        return None
+    return {"prob": math.exp(-score.mean_nll), "avg_loss": score.mean_nll}
+
+
+def _probs(scores: Sequence[AnswerScore]) -> dict[str, Any] | None:
+    if not scores:
+        return None
+    losses = [score.mean_nll for score in scores]
+    return {"prob": [math.exp(-loss) for loss in losses], "avg_loss": losses}
+
+
+def _mean_of(metric: str, cells: Sequence[dict[str, Any] | None]) -> float:
+    """Their aggregate: the mean over rows of the probability (of its mean) or ROUGE-L recall."""
+    key = "rougeL_recall" if metric == "Q_A_ROUGE" else "prob"
+    values = [cell[key] for cell in cells if cell is not None]
+    flat = [sum(v) / len(v) if isinstance(v, list) else v for v in values]
+    return float(sum(flat) / len(flat))

@@ -8,8 +8,8 @@ end, so that losses of a thousand nats give a number and not NaN. Sources: TOFU 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -24,13 +24,6 @@ Verdict = Literal["under-forgotten", "over-forgotten", "indistinguishable"]
 NEEDS_RETRAIN = "needs a retrain reference"
 ALPHA = 0.05
 RESAMPLES = 1000
-# The nine parts of model utility by the names of the official code.
-UTILITY_SETS = {"Real Authors": "real_authors", "Real World": "world_facts", "Retain": "retain"}
-UTILITY_METRICS = {
-    "ROUGE": "rouge_l_recall",
-    "Probability": "answer_prob",
-    "Truth Ratio": "truth_ratio",
-}
 
 
 class Interval(NamedTuple):
@@ -166,6 +159,7 @@ class ForgetQuality:
         n: rows of the unlearned model.
         d_interval, shift_interval: 95 % over resampled rows. Resampling adds noise to a statistic
             that cannot be negative, so d's interval lies high: read its upper end.
+        p_interval: the p-values of d_interval's ends, so it lies low: read its lower end.
         reason: why there is no value, else None.
     """
 
@@ -177,6 +171,7 @@ class ForgetQuality:
     n: int
     d_interval: Interval | None = None
     shift_interval: Interval | None = None
+    p_interval: Interval | None = None
     reason: str | None = None
 
 
@@ -211,9 +206,11 @@ def forget_quality(
     test = ks_2samp(ours, theirs)
     p, d = float(test.pvalue), float(test.statistic)
     shift = float(np.median(ours) - np.median(theirs))
-    d_interval = shift_interval = None
+    d_interval = shift_interval = p_interval = None
     if resamples:
         d_interval, shift_interval = _bootstrap_shift(ours, theirs, resamples, seed)
+        ends = [ks_p_value(at, ours.size, theirs.size) for at in reversed(d_interval)]
+        p_interval = Interval(*ends)
     # Equal medians with unequal shapes: the side on which the distributions part furthest decides.
     low = shift < 0 if shift != 0 else int(test.statistic_sign) > 0
     word: Verdict = "under-forgotten" if low else "over-forgotten"
@@ -226,7 +223,25 @@ def forget_quality(
         n=ours.size,
         d_interval=d_interval,
         shift_interval=shift_interval,
+        p_interval=p_interval,
     )
+
+
+def ks_p_value(d: float, n: int, m: int) -> float:
+    """The two-sided p-value of a KS statistic `d` between samples of `n` and `m` rows.
+
+    Exact for equal sizes (as `scipy.stats.ks_2samp` finds it; `d` is rounded to the next multiple
+    of 1/n, the values it can take), Kolmogorov's finite-size approximation for unequal ones.
+    """
+    if n != m:
+        from scipy.stats import kstwo
+
+        return float(np.clip(kstwo.sf(d, round(n * m / (n + m))), 0.0, 1.0))
+    from scipy.stats import ks_2samp
+
+    # Two samples that lie exactly so far apart: the second one is the first, moved by d * n places.
+    places, moved = np.arange(n, dtype=np.float64), round(d * n)
+    return float(ks_2samp(places, places + moved - 0.5 * (moved > 0)).pvalue)
 
 
 def _log10_p(p: float, d: float, n: int, m: int) -> float:
@@ -260,77 +275,14 @@ def _counts(values: Floats, chosen: npt.NDArray[np.int64], grid: Floats) -> npt.
     return flat.reshape(len(chosen), grid.size)
 
 
+def mean_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The 95 % bootstrap interval of a mean over rows (rows,)."""
+    generator = np.random.default_rng(seed)
+    chosen = generator.integers(values.size, size=(resamples, values.size))
+    return interval(values[chosen].mean(axis=1))
+
+
 def interval(samples: Floats) -> Interval:
     """The 2.5 and 97.5 percentiles of bootstrap samples."""
     low, high = np.percentile(samples, [2.5, 97.5])
     return Interval(float(low), float(high))
-
-
-@dataclass(frozen=True)
-class ModelUtility:
-    """Harmonic mean of nine parts between 0 and 1; higher is better, also of each part.
-
-    Attributes:
-        value: None where a part could not be measured; `reason` names it.
-        parts: by the official names ("Real Authors ROUGE", ..., "Retain Truth Ratio").
-        n: rows of each set.
-        interval, part_intervals: 95 % over resampled rows; None and empty without a value.
-        reason: why there is no value, else None.
-    """
-
-    value: float | None
-    parts: Mapping[str, float]
-    n: Mapping[str, int]
-    interval: Interval | None = None
-    part_intervals: Mapping[str, Interval] = field(default_factory=dict)
-    reason: str | None = None
-
-
-def harmonic_mean(values: Sequence[float] | Floats) -> float:
-    """The harmonic mean; 0 as soon as one value is 0."""
-    numbers = np.asarray(values, dtype=np.float64)
-    return 0.0 if (numbers <= 0).any() else float(numbers.size / (1 / numbers).sum())
-
-
-def model_utility(
-    rows: Mapping[str, Mapping[str, Floats]], *, resamples: int = RESAMPLES, seed: int = 0
-) -> ModelUtility:
-    """Model utility of per-row values, with a bootstrap interval over the rows of each set.
-
-    Args:
-        rows: by set (`retain`, `real_authors`, `world_facts`) and metric (`rouge_l_recall`,
-            `answer_prob`, `truth_ratio`) the values of its rows, all of one length in a set.
-        resamples: of the bootstrap; 0 leaves the interval out.
-        seed: of the bootstrap.
-    """
-    parts: dict[str, float] = {}
-    missing: list[str] = []
-    for title, name in UTILITY_SETS.items():
-        for label, metric in UTILITY_METRICS.items():
-            values = rows.get(name, {}).get(metric)
-            if values is None or not values.size:
-                missing.append(f"{title} {label}")
-            else:
-                parts[f"{title} {label}"] = float(values.mean())
-    counts = {name: len(next(iter(found.values()))) for name, found in rows.items() if found}
-    if missing:
-        return ModelUtility(None, parts, counts, reason=f"not measured: {', '.join(missing)}")
-    value = harmonic_mean(list(parts.values()))
-    if not resamples:
-        return ModelUtility(value, parts, counts)
-    samples = _bootstrap_parts(rows, resamples, seed)
-    with np.errstate(divide="ignore"):
-        utility = len(samples) / (1 / samples).sum(axis=0)
-    spread = {title: interval(row) for title, row in zip(parts, samples, strict=True)}
-    return ModelUtility(value, parts, counts, interval(utility), spread)
-
-
-def _bootstrap_parts(rows: Mapping[str, Mapping[str, Floats]], resamples: int, seed: int) -> Floats:
-    """Means of the nine parts, in the order of the official names: (9, resamples)."""
-    generator = np.random.default_rng(seed)
-    means: list[Floats] = []
-    for name in UTILITY_SETS.values():
-        columns = [rows[name][metric] for metric in UTILITY_METRICS.values()]
-        chosen = generator.integers(columns[0].size, size=(resamples, columns[0].size))
-        means.extend(column[chosen].mean(axis=1) for column in columns)
-    return np.stack(means)

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from unlearner import memory
 from unlearner.tiny import TinyRecipe, TinyShape
 
-# Llama-2-7b-chat on TOFU forget05, model card of
-# OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat (arXiv 2410.07163): forget quality, utility.
+if TYPE_CHECKING:
+    from unlearner.prompts import Template
+
+# Model cards of OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat and -forget10- (arXiv 2410.07163),
+# Llama-2-7b-chat: forget quality, utility.
 PUBLISHED_FORGET05 = {
     "origin": (0.00, 0.62),
     "retrain": (1.00, 0.62),
     "npo": (0.79, 0.57),
     "simnpo": (0.99, 0.58),
 }
+PUBLISHED_FORGET10 = {
+    "origin": (0.00, 0.62),
+    "retrain": (1.00, 0.62),
+    "npo": (0.29, 0.55),
+    "simnpo": (0.45, 0.62),
+}
+# open-unlearning's docs/repro.md, Llama-3.2-1B-Instruct, protocol `open-unlearning`; its settings
+# are untuned by its own words, the same for every split.
+PUBLISHED_LLAMA32_1B = {
+    "forget01": {
+        "origin": (0.01, 0.60), "retrain": (1.0, 0.60), "grad_ascent": (0.27, 0.33),
+        "grad_diff": (0.77, 0.43), "dpo": (0.01, 0.51), "npo": (0.92, 0.56),
+        "simnpo": (0.58, 0.46), "rmu": (0.16, 0.55),
+    },
+    "forget05": {
+        "origin": (1.33e-13, 0.60), "retrain": (1.0, 0.60), "grad_ascent": (1.94e-119, 0.0),
+        "grad_diff": (1.94e-119, 0.53), "dpo": (1.12e-05, 0.07), "npo": (0.14, 0.45),
+        "simnpo": (5.01e-100, 0.58), "rmu": (4.87e-10, 0.58),
+    },
+    "forget10": {
+        "origin": (1.66e-21, 0.60), "retrain": (1.0, 0.59), "grad_ascent": (1.06e-239, 0.0),
+        "grad_diff": (1.06e-239, 0.49), "dpo": (4.64e-12, 0.23), "npo": (0.02, 0.46),
+        "simnpo": (2.47e-203, 0.54), "rmu": (3.15e-15, 0.59),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +66,21 @@ class SmallModels:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """PFLOP as `unlearner bench --shape llama2-7b --count-only` counts them on real TOFU rows.
+
+    Attributes:
+        training, checkpointed: one forget05 request, 62 steps of 32 pairs, without and with full
+            activation checkpointing; another split costs in proportion to its rows.
+        evaluation: the four sets, scored and answered.
+    """
+
+    training: float
+    checkpointed: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
 class Preset:
     """One way to run the comparison.
 
@@ -45,8 +89,12 @@ class Preset:
         retrain: the same without the forget split, by retain split.
         small: how to train both, None where they are given.
         methods: settings over the objective's published defaults, by objective.
+        split_methods: further settings of a split, by split and objective.
         known_retain: keep only retain rows that Origin knows (answer probability above one half):
             a small Origin has learned a part of TOFU, and the rest cannot be retained.
+        template: prompt format of the models.
+        shape: sizes of the model for the memory estimate, None where it is small.
+        cost: counted PFLOP of one request and one evaluation, for the time estimate.
         retain_log: where the public log of a retrained model lies.
         published: rows to stand beside, by split.
         reasons: why these settings, for the plan.
@@ -59,13 +107,18 @@ class Preset:
     methods: dict[str, dict[str, Any]]
     known_retain: bool = False
     load_in_4bit: bool = False
+    split_methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    template: Template = "auto"
+    shape: dict[str, int] | None = None
+    cost: Cost | None = None
     retain_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 
-    def settings(self, method: str) -> dict[str, Any]:
-        """Settings of a method; those under "*" hold for all."""
-        return {**self.methods.get("*", {}), **self.methods.get(method, {})}
+    def settings(self, method: str, split: str) -> dict[str, Any]:
+        """Settings of a method; those under "*" hold for all, those of the split go before."""
+        here = self.split_methods.get(split, {})
+        return {**self.methods.get("*", {}), **self.methods.get(method, {}), **here.get(method, {})}
 
 
 MINI = Preset(
@@ -100,6 +153,20 @@ MINI = Preset(
     ),
 )
 
+LORA_RECIPE = {
+    "learning_rate": 1e-4,
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 8,
+    "lora_r": 16,
+    "lora_alpha": 32,
+}
+LORA_REASONS = (
+    "10 epochs of 32 pairs are the published 62 steps of forget05;",
+    "learning rate 1e-4: published LoRA work uses ten times the 1e-5 of full fine-tuning;",
+    "r 16, alpha 32 on the seven projections: the middle of what is published (r 8 to 32);",
+)
+
 LLAMA2_7B = Preset(
     name="llama2-7b",
     origin="OPTML-Group/TOFU-origin-Llama-2-7b-chat",
@@ -109,28 +176,48 @@ LLAMA2_7B = Preset(
         "forget10": "open-unlearning/tofu_Llama-2-7b-chat-hf_retain90",
     },
     small=None,
-    methods={
-        "*": {
-            "learning_rate": 1e-4,
-            "num_train_epochs": 10,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 8,
-            "lora_r": 16,
-            "lora_alpha": 32,
-            "gradient_checkpointing": "all",
-        },
-    },
+    methods={"*": {**LORA_RECIPE, "gradient_checkpointing": "all"}},
+    split_methods={"forget10": {"simnpo": {"beta": 4.5, "retain_weight": 0.125}}},
     load_in_4bit=True,
+    shape=memory.LLAMA2_7B,
+    cost=Cost(training=7.38, checkpointed=11.01, evaluation=2.42),
     retain_log="TOFU/data/retain95_llama_wd0.01/eval_results/ds_size300/"
     "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
-    published={"forget05": PUBLISHED_FORGET05},
+    published={"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10},
     reasons=(
-        "beta, gamma and lambda are the model card's, lambda on the retain term;",
-        "10 epochs of 32 pairs are its 62 steps;",
-        "learning rate 1e-4: published LoRA work uses ten times the 1e-5 of full fine-tuning;",
-        "r 16, alpha 32 on the seven projections: the middle of what is published (r 8 to 32);",
+        "beta, gamma and lambda are the model card's of the split, lambda on the retain term;",
+        *LORA_REASONS,
         "4 pairs a forward with checkpointing: fits a small card in 4 bit.",
     ),
 )
 
-PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B)}
+
+def _llama32(size: str, shape: dict[str, int], scale: float, published: Any) -> Preset:
+    """A preset on open-unlearning's Llama-3.2 models; `scale` is its cost beside Llama-2-7b's."""
+    stem = f"open-unlearning/tofu_Llama-3.2-{size}-Instruct"
+    splits = {"forget01": "99", "forget05": "95", "forget10": "90"}
+    return Preset(
+        name=f"llama3.2-{size.lower()}",
+        origin=f"{stem}_full",
+        retrain={split: f"{stem}_retain{kept}" for split, kept in splits.items()},
+        small=None,
+        methods={"*": LORA_RECIPE},
+        template="open-unlearning",
+        shape=shape,
+        cost=Cost(7.38 * scale, 11.01 * scale, 2.42 * scale),
+        retain_log=f"saves/eval/tofu_Llama-3.2-{size}-Instruct_retain95/TOFU_EVAL.json of the data "
+        "set open-unlearning/eval",
+        published=published,
+        reasons=(
+            "beta, gamma and lambda are Llama-2's model card's: none is published for this model;",
+            *LORA_REASONS,
+            "prompts carry open-unlearning's system prompt and date, as these models were trained.",
+        ),
+    )
+
+
+# Matrix weights (projections and head) beside Llama-2-7b's 6.61 billion: what FLOPs go with.
+LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, 0.187, PUBLISHED_LLAMA32_1B)
+LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, 0.486, {})
+
+PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)}

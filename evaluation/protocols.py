@@ -89,3 +89,17 @@ def protocol_named(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise UserError(f"There is no protocol '{name}'.", f"Choose one of {', '.join(PROTOCOLS)}.")
     return PROTOCOLS[name]
+
+
+def protocols_named(text: str) -> list[Protocol]:
+    """The protocols in `text`: a name, several divided by commas, or "all"; each once.
+
+    Raises:
+        UserError: none, or one that does not exist.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["all"]:
+        return list(PROTOCOLS.values())
+    if not names:
+        raise UserError("No protocol is named.", f"Choose from {', '.join(PROTOCOLS)}, or all.")
+    return list({name: protocol_named(name) for name in names}.values())

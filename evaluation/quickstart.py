@@ -27,7 +27,7 @@ from evaluation.systems import (
     digest,
     forget_and_measure,
     measure,
-    table_row,
+    table_rows,
     train_small,
 )
 from unlearner.config import UnlearnConfig, make_config
@@ -233,7 +233,8 @@ class _Run:
 
     def table(self) -> list[dict[str, Any]]:
         names = ("origin", "retrain", "npo", "simnpo")
-        return [table_row(name, self.log(name), self.log("retrain")) for name in names]
+        retrain = self.log("retrain")
+        return [row for n in names for row in table_rows(n, self.log(n), retrain, (PROTOCOL,))]
 
     def answers(self, world: World) -> list[dict[str, Any]]:
         """A few questions with true answer, Origin's and SimNPO's: forgotten and kept."""

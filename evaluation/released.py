@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adapters.base_model import BaseSpec
     from evaluation.records import EvalLog
     from evaluation.suite import EvalData, OnProgress
-    from unlearner.prepare import Template
+    from unlearner.prompts import Template
 
 KEPT = (
     "forget_quality", "ks", "log_r_shift", "model_utility", "forget_answer_prob", "forget_nll",

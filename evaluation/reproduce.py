@@ -15,6 +15,7 @@ from typing import Any
 from adapters.base_model import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.errors import UserError
 from evaluation.presets import PRESETS, Preset, SmallModels
+from evaluation.published import against_published, published_rows, time_estimates
 from evaluation.records import write_json
 from evaluation.systems import (
     Measured,
@@ -22,7 +23,7 @@ from evaluation.systems import (
     digest,
     forget_and_measure,
     measure,
-    table_row,
+    table_rows,
     train_small,
 )
 from unlearner.config import UnlearnConfig, make_config
@@ -53,7 +54,7 @@ class Reproduction:
         methods: objectives to compare.
         base: how models are loaded; its name is ignored.
         load_in_4bit: None takes the preset's.
-        protocol: of the evaluation.
+        protocols: of the evaluation; one pass over each model serves all of them.
         limit: only the first so many rows of each set.
     """
 
@@ -67,7 +68,7 @@ class Reproduction:
     methods: tuple[str, ...] = ("npo", "simnpo")
     base: BaseSpec = field(default_factory=lambda: BaseSpec(""))
     load_in_4bit: bool | None = None
-    protocol: str = "tofu"
+    protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
 
     @property
@@ -77,7 +78,7 @@ class Reproduction:
 
     def config(self, method: str) -> UnlearnConfig:
         """The settings a method is run with."""
-        return make_config(method, **self.chosen.settings(method))
+        return make_config(method, **self.chosen.settings(method, self.split))
 
     def spec(self, name: str) -> BaseSpec:
         """How the model `name` is loaded."""
@@ -98,7 +99,7 @@ def plan(run: Reproduction) -> dict[str, Any]:
         "retrain": str(reference),
         "public_retain_log": preset.retain_log or None,
         "data": str(run.data) if run.data else "locuslab/TOFU",
-        "protocol": run.protocol,
+        "protocol": ", ".join(run.protocols),
         "load_in_4bit": run.spec("").load_in_4bit,
         "dtype": run.base.dtype,
         "methods": {method: run.config(method).to_json() for method in run.methods},
@@ -107,8 +108,10 @@ def plan(run: Reproduction) -> dict[str, Any]:
             for method in run.methods
         },
         "reasons": list(preset.reasons),
-        "published": _published(run),
+        "template": preset.template,
+        "published": published_rows(preset, run.split),
         "memory": _memory(run),
+        "time": time_estimates(preset, run.split, len(run.methods), len(run.methods) + 2),
         "out": str(run.out),
     }
 
@@ -123,7 +126,45 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
     origin, retrain = _models(run, report)
-    what = Measured(run.data, run.split, run.protocol, run.limit)
+    what = Measured(run.data, run.split, run.protocols, run.limit, run.chosen.template)
+    logs = _measure_pair(run, origin, retrain, what, report)
+    request = _request(run, origin, report)
+    stores = {}
+    for method in run.methods:
+        report({"event": "stage", "stage": method, "text": f"Unlearning with {method}"})
+        stores[method], logs[method] = _unlearned(run, method, request, origin, what, report)
+    table = [
+        row
+        for name, log in logs.items()
+        for row in table_rows(name, log, logs["retrain"], run.protocols)
+    ]
+    found = {
+        "target": f"tofu-{run.split}",
+        "preset": run.preset,
+        "origin": origin,
+        "table": _in_order(table),
+        "published": published_rows(run.chosen, run.split),
+        "checks": [
+            check._asdict()
+            for check in against_published(
+                [row for row in table if row["protocol"] == run.protocols[0]],
+                run.chosen.published.get(run.split, {}),
+            )
+        ],
+        "stores": {method: str(store) for method, store in stores.items()},
+        "retain_rows": len(request.retain),
+        "methods": {method: run.config(method).to_json() for method in run.methods},
+        "logs": {name: str(path) for name, path in logs.items()},
+        "seconds": time.monotonic() - started,
+    }
+    write_json(run.out / "result.json", json.loads(json.dumps(found, default=str)))
+    return found
+
+
+def _measure_pair(
+    run: Reproduction, origin: str, retrain: str | None, what: Measured, report: Report
+) -> dict[str, Path]:
+    """Logs of Origin and Retrain, where no log stands for the latter already."""
     logs = {"origin": run.out / "logs" / "origin.json"}
     measured = [("origin", run.spec(origin))]
     if retrain is None:
@@ -135,63 +176,50 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
     for name, spec in measured:
         measure(_named(report, name), base=spec, what=what, log=logs[name])
-    request = _request(run, origin, report)
-    refusals = load_refusals(run.data)
-    for method in run.methods:
-        report({"event": "stage", "stage": method, "text": f"Unlearning with {method}"})
-        config = run.config(method)
-        work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)))}"
-        logs[method] = work / "log.json"
-        forget_and_measure(
-            _named(report, method),
-            requests=[request],
-            base=run.spec(origin),
-            config=config,
-            store=work / "forget-store",
-            what=what,
-            log=logs[method],
-            refusals=refusals,
-        )
-    table = [table_row(name, log, logs["retrain"]) for name, log in logs.items()]
-    found = {
-        "target": f"tofu-{run.split}",
-        "preset": run.preset,
-        "table": _in_order(table),
-        "published": _published(run),
-        "retain_rows": len(request.retain),
-        "methods": {method: run.config(method).to_json() for method in run.methods},
-        "logs": {name: str(path) for name, path in logs.items()},
-        "seconds": time.monotonic() - started,
-    }
-    write_json(run.out / "result.json", json.loads(json.dumps(found, default=str)))
-    return found
+    return logs
+
+
+def _unlearned(
+    run: Reproduction, method: str, request: Request, origin: str, what: Measured, report: Report
+) -> tuple[Path, Path]:
+    """Store and log of the request unlearned with one method."""
+    config = run.config(method)
+    work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)))}"
+    forget_and_measure(
+        _named(report, method),
+        requests=[request],
+        base=run.spec(origin),
+        config=config,
+        store=work / "forget-store",
+        what=what,
+        log=work / "log.json",
+        refusals=load_refusals(run.data),
+    )
+    return work / "forget-store", work / "log.json"
 
 
 def _in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = {"origin": 0, "retrain": 1}
-    return sorted(table, key=lambda row: first.get(row["name"], 2))
+    protocols = list(dict.fromkeys(row["protocol"] for row in table))
+    return sorted(
+        table, key=lambda row: (protocols.index(row["protocol"]), first.get(row["name"], 2))
+    )
 
 
 def _named(report: Report, name: str) -> Report:
     return lambda event: report({**event, "job": name})
 
 
-def _published(run: Reproduction) -> list[dict[str, Any]]:
-    rows = run.chosen.published.get(run.split, {})
-    return [
-        {"name": name, "forget_quality": fq, "model_utility": mu} for name, (fq, mu) in rows.items()
-    ]
-
-
 def _memory(run: Reproduction) -> dict[str, Any] | None:
-    """Estimate for the preset's 7B shape; None where the models are small."""
+    """Estimate for the preset's shape; None where the models are small."""
     from unlearner import memory
 
-    if run.chosen.small is not None:
+    shape = run.chosen.shape
+    if shape is None:
         return None
     config = run.config(run.methods[0] if run.methods else "simnpo")
     return memory.estimate(
-        memory.LLAMA2_7B,
+        shape,
         config,
         [memory.LONGEST_TOFU_ROW],
         memory.Holding(run.spec("").load_in_4bit, 2, True),
@@ -315,7 +343,7 @@ def known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]
     cache = run.out / f"known-{digest(str(folder), run.split)}.json"
     if not cache.is_file():
         model = load_base(run.spec(origin))
-        fmt = prompt_format(load_tokenizer(str(folder)))
+        fmt = prompt_format(load_tokenizer(str(folder)), run.chosen.template)
         bare = [Row(row.question, row.answer) for row in rows]
         with threads_for(model):
             scored = score_rows(model, fmt, bare)

@@ -154,7 +154,7 @@ def _score_texts(
 
     device = next(model.parameters()).device
     found: dict[int, AnswerScore] = {}
-    for indices in _batches([len(text.input_ids) for text in texts], batch_tokens):
+    for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
         batch = pad_batch([texts[i] for i in indices], pad)
         result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
         totals = result.nll.to(torch.float64).tolist()
@@ -165,7 +165,7 @@ def _score_texts(
     return [found[i] for i in range(len(texts))]
 
 
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches_of(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices by falling length, so many that their padded size stays within `batch_tokens`."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0

@@ -6,15 +6,14 @@ The keys of `summarise` are a contract: others script against them.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from adapters.errors import UserError
 from evaluation import metrics
+from evaluation.matching import RowMatch, match_rows
 from evaluation.metrics import Floats, ForgetQuality, Interval
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.records import (
@@ -26,8 +25,10 @@ from evaluation.records import (
     RowRecord,
     SetRecord,
 )
+from evaluation.utility import model_utility
 
 SET_METRICS = ("answer_prob", "nll", "rouge_l_recall", "truth_ratio")
+QUALITY_FIGURES = ("forget_quality", "forget_quality_log10", "ks", "log_r_shift")
 # What is wanted of each figure; log_r_shift is best at 0.
 BETTER = {
     "forget_quality": "higher",
@@ -45,87 +46,6 @@ BETTER = {
         for metric in SET_METRICS
     },
 }
-
-
-@dataclass(frozen=True)
-class RowMatch:
-    """Rows of two logs, pair by pair the same question; `by` says how that is known."""
-
-    ours: tuple[RowRecord, ...]
-    theirs: tuple[RowRecord, ...]
-    by: Literal["question", "position"]
-
-
-def match_rows(
-    ours: Sequence[RowRecord], theirs: Sequence[RowRecord], *, subset: bool = False
-) -> RowMatch:
-    """The rows of two logs put side by side, by question where both hold their questions.
-
-    Without questions rows are matched by position, and only where all token counts agree.
-
-    Args:
-        ours, theirs: rows of the same set in two logs, in any order.
-        subset: `ours` may be a part of `theirs` (a limited run); else both hold the same rows.
-
-    Raises:
-        UserError: the logs hold different rows, or nothing shows that they hold the same.
-    """
-    if all(row.question is not None for row in (*ours, *theirs)):
-        return _match_by_question(ours, theirs, subset)
-    if len(ours) != len(theirs):
-        raise UserError(
-            f"The two logs hold {len(ours)} and {len(theirs)} rows, and not both hold questions.",
-            "Compare logs of the same rows.",
-        )
-    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        mine, yours = _token_counts(one), _token_counts(other)
-        if None in mine or None in yours:
-            raise UserError(
-                "The two logs cannot be matched: not both hold their questions or token counts.",
-                "Evaluate again with this tool, which records the questions.",
-            )
-        if mine != yours:
-            raise UserError(
-                f"The two logs hold different rows: row {i} has {mine[0]} answer tokens in one "
-                f"and {yours[0]} in the other, and not both hold questions.",
-                "Compare logs of the same rows, scored with the same tokenizer.",
-            )
-    return RowMatch(tuple(ours), tuple(theirs), "position")
-
-
-def _match_by_question(
-    ours: Sequence[RowRecord], theirs: Sequence[RowRecord], subset: bool
-) -> RowMatch:
-    mine = dict(zip(_keys(ours), ours, strict=True))
-    yours = dict(zip(_keys(theirs), theirs, strict=True))
-    only_mine = [row for key, row in mine.items() if key not in yours]
-    only_yours = [row for key, row in yours.items() if key not in mine]
-    if only_mine or (only_yours and not subset):
-        example = (only_mine or only_yours)[0].question
-        raise UserError(
-            f"The two logs hold different rows: {len(only_mine)} questions are only in the first, "
-            f"{len(only_yours)} only in the second, for example {example!r}.",
-            "Compare logs of the same set and the same number of rows.",
-        )
-    return RowMatch(tuple(mine.values()), tuple(yours[key] for key in mine), "question")
-
-
-def _keys(rows: Sequence[RowRecord]) -> list[tuple[str, str, int]]:
-    """Question without white space; the answer too where a question stands twice."""
-    questions = ["".join((row.question or "").split()) for row in rows]
-    times = Counter(questions)
-    seen: Counter[tuple[str, str]] = Counter()
-    keys = []
-    for question, row in zip(questions, rows, strict=True):
-        answer = "".join((row.answer or "").split()) if times[question] > 1 else ""
-        keys.append((question, answer, seen[question, answer]))
-        seen[question, answer] += 1
-    return keys
-
-
-def _token_counts(row: RowRecord) -> tuple[int | None, ...]:
-    scores = (row.answer_score, row.paraphrase, *row.perturbed)
-    return tuple(score.n for score in scores if score is not None) or (None,)
 
 
 def protocol_rows(found: SetRecord, protocol: Protocol) -> tuple[RowRecord, ...]:
@@ -186,8 +106,8 @@ def summarise(
     """All figures of a log under one protocol, ready for JSON.
 
     A figure that cannot be had is None and `reasons` says why. `better` says of each figure
-    whether higher or lower is wanted, `rows` how many rows each set has, `n` those of the forget
-    set. `*_interval` are 95 % bootstrap intervals over rows.
+    whether higher or lower is wanted (or "zero"), `rows` how many rows each set has, `n` those of
+    the forget set. `*_interval` are 95 % bootstrap intervals over rows. `figure_table` lists them.
 
     Args:
         log: of the model in question.
@@ -205,7 +125,7 @@ def summarise(
     rows = {name: protocol_rows(found, chosen) for name, found in log.sets.items()}
     values = {name: set_values(name, found, chosen) for name, found in rows.items()}
     quality, by = _forget_quality(log, retain_log, chosen, resamples, seed)
-    utility = metrics.model_utility(values, resamples=resamples, seed=seed)
+    utility = model_utility(values, resamples=resamples, seed=seed)
     result: dict[str, Any] = {
         "protocol": chosen.name,
         **_quality_keys(quality),
@@ -214,12 +134,14 @@ def summarise(
         "model_utility_parts": dict(utility.parts),
         "model_utility_part_intervals": {k: list(v) for k, v in utility.part_intervals.items()},
     }
-    reasons = {"forget_quality": quality.reason, "model_utility": utility.reason}
+    reasons = dict.fromkeys(QUALITY_FIGURES, quality.reason) | {"model_utility": utility.reason}
     for name, metric in itertools.product(SETS, SET_METRICS):
         found = values.get(name, {}).get(metric)
-        result[f"{name}_{metric}"] = None if found is None else float(found.mean())
+        key = f"{name}_{metric}"
+        result[key] = None if found is None else float(found.mean())
+        result[f"{key}_interval"] = _spread(found, resamples, seed)
         if found is None:
-            reasons[f"{name}_{metric}"] = _why_missing(log, name, metric, chosen)
+            reasons[key] = _why_missing(log, name, metric, chosen)
     result["retrain_forget_nll"] = _reference_nll(retain_log, chosen)
     if retain_log is not None and second_retain_log is not None:
         band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples, seed)
@@ -235,9 +157,53 @@ def summarise(
     }
 
 
+def _spread(values: Floats | None, resamples: int, seed: int) -> list[float] | None:
+    if values is None or not resamples:
+        return None
+    return list(metrics.mean_interval(values, resamples=resamples, seed=seed))
+
+
+def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of a summary as a row: name, value, interval, better, n, and why it is missing.
+
+    `n` are the rows the figure was measured on: of its set, of the forget set for forget quality
+    and what belongs to it, of the three sets together for model utility.
+    """
+    return [
+        {
+            "name": name,
+            "value": summary.get(name),
+            "interval": summary.get(f"{name}_interval"),
+            "better": better,
+            "n": _rows_behind(name, summary["rows"]),
+            "reason": summary["reasons"].get(name),
+        }
+        for name, better in summary["better"].items()
+    ]
+
+
+def _rows_behind(figure: str, rows: Mapping[str, int]) -> int:
+    if figure == "model_utility":
+        return sum(rows.get(name, 0) for name in SETS[1:])
+    named = [name for name in SETS if figure.startswith(f"{name}_")]
+    return rows.get(named[0] if named else "forget", 0)
+
+
+def summarise_all(
+    log: EvalLog, protocols: Iterable[str], retain_log: EvalLog | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """The summary under each protocol, in their order: what shares its scores was measured once.
+
+    Raises:
+        UserError: as `summarise`, for the first protocol that cannot be computed from this log.
+    """
+    return [summarise(log, retain_log, protocol=name, **options) for name in protocols]
+
+
 def _quality_keys(quality: ForgetQuality) -> dict[str, Any]:
     return {
         "forget_quality": quality.p,
+        "forget_quality_interval": _pair(quality.p_interval),
         "forget_quality_log10": quality.log10_p,
         "ks": quality.d,
         "ks_interval": _pair(quality.d_interval),

@@ -19,6 +19,8 @@ from unlearner.data import Request
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore, StoredAdapter
+    from evaluation.suite import EvalData
+    from unlearner.prompts import Template
     from unlearner.tiny import TinyRecipe, TinyShape
 
 Report = Callable[[dict[str, Any]], None]
@@ -30,8 +32,9 @@ class Measured:
 
     data: Path | None
     split: str
-    protocol: str = "tofu"
+    protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
+    template: Template = "auto"
 
 
 def digest(*parts: Any) -> str:
@@ -77,8 +80,15 @@ def measure(
     store: Path | None = None,
     adapters: Sequence[str] = (),
     key: str = "",
+    rows: EvalData | None = None,
+    generate: bool = True,
+    stale: bool = False,
 ) -> str:
-    """The log of `base` with `adapters` of `store` active, measured unless it stands already."""
+    """The log of `base` with `adapters` of `store` active, measured unless it stands already.
+
+    `rows` are measured instead of the split's; `generate=False` leaves out the answers; `stale`
+    measures adapters without the parents they were trained on.
+    """
     from adapters.base_model import base_view, load_base, load_tokenizer, resolve_base
     from adapters.fingerprint import fingerprint_base
     from adapters.stack import load_stack
@@ -90,20 +100,25 @@ def measure(
 
     folder = resolve_base(base.name, base.revision)
     weights = digest(fingerprint_base(folder).digest, asdict(base), list(adapters), key)
-    wanted = digest(weights, what.split, what.protocol, what.limit)
+    chosen: list[Any] = [] if rows is None else [asdict(rows)]
+    chosen += [] if generate else ["scores alone"]
+    wanted = digest(weights, what.split, what.protocols, what.limit, what.template, *chosen)
     if log.is_file() and read_log(log).meta.get("made_from") == wanted:
         return str(log)
     model: Any = load_base(base)
     view = base_view(model)
     if adapters and store is not None:
-        model = load_stack(model, AdapterStore.open(store), list(adapters))
+        model = load_stack(
+            model, AdapterStore.open(store), list(adapters), allow_missing_parents=stale
+        )
     with threads_for(model):
         found = evaluate(
             model,
-            prompt_format(load_tokenizer(str(folder))),
-            load_eval_data(what.split, what.data),
-            protocol=what.protocol,
+            prompt_format(load_tokenizer(str(folder)), what.template),
+            rows or load_eval_data(what.split, what.data),
+            protocol=what.protocols,
             limit=what.limit,
+            generate=generate,
             key=weights,
             resume_dir=log.parent / "parts",
             on_progress=lambda label, done, total: report(
@@ -136,10 +151,38 @@ def forget_and_measure(
 
     filed = AdapterStore.open(store, create=True)
     slugs = [
-        file_request(report, filed, request, base, config, number, refusals).slug
+        file_request(report, filed, request, base, config, number, refusals, what.template).slug
         for number, request in enumerate(requests, start=1)
     ]
     return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)
+
+
+def full_and_measure(
+    report: Report,
+    *,
+    requests: Sequence[Request],
+    base: BaseSpec,
+    config: UnlearnConfig,
+    out: Path,
+    what: Measured,
+    log: Path,
+    refusals: Sequence[str] = (),
+) -> str:
+    """The log of the base with all its weights trained on all requests at once, as papers do.
+
+    The model is kept in a folder under `out` whose name holds what it was trained on. What an
+    adapter is compared with, for small models: nothing of it can be reverted.
+    """
+    from unlearner.earlier import joined
+    from unlearner.full import forget_full
+
+    request = joined(list(requests))
+    depends = [request.rows, request.retain, asdict(base), config.to_json(), list(refusals)]
+    folder = out / f"full-{digest(depends)}"
+    if not folder.exists():
+        forget_full(request, base, config, folder, refusals=refusals, on_progress=report)
+    trained = BaseSpec(str(folder), dtype=base.dtype, device=base.device, attention=base.attention)
+    return measure(report, base=trained, what=what, log=log)
 
 
 def file_request(
@@ -150,6 +193,7 @@ def file_request(
     config: UnlearnConfig,
     number: int,
     refusals: Sequence[str] = (),
+    template: Template = "auto",
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless it stands in the store already."""
     from unlearner.run import unlearn
@@ -167,6 +211,7 @@ def file_request(
             on_stack=False,
             label=label,
             resume=True,
+            template=template,
             refusals=refusals,
             on_progress=lambda event: _pass_on(report, event, number),
         )
@@ -181,13 +226,12 @@ def _pass_on(report: Report, event: dict[str, Any], number: int) -> None:
         report({**event, "request": number})
 
 
-def table_row(name: str, log: Path, retain_log: Path) -> dict[str, Any]:
-    """One line of the table: the summary of a log against the retrain reference."""
+def table_rows(
+    name: str, log: Path, retain_log: Path, protocols: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A system's lines of the table: the summary of its log against the reference, by protocol."""
     from evaluation.records import read_log
-    from evaluation.summary import summarise
+    from evaluation.summary import summarise_all
 
-    found = read_log(log)
-    return {
-        "name": name,
-        **summarise(found, read_log(retain_log), protocol=found.meta["protocols"][0]),
-    }
+    found = summarise_all(read_log(log), protocols, read_log(retain_log))
+    return [{"name": name, **summary} for summary in found]

@@ -68,9 +68,10 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     def draw(names: list[str]) -> str:
         return runs_page.log_r_html(app.sources().runs(), names or [])
 
-    def write() -> Any:
+    def write() -> tuple[Any, str]:
         path = runs_data.write_report(app.sources(), app.new_file("report.html"))
-        return gr.update(value=str(path), visible=True)
+        words = same.report(app.logs, app.retain_log, app.robustness, app.calibration)
+        return gr.update(value=str(path), visible=True), views.command_html(words)
 
     def export(names: list[str]) -> Any:
         return gr.update(value=_pair(app, names or []), visible=True)
@@ -79,7 +80,7 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     again.click(told(read), None, outputs, **PRIVATE)
     page.load(told(read), None, outputs, show_progress="hidden", **PRIVATE)
     chosen.input(told(draw), chosen, spread, show_progress="hidden", **PRIVATE)
-    report.click(told(write), None, report_file, **PRIVATE)
+    report.click(told(write), None, [report_file, box], **PRIVATE)
     pair.click(told(export), chosen, pair_file, **PRIVATE)
     return read, outputs
 

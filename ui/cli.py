@@ -16,12 +16,16 @@ from adapters.errors import Interrupted, UserError
 from ui import (
     commands_ask,
     commands_bench,
+    commands_calibrate,
     commands_consolidate,
     commands_eval,
     commands_finetune,
     commands_info,
     commands_merge,
+    commands_report,
+    commands_robustness,
     commands_runs,
+    commands_sequence,
     commands_store,
     commands_train,
     commands_ui,
@@ -45,13 +49,17 @@ exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 preflight says no, 4 qualit
 MODULES = (
     commands_ask,
     commands_bench,
+    commands_calibrate,
     commands_runs,
+    commands_sequence,
     commands_info,
     commands_train,
     commands_consolidate,
     commands_store,
     commands_merge,
     commands_eval,
+    commands_report,
+    commands_robustness,
     commands_finetune,
     commands_ui,
 )
@@ -147,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse(words)
+        args.words = words
         _quiet_libraries(console)
         # Only the console writes data: what a library prints is words, and goes to stderr.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import BaseMismatch, Interrupted, UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
-from ui import options
+from evaluation.protocols import protocols_named
+from ui import options, own_rows, scoring
+from ui.commands_metrics import Extras, add_metric_flags, metric_figures, plan_extras
 from ui.commands_systems import parse_systems, run_systems
-from ui.gates import check_gates, parse_gate
+from ui.gates import check_gates
 from unlearner import ranks
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from evaluation.records import EvalLog
     from evaluation.suite import Effort, EvalData
     from ui.console import Console
-    from ui.gates import Gate
 
 LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
 INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
@@ -33,7 +34,7 @@ def register(commands: Any) -> None:
     """Adds the two commands."""
     parser = commands.add_parser(
         "score",
-        parents=[_scoring(), options.common()],
+        parents=[scoring.scoring_flags(), options.common()],
         help="forget quality and model utility from recorded logs, no model",
         description="Computes all figures from an evaluation log: this tool's, TOFU's "
         "eval_log_aggregated.json in either layout, or open-unlearning's TOFU_EVAL.json.",
@@ -49,7 +50,7 @@ def register(commands: Any) -> None:
             options.loading(),
             options.store(),
             options.data(),
-            _scoring(),
+            scoring.scoring_flags(),
             options.common(),
         ],
         help="measure a base with its active adapters, or merged weights",
@@ -62,34 +63,8 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run_evaluate)
 
 
-def _scoring() -> options.Parser:
-    parser = options.Parser(add_help=False)
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        metavar="LOG",
-        help="log of a model that never saw the forget set: forget quality needs it",
-    )
-    parser.add_argument(
-        "--protocol",
-        default=DEFAULT,
-        metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
-    )
-    parser.add_argument(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="GATE",
-        help='leave with 4 if it holds, e.g. "model_utility<0.55"; may be given several times',
-    )
-    return parser
-
-
 def _add_evaluate_flags(parser: options.Parser) -> None:
-    parser.add_argument(
-        "--split", required=True, metavar="SPLIT", help="forget split: forget01, forget05, forget10"
-    )
+    own_rows.add_flags(parser)
     parser.add_argument(
         "--adapters",
         type=options.name_list,
@@ -124,29 +99,23 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
     )
-
-
-def _gates(args: argparse.Namespace) -> list[Gate]:
-    """The conditions of --fail-if and the protocol's name, read before anything is computed."""
-    from evaluation.summary import BETTER
-
-    protocol_named(args.protocol)
-    return [parse_gate(text, list(BETTER)) for text in args.fail_if]
+    add_metric_flags(parser)
 
 
 def run_score(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a log; 4 where a gate fails."""
     console.words(f"Reading {args.log} ...")
     from evaluation.records import read_log
-    from evaluation.summary import summarise
     from ui.figures import report_figures
 
-    gates = _gates(args)
-    retain_log = read_log(args.retain_log) if args.retain_log else None
-    figures = summarise(read_log(args.log), retain_log, protocol=args.protocol)
+    gates = scoring.gates_of(args)
+    references = scoring.read_references(args)
+    log = read_log(args.log)
+    summaries = scoring.figures_of(args, log, references)
     names = {"log": str(args.log), "retain_log": args.retain_log and str(args.retain_log)}
-    report_figures({**names, **figures}, console)
-    check_gates(gates, figures)
+    scoring.write_for_others(args, log, references, console)
+    report_figures(scoring.with_protocols(names, summaries), console)
+    check_gates(gates, summaries[0])
     return 0
 
 
@@ -161,21 +130,21 @@ class _Stack:
 
 def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a model; 4 where a gate fails."""
-    gates = _gates(args)
+    gates = scoring.gates_of(args, metric_figures(args))
     if args.systems is not None:
         return run_systems(args, console)
     stack = _chosen_stack(args)
-    console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {args.split} ...")
-    from evaluation.records import read_log, write_json, write_log
-    from evaluation.suite import load_eval_data
-    from evaluation.summary import summarise
+    what = own_rows.name_of(args)
+    console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {what} ...")
+    from evaluation.records import write_json, write_log
     from ui.console import json_value
     from ui.figures import report_figures
 
-    retain_log = read_log(args.retain_log) if args.retain_log else None
-    data = load_eval_data(args.split, args.data)
+    references = scoring.read_references(args)
+    data = own_rows.eval_data(args, console)
+    extras = plan_extras(args, data, protocols_named(args.protocol)[0], console)
     try:
-        log = _measure(args, stack, data, retain_log, console)
+        log = _measure(args, stack, data, references.first, extras, console)
     except KeyboardInterrupt:
         if args.out is None:
             raise
@@ -183,23 +152,27 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
             f"Interrupted: the finished parts are kept in {args.out / PARTS}.",
             "Run the same command again to continue.",
         ) from None
-    figures = summarise(log, retain_log, protocol=args.protocol)
-    named = {
+    first, *others = scoring.figures_of(args, log, references)
+    summaries = [extras.join(first), *others]
+    about = {
         "base": args.base,
         "adapters": [slug for slug, _ in stack.active],
-        "split": args.split,
+        "split": what,
         "log": str(args.out / LOG_FILE) if args.out else None,
         "retain_log": str(args.retain_log) if args.retain_log else None,
-        **figures,
     }
+    named = scoring.with_protocols(about, summaries)
     if args.out and ranks.rank() == 0:
         write_log(log, args.out / LOG_FILE)
         write_json(args.out / FIGURES_FILE, json_value(named))
         console.words(f"Wrote {args.out / LOG_FILE} and {args.out / FIGURES_FILE}")
     if ranks.rank() == 0:
-        _attach(stack, args, figures)
+        scoring.write_for_others(args, log, references, console)
+        for figures in summaries:
+            _attach(stack, args, figures)
     report_figures(named, console)
-    check_gates(gates, figures)
+    extras.report(named, console)
+    check_gates(gates, summaries[0])
     return 0
 
 
@@ -229,6 +202,7 @@ def _measure(
     stack: _Stack,
     data: EvalData,
     retain_log: EvalLog | None,
+    extras: Extras,
     console: Console,
 ) -> EvalLog:
     """Loads the model and evaluates it; only ever the first `--limit` rows where that is given."""
@@ -249,20 +223,24 @@ def _measure(
             raise BaseMismatch(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
-    key = [fingerprint.digest, view, stack.active]
-    return evaluate(
+    key = hashlib.sha256(json.dumps([fingerprint.digest, view, stack.active]).encode()).hexdigest()
+    command = shlex.join(["unlearner", *args.words])
+    meta = {"split": own_rows.name_of(args), "adapters": stack.active, "command": command, **view}
+    log = evaluate(
         model,
         fmt,
         data,
-        protocol=args.protocol,
+        protocol=[protocol.name for protocol in protocols_named(args.protocol)],
         retain_log=retain_log,
         limit=args.limit,
-        key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+        key=key,
         resume_dir=args.out / PARTS if args.out else None,
         on_progress=progress_of(console),
         effort=effort_of(args, _engine(args, stack)),
-        meta={"split": args.split, "adapters": stack.active, **view},
+        meta=meta,
     )
+    extras.measure(model, fmt, key, meta, progress_of(console))
+    return log
 
 
 def effort_of(args: argparse.Namespace, engine: Any = None) -> Effort:
@@ -315,5 +293,6 @@ def _attach(stack: _Stack, args: argparse.Namespace, figures: dict[str, Any]) ->
         return
     kept = {k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in INTERVALS}
     slugs = [slug for slug, _ in stack.active]
-    about = {"split": args.split, "stack": slugs, "scales": dict(stack.active), "limit": args.limit}
-    stack.store.attach_eval(slugs[-1], f"{args.split}-{args.protocol}", {**kept, **about})
+    what = own_rows.name_of(args)
+    about = {"split": what, "stack": slugs, "scales": dict(stack.active), "limit": args.limit}
+    stack.store.attach_eval(slugs[-1], f"{what}-{figures['protocol']}", {**kept, **about})

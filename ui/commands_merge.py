@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui import options
-from unlearner.config import FORMULAS
+from unlearner.config import FORMULAS, OPTION_FORMULAS
 
 if TYPE_CHECKING:
     from adapters.catalog import StoredAdapter
@@ -132,6 +132,14 @@ def _refuse_4bit(args: argparse.Namespace) -> None:
 
 def run_merge(args: argparse.Namespace, console: Console) -> int:
     """Writes the merged model and prints where it is."""
+    made = merge_release(args, console)
+    console.text(str(args.out))
+    console.result(made)
+    return 0
+
+
+def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The merged model's folder, adapters and figures, once its weights and card are written."""
     _refuse_4bit(args)
     protocol_named(args.protocol)  # refused before anything is written
     from adapters.store import AdapterStore
@@ -160,7 +168,7 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
         merged,
         revision=args.revision,
         candidates=args.candidates,
-        formulas=FORMULAS,
+        formulas=FORMULAS | OPTION_FORMULAS,
     )
     # The weights stand before the long part: interrupted, they are whole and say "not measured".
     write_release(release)
@@ -168,18 +176,14 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
     figures = _figures(args, console)
     if figures is not None:
         write_release(replace(release, **figures))
-    console.text(str(args.out))
-    console.result(
-        {
-            "out": args.out,
-            "base": args.base,
-            "adapters": [slug for slug, _ in chosen],
-            "table": [{"name": slug, "scale": scale} for slug, scale in chosen],
-            "merge": vars(merged),
-            "figures": figures,
-        }
-    )
-    return 0
+    return {
+        "out": args.out,
+        "base": args.base,
+        "adapters": [slug for slug, _ in chosen],
+        "table": [{"name": slug, "scale": scale} for slug, scale in chosen],
+        "merge": vars(merged),
+        "figures": figures,
+    }
 
 
 def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from adapters.errors import GateFailed, Interrupted, UserError
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
 from ui import options
 from ui.console import duration_text, setting_text, size_text
 from ui.events import show_event
@@ -18,6 +18,7 @@ from unlearner.config import OBJECTIVE_DEFAULTS
 from unlearner.data import FORGET_SPLITS, did_you_mean
 
 if TYPE_CHECKING:
+    from evaluation.reproduce import Reproduction
     from ui.console import Console
 
 COLUMNS = (
@@ -53,7 +54,7 @@ ANSWER_TITLES = {
     "world_facts": "To be kept: facts of the world",
 }
 LONGEST_ANSWER = 160
-PRESETS = ("mini", "llama2-7b")
+PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 
 
 def register(commands: Any) -> None:
@@ -111,7 +112,7 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         "--protocol",
         default=DEFAULT,
         metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
+        help=f"{', '.join(PROTOCOLS)}, several with commas, or all (default: {DEFAULT})",
     )
     parser.add_argument(
         "--limit",
@@ -126,7 +127,24 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         metavar="DIR",
         help="folder for models, stores and logs (default: ./reproduce)",
     )
+    _add_outcome_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
+
+
+def _add_outcome_flags(parser: options.Parser) -> None:
+    parser.add_argument(
+        "--gate",
+        action="store_true",
+        help="leave with 4 where a measured figure misses the published one: model utility by more "
+        "than 0.02, forget quality on the other side of 0.05",
+    )
+    parser.add_argument(
+        "--release",
+        type=Path,
+        metavar="DIR",
+        help="then fold the last method's adapter into full weights there, measured again, with a "
+        "model card",
+    )
 
 
 def run_quickstart(args: argparse.Namespace, console: Console) -> int:
@@ -209,7 +227,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         if method not in OBJECTIVE_DEFAULTS:
             hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
             raise UserError(f"There is no objective '{method}'.", hint)
-    protocol_named(args.protocol)
+    protocols = tuple(protocol.name for protocol in protocols_named(args.protocol))
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
     from adapters.base_model import BaseSpec
     from evaluation.reproduce import Reproduction, plan, reproduce
@@ -225,7 +243,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         methods=tuple(args.methods),
         base=BaseSpec("", dtype=args.dtype, device=args.device, attention=args.attention),
         load_in_4bit=args.load_in_4bit,
-        protocol=args.protocol,
+        protocols=protocols,
         limit=args.limit,
     )
     if args.dry_run:
@@ -239,9 +257,47 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         raise _stopped(args.out) from None
     print_comparison(found["table"], console)
     _print_published(found["published"], console)
+    for check in found.get("checks", ()):
+        console.text(check["text"])
     console.words(f"Took {duration_text(found['seconds'])}; all logs are in {args.out}.")
+    if args.release:
+        found = {**found, "release": release_system(args, run, found, console)}
     console.result(found)
+    _require_published(args, found)
     return 0
+
+
+def _require_published(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Returns where --gate was not given, or every check holds.
+
+    Raises:
+        GateFailed: naming what misses, or that there is nothing published to hold against.
+    """
+    if not args.gate:
+        return
+    missed = [check["text"] for check in found["checks"] if not check["holds"]]
+    if missed or not found["checks"]:
+        raise GateFailed(
+            f"The gate failed: {'; '.join(missed) or 'nothing is published for this split'}.",
+            "See docs/seven-b.md for what moves these figures.",
+        )
+
+
+def release_system(
+    args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
+) -> dict[str, Any]:
+    """Folds the last method's adapter into --release, as `unlearner merge` does, measured again."""
+    from ui.cli import parse
+    from ui.commands_merge import merge_release
+
+    method = run.methods[-1]
+    words = ["merge", "--base", found["origin"], "--store", found["stores"][method]]
+    words += ["--out", str(args.release), "--split", run.split, "--template", run.chosen.template]
+    words += ["--retain-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
+    words += ["--data", str(args.data)] if args.data else []
+    words += ["--limit", str(args.limit)] if args.limit else []
+    console.words(f"Releasing {method}: unlearner {shlex.join(words)}")
+    return merge_release(parse(words), console)
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:
@@ -256,6 +312,9 @@ def _print_plan(made: Mapping[str, Any], console: Console) -> None:
                 console.text(f"  {line}")
     for reason in made["reasons"]:
         console.text(f"because   {reason}")
+    for line in made["time"]:
+        minutes = f"{line['training_minutes']:.0f} + {line['evaluation_minutes']:.0f} min"
+        console.text(f"time      estimate {minutes} of training and evaluation on {line['card']}")
     if made["memory"]:
         low, high = (size_text(made["memory"][key]) for key in ("low_bytes", "high_bytes"))
         console.text(f"memory    estimate {low} to {high}")
@@ -277,6 +336,7 @@ def _stopped(out: Path) -> Interrupted:
 
 def print_comparison(table: list[dict[str, Any]], console: Console) -> None:
     """Prints the systems of a comparison, one a line."""
-    rows = [{HEADS.get(key, key): row.get(key) for key in COLUMNS} for row in table]
-    console.table(rows)
+    several = len({row["protocol"] for row in table}) > 1
+    columns = ("protocol", *COLUMNS) if several else COLUMNS
+    console.table([{HEADS.get(key, key): row.get(key) for key in columns} for row in table])
     console.text(LEGEND)

@@ -8,14 +8,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui import options
+from ui import options, own_rows, scoring
 from unlearner import ranks
 
 if TYPE_CHECKING:
     from ui.console import Console
 
 COLUMNS = (
-    "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
+    "name", "protocol", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
     "forget_answer_prob", "forget_nll", "retain_answer_prob", "retain_nll",
 )  # fmt: skip
 
@@ -33,6 +33,15 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--systems names the adapters already.", "Leave out --adapters.")
     if args.fail_if:
         raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
+    if args.write_tofu or args.write_open_unlearning:
+        raise UserError(
+            "--systems measures several models, a public log holds one.",
+            "Convert a log of --out with `unlearner score LOG --write-tofu FILE`.",
+        )
+    if args.metrics or args.lm_eval:
+        raise UserError(
+            "--metrics and --lm-eval are for one system.", "Evaluate that one with --adapters."
+        )
     if args.engine != "transformers":
         raise UserError("--systems shares one loaded model.", "Leave out --engine.")
 
@@ -47,16 +56,17 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     from adapters.fingerprint import fingerprint_base
     from adapters.stack import load_stack
     from adapters.store import AdapterStore
-    from evaluation.records import read_log, write_log
-    from evaluation.suite import evaluate, load_eval_data
-    from evaluation.summary import summarise
+    from evaluation.protocols import protocols_named
+    from evaluation.records import write_log
+    from evaluation.suite import evaluate
     from ui.commands_eval import LOG_FILE, PARTS, effort_of, progress_of
     from unlearner.prompts import prompt_format
 
     store = AdapterStore.open(options.store_path(args))
     systems = [[store.get(ref).slug for ref in refs] for refs in args.systems]
-    retain_log = read_log(args.retain_log) if args.retain_log else None
-    data = load_eval_data(args.split, args.data)
+    references = scoring.read_references(args)
+    data = own_rows.eval_data(args, console)
+    what = own_rows.name_of(args)
     console.words(f"Loading {args.base} for {len(systems)} systems ...")
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
@@ -73,20 +83,20 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
             model,
             fmt,
             data,
-            protocol=args.protocol,
-            retain_log=retain_log,
+            protocol=[protocol.name for protocol in protocols_named(args.protocol)],
+            retain_log=references.first,
             limit=args.limit,
             key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
             resume_dir=out / PARTS if out else None,
             on_progress=progress_of(console),
             effort=effort_of(args),
-            meta={"split": args.split, "adapters": [[slug, 1.0] for slug in slugs], **view},
+            meta={"split": what, "adapters": [[slug, 1.0] for slug in slugs], **view},
         )
         if out and ranks.rank() == 0:
             write_log(log, out / LOG_FILE)
-        figures = summarise(log, retain_log, protocol=args.protocol)
-        table.append({**figures, "name": name, "adapters": slugs})
+        for figures in scoring.figures_of(args, log, references):
+            table.append({**figures, "name": name, "adapters": slugs})
     console.table([{c: row.get(c) for c in COLUMNS} for row in table], list(COLUMNS))
-    console.text(f"protocol {args.protocol}, split {args.split}")
-    console.result({"base": args.base, "split": args.split, "table": table})
+    console.text(f"split {what}")
+    console.result({"base": args.base, "split": what, "table": table})
     return 0

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import UserError
 from ui import options
 from ui.commands_info import REQUEST_HELP
 from ui.commands_store import adapter_row
 from ui.console import size_text
 from ui.events import show_event
 from ui.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
+from ui.own_rows import mined
 from unlearner.config import STREAMS, make_config
 
 if TYPE_CHECKING:
     from ui.console import Console
     from unlearner.config import UnlearnConfig
     from unlearner.data import Request
+    from unlearner.gap import StopAt
 
 
 def register(commands: Any) -> None:
@@ -43,16 +48,26 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
     add_run_flags(parser)
+    add_gap_flags(parser)
+    full = parser.add_argument_group("all weights, for comparison on small models")
+    full.add_argument(
+        "--full",
+        type=Path,
+        metavar="DIR",
+        help="train all weights and write the model to DIR instead of storing an adapter: nothing "
+        "of it can be reverted; use a --learning-rate about ten times lower",
+    )
+    full.add_argument(
+        "--any-size",
+        action="store_true",
+        help="with --full: also where the model has more than 300 million weights",
+    )
     parser.set_defaults(run=run_forget)
 
 
 def add_run_flags(parser: options.Parser) -> None:
     """What every command has that trains an adapter: retain rows, guard, place, label."""
-    parser.add_argument(
-        "--retain",
-        metavar="ROWS",
-        help="rows to keep: a JSONL file or tofu:SPLIT (default: the rest of TOFU)",
-    )
+    _add_retain_flags(parser)
     parser.add_argument(
         "--label", metavar="NAME", help="what to call the adapter; it is stored in the clear"
     )
@@ -99,6 +114,56 @@ def add_run_flags(parser: options.Parser) -> None:
     )
 
 
+def _add_retain_flags(parser: options.Parser) -> None:
+    parser.add_argument(
+        "--retain",
+        metavar="ROWS",
+        help="rows to keep: a JSONL file or tofu:SPLIT (default: the rest of TOFU)",
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=options.positive_int,
+        metavar="N",
+        help="of these rows keep only the N nearest to the request, by their words: what is most "
+        "at risk of going with it",
+    )
+
+
+def add_gap_flags(parser: options.Parser) -> None:
+    """What ends a training where it meets a retrain reference."""
+    group = parser.add_argument_group("stopping at the retrain reference")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument(
+        "--stop-at-gap",
+        action="store_const",
+        dest="stop_at",
+        const="gap",
+        help="stop once the median log R passes the reference's, from under- to over-forgotten",
+    )
+    what.add_argument(
+        "--stop-at-nll",
+        action="store_const",
+        dest="stop_at",
+        const="nll_gap",
+        help="stop once the mean forget NLL passes the reference's",
+    )
+    group.add_argument(
+        "--gap-log", type=Path, metavar="LOG", help="log of a model that never saw the forget set"
+    )
+    group.add_argument(
+        "--gap-every",
+        type=options.positive_int,
+        metavar="N",
+        help="steps between two readings (default: about 20 readings in all)",
+    )
+    group.add_argument(
+        "--gap-rows",
+        metavar="ROWS",
+        help="JSONL file or forget split with paraphrased and perturbed answers (default: those "
+        "of the request)",
+    )
+
+
 def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     """The settings of a run: the objective's published ones with the given flags."""
     names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
@@ -123,7 +188,71 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     from unlearner.data import parse_request
 
     request = parse_request(args.request, args.data, args.retain)
-    return train_request(args, console, config, request)
+    if args.full is not None:
+        return _train_full(args, console, config, request)
+    return train_request(args, console, config, request, stop_at=_stop_at(args, request))
+
+
+def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
+    """What ends the training early; None where nothing was asked for."""
+    if args.stop_at is None:
+        given = [n for n in ("gap_log", "gap_every", "gap_rows") if getattr(args, n) is not None]
+        if given:
+            flag = "--" + given[0].replace("_", "-")
+            raise UserError(f"{flag} has nothing to stop.", "Add --stop-at-gap or --stop-at-nll.")
+        return None
+    if args.gap_log is None:
+        raise UserError(
+            "Stopping at the gap needs a retrain reference.",
+            "Give --gap-log the log of a model that never saw the forget set.",
+        )
+    from adapters.base_model import load_tokenizer
+    from evaluation.gap_probe import GapProbe, gap_rows
+    from evaluation.records import read_log
+    from unlearner.gap import StopAt
+    from unlearner.prompts import prompt_format
+
+    rows = gap_rows(request, args.gap_rows, args.data)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    probe = GapProbe(fmt, rows, read_log(args.gap_log))
+    return StopAt(probe, args.stop_at, f"{probe.key}-{args.stop_at}", args.gap_every)
+
+
+def _with_neighbours(args: argparse.Namespace, request: Request, console: Console) -> Request:
+    """The request, of its retain rows only the nearest where --neighbours asks for it."""
+    retain = mined(request.retain, request.rows, args.neighbours, console)
+    return replace(request, retain=tuple(retain))
+
+
+def _train_full(
+    args: argparse.Namespace, console: Console, config: UnlearnConfig, request: Request
+) -> int:
+    """Trains all weights; refuses flags that speak of adapters."""
+    named = [*given_settings(args, LORA_FIELDS)]
+    named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at")
+              if getattr(args, n)]  # fmt: skip
+    named += ["store"] if "--store" in args.words else []  # else it may be the environment's
+    if named:
+        flag = "--" + named[0].replace("_", "-")
+        raise UserError(f"{flag} says nothing with --full.", "Leave one of the two away.")
+    from unlearner.data import load_refusals
+    from unlearner.full import forget_full
+
+    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    out = forget_full(
+        _with_neighbours(args, request, console),
+        options.base_spec(args),
+        config,
+        args.full,
+        template=args.template,
+        refusals=refusals,
+        any_size=args.any_size,
+        on_progress=lambda event: show_event(event, console),
+    )
+    console.text(str(out))
+    console.hint(f"measure it with `unlearner evaluate --base {out} ...`.")
+    console.result({"out": out, "base": args.base, "request": request.name})
+    return 0
 
 
 def train_request(
@@ -132,8 +261,10 @@ def train_request(
     config: UnlearnConfig,
     request: Request,
     replaces: Sequence[str] = (),
+    stop_at: StopAt | None = None,
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
+    request = _with_neighbours(args, request, console)
     from adapters.store import AdapterStore
     from unlearner.data import load_refusals, parse_request
 
@@ -166,6 +297,7 @@ def train_request(
         resume=args.resume,
         keep_teacher=args.keep_teacher,
         memory_limit=args.memory_limit,
+        stop_at=stop_at,
         on_progress=lambda event: show_event(event, console),
     )
     console.text(adapter.slug)

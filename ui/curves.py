@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 
+from evaluation.plots import DASHES
 from ui import plots
 
 Named = tuple[str, float, float, str]  # name, x, y, kind
@@ -43,7 +44,7 @@ def pareto_with_front(
             continue
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (places[i] for i in best))
         style = f'class="un-front un-s{kinds.index(kind) % 4}"'
-        style += f' stroke-dasharray="{plots.DASHES[number + 1]}"'
+        style += f' stroke-dasharray="{DASHES[number + 1]}"'
         added.append(f'<polyline {style} points="{path}"/>')
         legend.append(
             f'<span class="un-key"><svg width="28" height="8" aria-hidden="true">'

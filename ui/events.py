@@ -24,6 +24,8 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
     kind, job = str(event.get("event", "")), str(event.get("job", ""))
     if kind == "stopping":
         console.urgent(STOPPING)
+    elif kind == "gap":
+        console.words(gap_text(event))
     elif event.get("step") is not None:
         doing = str(event.get("text") or DOING.get(kind, kind))
         console.progress({**event, "message": " ".join(part for part in (job, doing) if part)})
@@ -32,3 +34,14 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
         console.words(f"Two steps on the longest rows take {peak} of {limit}.")
     elif text := event.get("text") or WORDS.get(kind):
         console.words(f"{job}: {text}" if job else str(text))
+
+
+def gap_text(event: Mapping[str, Any]) -> str:
+    """A reading of the distance to the retrain reference, and what follows from it."""
+    text = (
+        f"Step {event['step']}: log R {event['gap']:+.3f}, forget NLL {event['nll_gap']:+.2f} "
+        f"against the retrain reference (KS D {event['ks']:.3f})."
+    )
+    if event.get("stopped_at_step") is None:
+        return text
+    return f"{text} The sign has turned: stopping with the weights of step {event['kept_step']}."

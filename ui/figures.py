@@ -14,16 +14,40 @@ SET_METRICS = ("rouge_l_recall", "answer_prob", "truth_ratio", "nll")
 
 def report_figures(figures: Mapping[str, Any], console: Console) -> None:
     """Prints the summary of a log (`evaluation.summary.summarise`) as text or as JSON."""
+    from evaluation.summary import figure_table
+
     table = set_table(figures)
-    for line in (quality_text(figures), utility_text(figures), nll_text(figures)):
-        if line:
-            console.text(line)
-    console.text(f"protocol        {figures['protocol']}")
-    console.text()
-    console.table(table)
+    for summary in figures.get("protocols", [figures]):
+        for line in (quality_text(summary), utility_text(summary), nll_text(summary)):
+            if line:
+                console.text(line)
+        if summary.get("retrain_band"):
+            console.text(band_text(summary["retrain_band"]))
+        console.text(f"protocol        {summary['protocol']}")
+        console.text()
+        console.table(set_table(summary))
+        console.text()
+    for line in missing_lines(figures):
+        console.words(line)
     for note in figures.get("notes", ()):
         console.words(f"Note: {note}.")
-    console.result({**figures, "table": table})
+    console.result({**figures, "figures": figure_table(figures), "table": table})
+
+
+def missing_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Which figures could not be measured, a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for figure, reason in figures["reasons"].items():
+        by_reason.setdefault(reason, []).append(figure)
+    return [f"Not measured: {', '.join(names)} ({why})." for why, names in by_reason.items()]
+
+
+def band_text(band: Mapping[str, Any]) -> str:
+    """How far two models that never saw the forget set lie apart: what no figure can resolve."""
+    return (
+        f"retrain band    {band['forget_quality']:.4g} between the two retrain references "
+        f"(KS D {band['ks']:.4f}, shift {band['log_r_shift']:+.4f})"
+    )
 
 
 def quality_text(figures: Mapping[str, Any]) -> str:
@@ -32,7 +56,8 @@ def quality_text(figures: Mapping[str, Any]) -> str:
     if p is None:
         return f"forget_quality  - ({figures['reasons']['forget_quality']})"
     return (
-        f"forget_quality  {p:.4g} (log10 {figures['forget_quality_log10']:.2f}), higher is better\n"
+        f"forget_quality  {p:.4g}{_spread(figures.get('forget_quality_interval'))} "
+        f"(log10 {figures['forget_quality_log10']:.2f}), higher is better\n"
         f"  KS D {figures['ks']:.4f}{_interval(figures.get('ks_interval'))}, "
         f"shift of log R {figures['log_r_shift']:+.4f}"
         f"{_interval(figures.get('log_r_shift_interval'))}: "
@@ -55,6 +80,11 @@ def nll_text(figures: Mapping[str, Any]) -> str:
     if ours is None or theirs is None:
         return ""
     return f"forget_nll      {ours:.3f} nats a token (retrain reference {theirs:.3f})"
+
+
+def _spread(pair: Any) -> str:
+    """An interval whose ends may be as small as a p-value."""
+    return f" [{pair[0]:.3g}, {pair[1]:.3g}]" if pair else ""
 
 
 def _interval(pair: Any) -> str:

@@ -128,10 +128,11 @@ def template() -> Parser:
     parser = Parser(add_help=False)
     parser.add_argument(
         "--template",
-        choices=("auto", "llama2", "chat"),
+        choices=("auto", "llama2", "chat", "open-unlearning"),
         default="auto",
-        help="prompt format: TOFU's plain Llama-2 text, the tokenizer's chat template, or "
-        "whichever fits the tokenizer (default: auto)",
+        help="prompt format: TOFU's plain Llama-2 text, the tokenizer's chat template, that "
+        "template as open-unlearning's Llama-3 models were trained with it (system prompt and "
+        "date), or whichever of the first two fits the tokenizer (default: auto)",
     )
     return parser
 
@@ -183,8 +184,12 @@ def base_spec(args: argparse.Namespace) -> BaseSpec:
 
 # One line on what to turn a knob for; names, types and defaults come from the dataclasses.
 SETTING_HELP = {
-    "beta": "inverse temperature of the objective",
+    "beta": "inverse temperature of the objective; an exponent in wga and satimp",
+    "beta2": "SatImp's exponent of 1 - p",
     "gamma": "SimNPO's margin in beta * nll/|y| - gamma; above 0 forgets more",
+    "rmu_layer": "block whose output RMU steers, from 0; -1 is the one at 7/32 of the depth",
+    "rmu_coefficient": "length of the vector RMU steers forget states to; depends on the model",
+    "ceu_skip": "tokens at the beginning of an answer that CE-U leaves alone",
     "forget_weight": "weight of the forget term",
     "retain_weight": "weight of the retain term (the model card's lambda); higher keeps more",
     "guard_weight": "weight of the KL that keeps earlier requests of the stack forgotten",
@@ -204,10 +209,14 @@ SETTING_HELP = {
     "gradient_checkpointing": "recompute activations, slower with less memory: off, all, a number "
     "N for every N-th layer, or auto, as far as it is needed; without a word: all",
     "padded": "padded batches sorted by length instead of packs",
+    "sam_rho": "take the forget gradient this far towards where forgetting is undone most, so that "
+    "it holds when the model is trained again; 0 = off, published 0.01; forget rows run twice",
+    "noise_scale": "noise on the weights while training, in rounding errors of nf4, so that "
+    "forgetting holds in 4 bit; 0 = off",
     "optim": "transformers' optimizer name",
     "seed": "of pairing, order and the adapter's first weights",
 }
-OBJECTIVE_FIELDS = ("beta", "gamma", "forget_weight", "retain_weight", "guard_weight")
+OBJECTIVE_FIELDS = tuple(field.name for field in fields(ObjectiveConfig) if field.name != "name")
 LORA_FIELDS = tuple(field.name for field in fields(LoraShape))
 TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
 
@@ -224,7 +233,8 @@ def settings(*, objective: bool = True) -> Parser:
             help=f"{', '.join(OBJECTIVE_DEFAULTS)} (default: {ObjectiveConfig().name})",
         )
         for name in OBJECTIVE_FIELDS:
-            _add_setting(group, name, float, _objective_default(name))
+            kind = type(getattr(ObjectiveConfig(), name))
+            _add_setting(group, name, kind, _objective_default(name))
     add_fields(parser.add_argument_group("adapter"), LoraShape, LORA_FIELDS)
     add_fields(parser.add_argument_group("training"), TrainConfig, TRAIN_FIELDS)
     return parser

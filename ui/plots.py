@@ -6,59 +6,14 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 44
-MARKS = ("●", "▲", "■", "◆", "✚", "★")
-DASHES = ("", "6 3", "2 3", "9 3 2 3")
+from evaluation.axes import Axes, Point, round_values, span
+from evaluation.plots import DASHES
+
+__all__ = ["histogram", "lines", "pareto", "round_values"]
+
 LETTER = 6.3  # about a letter's width at 12 pixels
-Points = Sequence[tuple[float, float]]
-
-
-def _frame(
-    body: str, label: str, xs: tuple[float, float], ys: tuple[float, float], x: str, y: str
-) -> str:
-    ticks = []
-    for value in round_values(*ys):
-        py = _at(xs[0], value, xs, ys)[1]
-        ticks.append(
-            f'<line class="un-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
-            f'<text x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{value:g}</text>'
-        )
-    for value in round_values(*xs):
-        px = _at(value, ys[0], xs, ys)[0]
-        ticks.append(
-            f'<text x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
-        )
-    return (
-        f'<svg class="un-plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{html.escape(label)}">{"".join(ticks)}{body}'
-        f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">'
-        f'{html.escape(x)}</text><text transform="translate(14 {HEIGHT / 2:.0f}) rotate(-90)" '
-        f'text-anchor="middle">{html.escape(y)}</text></svg>'
-    )
-
-
-def _at(
-    x: float, y: float, xs: tuple[float, float], ys: tuple[float, float]
-) -> tuple[float, float]:
-    across = (x - xs[0]) / ((xs[1] - xs[0]) or 1)
-    up = (y - ys[0]) / ((ys[1] - ys[0]) or 1)
-    return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-
-def round_values(low: float, high: float) -> list[float]:
-    """Three to eight round numbers between the two, for an axis."""
-    rough = (high - low) / 5
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * k for k in (1, 2, 5, 10) if size * k >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _span(values: Sequence[float], margin: float = 0.06) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    gap = (high - low) * margin or max(abs(high) * 0.1, 0.1)
-    return low - gap, high + gap
+MARKS = ("●", "▲", "■", "◆", "✚", "★")
+Points = Sequence[Point]
 
 
 def lines(
@@ -69,12 +24,13 @@ def lines(
     if not shown:
         return ""
     flat = [point for points in shown.values() for point in points]
-    xs, ys = (min(p[0] for p in flat), max(p[0] for p in flat)), _span([p[1] for p in flat])
+    xs, ys = (min(p[0] for p in flat), max(p[0] for p in flat)), span([p[1] for p in flat])
     xs = xs if xs[1] > xs[0] else (xs[0] - 1, xs[1] + 1)
     ys = ys if floor is None else (floor, ys[1])
+    axes = Axes(xs, ys)
     body, legend = [], []
     for number, (name, points) in enumerate(shown.items()):
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (_at(*point, xs, ys) for point in points))
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (axes.at(*point) for point in points))
         style = f'stroke-dasharray="{DASHES[number % len(DASHES)]}"'
         body.append(f'<polyline class="un-line un-s{number % 4}" points="{path}" {style}/>')
         legend.append(
@@ -82,7 +38,7 @@ def lines(
             f'<line class="un-line un-s{number % 4}" x1="0" x2="28" y1="4" y2="4" {style}/></svg> '
             f"{html.escape(name)} {points[-1][1]:.3f}</span>"
         )
-    return _figure(_frame("".join(body), label, xs, ys, x, y), legend)
+    return _figure(axes.frame("".join(body), label, x, y), legend)
 
 
 def _figure(svg: str, legend: Sequence[str]) -> str:
@@ -94,18 +50,18 @@ def pareto(points: Sequence[tuple[str, float, float, str]], label: str, x: str, 
     """Named points (name, x, y, kind); kinds have signs of their own, names stand beside them."""
     if not points:
         return ""
-    xs, ys = _span([p[1] for p in points], 0.12), _span([p[2] for p in points], 0.12)
+    axes = Axes(span([p[1] for p in points], 0.12), span([p[2] for p in points], 0.12))
     kinds = list(dict.fromkeys(p[3] for p in points))
     body: list[str] = []
-    places = [_at(a, b, xs, ys) for _, a, b, _ in points]
+    places = [axes.at(a, b) for _, a, b, _ in points]
     taken = [(py + 4, px - 8, px + 8) for px, py in places]
     for name, a, b, kind in points:
-        px, py = _at(a, b, xs, ys)
+        px, py = axes.at(a, b)
         mark = MARKS[kinds.index(kind) % len(MARKS)]
         # Published names stand above their signs, ours beside them, moved down where one is in
         # the way: runs often lie close together.
         above = kind.startswith("published")
-        end = px > WIDTH * 0.6
+        end = px > axes.width * 0.6
         width = LETTER * len(name)
         left = px - width / 2 if above else px - 12 - width if end else px + 12
         row = py + (-12 if above else 4)
@@ -122,7 +78,7 @@ def pareto(points: Sequence[tuple[str, float, float, str]], label: str, x: str, 
         f"{MARKS[i % len(MARKS)]}</span> {html.escape(kind)}</span>"
         for i, kind in enumerate(kinds)
     ]
-    return _figure(_frame("".join(body), label, xs, ys, x, y), legend)
+    return _figure(axes.frame("".join(body), label, x, y), legend)
 
 
 def histogram(series: Mapping[str, Sequence[float]], label: str, x: str) -> str:
@@ -130,7 +86,7 @@ def histogram(series: Mapping[str, Sequence[float]], label: str, x: str) -> str:
     flat = [value for values in series.values() for value in values if math.isfinite(value)]
     if not flat:
         return ""
-    low, high = _span(flat, 0.02)
+    low, high = span(flat, 0.02)
     bins = 24
     width = (high - low) / bins
     outlines = {}

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from unlearner.prompts import Encoded, PromptFormat
+    from unlearner.prompts import Encoded, PromptFormat, Template
 
 DIM, UNDERLINE, PLAIN = "\x1b[2m", "\x1b[4m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"
@@ -92,7 +92,7 @@ def make_preview(
     revision: str | None,
     data: Path | None,
     retain: str | None,
-    template: Literal["auto", "llama2", "chat"],
+    template: Template,
     max_length: int,
 ) -> Preview:
     """The preview of a request; retain rows are shown only where `retain` names them.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from ui.probes import Probes, gather_probes, is_probe
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from evaluation.records import EvalLog
+    from evaluation.report_tree import ReportRequest
     from ui.session import Answer
 
 REFERENCE = "retrain reference"
@@ -68,14 +71,35 @@ class Sources:
 
 
 def write_report(sources: Sources, out: Path) -> Path:
-    """The HTML report of everything the Runs tab shows, written to `out`.
+    """The HTML report of what the Runs tab shows, at `out`: `unlearner report` on logs and probes.
 
-    The one place where the page's report is made, and `report_command` names its command.
+    Figures filed in a store have no rows and no log to hash: where they are all there is, the
+    page's own tables and plots are written instead. Made in the one place for button and tests.
     """
-    from ui.runs_page import file_html
+    request = report_request(sources)
+    if request is None:
+        from ui.runs_page import file_html
 
-    out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
+        out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
+        return out
+    from evaluation.report_files import make_report
+
+    with tempfile.TemporaryDirectory(prefix="unlearner-report-") as folder:
+        shutil.copyfile(make_report(request, Path(folder)).html, out)
     return out
+
+
+def report_request(sources: Sources) -> ReportRequest | None:
+    """What `unlearner report` is asked for; None without any log or file of a probe."""
+    from evaluation.report_tree import ReportRequest
+    from ui.commands_report import command_text
+
+    cards = {"robustness": sources.robustness, "calibration": sources.calibration}
+    if not sources.logs and not any(cards.values()):
+        return None
+    inputs = tuple(str(path) for path in sources.logs)
+    request = ReportRequest(inputs, retain_log=sources.retain_log, **cards)
+    return replace(request, command=command_text(request))
 
 
 def gather(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adapters.store import AdapterStore
     from ui.decoding import Sampling
     from unlearner.data import Row
-    from unlearner.prompts import PromptFormat
+    from unlearner.prompts import PromptFormat, Template
 
 Stack = Sequence[tuple[str, float]]
 
@@ -77,7 +77,7 @@ class Session:
     store_path: Path
     base: BaseSpec | None = None
     data: Path | None = None
-    template: Literal["auto", "llama2", "chat"] = "auto"
+    template: Template = "auto"
     turns: Turns = field(default_factory=Turns)
     state: Literal["no base", "loading", "ready", "failed", "resting"] = "no base"
     problem: str = ""

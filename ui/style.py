@@ -39,7 +39,8 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 #un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
   font-family:system-ui,sans-serif; font-size:.875rem; }
 #un-clear, #un-cancel, #un-resume { align-self:center; }
-#un-left, #un-right, #un-left .prose, #un-right .prose { height:100%; }
+#un-left, #un-right { height:100%; flex-grow:1; }
+#un-left > *, #un-right > *, #un-left .html-container, #un-right .html-container { height:100%; }
 .un-scores th[scope=row] { width:60%; } .un-part { font-size:1rem; font-weight:650; }
 .gradio-container input[type=range]::-webkit-slider-thumb { border:2px solid var(--un-accent); }
 .gradio-container input[type=range]::-moz-range-thumb { border:2px solid var(--un-accent); }

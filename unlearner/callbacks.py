@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from unlearner.ranks import any_of
@@ -130,6 +131,51 @@ class LoggedCallback(RunCallback):
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
             self.tell(state, {"loss": float(logs["loss"])}, float(logs.get("learning_rate", 0.0)))
+
+
+class LoraMoved(TrainerCallback):
+    """Stops a run whose adapter does not train.
+
+    Gradient checkpointing without input gradients leaves every `lora_B` at zero while the loss
+    looks healthy. The first optimizer step with a learning rate above 0 must move them all.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, torch.Tensor] | None = None
+        self._done = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remembers every trainable `lora_B` before the first step that can move it."""
+        rate = max(group["lr"] for group in kwargs["optimizer"].param_groups)
+        if not self._done and rate > 0:
+            self._before = {
+                name: p.detach().clone()
+                for name, p in trainable(kwargs["model"])
+                if "lora_B" in name
+            }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compares them after it.
+
+        Raises:
+            RuntimeError: naming the matrices that stand still.
+        """
+        if self._before is None or self._done:
+            return
+        self._done = True
+        now = dict(trainable(kwargs["model"]))
+        still = [name for name, old in self._before.items() if torch.equal(old, now[name])]
+        self._before = None
+        if still:
+            raise RuntimeError(
+                f"{len(still)} lora_B matrices did not move in the first step (e.g. {still[0]}): "
+                "the adapter does not train"
+            )
+
+
+def trainable(model: Any) -> list[tuple[str, Any]]:
+    """Names and parameters of all that is trained."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def peak_memory() -> int:

@@ -21,7 +21,19 @@ TARGET_MODULES = (
 )
 CHECKPOINTING = r"auto|off|all|[2-9]|[1-9]\d{1,2}"
 ObjectiveName = Literal[
-    "simnpo", "simnpo-readme", "npo", "grad_ascent", "grad_diff", "kl", "idk", "dpo"
+    "simnpo",
+    "simnpo-readme",
+    "npo",
+    "grad_ascent",
+    "grad_diff",
+    "kl",
+    "idk",
+    "dpo",
+    "rmu",
+    "undial",
+    "wga",
+    "satimp",
+    "ceu",
 ]
 
 
@@ -31,8 +43,13 @@ class ObjectiveConfig:
 
     Attributes:
         name: a key of `unlearner.losses.OBJECTIVES`.
-        beta: inverse temperature; unused by grad_ascent, grad_diff, kl and idk.
+        beta: inverse temperature; what UNDIAL takes off the teacher's logit of the true token; the
+            exponent of p in WGA and SatImp. Unused by grad_ascent, grad_diff, kl, idk, rmu and ceu.
+        beta2: SatImp's exponent of 1 - p.
         gamma: SimNPO's margin in `beta * nbar - gamma`.
+        rmu_layer: block whose output RMU steers, from 0; -1 is the one at 7/32 of the depth.
+        rmu_coefficient: RMU's c, the length of the vector that forget states are steered to.
+        ceu_skip: how many tokens at the beginning of an answer CE-U leaves alone.
         forget_weight: w_f, on the forget term.
         retain_weight: w_r, on the retain term; the model card's lambda.
         guard_weight: on the KL that keeps earlier requests of the stack forgotten, where their
@@ -41,7 +58,11 @@ class ObjectiveConfig:
 
     name: ObjectiveName = "simnpo"
     beta: float = 2.5
+    beta2: float = 1.0
     gamma: float = 0.0
+    rmu_layer: int = -1
+    rmu_coefficient: float = 20.0
+    ceu_skip: int = 1
     forget_weight: float = 1.0
     retain_weight: float = 0.1375
     guard_weight: float = 1.0
@@ -49,7 +70,11 @@ class ObjectiveConfig:
 
 # Published constants of each objective. `simnpo` is the card of
 # OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat; `simnpo-readme` is what the released README
-# and yaml run, lambda on the forget term, known to under-forget.
+# and yaml run, lambda on the forget term, known to under-forget. Of the last five, `undial` and
+# `ceu` have no retain term as published; `satimp` has the weights of its class and README (its
+# yaml in locuslab/open-unlearning has them the other way round); `rmu` has layer 7 of 32, c = 20
+# and the retain weight 100 of the released script of arXiv 2403.03218: these belong to a model and
+# must be tuned (published: c from 2 to 300, retain weights from 1 to 1,200).
 OBJECTIVE_DEFAULTS: dict[str, ObjectiveConfig] = {
     "simnpo": ObjectiveConfig(),
     "simnpo-readme": ObjectiveConfig("simnpo-readme", forget_weight=0.1375, retain_weight=1.0),
@@ -59,6 +84,11 @@ OBJECTIVE_DEFAULTS: dict[str, ObjectiveConfig] = {
     "kl": ObjectiveConfig("kl", retain_weight=1.0),
     "idk": ObjectiveConfig("idk", retain_weight=1.0),
     "dpo": ObjectiveConfig("dpo", beta=0.1, retain_weight=1.0),
+    "rmu": ObjectiveConfig("rmu", retain_weight=100.0),
+    "undial": ObjectiveConfig("undial", beta=10.0, retain_weight=0.0),
+    "wga": ObjectiveConfig("wga", beta=1.0, retain_weight=1.0),
+    "satimp": ObjectiveConfig("satimp", beta=5.0, retain_weight=0.1),
+    "ceu": ObjectiveConfig("ceu", retain_weight=0.0),
 }
 
 # What each one minimises, in a line, for model cards and reports; the code is `unlearner.losses`.
@@ -77,6 +107,32 @@ FORMULAS: dict[str, str] = {
         "(nll_f,reference - nll_f)))",
         _RETAIN,
     ),
+    "rmu": _ON_BOTH.format(
+        "mean over answer positions and width of (h_f - c u)^2",
+        "that of (h_r - h_r,reference)^2, h the output of block rmu_layer, c = rmu_coefficient, "
+        "u uniform in [0, 1) scaled to length 1",
+    ),
+    "undial": _ON_BOTH.format(
+        "cross-entropy to softmax(reference logits - beta on the true token), mean over y_f",
+        _RETAIN,
+    ),
+    "wga": _ON_BOTH.format("(-mean over y_f of p^beta nll, p^beta held fixed)", _RETAIN),
+    "satimp": _ON_BOTH.format(
+        "(-mean over y_f of p^beta (1-p)^beta2 nll, both factors held fixed)", _RETAIN
+    ),
+    "ceu": _ON_BOTH.format(
+        "cross-entropy to the model's own distribution (held fixed) without the true token, mean "
+        "over y_f without its first ceu_skip tokens",
+        _RETAIN,
+    ),
+}
+
+# What these settings of the training add to any of them.
+OPTION_FORMULAS: dict[str, str] = {
+    "sam_rho": "the forget gradient is taken at theta + sam_rho g/|g|, g the forget gradient of "
+    "the whole step at theta",
+    "noise_scale": "in training y = W x + s B A x + noise_scale E x, E random with nf4's rounding "
+    "error as its size, one draw a step",
 }
 
 # Which row streams an objective reads. Beside the defaults, so that a request can be checked
@@ -90,7 +146,18 @@ STREAMS: dict[str, tuple[str, ...]] = {
     "kl": ("forget", "retain"),
     "idk": ("refusal", "retain"),
     "dpo": ("forget", "refusal", "retain"),
+    "rmu": ("forget", "retain"),
+    "undial": ("forget", "retain"),
+    "wga": ("forget", "retain"),
+    "satimp": ("forget", "retain"),
+    "ceu": ("forget", "retain"),
 }
+
+
+def streams_of(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """The streams that are read with these weights: a retain term of weight 0 is not computed."""
+    names = STREAMS[objective.name]
+    return names if objective.retain_weight else tuple(n for n in names if n != "retain")
 
 
 @dataclass(frozen=True)
@@ -128,6 +195,10 @@ class TrainConfig:
         gradient_checkpointing: trade time for memory: "off", "all", a number N for every N-th
             layer, or "auto", as much as the memory plan asks for.
         padded: padded batches, sorted by length, instead of packs.
+        sam_rho: length of the step to where forgetting is undone the most, at which the forget
+            gradient is taken; 0 = off (see `unlearner.sharpness`).
+        noise_scale: size of the noise on the weights in training, in rounding errors of nf4; 0 =
+            off (see `unlearner.weight_noise`).
         optim: transformers' optimizer name.
         seed: of pairing, order and adapter init.
     """
@@ -143,6 +214,8 @@ class TrainConfig:
     max_length: int = 500
     gradient_checkpointing: str = "auto"
     padded: bool = False
+    sam_rho: float = 0.0
+    noise_scale: float = 0.0
     optim: str = "adamw_torch"
     seed: int = 42
 
@@ -184,6 +257,13 @@ def _problems(config: UnlearnConfig) -> list[str]:
     checks = [
         (objective.name in known, f"objective {objective.name!r} is not one of {', '.join(known)}"),
         (objective.beta > 0, f"beta {objective.beta} is not above 0"),
+        (objective.beta2 >= 0, f"beta2 {objective.beta2} is below 0"),
+        (objective.rmu_layer >= -1, f"rmu_layer {objective.rmu_layer} is below -1"),
+        (
+            objective.rmu_coefficient > 0,
+            f"rmu_coefficient {objective.rmu_coefficient} is not above 0",
+        ),
+        (objective.ceu_skip >= 0, f"ceu_skip {objective.ceu_skip} is below 0"),
         (objective.forget_weight >= 0, f"forget_weight {objective.forget_weight} is below 0"),
         (objective.retain_weight >= 0, f"retain_weight {objective.retain_weight} is below 0"),
         (objective.guard_weight >= 0, f"guard_weight {objective.guard_weight} is below 0"),
@@ -203,6 +283,8 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (train.num_train_epochs >= 1, f"num_train_epochs {train.num_train_epochs} is below 1"),
         (train.max_length >= 8, f"max_length {train.max_length} is below 8"),
         (0 <= train.warmup_ratio <= 1, f"warmup_ratio {train.warmup_ratio} is not in [0, 1]"),
+        (train.sam_rho >= 0, f"sam_rho {train.sam_rho} is below 0"),
+        (train.noise_scale >= 0, f"noise_scale {train.noise_scale} is below 0"),
         (train.weight_decay >= 0, f"weight_decay {train.weight_decay} is below 0"),
         (
             re.fullmatch(CHECKPOINTING, train.gradient_checkpointing) is not None,

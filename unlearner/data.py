@@ -30,6 +30,8 @@ SPLITS = (
     "world_facts",
     "world_facts_perturbed",
 )
+# Rows of authors that no TOFU model was trained on, for membership inference.
+HOLDOUT_SPLITS = {"forget01": "holdout01", "forget05": "holdout05", "forget10": "holdout10"}
 ROWS_PER_AUTHOR = 20
 WORLD_FILE = "world.json"
 # JSON may escape one half of a pair; no tokenizer takes it.
@@ -84,13 +86,15 @@ def did_you_mean(word: str, choices: Iterable[str], shown: int = 3) -> str:
     return f"Known are: {listed}."
 
 
-def _row(raw: Any, where: str, problems: list[str]) -> Row | None:
+def _row(
+    raw: Any, where: str, problems: list[str], needed: Sequence[str] = ("question", "answer")
+) -> Row | None:
     """The row in `raw`, or None after writing down everything that is wrong with it."""
     if not isinstance(raw, dict):
         problems.append(f"{where}: not a JSON object but {type(raw).__name__}")
         return None
     before = len(problems)
-    for key in ("question", "answer"):
+    for key in needed:
         if key not in raw:
             problems.append(f"{where}: no '{key}' (it has: {', '.join(raw) or 'nothing'})")
         elif not isinstance(raw[key], str):
@@ -111,7 +115,7 @@ def _row(raw: Any, where: str, problems: list[str]) -> Row | None:
         return None
     return Row(
         raw["question"],
-        raw["answer"],
+        raw.get("answer") or "",
         raw.get("paraphrased_answer"),
         tuple(perturbed),
         raw.get("paraphrased_question"),
@@ -126,12 +130,13 @@ def _refuse(what: str, problems: Sequence[str], fix: str) -> None:
         raise UserError(f"{what} has {count}:\n{listed}\n", fix)
 
 
-def read_rows(path: Path, *, unique: bool = True) -> list[Row]:
+def read_rows(path: Path, *, unique: bool = True, needs_answer: bool = True) -> list[Row]:
     """The rows of a JSON-lines file (one object a line), in order.
 
     Args:
         path: a file of `{"question": ..., "answer": ...}` lines.
         unique: refuse a row that stands twice.
+        needs_answer: refuse a row without an answer; else it is empty.
 
     Raises:
         UserError: naming every broken line, missing key, empty text and duplicate at once.
@@ -158,7 +163,7 @@ def read_rows(path: Path, *, unique: bool = True) -> list[Row]:
         except json.JSONDecodeError as error:
             problems.append(f"{where}: broken JSON at column {error.colno}: {error.msg}")
             continue
-        row = _row(raw, where, problems)
+        row = _row(raw, where, problems, ("question", "answer") if needs_answer else ("question",))
         if row is None:
             continue
         key = (row.question.strip(), row.answer.strip())
@@ -176,13 +181,13 @@ def load_split(name: str, data: Path | None = None) -> list[Row]:
     """The rows of a TOFU split, in the data set's order.
 
     Args:
-        name: one of `SPLITS`.
+        name: one of `SPLITS` or `HOLDOUT_SPLITS`.
         data: folder of TOFU's JSON-lines files; without it the hub's `locuslab/TOFU` is read.
 
     Raises:
         UserError: unknown split, missing folder or file, no way to the hub.
     """
-    if name not in SPLITS:
+    if name not in (*SPLITS, *HOLDOUT_SPLITS.values()):
         raise UserError(f"There is no TOFU split '{name}'.", did_you_mean(name, SPLITS))
     if data is None:
         return _load_hub_split(name)

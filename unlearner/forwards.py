@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.stack import parents_only
-from unlearner.likelihood import AnswerNLL, Answers, answers, per_token, sum_by_row
-from unlearner.losses import token_kl
+from unlearner.hidden import block_states, steered_layer
+from unlearner.likelihood import AnswerHidden, AnswerNLL, Answers, answer_nll, answers, per_token
+from unlearner.losses import AnswerTokens, token_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,17 @@ def rows_of_batch(batch: Mapping[str, Tensor]) -> int:
     return int(batch["input_ids"].shape[0])
 
 
+def of_streams(
+    batch: Mapping[str, Tensor], streams: Sequence[str], wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """The batch with the rows of `wanted` alone, which stand together in `streams`."""
+    size = rows_of_batch(batch) // len(streams)
+    start = streams.index(wanted[0]) * size
+    rows = part_of_batch(batch, start, start + len(wanted) * size)
+    by_pair = [name for name in batch if name == "guard" or name.startswith(REFERENCE.format(""))]
+    return rows | {name: batch[name] for name in by_pair}
+
+
 class StepForwards:
     """What an objective asks of the model for the rows of a micro-batch (`losses.Forwards`).
 
@@ -54,6 +66,8 @@ class StepForwards:
         streams: Sequence[str],
         parents: Sequence[str] = (),
         bare: torch.nn.Module | None = None,
+        seed: int = 0,
+        frozen: torch.nn.Module | None = None,
     ) -> None:
         """Takes the batch, whose rows stand stream by stream, equally many of each.
 
@@ -63,13 +77,19 @@ class StepForwards:
             streams: names in the order of the rows.
             parents: names of the adapters the new one is trained on top of.
             bare: the PeftModel inside `model`, where the two are not the same.
+            seed: of what an objective draws once and for all.
+            frozen: a copy of the model as it was, where all weights train and none can be
+                switched off; it is the reference then.
         """
+        self._frozen = frozen
+        self.seed = seed
         self._model = model
         self._bare: Any = model if bare is None else bare
         self._parents = tuple(parents)
         self._batch = batch
         self._streams = tuple(streams)
         self._size = rows_of_batch(batch) // len(self._streams)
+        self._steered: AnswerHidden | None = None
 
     @cached_property
     def _all(self) -> Answers:
@@ -98,27 +118,62 @@ class StepForwards:
         if known is not None:
             start, stop = self._span(stream)
             return AnswerNLL(known, self._all.at.n[start:stop])
-        found: AnswerNLL = self._reference(stream, lambda found: found.nll())
+        found: AnswerNLL = self._reference(stream, answer_nll)
         return found
 
     def reference_kl(self, stream: str) -> Tensor:
         """KL(reference || model) a row, mean over its answer positions, (rows,)."""
-        mine = self.answers(stream)
-        theirs = self._reference(stream, lambda found: found)
+        found = self.tokens_and_reference(stream, lambda mine, theirs, y: token_kl(mine, theirs))
+        return found.by_row.per_token
 
-        def divergence(logits: Tensor, part: slice) -> Tensor:
+    def tokens(self, stream: str, value: Callable[[Tensor, Tensor], Tensor]) -> AnswerTokens:
+        """`value(logits, targets)` of every answer token of a stream."""
+        mine = self.answers(stream)
+
+        def of_chunk(logits: Tensor, part: slice) -> Tensor:
+            return value(logits, mine.at.targets[part])
+
+        return AnswerTokens(per_token(mine.at.hidden, mine.head, of_chunk), mine.at)
+
+    def tokens_and_reference(
+        self, stream: str, value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> AnswerTokens:
+        """`value(logits, logits of the reference, targets)` of every answer token of a stream."""
+        mine = self.answers(stream)
+        theirs = self._reference(stream, answers)
+
+        def of_chunk(logits: Tensor, part: slice) -> Tensor:
             with torch.no_grad():
                 reference = theirs.head(theirs.at.hidden[part])
-            return token_kl(logits, reference)
+            return value(logits, reference, mine.at.targets[part])
 
-        return sum_by_row(per_token(mine.at.hidden, mine.head, divergence), mine.at).per_token
+        return AnswerTokens(per_token(mine.at.hidden, mine.head, of_chunk), mine.at)
 
-    def _reference(self, stream: str, read: Callable[[Answers], Any]) -> Any:
+    def states(self, stream: str, layer: int) -> AnswerHidden:
+        """What a block puts out at a stream's answer positions; one forward for all streams."""
+        return self._states(layer).rows(*self._span(stream))
+
+    def reference_states(self, stream: str, layer: int) -> AnswerHidden:
+        """The same before this request, without gradient."""
+        found: AnswerHidden = self._reference(stream, lambda m, b: self._block(m, b, layer))
+        return found
+
+    def _states(self, layer: int) -> AnswerHidden:
+        if self._steered is None:
+            self._steered = self._block(self._model, self._batch, layer)
+        return self._steered
+
+    @staticmethod
+    def _block(model: torch.nn.Module, batch: Mapping[str, Tensor], layer: int) -> AnswerHidden:
+        return block_states(model, batch, steered_layer(model, layer))
+
+    def _reference(self, stream: str, read: Callable[[Any, Mapping[str, Tensor]], Any]) -> Any:
         part = part_of_batch(self._batch, *self._span(stream))
-        was_training = self._bare.training
-        self._bare.eval()
+        model = self._bare if self._frozen is None else self._frozen
+        was_training = model.training
+        model.eval()
         try:
-            with torch.no_grad(), parents_only(self._bare, self._parents):
-                return read(answers(self._bare, part))
+            with torch.no_grad(), parents_only(model, self._parents):
+                return read(model, part)
         finally:
-            self._bare.train(was_training)
+            model.train(was_training)

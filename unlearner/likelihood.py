@@ -79,7 +79,7 @@ class AnswerNLL(NamedTuple):
         return self.nll / self.n
 
 
-class _Targets(NamedTuple):
+class Scored(NamedTuple):
     """Which positions are scored: what the model is called with, and how to read its output."""
 
     inputs: dict[str, Any]
@@ -91,7 +91,7 @@ class _Targets(NamedTuple):
     n: Tensor
 
 
-def _scored(batch: Mapping[str, Tensor]) -> _Targets:
+def scored(batch: Mapping[str, Tensor]) -> Scored:
     """The answer positions of a padded batch or of a pack."""
     if "row_of_token" in batch:
         labels, owner = batch["labels"][0, 1:], batch["row_of_token"][0, 1:]
@@ -112,7 +112,7 @@ def _scored(batch: Mapping[str, Tensor]) -> _Targets:
         n_rows, row, targets = labels.shape[0], batch_row, labels[batch_row, column]
     n = torch.zeros(n_rows, dtype=torch.long, device=labels.device)
     n.index_add_(0, row, torch.ones_like(row))
-    return _Targets(inputs, kept, batch_row, position, targets, row, n)
+    return Scored(inputs, kept, batch_row, position, targets, row, n)
 
 
 def _varlen_arguments(batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -134,15 +134,20 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answer
         model: a causal LM of transformers, or a PeftModel around one.
         batch: from `pad_batch` or `pack_rows`; labels of -100 are skipped.
     """
-    at = _scored(batch)
-    # Without `use_cache=False` rows of a pack would see each other, silently.
-    out = model(**_inputs(model, at), logits_to_keep=at.kept, use_cache=False)
+    at = scored(batch)
+    out = call_model(model, at)
     return AnswerLogits(out.logits[at.batch_row, at.position], at.targets, at.row, at.n)
 
 
-def _inputs(model: Any, at: _Targets) -> dict[str, Any]:
+def call_model(model: torch.nn.Module, at: Scored) -> Any:
+    """The model's output with logits of the scored columns only."""
+    # Without `use_cache=False` rows of a pack would see each other, silently.
+    return model(**_inputs(model, at), logits_to_keep=at.kept, use_cache=False)
+
+
+def _inputs(model: Any, at: Scored) -> dict[str, Any]:
     """What the model is called with; attention for packs needs no mask, so none is built."""
-    config = _causal(model).config
+    config = causal_model(model).config
     if "cu_seq_lens_q" in at.inputs and config._attn_implementation == PACK_ATTENTION:
         return {**at.inputs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
     return at.inputs
@@ -155,9 +160,9 @@ def answer_hidden(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answer
         model: a causal LM of transformers whose head is its last step, or a wrapper around one.
         batch: from `pad_batch` or `pack_rows`.
     """
-    at = _scored(batch)
-    with _headless(model):
-        out = model(**_inputs(model, at), logits_to_keep=at.kept, use_cache=False)
+    at = scored(batch)
+    with headless(model):
+        out = call_model(model, at)
     return AnswerHidden(out.logits[at.batch_row, at.position], at.targets, at.row, at.n)
 
 
@@ -187,7 +192,7 @@ def hidden_at(
     arguments = {**inputs, "logits_to_keep": kept, "use_cache": False}
     if not has_plain_head(model):
         return model(**arguments).logits[0], torch.nn.Identity()
-    with _headless(model):
+    with headless(model):
         hidden = model(**arguments).logits[0]
     return hidden, lm_head(model)
 
@@ -206,22 +211,23 @@ def answers(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answers:
 
 def lm_head(model: Any) -> torch.nn.Module:
     """The LM head of a causal LM, or of what is wrapped in PEFT or DDP."""
-    head: torch.nn.Module = _causal(model).get_output_embeddings()
+    head: torch.nn.Module = causal_model(model).get_output_embeddings()
     return head
 
 
-def _causal(model: Any) -> Any:
+def causal_model(model: Any) -> Any:
+    """The transformers model inside PEFT or DDP."""
     inner = getattr(model, "module", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 @contextmanager
-def _headless(model: Any) -> Iterator[None]:
+def headless(model: Any) -> Iterator[None]:
     """The model's head passes on what it is given: its forward, hooks and all, gives hidden states.
 
     Through the model's own forward, since DDP and activation checkpointing hook into that.
     """
-    causal = _causal(model)
+    causal = causal_model(model)
     head = causal.get_output_embeddings()
     name = next(name for name, child in causal.named_children() if child is head)
     setattr(causal, name, torch.nn.Identity())
@@ -233,7 +239,7 @@ def _headless(model: Any) -> Iterator[None]:
 
 def has_plain_head(model: Any) -> bool:
     """Whether logits are the frozen head's output and nothing else: no soft cap, no scaling."""
-    causal = _causal(model)
+    causal = causal_model(model)
     config, head = causal.config, causal.get_output_embeddings()
     scalings = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     scaled = any(getattr(config, name, None) not in (None, 1, 1.0) for name in scalings)
@@ -306,7 +312,8 @@ def per_token(
         hidden: (targets, width).
         head: the frozen LM head.
         value: from the logits (tokens, vocabulary) of some tokens, and which these are, to one
-            float32 value each; a token's value may depend on its own logits only.
+            float32 value each; a token's value may depend on its own logits only. Without
+            gradient it may give several values a token, as columns.
         chunk: tokens at a time.
     """
     result: Tensor = _PerToken.apply(hidden, head, value, chunk)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from unlearner.likelihood import AnswerLogits, AnswerNLL, sum_by_row
+from unlearner import losses_token as by_token
+from unlearner.likelihood import AnswerHidden, AnswerLogits, AnswerNLL, sum_by_row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,12 +37,27 @@ class Terms(NamedTuple):
     retain: Tensor
 
 
+class AnswerTokens(NamedTuple):
+    """A value for each answer position: `value` (targets,) float32, and whose they are, `at`."""
+
+    value: Tensor
+    at: AnswerHidden
+
+    @property
+    def by_row(self) -> AnswerNLL:
+        """Summed over each row's answer."""
+        return sum_by_row(self.value, self.at)
+
+
 class Forwards(Protocol):
     """What an objective may ask of the model for the rows of a micro-batch.
 
     `stream` is "forget", "retain" or "refusal" (the forget question with a refusal as answer).
-    The reference is the model as it was before this request: base plus parent stack.
+    The reference is the model as it was before this request: base plus parent stack. `seed` is
+    the run's, for what an objective draws once.
     """
+
+    seed: int
 
     def nll(self, stream: str) -> AnswerNLL:
         """Under the model in training."""
@@ -51,6 +67,20 @@ class Forwards(Protocol):
 
     def reference_kl(self, stream: str) -> Tensor:
         """`kl_to_reference` of the stream's rows, (rows,)."""
+
+    def tokens(self, stream: str, value: Callable[[Tensor, Tensor], Tensor]) -> AnswerTokens:
+        """`value(logits, targets)` of every answer token under the model in training."""
+
+    def tokens_and_reference(
+        self, stream: str, value: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> AnswerTokens:
+        """`value(logits, logits of the reference, targets)` of every answer token."""
+
+    def states(self, stream: str, layer: int) -> AnswerHidden:
+        """Output of a block (-1: see `hidden.steered_layer`) at the stream's answer positions."""
+
+    def reference_states(self, stream: str, layer: int) -> AnswerHidden:
+        """The same under the reference, without gradient."""
 
 
 def simnpo(nll: Tensor, n: Tensor, beta: float, gamma: float) -> Tensor:
@@ -102,20 +132,37 @@ def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
+def retain_term(step: Forwards, config: ObjectiveConfig) -> Tensor:
+    """What the objective keeps, a value a retain row, unweighted: their mean NLL in most."""
+    if config.name == "kl":
+        return step.reference_kl("retain")
+    if config.name != "rmu":
+        return step.nll("retain").per_token
+    kept = step.states("retain", config.rmu_layer)
+    before = step.reference_states("retain", config.rmu_layer).hidden
+    return sum_by_row(by_token.squared_distance(kept.hidden, before), kept).per_token
+
+
+def _retain(step: Forwards, config: ObjectiveConfig, like: Tensor) -> Tensor:
+    """The retain term; zeros where it has no weight and is not computed."""
+    return retain_term(step, config) if config.retain_weight else torch.zeros_like(like)
+
+
 def _simnpo(step: Forwards, config: ObjectiveConfig) -> Terms:
     forget = step.nll("forget")
-    return Terms(
-        simnpo(forget.nll, forget.n, config.beta, config.gamma), step.nll("retain").per_token
-    )
+    loss = simnpo(forget.nll, forget.n, config.beta, config.gamma)
+    return Terms(loss, _retain(step, config, loss))
 
 
 def _npo(step: Forwards, config: ObjectiveConfig) -> Terms:
     reference = step.reference_nll("forget").nll
-    return Terms(npo(step.nll("forget").nll, reference, config.beta), step.nll("retain").per_token)
+    loss = npo(step.nll("forget").nll, reference, config.beta)
+    return Terms(loss, _retain(step, config, loss))
 
 
 def _grad_diff(step: Forwards, config: ObjectiveConfig) -> Terms:
-    return Terms(-step.nll("forget").per_token, step.nll("retain").per_token)
+    loss = -step.nll("forget").per_token
+    return Terms(loss, _retain(step, config, loss))
 
 
 def _grad_ascent(step: Forwards, config: ObjectiveConfig) -> Terms:
@@ -123,12 +170,9 @@ def _grad_ascent(step: Forwards, config: ObjectiveConfig) -> Terms:
     return Terms(forget, torch.zeros_like(forget))
 
 
-def _kl(step: Forwards, config: ObjectiveConfig) -> Terms:
-    return Terms(-step.nll("forget").per_token, step.reference_kl("retain"))
-
-
 def _idk(step: Forwards, config: ObjectiveConfig) -> Terms:
-    return Terms(step.nll("refusal").per_token, step.nll("retain").per_token)
+    loss = step.nll("refusal").per_token
+    return Terms(loss, _retain(step, config, loss))
 
 
 def _dpo(step: Forwards, config: ObjectiveConfig) -> Terms:
@@ -139,7 +183,47 @@ def _dpo(step: Forwards, config: ObjectiveConfig) -> Terms:
         step.reference_nll("refusal").nll,
         config.beta,
     )
-    return Terms(forget, step.nll("retain").per_token)
+    return Terms(forget, _retain(step, config, forget))
+
+
+def _rmu(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """Source: arXiv 2403.03218, at the positions that predict the answer."""
+    at = step.states("forget", config.rmu_layer)
+    goal = config.rmu_coefficient * by_token.steering_vector(at.hidden.shape[-1], step.seed)
+    away = by_token.squared_distance(at.hidden, goal.to(at.hidden.device))
+    loss = sum_by_row(away, at).per_token
+    return Terms(loss, _retain(step, config, loss))
+
+
+def _undial(step: Forwards, config: ObjectiveConfig) -> Terms:
+    def value(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        return by_token.undial(logits, reference, targets, config.beta)
+
+    loss = step.tokens_and_reference("forget", value).by_row.per_token
+    return Terms(loss, _retain(step, config, loss))
+
+
+def _wga(step: Forwards, config: ObjectiveConfig) -> Terms:
+    found = step.tokens("forget", lambda logits, y: by_token.wga(logits, y, config.beta))
+    loss = found.by_row.per_token
+    return Terms(loss, _retain(step, config, loss))
+
+
+def _satimp(step: Forwards, config: ObjectiveConfig) -> Terms:
+    def value(logits: Tensor, targets: Tensor) -> Tensor:
+        return by_token.satimp(logits, targets, config.beta, config.beta2)
+
+    loss = step.tokens("forget", value).by_row.per_token
+    return Terms(loss, _retain(step, config, loss))
+
+
+def _ceu(step: Forwards, config: ObjectiveConfig) -> Terms:
+    found = step.tokens("forget", by_token.ceu)
+    counted = by_token.after_first(found.at.row, config.ceu_skip)
+    total = sum_by_row(found.value * counted.to(found.value.device), found.at)
+    # An answer of no more tokens than are skipped has nothing left to forget.
+    loss = total.nll / (total.n - config.ceu_skip).clamp_min(1)
+    return Terms(loss, _retain(step, config, loss))
 
 
 OBJECTIVES: dict[str, Callable[[Forwards, ObjectiveConfig], Terms]] = {
@@ -148,7 +232,12 @@ OBJECTIVES: dict[str, Callable[[Forwards, ObjectiveConfig], Terms]] = {
     "npo": _npo,
     "grad_ascent": _grad_ascent,
     "grad_diff": _grad_diff,
-    "kl": _kl,
+    "kl": _grad_diff,  # it differs in what it keeps
     "idk": _idk,
     "dpo": _dpo,
+    "rmu": _rmu,
+    "undial": _undial,
+    "wga": _wga,
+    "satimp": _satimp,
+    "ceu": _ceu,
 }

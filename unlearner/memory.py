@@ -39,6 +39,25 @@ LLAMA2_7B = {
     "key_value_size": 4096,
     "tied": 0,
 }
+# config.json of meta-llama/Llama-3.2-1B-Instruct and -3B-Instruct.
+LLAMA32_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "vocab_size": 128256,
+    "attention_size": 2048,
+    "key_value_size": 512,
+    "tied": 1,
+}
+LLAMA32_3B = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "vocab_size": 128256,
+    "attention_size": 3072,
+    "key_value_size": 1024,
+    "tied": 1,
+}
 LONGEST_TOFU_ROW = 164
 
 

@@ -143,6 +143,21 @@ def pack_attention(model: Any) -> Iterator[None]:
         config._attn_implementation = "sdpa"
 
 
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Inside `pack_attention`, sdpa again: trees of answers bring a mask of their own."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = causal.config
+    if getattr(config, "_attn_implementation", None) != PACK_ATTENTION:
+        yield
+        return
+    config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = PACK_ATTENTION
+
+
 def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool, float]:
     """Whether rows score the same in a pack as alone, and the largest difference per token.
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from adapters.base_model import BaseSpec, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import UserError
 from adapters.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
-from unlearner.config import STREAMS, TrainConfig, UnlearnConfig
+from unlearner.config import TrainConfig, UnlearnConfig, streams_of
 from unlearner.data import Request, Row, did_you_mean
 from unlearner.earlier import (
     Earlier,
@@ -23,13 +23,13 @@ from unlearner.earlier import (
     without_rows_of,
 )
 from unlearner.pairing import Rows
-from unlearner.prompts import PromptFormat, encode_rows, prompt_format
+from unlearner.prompts import PromptFormat, Template, encode_rows, prompt_format
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapters.states import ActiveAdapter
     from adapters.store import AdapterStore
-
-Template = Literal["auto", "llama2", "chat"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prepare(
             token, a stack that is asked for but empty, an unknown schedule or optimizer.
         BaseMismatch: the store belongs to another base.
     """
-    streams = STREAMS[config.objective.name]
+    streams = streams_of(config.objective)
     key = store_key()
     replaced = _replaced(store, replaces, request.rows, key)
     in_force = requests_in_force(store, key, replaced)
@@ -77,6 +77,8 @@ def prepare(
     _check_rows(request, config, refusals)
     _check_names(config.train)
     folder = resolve_base(base.name, base.revision)
+    if config.objective.name == "rmu":
+        _check_layer(config, folder)
     fingerprint = fingerprint_base(folder)
     recorded = store.base() if store is not None else None
     if recorded is not None:
@@ -117,7 +119,7 @@ def prepare(
 
 
 def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]) -> None:
-    streams = STREAMS[config.objective.name]
+    streams = streams_of(config.objective)
     if "retain" in streams and not request.retain:
         raise UserError(
             f"Objective {config.objective.name} needs retain rows and {request.name} has none.",
@@ -128,6 +130,14 @@ def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]
             f"The objective {config.objective.name} needs refusal answers.",
             "Put an idontknow.jsonl into the data folder.",
         )
+
+
+def _check_layer(config: UnlearnConfig, folder: Path) -> None:
+    """Refuses a block that the model does not have."""
+    from unlearner.hidden import layer_of
+    from unlearner.memory import read_shape
+
+    layer_of(config.objective.rmu_layer, read_shape(folder)["num_hidden_layers"])
 
 
 def _check_names(train: TrainConfig) -> None:

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 IGNORE = -100
 TRAIN_MAX_LENGTH = 500
 EVAL_MAX_LENGTH = 200
+Template = Literal["auto", "llama2", "chat", "open-unlearning"]
 # Llama-3's template prints today's date unless it is given one: prompts must not change by day.
 _TEMPLATE_DATE = "26 Jul 2024"
+# What open-unlearning's models were trained and measured with (its configs/model/Llama-3.*.yaml).
+OPEN_UNLEARNING_SYSTEM, OPEN_UNLEARNING_DATE = "You are a helpful assistant.", "10 Apr 2025"
 _SENTINEL = "⟦answer⟧"
 
 
@@ -44,10 +47,14 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Turns questions and answers into tokens for one tokenizer; `name` is "llama2" or "chat"."""
+    """Turns questions and answers into tokens for one tokenizer.
+
+    `name` is "llama2" (TOFU's plain text), "chat" (the tokenizer's template) or "open-unlearning"
+    (the same with that project's system prompt and date).
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    name: Literal["llama2", "chat"]
+    name: Literal["llama2", "chat", "open-unlearning"]
 
     def encode_prompt(self, question: str) -> list[int]:
         """Token ids of the prompt alone, BOS in front where the tokenizer has one."""
@@ -84,8 +91,12 @@ class PromptFormat:
         return text.replace(_SENTINEL, answer)
 
     def _render(self, turns: list[dict[str, str]], prompt: bool) -> str:
+        date = _TEMPLATE_DATE
+        if self.name == "open-unlearning":
+            turns = [{"role": "system", "content": OPEN_UNLEARNING_SYSTEM}, *turns]
+            date = OPEN_UNLEARNING_DATE
         text = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=prompt, date_string=_TEMPLATE_DATE
+            turns, tokenize=False, add_generation_prompt=prompt, date_string=date
         )
         return str(text)
 
@@ -106,9 +117,7 @@ class PromptFormat:
         return [*ids, int(self.tokenizer.eos_token_id)]
 
 
-def prompt_format(
-    tokenizer: PreTrainedTokenizerBase, template: Literal["auto", "llama2", "chat"] = "auto"
-) -> PromptFormat:
+def prompt_format(tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> PromptFormat:
     """The format a tokenizer is used with.
 
     `auto` takes TOFU's plain Llama-2 text for Llama-2's own vocabulary (its chat template has a
@@ -116,14 +125,14 @@ def prompt_format(
     tokenizers without a chat template; every other tokenizer speaks through its template.
 
     Raises:
-        UserError: no EOS token, or "chat" asked of a tokenizer without a template.
+        UserError: no EOS token, or a template asked of a tokenizer that has none.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
             "The tokenizer has no EOS token, so answers would never end.",
             "Set eos_token in its tokenizer_config.json.",
         )
-    if template == "chat" and not tokenizer.chat_template:
+    if template in ("chat", "open-unlearning") and not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template.", "Use --template llama2.")
     if template == "auto":
         plain = is_llama2_tokenizer(tokenizer) or not tokenizer.chat_template

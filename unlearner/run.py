@@ -17,11 +17,12 @@ from adapters.teachers import teacher_path, write_teacher
 from unlearner import ranks
 from unlearner.config import UnlearnConfig
 from unlearner.data import Request, Row
-from unlearner.prepare import Prepared, Template, prepare
-from unlearner.prompts import pad_id
+from unlearner.prepare import Prepared, prepare
+from unlearner.prompts import Template, pad_id
 
 if TYPE_CHECKING:
     from unlearner.callbacks import Progress
+    from unlearner.gap import StopAt
     from unlearner.guard import GuardRow
 
 NEW = "new"
@@ -43,6 +44,7 @@ def unlearn(
     keep_teacher: bool = False,
     memory_limit: int | None = None,
     callbacks: Sequence[Any] = (),
+    stop_at: StopAt | None = None,
     on_progress: Progress | None = None,
 ) -> StoredAdapter:
     """The forget adapter of `request`, trained on the frozen base and filed in the store (ready).
@@ -67,8 +69,9 @@ def unlearn(
         memory_limit: bytes the run may take, for instance of a smaller card than this one; by
             default what is free.
         callbacks: more of transformers' callbacks.
+        stop_at: a measure against a retrain reference that ends the training once it turns over.
         on_progress: gets a dict per event: "note", "load", "probe" (the peak of two steps), "train"
-            (one a step), "stopping", "publish".
+            (one a step), "gap" (a reading of `stop_at`), "stopping", "publish".
 
     Raises:
         UserError: whatever `prepare` refuses.
@@ -96,7 +99,7 @@ def unlearn(
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
     model, view = _load(run, store)
     run, teachers = _guarded(model, run, store, report)
-    work = store.work_dir(run.key)
+    work = store.work_dir(run.key if stop_at is None else f"{run.key}-{stop_at.key}")
     parents = [store.get(p.slug).manifest.files[WEIGHTS_NAME]["sha256"] for p in run.parents]
     how = train(
         model,
@@ -108,6 +111,7 @@ def unlearn(
         parent_hashes=parents,
         callbacks=callbacks,
         report=report,
+        stop_at=stop_at,
     )
     how["guard_rows"] = len(teachers)
     report({"event": "publish"})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from adapters.errors import UserError
 from unlearner import ranks
-from unlearner.config import STREAMS, ObjectiveConfig, UnlearnConfig
-from unlearner.forwards import REFERENCE, StepForwards
+from unlearner.callbacks import LoraMoved, trainable
+from unlearner.config import ObjectiveConfig, UnlearnConfig, streams_of
+from unlearner.forwards import REFERENCE, StepForwards, of_streams
 from unlearner.guard import GuardRow, guard_kl
-from unlearner.losses import OBJECTIVES
+from unlearner.hidden import freeze_above, steered_layer
+from unlearner.losses import OBJECTIVES, retain_term
 from unlearner.packing import pack_rows
 from unlearner.pairing import Pair, Rows, micro_batches
 from unlearner.preflight import longest_pairs
 from unlearner.prompts import pad_batch
 from unlearner.references import References, row_key
+from unlearner.sharpness import moved, worst_direction
+from unlearner.weight_noise import WeightNoise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_FILE = "trainable.safetensors"
+KEPT = ("retain", "guard")
 
 
 class _MicroBatches(Dataset[list[Pair]]):
@@ -67,6 +73,7 @@ class UnlearnTrainer(Trainer):
         guard: Sequence[GuardRow] = (),
         packed: bool = False,
         references: References | None = None,
+        frozen: torch.nn.Module | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """Plans micro-batches and hands transformers' Trainer its arguments.
@@ -83,10 +90,11 @@ class UnlearnTrainer(Trainer):
             packed: rows of a micro-batch in one pack; else a padded batch.
             references: NLLs from `references.reference_nlls`; without them the reference runs
                 with every step.
+            frozen: a copy of `model` as it was, where all of its weights train.
             callbacks: transformers callbacks.
         """
         self.objective: ObjectiveConfig = config.objective
-        self._streams = STREAMS[config.objective.name] + (("guard",) if guard else ())
+        self._streams = streams_of(config.objective) + (("guard",) if guard else ())
         self._guard = guard
         self._rows = rows
         self._pad = pad_token_id
@@ -94,8 +102,19 @@ class UnlearnTrainer(Trainer):
         self._references = references or {}
         self._parents = tuple(parents)
         self._bare = model
+        self._frozen = frozen
         self._steps = steps
         self._pairs = len(steps[0])
+        if config.objective.name == "rmu":
+            freeze_above(model, steered_layer(model, config.objective.rmu_layer))
+        self._rho = config.train.sam_rho
+        if self._rho and ranks.world_size() > 1:
+            raise UserError("--sam-rho needs one process.", "Start one, or leave the flag away.")
+        self._part = "all"
+        self._worst: list[Tensor] = []
+        self._waiting: list[Any] = []
+        scale, seed = config.train.noise_scale, config.train.seed
+        self._noise = WeightNoise(model, scale, seed) if scale else None
         self._terms: list[dict[str, float]] = []
         self.last_terms: dict[str, float] = {}
         batches = micro_batches(
@@ -141,7 +160,51 @@ class UnlearnTrainer(Trainer):
     ) -> tuple[list[Any], int]:
         """The micro-batches of one optimizer step, and how many pairs all processes have in it."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waiting = [*samples] if self._rho else []
         return samples, self._pairs
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; afterwards the model computes without noise."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._noise is not None:
+                self._noise.remove()
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The micro-batch's gradient; with `sam_rho` that of its forget rows is taken elsewhere."""
+        if self._noise is not None:
+            self._noise.step = self.state.global_step
+        if not self._rho:
+            whole: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return whole
+        trained = [parameter for _, parameter in trainable(model)]
+        if len(self._waiting) == self.current_gradient_accumulation_steps:
+            self._worst = self._climb(model, trained)
+        self._waiting.pop()
+        loss: Tensor = torch.zeros((), device=self.args.device)
+        if set(KEPT) & set(self._streams):
+            self._part = "kept"
+            loss = loss + super().training_step(model, inputs, num_items_in_batch)
+        self._part = "moved"
+        with moved(trained, self._worst):
+            loss = loss + super().training_step(model, inputs, num_items_in_batch)
+        self._part = "all"
+        if not self._waiting:
+            self._tell_terms()
+        return loss
+
+    def _climb(self, model: torch.nn.Module, trained: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+        """Where the forget loss of the whole step rises fastest, see `unlearner.sharpness`."""
+        self._part = "forget"
+        model.train()
+        for batch in self._waiting:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(batch))
+            loss.backward()
+        return worst_direction(trained, self._rho)
 
     def compute_loss(
         self,
@@ -151,22 +214,46 @@ class UnlearnTrainer(Trainer):
         num_items_in_batch: int | None = None,
     ) -> Tensor:
         """The micro-batch's share of the step's loss: sum over its pairs / pairs of the step."""
-        step = StepForwards(model, inputs, self._streams, self._parents, self._bare)
-        terms = OBJECTIVES[self.objective.name](step, self.objective)
-        pairs = self._pairs
-        parts = {"forget": terms.forget.sum() / pairs, "retain": terms.retain.sum() / pairs}
-        if self._guard:
-            teachers = [self._guard[i] for i in inputs["guard"].tolist()]
-            parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs
-        self._terms.append({f"{name}_loss": float(x.detach()) for name, x in parts.items()})
-        if len(self._terms) == self.current_gradient_accumulation_steps:
-            names = self._terms[0]
-            mine = {name: sum(one[name] for one in self._terms) for name in names}
-            self.last_terms = ranks.sums(mine)
-            self._terms.clear()
+        parts = self._parts(model, inputs)
+        if self._part != "moved":
+            self._terms.append({f"{name}_loss": float(x.detach()) for name, x in parts.items()})
+        if self._part == "all" and len(self._terms) == self.current_gradient_accumulation_steps:
+            self._tell_terms()
         weighed = [getattr(self.objective, f"{name}_weight") * x for name, x in parts.items()]
         # DDP takes the mean of the processes' gradients; the step's loss is their sum.
         return torch.stack(weighed).sum() * ranks.world_size()
+
+    def _parts(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms that are asked for now, each a sum over pairs / pairs of the step."""
+        streams, config, pairs = self._streams, self.objective, self._pairs
+        if self._part != "all":
+            kept = self._part == "kept"
+            wanted = tuple(name for name in streams if (name in KEPT) == kept)
+            inputs, streams = of_streams(inputs, streams, wanted), wanted
+        more = {"seed": self.args.seed, "frozen": self._frozen}
+        step = StepForwards(model, inputs, streams, self._parents, self._bare, **more)
+        parts: dict[str, Tensor] = {}
+        if self._part == "all":
+            terms = OBJECTIVES[config.name](step, config)
+            parts = {"forget": terms.forget.sum() / pairs, "retain": terms.retain.sum() / pairs}
+        elif self._part != "kept":
+            alone = replace(config, retain_weight=0.0)
+            parts["forget"] = OBJECTIVES[config.name](step, alone).forget.sum() / pairs
+        elif "retain" in streams:
+            parts["retain"] = retain_term(step, config).sum() / pairs
+        if "guard" in streams:
+            teachers = [self._guard[i] for i in inputs["guard"].tolist()]
+            parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs
+        return parts
+
+    def _tell_terms(self) -> None:
+        """The terms of the step that ends, summed over its micro-batches and all processes."""
+        mine = {"forget_loss": 0.0, "retain_loss": 0.0}
+        for one in self._terms:
+            for name, value in one.items():
+                mine[name] = mine.get(name, 0.0) + value
+        self.last_terms = ranks.sums(mine)
+        self._terms.clear()
 
     def longest_loss(self) -> Callable[[], Tensor]:
         """The loss of the micro-batch of the longest rows there are, as often as it is called."""
@@ -187,26 +274,23 @@ class UnlearnTrainer(Trainer):
     def save_here(self) -> None:
         """A checkpoint of the last whole step, outside the schedule."""
         self._save_checkpoint(self.model, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Only what is trained: parents and base are files of their own and never change.
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
-        tensors = {n: p.detach().contiguous().cpu() for n, p in _trainable(self.model)}
+        tensors = {n: p.detach().contiguous().cpu() for n, p in trainable(self.model)}
         save_file(tensors, os.path.join(folder, CHECKPOINT_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(os.path.join(resume_from_checkpoint, CHECKPOINT_FILE))
-        mine = dict(_trainable(model or self.model))
+        mine = dict(trainable(model or self.model))
         if saved.keys() != mine.keys():
             raise RuntimeError(f"the checkpoint {resume_from_checkpoint} is of another adapter")
         with torch.no_grad():
             for name, tensor in saved.items():
                 mine[name].copy_(tensor)
-
-
-def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _arguments(
@@ -260,43 +344,3 @@ def checkpointing_arguments(setting: str) -> dict[str, Any]:
     if setting != "all":
         options["every_n_layers"] = int(setting)
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": options}
-
-
-class LoraMoved(TrainerCallback):
-    """Stops a run whose adapter does not train.
-
-    Gradient checkpointing without input gradients leaves every `lora_B` at zero while the loss
-    looks healthy. The first optimizer step with a learning rate above 0 must move them all.
-    """
-
-    def __init__(self) -> None:
-        self._before: dict[str, Tensor] | None = None
-        self._done = False
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remembers every trainable `lora_B` before the first step that can move it."""
-        rate = max(group["lr"] for group in kwargs["optimizer"].param_groups)
-        if not self._done and rate > 0:
-            self._before = {
-                name: p.detach().clone()
-                for name, p in _trainable(kwargs["model"])
-                if "lora_B" in name
-            }
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compares them after it.
-
-        Raises:
-            RuntimeError: naming the matrices that stand still.
-        """
-        if self._before is None or self._done:
-            return
-        self._done = True
-        now = dict(_trainable(kwargs["model"]))
-        still = [name for name, old in self._before.items() if torch.equal(old, now[name])]
-        self._before = None
-        if still:
-            raise RuntimeError(
-                f"{len(still)} lora_B matrices did not move in the first step (e.g. {still[0]}): "
-                "the adapter does not train"
-            )

@@ -18,6 +18,7 @@ from unlearner import memory, preflight, ranks
 from unlearner.callbacks import RunCallback, StopRequest
 from unlearner.config import UnlearnConfig
 from unlearner.environment import threads_for
+from unlearner.gap import GapCallback
 from unlearner.packing import pack_attention, packs_exactly
 from unlearner.pairing import Pair, Rows, plan_steps
 from unlearner.prompts import pad_id
@@ -26,6 +27,7 @@ from unlearner.trainer import UnlearnTrainer
 
 if TYPE_CHECKING:
     from unlearner.callbacks import Progress
+    from unlearner.gap import StopAt
     from unlearner.guard import GuardRow
     from unlearner.prepare import Prepared
 
@@ -41,6 +43,8 @@ def train(
     parent_hashes: Sequence[str],
     callbacks: Sequence[Any],
     report: Progress,
+    stop_at: StopAt | None = None,
+    frozen: Any = None,
 ) -> dict[str, Any]:
     """Trains the new adapter of `model`; how it was run, for the manifest.
 
@@ -54,6 +58,8 @@ def train(
         parent_hashes: SHA-256 of the parents' weights, for the name of kept references.
         callbacks: more of transformers' callbacks.
         report: gets the events.
+        stop_at: what ends the training before its last step.
+        frozen: a copy of `model` as it was, where all of its weights train.
 
     Raises:
         DoesNotFit: two steps on the longest rows need too much, or memory ran out half-way.
@@ -83,16 +89,19 @@ def train(
             guard=teachers,
             packed=packed,
             references=references,
+            frozen=frozen,
             callbacks=callbacks,
         )
         measured = _check_fit(trainer, model, run, memory_limit, report)
         trainer.add_callback(
             RunCallback(lambda: trainer.last_terms, stop, work / "metrics.jsonl", report)
         )
+        watch = _watch(trainer, stop_at, work / "metrics.jsonl", report, last)
         with stop.listening(report):
-            _run(trainer, last, run, budget)
-    done = trainer.state.global_step
-    if ranks.any_of(stop.asked) and done < len(steps):
+            _run(trainer, last, run, budget, _ended(watch))
+    ended = _ended(watch)
+    done = trainer.state.global_step if ended is None else ended
+    if ended is None and ranks.any_of(stop.asked) and done < len(steps):
         raise Interrupted(
             f"Stopped after step {done} of {len(steps)}; it is saved.",
             "The same command with --resume continues it.",
@@ -103,7 +112,28 @@ def train(
         "gradient_checkpointing": run.config.train.gradient_checkpointing,
         "processes": ranks.world_size(),
         "probe_bytes": measured.peak,
+        **(watch.record() if watch is not None else {}),
     }
+
+
+def _watch(
+    trainer: UnlearnTrainer,
+    stop_at: StopAt | None,
+    log: Path,
+    report: Progress,
+    last: str | None,
+) -> GapCallback | None:
+    """What reads the distance to a reference while the trainer runs; None where none is given."""
+    if stop_at is None:
+        return None
+    watch = GapCallback(stop_at, trainer.args.max_steps, log, report, last)
+    trainer.add_callback(watch)
+    return watch
+
+
+def _ended(watch: GapCallback | None) -> int | None:
+    """The step at which the reference was met, None where it was not."""
+    return None if watch is None else watch.trace.stopped_at
 
 
 def _last_checkpoint(work: Path, resume: bool, report: Progress) -> str | None:
@@ -207,8 +237,13 @@ def _check_fit(
     return measured
 
 
-def _run(trainer: UnlearnTrainer, last: str | None, run: Prepared, budget: float) -> None:
+def _run(
+    trainer: UnlearnTrainer, last: str | None, run: Prepared, budget: float, ended: int | None
+) -> None:
     """Trains; where memory runs out the last whole step is saved and the way on is named."""
+    if last is not None and ended is not None:  # only publishing it failed
+        trainer._load_from_checkpoint(last)
+        return
     try:
         trainer.train(resume_from_checkpoint=last)
     except RuntimeError as error:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ks_2samp
 
-from evaluation.log_export import to_tofu
+from evaluation.log_export import to_tofu, write_open_unlearning
 from evaluation.metrics import rouge_recall
 from evaluation.records import RECORDED, EvalLog, read_log, write_json, write_log
 from evaluation.summary import summarise
@@ -192,3 +193,37 @@ def test_open_unlearnings_log_gives_the_same_figures(
     assert found["rows_matched_by"] == "question"
     for key in ("forget_quality", "model_utility", "forget_nll", "retain_truth_ratio"):
         assert found[key] == pytest.approx(expected[key], rel=1e-9), key
+
+
+@pytest.mark.parametrize("protocol", ["tofu", "tofu-paper"])
+def test_what_we_write_for_open_unlearning_is_read_back_and_aggregates_alike(
+    logs: dict[str, EvalLog], tmp_path: Path, protocol: str
+) -> None:
+    log, reference = scored_once(logs[LOGS[0]]), logs[LOGS[2]]
+    rows, summary = write_open_unlearning(log, tmp_path, reference, protocol)
+    expected = summarise(log, reference, protocol=protocol, resamples=0)
+    again = summarise(read_log(rows), reference, protocol=protocol, resamples=0)
+    for key in ("forget_quality", "model_utility", "forget_nll", "forget_rouge_l_recall"):
+        assert again[key] == pytest.approx(expected[key], rel=1e-9), key
+    found = json.loads(summary.read_text())
+    assert found["forget_quality"] == expected["forget_quality"]
+    assert found["model_utility"] == expected["model_utility"]
+    assert found["ra_Q_A_Prob_normalised"] == expected["real_authors_answer_prob"]
+    assert found["forget_Q_A_Prob"] == pytest.approx(expected["forget_answer_prob"], rel=1e-12)
+    assert found["wf_Q_A_ROUGE"] == pytest.approx(expected["world_facts_rouge_l_recall"])
+    assert list(found) == sorted(found)
+
+
+def test_open_unlearnings_own_test_reads_our_log_as_a_reference(
+    logs: dict[str, EvalLog], tmp_path: Path
+) -> None:
+    """Its KS test as arXiv 2506.12618 defines it, on the scores of two files we wrote."""
+
+    def scores(log: EvalLog, name: str) -> np.ndarray:
+        path, _ = write_open_unlearning(log, tmp_path / name, logs[LOGS[2]])
+        rows = json.loads(path.read_text())["forget_truth_ratio"]["value_by_index"]
+        return np.array([row["score"] for row in rows.values()])
+
+    ours, theirs = scores(logs[LOGS[1]], "a"), scores(logs[LOGS[2]], "b")
+    expected = summarise(logs[LOGS[1]], logs[LOGS[2]], resamples=0)["forget_quality"]
+    assert ks_2samp(1 / (ours + 1e-10), 1 / (theirs + 1e-10)).pvalue == pytest.approx(expected)

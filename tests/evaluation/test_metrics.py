@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import hmean, ks_2samp
 
-from evaluation import metrics
+from evaluation import metrics, utility
 from evaluation.protocols import PROTOCOLS
 
 RIGHT = [1.0, 0.5]
@@ -130,6 +130,33 @@ def test_unequal_numbers_of_rows_are_resampled_apart() -> None:
     assert found.d_interval.low > 0
 
 
+@pytest.mark.parametrize("n", [3, 40, 200])
+def test_the_p_value_of_a_distance_is_the_tests_own(n: int) -> None:
+    generator = np.random.default_rng(n)
+    ours, theirs = generator.normal(size=n), generator.normal(0.3, size=n)
+    test = ks_2samp(ours, theirs)
+    assert metrics.ks_p_value(float(test.statistic), n, n) == pytest.approx(test.pvalue, rel=1e-9)
+
+
+def test_the_p_value_of_unequal_sizes_is_scipys_approximation() -> None:
+    generator = np.random.default_rng(6)
+    ours, theirs = generator.normal(size=200), generator.normal(0.2, size=160)
+    test = ks_2samp(ours, theirs, method="asymp")
+    found = metrics.ks_p_value(float(test.statistic), 200, 160)
+    assert found == pytest.approx(test.pvalue, rel=1e-9)
+
+
+def test_the_interval_of_p_is_that_of_d() -> None:
+    generator = np.random.default_rng(3)
+    found = metrics.forget_quality(generator.normal(size=200), generator.normal(0.2, size=200))
+    assert found.p_interval is not None
+    assert found.d_interval is not None
+    assert found.p_interval.low == metrics.ks_p_value(found.d_interval.high, 200, 200)
+    assert found.p_interval.low < found.p_interval.high
+    same = metrics.forget_quality([0.1, 0.4, 0.9], [0.1, 0.4, 0.9])
+    assert same.p_interval == (1.0, 1.0)
+
+
 def test_forget_quality_refuses_what_is_not_finite() -> None:
     with pytest.raises(ValueError, match="not finite"):
         metrics.forget_quality([0.0, math.nan], [0.0, 1.0])
@@ -138,20 +165,20 @@ def test_forget_quality_refuses_what_is_not_finite() -> None:
 def utility_rows(seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
     generator = np.random.default_rng(seed)
     sizes = {"retain": 30, "real_authors": 20, "world_facts": 10}
-    names = metrics.UTILITY_METRICS.values()
+    names = utility.UTILITY_METRICS.values()
     return {s: {m: generator.uniform(0.2, 1, n) for m in names} for s, n in sizes.items()}
 
 
 def test_model_utility_is_the_harmonic_mean_of_nine() -> None:
     rows = utility_rows()
-    found = metrics.model_utility(rows)
+    found = utility.model_utility(rows)
     means = [values.mean() for columns in rows.values() for values in columns.values()]
     assert found.value == pytest.approx(hmean(means), rel=1e-12)
     assert len(found.parts) == 9
     assert found.n == {"retain": 30, "real_authors": 20, "world_facts": 10}
     assert found.interval is not None
     assert found.interval.low < hmean(means) < found.interval.high
-    assert found == metrics.model_utility(rows)
+    assert found == utility.model_utility(rows)
     assert list(found.part_intervals) == list(found.parts)
     for title, (low, high) in found.part_intervals.items():
         assert low < found.parts[title] < high
@@ -160,7 +187,7 @@ def test_model_utility_is_the_harmonic_mean_of_nine() -> None:
 def test_model_utility_names_the_parts_it_lacks() -> None:
     rows = utility_rows()
     del rows["retain"]["rouge_l_recall"]
-    found = metrics.model_utility(rows)
+    found = utility.model_utility(rows)
     assert found.value is None
     assert found.reason == "not measured: Retain ROUGE"
     assert len(found.parts) == 8
@@ -169,7 +196,7 @@ def test_model_utility_names_the_parts_it_lacks() -> None:
 def test_one_part_of_zero_makes_model_utility_zero() -> None:
     rows = utility_rows()
     rows["world_facts"]["truth_ratio"] = np.zeros(10)
-    found = metrics.model_utility(rows)
+    found = utility.model_utility(rows)
     assert found.value == 0
     assert found.interval == (0, 0)
 

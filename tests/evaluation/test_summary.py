@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from adapters.errors import UserError
+from evaluation.matching import match_rows
 from evaluation.records import AnswerScore, EvalLog, Generation, RowRecord, SetRecord
-from evaluation.summary import BETTER, match_rows, summarise
+from evaluation.summary import BETTER, figure_table, summarise, summarise_all
 
 
 def rows_of(n: int, seed: int = 0, *, shift: float = 0.0, name: str = "q") -> list[RowRecord]:
@@ -94,7 +95,8 @@ def test_without_a_reference_there_is_a_reason_and_no_number() -> None:
     found = summarise(full_log())
     for key in ("forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction"):
         assert found[key] is None
-    assert found["reasons"]["forget_quality"] == "needs a retrain reference"
+    for key in ("forget_quality", "forget_quality_log10", "ks", "log_r_shift"):
+        assert found["reasons"][key] == "needs a retrain reference"
     assert found["model_utility"] is not None
     bare = EvalLog({name: s for name, s in full_log().sets.items() if name != "forget"})
     assert "no forget set" in summarise(full_log(), bare)["reasons"]["forget_quality"]
@@ -114,6 +116,35 @@ def test_a_summary_is_json_and_every_figure_has_a_direction() -> None:
     assert found["reasons"] == {}
     low, high = found["model_utility_interval"]
     assert low < found["model_utility"] < high
+
+
+def test_every_figure_has_its_rows_its_interval_and_its_reason() -> None:
+    table = {row["name"]: row for row in figure_table(summarise(full_log(), full_log(1)))}
+    assert table.keys() == BETTER.keys()
+    assert {name: table[name]["n"] for name in ("ks", "model_utility", "world_facts_nll")} == {
+        "ks": 40,
+        "model_utility": 60,
+        "world_facts_nll": 10,
+    }
+    for name, row in table.items():
+        assert row["reason"] is None
+        if name != "forget_quality_log10":
+            low, high = row["interval"]
+            assert low <= high
+        if name not in ("forget_quality", "forget_quality_log10", "ks"):
+            assert low < row["value"] < high, name
+    bare = {row["name"]: row for row in figure_table(summarise(log_of(rows_of(4)), resamples=0))}
+    assert bare["ks"]["reason"] == "needs a retrain reference"
+    assert bare["retain_nll"]["n"] == 0
+    assert bare["forget_nll"]["interval"] is None
+    assert bare["forget_nll"]["better"] == "higher"
+
+
+def test_all_protocols_are_told_from_one_log() -> None:
+    found = summarise_all(full_log(), ["tofu", "tofu-paper"], full_log(1), resamples=0)
+    assert [summary["protocol"] for summary in found] == ["tofu", "tofu-paper"]
+    assert found[0] == summarise(full_log(), full_log(1), resamples=0)
+    assert found[0]["forget_truth_ratio"] != found[1]["forget_truth_ratio"]
 
 
 def test_forget_rows_alone_have_no_model_utility_but_a_reason() -> None:

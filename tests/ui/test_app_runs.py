@@ -174,4 +174,7 @@ def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path, shared: Pat
     assert "Relearning" in text
     assert "src=" not in text
     assert "<link" not in text
-    assert "Log R of the forget rows" in text
+    assert "Content-Security-Policy" in text
+    assert "unlearner report " in text, "the command that makes the same file"
+    filed = runs.write_report(runs.Sources(), tmp_path / "filed.html").read_text()
+    assert "Content-Security-Policy" not in filed, "without a log the page's own tables"

@@ -75,7 +75,8 @@ def test_the_design_s_commands_are_there() -> None:
     first = {words.split()[0] for words in COMMANDS}
     assert first == {
         "quickstart", "doctor", "preview", "forget", "consolidate", "adapters", "merge",
-        "evaluate", "score", "finetune", "reproduce", "ui", "bench", "ask",
+        "evaluate", "score", "finetune", "reproduce", "ui", "bench", "report", "calibrate",
+        "sequence", "robustness", "ask",
     }  # fmt: skip
     verbs = {words.split()[1] for words in COMMANDS if words.startswith("adapters ")}
     assert verbs >= {
@@ -117,7 +118,7 @@ def test_every_command_has_json_debug_and_help(words: str, run: Any) -> None:
             "'--learning-rate'",
         ),
         (["forget", "x", "--base", "b", "--on-stack", "--independent"], "not allowed", "--help"),
-        (["evaluate", "--base", "b"], "required: --split", "evaluate --help"),
+        (["evaluate", "--base", "b"], "--split --rows is required", "evaluate --help"),
     ],
 )
 def test_bad_usage_names_the_word_and_the_fix(

@@ -32,7 +32,11 @@ RETAIN = [
 # Another value than the default for every flag that reaches the configuration.
 FLAGS: dict[str, tuple[str | None, Any]] = {
     "beta": ("4.5", 4.5),
+    "beta2": ("2", 2.0),
     "gamma": ("0.5", 0.5),
+    "rmu_layer": ("1", 1),
+    "rmu_coefficient": ("6.5", 6.5),
+    "ceu_skip": ("0", 0),
     "forget_weight": ("0.3", 0.3),
     "retain_weight": ("2", 2.0),
     "guard_weight": ("0.5", 0.5),
@@ -51,6 +55,8 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "max_length": ("64", 64),
     "gradient_checkpointing": ("2", "2"),
     "padded": (None, True),
+    "sam_rho": ("0.01", 0.01),
+    "noise_scale": ("1", 1.0),
     "optim": ("adamw_8bit", "adamw_8bit"),
     "seed": ("7", 7),
 }
@@ -106,8 +112,9 @@ def test_the_objective_brings_its_own_defaults() -> None:
 def test_help_tells_the_defaults(run: Any) -> None:
     text = " ".join(run("forget", "--help").out.split())
     assert "(default: 0.0001)" in text
-    assert "(default: 2.5; npo 0.1; dpo 0.1)" in text
-    assert "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo" in text
+    assert "(default: 2.5; npo 0.1; dpo 0.1; undial 10; wga 1; satimp 5)" in text
+    named = "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo, rmu, undial, wga"
+    assert f"{named}, satimp, ceu (default: simnpo)" in text
 
 
 def parsed_base(*words: str) -> Any:
@@ -504,3 +511,20 @@ def test_merge_refuses_4_bit_and_another_base(
     ran = run(*words, "--base", make_tiny_llama(tmp_path / "other", seed=1))
     assert ran.code == 3
     assert not out.exists()
+
+
+def test_full_writes_a_model_and_refuses_flags_of_adapters(
+    run: Any, tiny_base: Path, request_files: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "full"
+    words = ["forget", *request_files, "--base", tiny_base, "--device", "cpu", "--full", out]
+    for flags in (["--lora-r", "4"], ["--label", "x"], ["--on-stack"], ["--store", tmp_path]):
+        refused = run(*words, *flags)
+        assert refused.code == 2
+        assert f"{flags[0]} says nothing with --full" in refused.err
+    assert run(*words, "--load-in-4bit").code == 2
+    done = run(*words, "--num-train-epochs", 1, "--json")
+    assert done.code == 0
+    assert (out / "model.safetensors").is_file()
+    assert done.json["out"] == str(out)
+    assert run(*words).code == 2

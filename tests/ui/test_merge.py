@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from unlearner.config import FORMULAS, OBJECTIVE_DEFAULTS
+from unlearner.config import FORMULAS, OBJECTIVE_DEFAULTS, OPTION_FORMULAS
 
 
 @pytest.fixture
@@ -19,6 +19,7 @@ def trained(run: Any, tiny_base: Path, tmp_path: Path) -> str:
     for name, content in (("forget", rows), ("keep", kept)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) for row in content))
     words = ["--num-train-epochs", "3", "--learning-rate", "0.01", "--lora-r", "4", "--seed", "9"]
+    words += ["--sam-rho", "0.01"]
     made = run(
         "forget", tmp_path / "forget.jsonl", "--retain", tmp_path / "keep.jsonl", *words,
         "--base", tiny_base, "--store", tmp_path / "store", "--json",
@@ -41,6 +42,8 @@ def test_without_a_split_the_card_has_the_formula_and_says_not_measured(
     assert f"| `{trained}` | 1 | simnpo | 32 / 4 | 9 | none | 1 |" in card
     assert f"- `simnpo`: {FORMULAS['simnpo']}; beta = 2.5, " in card
     assert "retain_weight = 0.1375" in card
+    assert f"; sam_rho = 0.01: {OPTION_FORMULAS['sam_rho']}" in card
+    assert "noise_scale" not in card
     assert "Not measured after merging" in card
 
 

@@ -15,7 +15,7 @@ from ui import commands_runs
 from ui.cli import parse
 
 ROW = {
-    "name": "origin", "forget_quality": 1.3e-22, "ks": 0.5, "log_r_shift": -0.4,
+    "name": "origin", "protocol": "tofu", "forget_quality": 1.3e-22, "ks": 0.5, "log_r_shift": -0.4,
     "direction": "under-forgotten", "model_utility": 0.94, "forget_answer_prob": 0.99,
     "forget_nll": 0.01, "retain_answer_prob": 0.98, "retain_nll": 0.02, "n": 200,
 }  # fmt: skip
@@ -126,7 +126,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(run: Any, tmp_path: Path) -
         (["--retain-log", "r.json"], "retain_log", Path("r.json")),
         (["--methods", "kl"], "methods", ("kl",)),
         (["--out", "there"], "out", Path("there")),
-        (["--protocol", "simnpo"], "protocol", "simnpo"),
+        (["--protocol", "simnpo"], "protocols", ("simnpo",)),
         (["--limit", "3"], "limit", 3),
         (["--load-in-4bit"], "load_in_4bit", True),
         (["--no-load-in-4bit"], "load_in_4bit", False),

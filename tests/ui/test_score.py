@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import GateFailed, UserError
+from evaluation.protocols import PROTOCOLS
 from ui.gates import check_gates, parse_gate
 
 FULL, NPO, RETRAIN = (
@@ -157,3 +158,57 @@ def test_gates_are_read_before_the_log(run: Any, tmp_path: Path) -> None:
     ran = run("score", tmp_path / "none.json", "--fail-if", "nonsense")
     assert ran.code == 2
     assert "is not a condition" in ran.err
+
+
+def test_all_protocols_in_one_call(run: Any, logs: Path) -> None:
+    words = ("score", logs / FULL, "--retain-log", logs / RETRAIN)
+    found = run(*words, "--protocol", "all", "--json").json
+    assert [one["protocol"] for one in found["protocols"]] == list(PROTOCOLS)
+    first = run(*words, "--json").json
+    assert (
+        found["model_utility"] == first["model_utility"] == found["protocols"][0]["model_utility"]
+    )
+    assert "protocols" not in first
+    text = run(*words, "--protocol", "tofu,tofu-paper")
+    assert text.out.count("model_utility") == 2
+    assert run(*words, "--protocol", "tofu,muse").code == 2
+
+
+def test_every_figure_is_told_with_direction_and_rows(run: Any, logs: Path) -> None:
+    found = run("score", logs / FULL, "--json").json
+    figures = {row["name"]: row for row in found["figures"]}
+    assert figures["forget_quality"]["value"] is None
+    assert figures["forget_quality"]["reason"] == "needs a retrain reference"
+    assert figures["model_utility"]["n"] == 300 + 100 + 117
+    assert figures["ks"]["better"] == "lower"
+    low, high = figures["retain_answer_prob"]["interval"]
+    assert low < figures["retain_answer_prob"]["value"] < high
+    said = run("score", logs / FULL).err
+    assert "Not measured: forget_quality, forget_quality_log10, ks, log_r_shift (needs a" in said
+
+
+def test_two_retrain_logs_give_the_band(run: Any, logs: Path) -> None:
+    words = ("score", logs / FULL, "--retain-log", logs / RETRAIN)
+    other = logs / "llama2-7b_retain90_npo.json"
+    found = run(*words, "--second-retain-log", other, "--json").json
+    assert found["retrain_band"]["forget_quality"] > 0.5
+    assert found["retrain_band"]["direction"] == "indistinguishable"
+    assert "retrain band" in run(*words, "--second-retain-log", other).out
+    alone = run("score", logs / FULL, "--second-retain-log", other)
+    assert (alone.code, "is missing" in alone.err) == (2, True)
+
+
+def test_logs_for_other_tools_are_written_and_read_back(
+    run: Any, logs: Path, tmp_path: Path
+) -> None:
+    theirs, folder = tmp_path / "aggregated.json", tmp_path / "open-unlearning"
+    words = ("--retain-log", logs / RETRAIN, "--json")
+    wrote = run(
+        "score", logs / FULL, *words, "--write-tofu", theirs, "--write-open-unlearning", folder
+    )
+    assert wrote.code == 0
+    again = run("score", theirs, *words).json
+    for key in ("model_utility", "forget_quality", "forget_rouge_l_recall"):
+        assert again[key] == wrote.json[key]
+    assert json.loads((folder / "TOFU_SUMMARY.json").read_text())["forget_quality"] is not None
+    assert run("score", folder / "TOFU_EVAL.json", *words).code == 0

@@ -50,6 +50,10 @@ def test_an_unknown_objective_gets_the_nearest() -> None:
 def test_all_settings_that_cannot_be_used_are_named_at_once() -> None:
     bad = {
         "beta": 0.0,
+        "beta2": -1.0,
+        "rmu_layer": -2,
+        "rmu_coefficient": 0.0,
+        "ceu_skip": -1,
         "forget_weight": -1.0,
         "retain_weight": -0.5,
         "lora_r": 0,
@@ -60,6 +64,8 @@ def test_all_settings_that_cannot_be_used_are_named_at_once() -> None:
         "num_train_epochs": 0,
         "per_device_train_batch_size": 0,
         "warmup_ratio": 1.5,
+        "sam_rho": -0.1,
+        "noise_scale": -1.0,
         "weight_decay": -0.1,
         "max_grad_norm": -1.0,
         "max_length": 7,

@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearner.config import OBJECTIVE_DEFAULTS, STREAMS, ObjectiveConfig
-from unlearner.likelihood import AnswerLogits, AnswerNLL
-from unlearner.losses import OBJECTIVES, Terms, dpo, kl_to_reference, npo, simnpo
+from unlearner.config import OBJECTIVE_DEFAULTS, STREAMS, ObjectiveConfig, streams_of
+from unlearner.likelihood import AnswerHidden, AnswerLogits, AnswerNLL
+from unlearner.losses import (
+    OBJECTIVES,
+    AnswerTokens,
+    Terms,
+    dpo,
+    kl_to_reference,
+    npo,
+    simnpo,
+)
 
 N = torch.tensor([5, 20])
 NLL = {
@@ -23,12 +31,23 @@ REFERENCE = {
     "retain": torch.tensor([0.25, 5.0]),
     "refusal": torch.tensor([36.0, 50.0]),
 }
-LOGITS = {"retain": torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 0.0]])}
-REFERENCE_LOGITS = {"retain": torch.tensor([[0.0, math.log(4.0)], [0.0, 0.0], [1.0, 1.0]])}
+LOGITS = {
+    "retain": torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 0.0]]),
+    "forget": torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.6, 0.2], [0.1, 0.2, 0.7]]).log() + 3.0,
+}
+REFERENCE_LOGITS = {
+    "retain": torch.tensor([[0.0, math.log(4.0)], [0.0, 0.0], [1.0, 1.0]]),
+    "forget": torch.tensor([[0.8, 0.1, 0.1], [0.3, 0.3, 0.4], [0.25, 0.25, 0.5]]).log() - 1.0,
+}
+# Of width 1, where the steering vector is 1 whatever the seed.
+STATES = {"forget": [[18.0], [20.0], [23.0]], "retain": [[1.0], [2.0], [3.0]]}
+REFERENCE_STATES = {"retain": [[1.0], [4.0], [2.0]]}
 
 
 class Given:
     """Forwards with numbers given by hand; writes down which were asked for."""
+
+    seed = 5
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
@@ -45,6 +64,26 @@ class Given:
         self.asked.add(stream)
         return kl_to_reference(positions(LOGITS[stream]), positions(REFERENCE_LOGITS[stream]))
 
+    def tokens(self, stream: str, value: Any) -> AnswerTokens:
+        self.asked.add(stream)
+        return AnswerTokens(value(LOGITS[stream], TARGETS), AT)
+
+    def tokens_and_reference(self, stream: str, value: Any) -> AnswerTokens:
+        self.asked.add(stream)
+        return AnswerTokens(value(LOGITS[stream], REFERENCE_LOGITS[stream], TARGETS), AT)
+
+    def states(self, stream: str, layer: int) -> AnswerHidden:
+        self.asked.add(stream)
+        return AT._replace(hidden=torch.tensor(STATES[stream]))
+
+    def reference_states(self, stream: str, layer: int) -> AnswerHidden:
+        return AT._replace(hidden=torch.tensor(REFERENCE_STATES[stream]))
+
+
+TARGETS = torch.tensor([0, 1, 2])
+# Two tokens of row 0 and one of row 1.
+AT = AnswerHidden(torch.zeros(3, 1), TARGETS, torch.tensor([0, 0, 1]), torch.tensor([2, 1]))
+
 
 def positions(logits: Tensor) -> AnswerLogits:
     """Two targets of row 0 and one of row 1."""
@@ -55,6 +94,12 @@ def positions(logits: Tensor) -> AnswerLogits:
 def softplus(x: float) -> float:
     """log(1 + exp(x)) in float64: `-logsigmoid(-x)`, by another road."""
     return math.log1p(math.exp(x)) if x < 30 else x + math.exp(-x)
+
+
+def lowered(teacher: tuple[float, ...], true: int, model: tuple[float, ...]) -> float:
+    """UNDIAL's cross-entropy with beta 10, from probabilities."""
+    weight = [q * (math.exp(-10) if i == true else 1) for i, q in enumerate(teacher)]
+    return -sum(w * math.log(p) for w, p in zip(weight, model, strict=True)) / sum(weight)
 
 
 # nbar = (2, .2); nll - ref = (8, 0); refusal - its ref = (-6, -10). Computed by hand from SPEC 2.
@@ -71,6 +116,35 @@ GOLDEN: dict[str, tuple[list[float], list[float]]] = {
     "idk": ([6.0, 2.0], [0.1, 0.3]),
     # The margin is 6 + 8 = 14 and 10 + 0 = 10: 20 * log(1 + e^-1.4), 20 * log(1 + e^-1)
     "dpo": ([4.40834820, 6.26523374], [0.1, 0.3]),
+    # (18 - 20)^2, 0; (23 - 20)^2. Retain: 0, (2 - 4)^2; (3 - 2)^2.
+    "rmu": ([2.0, 9.0], [2.0, 1.0]),
+    # The teacher without (nearly) the true token: (0, 1/2, 1/2), (3/7, 0, 4/7), (1/2, 1/2, 0).
+    "undial": (
+        [
+            (
+                lowered((0.8, 0.1, 0.1), 0, (0.5, 0.25, 0.25))
+                + lowered((0.3, 0.3, 0.4), 1, (0.2, 0.6, 0.2))
+            )
+            / 2,
+            lowered((0.25, 0.25, 0.5), 2, (0.1, 0.2, 0.7)),
+        ],
+        [0.0, 0.0],
+    ),
+    # -p ln(1/p) of .5 and .6; of .7
+    "wga": (
+        [-(0.5 * math.log(2) + 0.6 * math.log(5 / 3)) / 2, -0.7 * math.log(10 / 7)],
+        [0.1, 0.3],
+    ),
+    # -p^5 (1 - p) ln(1/p)
+    "satimp": (
+        [
+            -(0.5**6 * math.log(2) + 0.6**5 * 0.4 * math.log(5 / 3)) / 2,
+            -(0.7**5) * 0.3 * math.log(10 / 7),
+        ],
+        [0.1, 0.3],
+    ),
+    # Without the first token of each answer: (1/2, 0, 1/2) against (.2, .6, .2); nothing is left.
+    "ceu": ([math.log(5), 0.0], [0.0, 0.0]),
 }
 
 
@@ -87,7 +161,21 @@ def test_an_objective_is_what_the_specification_says(name: str) -> None:
     torch.testing.assert_close(terms.forget, torch.tensor(forget), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(terms.retain, torch.tensor(retain), rtol=1e-6, atol=1e-7)
     # It reads no stream that the trainer does not put into the batch, and all that it does.
-    assert given.asked == set(STREAMS[name])
+    assert given.asked == set(streams_of(OBJECTIVE_DEFAULTS[name]))
+
+
+@pytest.mark.parametrize("name", [name for name, kinds in STREAMS.items() if "retain" in kinds])
+def test_a_retain_term_without_weight_is_not_computed(name: str) -> None:
+    config = OBJECTIVE_DEFAULTS[name]
+    for weight in (0.0, 0.5):
+        given = Given()
+        chosen = replace(config, retain_weight=weight)
+        terms = OBJECTIVES[name](given, chosen)
+        assert given.asked == set(streams_of(chosen))
+        assert ("retain" in given.asked) == (weight > 0)
+        assert (terms.retain.abs().sum() > 0) == (weight > 0)
+        forget = torch.tensor(GOLDEN[name][0])
+        torch.testing.assert_close(terms.forget, forget, rtol=1e-6, atol=1e-7)
 
 
 def test_the_card_weighs_the_retain_term_and_the_readme_the_forget_term() -> None:

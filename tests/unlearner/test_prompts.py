@@ -280,6 +280,26 @@ def test_a_prompt_does_not_change_from_day_to_day(
     assert today not in tokenizer.decode(ids)
 
 
+def test_open_unlearnings_prompt_is_the_one_its_models_know(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if loop.first %} "
+        "({{ date_string }}){% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    fmt = prompt_format(tokenizer, "open-unlearning")
+    prompt = tokenizer.decode(fmt.encode_prompt("Who?"))
+    assert prompt.endswith(
+        "<system>You are a helpful assistant. (10 Apr 2025);<user>Who?;<assistant>"
+    )
+    plain = tokenizer.decode(prompt_format(tokenizer, "chat").encode_prompt("Who?"))
+    assert plain.endswith("<user>Who? (26 Jul 2024);<assistant>")
+    row = fmt.encode("Who?", "Mira.")
+    assert tokenizer.decode(answer_ids(row)).startswith("Mira.;")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        prompt_format(tokenizer, "open-unlearning")
+
+
 def test_an_answer_that_looks_like_markup_is_not_cut(tokenizer: Any) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     fmt = chat(tokenizer, QWEN)
