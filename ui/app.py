@@ -15,10 +15,10 @@ from adapters.errors import UserError
 from ui import (
     app_compare,
     app_first,
-    app_pages,
     app_recorded,
     app_request,
     app_runs,
+    app_sheet,
     app_stack,
     views,
 )
@@ -137,7 +137,7 @@ def _live(app: App, page: gr.Blocks) -> None:
             compare, wire = app_compare.compare(app, stack, strengths)
             again.append(wire)
         with gr.Tab("Author sheet", id="sheet"):
-            sheet_author = app_pages.sheet(app, stack, strengths)
+            sheet_author = app_sheet.sheet(app, stack, strengths)
         with gr.Tab("Stack", id="stack") as stack_tab:
             show_stack, stack_outputs = app_stack.stack(app, stack, _choices, _on)
         with gr.Tab("Runs", id="runs") as runs_tab:

@@ -94,11 +94,14 @@ def report_request(sources: Sources) -> ReportRequest | None:
     from evaluation.report_tree import ReportRequest
     from ui.commands_report import command_text
 
-    cards = {"robustness": sources.robustness, "calibration": sources.calibration}
-    if not sources.logs and not any(cards.values()):
+    if not (sources.logs or sources.robustness or sources.calibration):
         return None
-    inputs = tuple(str(path) for path in sources.logs)
-    request = ReportRequest(inputs, retain_log=sources.retain_log, **cards)
+    request = ReportRequest(
+        tuple(str(path) for path in sources.logs),
+        retain_log=sources.retain_log,
+        robustness=sources.robustness,
+        calibration=sources.calibration,
+    )
     return replace(request, command=command_text(request))
 
 

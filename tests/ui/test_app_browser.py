@@ -269,7 +269,16 @@ def test_two_browsers_take_turns_and_see_their_place(
     other.context.close()
 
 
-def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any) -> None:
+def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any, monkeypatch: Any) -> None:
+    from ui import sheet
+
+    batch = sheet._batch
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return batch(*args)
+
+    monkeypatch.setattr(sheet, "_batch", slow)
     app = served[0]
     author = list(app.session.library.authors)[-1]
     page.get_by_label("request-1").check()
@@ -282,6 +291,7 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any) -> None
     page.locator("#un-sheet-stop").click()
     _wait_for(page, "#un-sheet-status", "Stopped")
     assert "25 of" not in page.locator("#un-sheet-status").inner_text()
+    monkeypatch.setattr(sheet, "_batch", batch)
     page.get_by_role("button", name="Fill the sheet").click()
     page.wait_for_function(
         "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
