@@ -81,7 +81,7 @@ def request(app: App) -> RequestTab:
     fields = _form(app)
     with gr.Row():
         preview = gr.Button(
-            "Preview and check memory", elem_id="un-preview", size="md", scale=0, min_width=220
+            "Preview and check memory", elem_id="un-preview", size="md", scale=0, min_width=260
         )
         start = gr.Button(
             "Start training", variant="primary", elem_id="un-start", size="md", scale=0,

@@ -17,7 +17,7 @@ CSS = """
 .un-sub { overflow-wrap:anywhere; }
 .un-card { border:1px solid var(--un-line); border-radius:8px; padding:.9rem 1rem 1rem;
   background:var(--un-paper); color:var(--un-ink); }
-.un-card { box-sizing:border-box; height:100%; }
+.un-card { box-sizing:border-box; flex:1 1 auto; }
 .un-card header { display:flex; justify-content:space-between; gap:1rem; align-items:baseline; }
 .un-card h2 { font-size:1rem; font-weight:650; margin:0; }
 .un-answer { font-size:1.05rem; line-height:1.6; min-height:4.8em; margin:.6rem 0;
@@ -39,8 +39,8 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 #un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
   font-family:system-ui,sans-serif; font-size:.875rem; }
 #un-clear, #un-cancel, #un-resume { align-self:center; }
-#un-left, #un-right { height:100%; flex-grow:1; }
-#un-left > *, #un-right > *, #un-left .html-container, #un-right .html-container { height:100%; }
+#un-left, #un-left > div, #un-left > div > div, #un-right, #un-right > div,
+#un-right > div > div { display:flex; flex-direction:column; flex:1 1 auto; }
 .un-scores th[scope=row] { width:60%; } .un-part { font-size:1rem; font-weight:650; }
 .gradio-container input[type=range]::-webkit-slider-thumb { border:2px solid var(--un-accent); }
 .gradio-container input[type=range]::-moz-range-thumb { border:2px solid var(--un-accent); }

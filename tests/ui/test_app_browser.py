@@ -297,7 +297,7 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any, monkeyp
         "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
     )
     groups = page.locator("#un-tally tbody th").all_inner_texts()
-    assert groups == ["to forget", "retain authors", "real authors", "world facts"]
+    assert groups == ["this author", "retain authors", "real authors", "world facts"]
     question = app.session.library.authors[author][1].question
     page.locator("#un-sheet").get_by_text(question).first.click()
     page.wait_for_selector("#un-sheet-diff .un-answer")
@@ -584,7 +584,7 @@ def test_axe_finds_nothing_serious(
     assert found == {}
 
 
-def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path) -> None:
+def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path, axe: str) -> None:
     from ui.app import App, launch
     from ui.jobs import Jobs
     from ui.recorded import open_recorded
@@ -604,6 +604,14 @@ def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path) 
     page.wait_for_function(
         "old => document.querySelector('#un-left .un-answer').innerText != old", arg=before
     )
+    assert page.locator(".un-command code:visible").inner_text().startswith("unlearner ui --logs")
+    page.evaluate(axe)
+    for name in ("Compare", "Runs"):
+        _tab(page, name)
+        page.wait_for_timeout(300)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        assert [one["id"] for one in found if one["impact"] in SERIOUS] == [], name
+        assert not NAMELESS.findall(page.locator("body").aria_snapshot())
     page.close()
     gradio_page.close(verbose=False)
     assert app.session.state == "no base"
@@ -625,7 +633,7 @@ def test_gradio_client_drives_the_same_functions(served: Any) -> None:
     assert [scale for _, scale in state["read_back"]] == [0.5]
     assert client.predict(api_name="/clear")["read_back"] == []
     sheet = client.predict(list(app.session.library.authors)[-1], [], 1, {}, api_name="/sheet")
-    assert sheet["tally"][0]["group"] == "to forget"
+    assert sheet["tally"][0]["group"] == "this author"
     assert set(client.predict(api_name="/runs")) == {"table", "probes", "notes"}
     assert isinstance(client.predict(api_name="/jobs"), list)
     with pytest.raises(Exception, match="No adapter"):
