@@ -160,7 +160,8 @@ def forward_pack(
     import torch
     import torch.nn.functional as F
 
-    from unlearner.likelihood import hidden_at, per_token
+    from unlearner.hidden import hidden_at
+    from unlearner.likelihood import per_token
 
     device = next(model.parameters()).device
     size = sum(len(tree.tokens) for tree in trees)

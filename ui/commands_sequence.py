@@ -47,6 +47,11 @@ def register(commands: Any) -> None:
         epilog="example:\n  unlearner sequence tofu:forget05 --base B --data TOFU "
         "--retain-log R.json --out S --requests 3 --revert 2",
     )
+    _add_flags(parser)
+    parser.set_defaults(run=run_sequence_command)
+
+
+def _add_flags(parser: options.Parser) -> None:
     parser.add_argument("split", metavar="SPLIT", help="tofu:forget01, tofu:forget05 or forget10")
     parser.add_argument(
         "--policies",
@@ -83,7 +88,6 @@ def register(commands: Any) -> None:
         help="rows to keep: a JSONL file or tofu:SPLIT (default: the split's retain rows)",
     )
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default=DEFAULT)
-    parser.set_defaults(run=run_sequence_command)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -138,9 +142,18 @@ def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
             f"{line['policy']}: {cost['steps']} steps, {cost['pairs']:,} pairs, "
             f"{cost['bytes'] / 2**20:.1f} MiB of adapters for {found['requests']} requests"
         )
-    console.hint(f"everything is in {args.out / 'sequence.json'}.")
-    console.result({"out": args.out / "sequence.json", **found})
+    page = _write_page(found, args.out / "sequence.html")
+    console.hint(f"the page is {page}, everything is in {args.out / 'sequence.json'}.")
+    console.result({"out": args.out / "sequence.json", "page": page, **found})
     return 0
+
+
+def _write_page(found: Mapping[str, Any], path: Path) -> Path:
+    from adapters.files import write_bytes
+    from ui.sequence_page import sequence_page
+
+    write_bytes(path, sequence_page(found).encode())
+    return path
 
 
 def stage_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -250,23 +250,25 @@ class UnlearnConfig:
         return asdict(self)
 
 
+def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
+    """Whether each constant can be used, and what is wrong with it if not."""
+    above = ("beta", "rmu_coefficient")
+    names = ("beta2", "ceu_skip", "forget_weight", "retain_weight", "guard_weight")
+    values = asdict(objective)
+    return [
+        *((values[name] > 0, f"{name} {values[name]} is not above 0") for name in above),
+        *((values[name] >= 0, f"{name} {values[name]} is below 0") for name in names),
+        (objective.rmu_layer >= -1, f"rmu_layer {objective.rmu_layer} is below -1"),
+    ]
+
+
 def _problems(config: UnlearnConfig) -> list[str]:
     """Everything that is wrong, in words that name flag and value."""
     objective, lora, train = config.objective, config.lora, config.train
     known = OBJECTIVE_DEFAULTS
     checks = [
         (objective.name in known, f"objective {objective.name!r} is not one of {', '.join(known)}"),
-        (objective.beta > 0, f"beta {objective.beta} is not above 0"),
-        (objective.beta2 >= 0, f"beta2 {objective.beta2} is below 0"),
-        (objective.rmu_layer >= -1, f"rmu_layer {objective.rmu_layer} is below -1"),
-        (
-            objective.rmu_coefficient > 0,
-            f"rmu_coefficient {objective.rmu_coefficient} is not above 0",
-        ),
-        (objective.ceu_skip >= 0, f"ceu_skip {objective.ceu_skip} is below 0"),
-        (objective.forget_weight >= 0, f"forget_weight {objective.forget_weight} is below 0"),
-        (objective.retain_weight >= 0, f"retain_weight {objective.retain_weight} is below 0"),
-        (objective.guard_weight >= 0, f"guard_weight {objective.guard_weight} is below 0"),
+        *_objective_checks(objective),
         (lora.lora_r >= 1, f"lora_r {lora.lora_r} is below 1"),
         (lora.lora_alpha > 0, f"lora_alpha {lora.lora_alpha} is not above 0"),
         (0 <= lora.lora_dropout < 1, f"lora_dropout {lora.lora_dropout} is not in [0, 1)"),

@@ -1,4 +1,4 @@
-"""What a block of the model puts out at the answer positions, without running the blocks above."""
+"""Hidden states: behind a block, without running the blocks above, and in front of the LM head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.errors import UserError
-from unlearner.likelihood import AnswerHidden, call_model, causal_model, headless, scored
+from unlearner.likelihood import (
+    AnswerHidden,
+    causal_model,
+    has_plain_head,
+    headless,
+    lm_head,
+    scored,
+    scored_logits,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,12 +79,28 @@ def block_states(model: Any, batch: Mapping[str, Tensor], layer: int) -> AnswerH
     hook = _blocks(model)[layer].register_forward_hook(keep)
     try:
         with _cut_behind(model, layer), headless(model):
-            call_model(model, at)
+            scored_logits(model, at)
     finally:
         hook.remove()
     states = seen[0]
     column = at.kept[at.position].to(states.device)
     return AnswerHidden(states[at.batch_row.to(states.device), column], at.targets, at.row, at.n)
+
+
+def hidden_at(
+    model: torch.nn.Module, inputs: Mapping[str, Any], kept: Tensor
+) -> tuple[Tensor, torch.nn.Module]:
+    """What the head is given at positions `kept` (k,) of one row of tokens, (k, width), and it.
+
+    Where logits are more than the frozen head's output, these are the logits, and the head passes
+    them on.
+    """
+    arguments = {**inputs, "logits_to_keep": kept, "use_cache": False}
+    if not has_plain_head(model):
+        return model(**arguments).logits[0], torch.nn.Identity()
+    with headless(model):
+        hidden = model(**arguments).logits[0]
+    return hidden, lm_head(model)
 
 
 def _blocks(model: Any) -> Any:

@@ -135,14 +135,15 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answer
         batch: from `pad_batch` or `pack_rows`; labels of -100 are skipped.
     """
     at = scored(batch)
-    out = call_model(model, at)
-    return AnswerLogits(out.logits[at.batch_row, at.position], at.targets, at.row, at.n)
+    return AnswerLogits(scored_logits(model, at), at.targets, at.row, at.n)
 
 
-def call_model(model: torch.nn.Module, at: Scored) -> Any:
-    """The model's output with logits of the scored columns only."""
+def scored_logits(model: torch.nn.Module, at: Scored) -> Tensor:
+    """(targets, vocabulary): the model's output at the scored positions alone."""
     # Without `use_cache=False` rows of a pack would see each other, silently.
-    return model(**_inputs(model, at), logits_to_keep=at.kept, use_cache=False)
+    out = model(**_inputs(model, at), logits_to_keep=at.kept, use_cache=False)
+    logits: Tensor = out.logits[at.batch_row, at.position]
+    return logits
 
 
 def _inputs(model: Any, at: Scored) -> dict[str, Any]:
@@ -162,8 +163,7 @@ def answer_hidden(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answer
     """
     at = scored(batch)
     with headless(model):
-        out = call_model(model, at)
-    return AnswerHidden(out.logits[at.batch_row, at.position], at.targets, at.row, at.n)
+        return AnswerHidden(scored_logits(model, at), at.targets, at.row, at.n)
 
 
 class Answers(NamedTuple):
@@ -179,22 +179,6 @@ class Answers(NamedTuple):
     def nll(self, chunk: int = CHUNK) -> AnswerNLL:
         """Summed NLL of every row."""
         return sum_by_row(hidden_nll(self.at.hidden, self.head, self.at.targets, chunk), self.at)
-
-
-def hidden_at(
-    model: torch.nn.Module, inputs: Mapping[str, Any], kept: Tensor
-) -> tuple[Tensor, torch.nn.Module]:
-    """What the head is given at positions `kept` (k,) of one row of tokens, (k, width), and it.
-
-    Where logits are more than the frozen head's output, these are the logits, and the head passes
-    them on.
-    """
-    arguments = {**inputs, "logits_to_keep": kept, "use_cache": False}
-    if not has_plain_head(model):
-        return model(**arguments).logits[0], torch.nn.Identity()
-    with headless(model):
-        hidden = model(**arguments).logits[0]
-    return hidden, lm_head(model)
 
 
 def answers(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Answers:

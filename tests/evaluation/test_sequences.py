@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from adapters.base_model import BaseSpec
 from adapters.errors import UserError
 from adapters.store import AdapterStore
+from evaluation.protocols import PROTOCOLS
 from evaluation.records import AnswerScore, EvalLog, RowRecord, SetRecord
 from evaluation.sequence_figures import figures, interference, quality_of, step_between
 from evaluation.sequence_plan import POLICIES, Plan, split_authors, utility_rows
@@ -97,11 +99,15 @@ def reference(data: Path, path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _private_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def _private_home_and_short_answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random model never ends its answers: here they are cut short."""
+    tofu = PROTOCOLS["tofu"]
+    short = replace(tofu, decoding=replace(tofu.decoding, max_total=60))
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("UNLEARNER_KEY", str(home / "key"))
         patch.setenv("UNLEARNER_CACHE", str(home / "cache"))
+        patch.setitem(PROTOCOLS, "tofu", short)
         yield
 
 
@@ -147,6 +153,29 @@ def test_every_policy_measures_every_author_after_each_arrival(
         assert first["nll"] - last["nll"] == pytest.approx(line["interference"][0][0])
         assert first["nll"] > last["nll"]
     assert found["origin"]["forget_quality"] is None
+
+
+def test_the_page_shows_every_policy_and_what_a_revert_leaves(
+    done: tuple[dict[str, Any], Path],
+) -> None:
+    import xml.etree.ElementTree as ET
+
+    from ui.sequence_page import sequence_page
+
+    page = sequence_page(done[0])
+    tree = ET.fromstring(page.split("<body>")[0].replace("<!doctype html>", "").split("<style>")[0]
+                         .split("<head>")[0] + "<body>" + page.split("<body>")[1])  # fmt: skip
+    text = "".join(tree.itertext())
+    # Five curves of three policies, and the steps; forget quality has no value before arrival 1.
+    assert len(tree.findall(".//figure")) == 6
+    assert len(tree.findall(".//polyline")) == 18
+    assert [h.text for h in tree.findall(".//h2")] == list(POLICIES)
+    assert len(tree.findall(".//table")) == 4
+    first = done[0]["policies"][0]["interference"][0][0]
+    assert tree.find(".//table/tbody/tr/td/b").text == f"{first:+.2f}"  # type: ignore[union-attr]
+    stale = done[0]["policies"][1]["revert"]["stale"][0]
+    assert f"after the revert: 2 active, stale: {stale}" in text
+    assert "Trained again: 1" in text
 
 
 def test_what_the_policies_cost(done: tuple[dict[str, Any], Path]) -> None:
@@ -218,8 +247,6 @@ def test_guarded_rows_are_those_of_earlier_requests(done: tuple[dict[str, Any], 
 def test_what_was_done_is_not_done_again_and_another_history_is_refused(
     done: tuple[dict[str, Any], Path], plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     import unlearner.run
 
     def never(*args: Any, **kwargs: Any) -> Any:
@@ -233,8 +260,6 @@ def test_what_was_done_is_not_done_again_and_another_history_is_refused(
 
 
 def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeypatch: Any) -> None:
-    from dataclasses import replace
-
     import evaluation.sequences as module
 
     small = replace(plan, count=2, revert=0)
@@ -258,6 +283,32 @@ def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeyp
     assert line["arrivals"][1]["cost"]["seconds"] > 0
 
 
+def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
+    plan: Plan, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from evaluation import systems
+    from evaluation.records import read_log
+    from unlearner import full
+
+    given: dict[str, Any] = {
+        "requests": [one.request for one in plan.authors[:2]],
+        "base": plan.base,
+        "config": plan.config,
+        "out": tmp_path,
+        "what": systems.Measured(plan.data, "forget05", limit=2),
+        "log": tmp_path / "full.json",
+    }
+    events: list[dict[str, Any]] = []
+    log = read_log(Path(systems.full_and_measure(events.append, **given)))
+    (folder,) = tmp_path.glob("full-*")
+    record = json.loads((folder / full.RECORD).read_text())
+    assert record["data"]["forget"]["n"] == 6
+    assert log.meta["base"] == str(folder)
+    assert len(log.sets["forget"].rows) == 2
+    monkeypatch.setattr(full, "forget_full", None)
+    assert systems.full_and_measure(events.append, **given) == str(tmp_path / "full.json")
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -268,8 +319,6 @@ def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeyp
 def test_what_cannot_be_done_is_refused_before_any_work(
     change: dict[str, Any], problem: str, plan: Plan, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     with pytest.raises(UserError, match=problem):
         run_sequence(replace(plan, **change), ["on-stack"], tmp_path)
     with pytest.raises(UserError, match="'stack' is no policy"):
@@ -326,6 +375,8 @@ def test_the_command_runs_a_sequence_and_prints_a_line_a_stage(
     assert told["rows_measured"] == 3
     assert told["settings"]["train"]["num_train_epochs"] == 1
     assert told["policies"][0]["arrivals"][0]["cost"]["pairs"] == 3
+    page = (tmp_path / "sequence.html").read_text()
+    assert "1 requests of forget05, one after another" in page
     assert call(*words) == 0
     out = capsys.readouterr().out
     assert "after 1" in out

@@ -58,7 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["simnpo", "npo"])
+@pytest.mark.parametrize("objective", ["simnpo", "npo", "rmu"])
 def test_two_processes_train_the_adapter_of_one(
     objective: str, tiny_base: Path, files: Path, tmp_path: Path
 ) -> None:
@@ -66,7 +66,7 @@ def test_two_processes_train_the_adapter_of_one(
     from safetensors.torch import load_file
 
     weights = []
-    rate = {"simnpo": "0.5", "npo": "0.02"}[objective]
+    rate = {"simnpo": "0.5", "npo": "0.02", "rmu": "0.02"}[objective]
     for processes in (1, 2):
         store = tmp_path / f"store-{processes}"
         made = figures(
@@ -74,7 +74,8 @@ def test_two_processes_train_the_adapter_of_one(
                 processes, "forget", files / "forget.jsonl", "--retain", files / "keep.jsonl",
                 "--base", tiny_base, "--store", store, "--objective", objective, "--optim", "sgd",
                 "--learning-rate", rate, "--num-train-epochs", "6", "--warmup-ratio", "0",
-                "--lora-r", "4", "--per-device-train-batch-size", "2", "--json",
+                "--lora-r", "4", "--per-device-train-batch-size", "2", "--retain-weight", "1",
+                "--json",
                 home=tmp_path / str(processes),
             )
         )  # fmt: skip

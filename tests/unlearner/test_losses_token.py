@@ -248,3 +248,22 @@ def test_rmu_runs_no_block_above_the_one_it_steers(
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained
     assert all("layers.0." in n and ".new." in n for n in trained)
+
+
+@pytest.mark.parametrize("name", ["rmu", "undial"])
+def test_recomputed_activations_give_the_same_gradient(
+    name: str, model: Any, encoded: dict[str, list[Encoded]]
+) -> None:
+    rows = [*encoded["forget"], *encoded["retain"]]
+    batch = pad_batch(rows, 0)
+    model.train()
+    plain = gradient(model, terms_of(model, batch, name))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again: list[int] = []
+    layer = model.get_base_model().model.layers[1]
+    layer.mlp.register_forward_pre_hook(lambda m, i: again.append(1))
+    found = terms_of(model, batch, name)
+    once = len(again)
+    recomputed = gradient(model, found)
+    assert len(again) > once
+    torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-7)
