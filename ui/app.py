@@ -15,10 +15,10 @@ from adapters.errors import UserError
 from ui import (
     app_compare,
     app_first,
-    app_pages,
     app_recorded,
     app_request,
     app_runs,
+    app_sheet,
     app_stack,
     views,
 )
@@ -107,6 +107,7 @@ def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any],
                 slider = gr.Slider(
                     0, 1.5, value=dict(app.session.filed_stack()).get(slug, 1.0), step=0.05,
                     label=f"Strength of {labels(app).get(slug, slug)}", key=f"strength-{slug}",
+                    interactive=True,
                 )  # fmt: skip
                 # A change, not the mouse's release: arrow keys move it too. While one is noted
                 # only the last of the others is kept.
@@ -136,7 +137,7 @@ def _live(app: App, page: gr.Blocks) -> None:
             compare, wire = app_compare.compare(app, stack, strengths)
             again.append(wire)
         with gr.Tab("Author sheet", id="sheet"):
-            sheet_author = app_pages.sheet(app, stack, strengths)
+            sheet_author = app_sheet.sheet(app, stack, strengths)
         with gr.Tab("Stack", id="stack") as stack_tab:
             show_stack, stack_outputs = app_stack.stack(app, stack, _choices, _on)
         with gr.Tab("Runs", id="runs") as runs_tab:

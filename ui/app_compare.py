@@ -37,8 +37,10 @@ def _asking(app: App) -> tuple[Any, ...]:
         lines=1, max_lines=1, elem_id="un-question",
     )  # fmt: skip
     with gr.Row():
-        ask = gr.Button("Ask both", variant="primary", elem_id="un-ask")
-        stop = gr.Button("Stop (Esc)", elem_id="un-stop")
+        ask = gr.Button(
+            "Ask both", variant="primary", elem_id="un-ask", size="md", scale=0, min_width=180
+        )
+        stop = gr.Button("Stop (Esc)", elem_id="un-stop", size="md", scale=0, min_width=140)
     with gr.Accordion("More", open=False), gr.Row():
         heat = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)")
         seed = gr.Number(0, precision=0, label="Seed", minimum=0)
@@ -60,7 +62,7 @@ class _Fields(NamedTuple):
 def _answers() -> _Fields:
     """Both answers, their figures, the last comparison and its command."""
     status = gr.HTML(_status("Ask something."), elem_id="un-status")
-    with gr.Row():
+    with gr.Row(equal_height=True):
         with gr.Column(min_width=300):
             left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
         with gr.Column(min_width=300):
@@ -153,7 +155,8 @@ def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
             continue
         shown, last_stage = now, frame.stage
         yield (_status(_stage(frame)), *views.frame_cards(frame, names),
-               views.scores_table(frame), frame, same.ask(app.session, frame))  # fmt: skip
+               views.scores_table(frame), frame, 
+               views.command_html(same.ask(app.session, frame)))  # fmt: skip
 
 
 def _status(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from adapters.errors import UserError
-from ui import app_first, requests
+from ui import app_first, requests, views
 from ui.app_pages import PRIVATE, command_box, note, told
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def _form(app: App) -> list[Any]:
         )  # fmt: skip
         with gr.Column(scale=1, min_width=220):
             upload = gr.UploadButton(
-                UPLOAD, type="filepath", elem_id="un-upload",
+                UPLOAD, type="filepath", elem_id="un-upload", size="md",
                 file_types=[".jsonl", ".json", ".tsv", ".txt"],
             )  # fmt: skip
             drop = gr.Button("Take the file away", size="sm", visible=False)
@@ -80,8 +80,13 @@ def request(app: App) -> RequestTab:
     """The New request tab."""
     fields = _form(app)
     with gr.Row():
-        preview = gr.Button("Preview and check memory", elem_id="un-preview")
-        start = gr.Button("Start training", variant="primary", elem_id="un-start")
+        preview = gr.Button(
+            "Preview and check memory", elem_id="un-preview", size="md", scale=0, min_width=260
+        )
+        start = gr.Button(
+            "Start training", variant="primary", elem_id="un-start", size="md", scale=0,
+            min_width=180,
+        )  # fmt: skip
     shown_ = gr.HTML("", elem_id="un-previewed")
     same = command_box()
     live, job, events = _watch(app)
@@ -92,7 +97,7 @@ def request(app: App) -> RequestTab:
 
     def look(*values: Any) -> tuple[str, str]:
         asked = _draft(*values)
-        return looked(asked), asked.command(app.session)
+        return looked(asked), views.command_html(asked.command(app.session))
 
     def begin(*values: Any) -> tuple[Any, ...]:
         asked = _draft(*values)
@@ -101,8 +106,8 @@ def request(app: App) -> RequestTab:
             app.session.rest()
         title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
         name = app.jobs.submit(title, asked.words(app.session), asked.rows or None)
-        return (seen, asked.command(app.session), gr.update(choices=_jobs(app), value=name),
-                _jobs_html(app))  # fmt: skip
+        return (seen, views.command_html(asked.command(app.session)),
+                gr.update(choices=_jobs(app), value=name), _jobs_html(app))  # fmt: skip
 
     preview.click(told(look), fields, [shown_, same], **PRIVATE)
     began = start.click(told(begin), fields, [shown_, same, job, live], **PRIVATE)
@@ -116,8 +121,10 @@ def _watch(app: App) -> tuple[Any, Any, list[Any]]:
         job = gr.Dropdown(
             choices=_jobs(app), label="Job", value=None, elem_id="un-job", scale=2, min_width=260
         )
-        cancel = gr.Button("Cancel and save", elem_id="un-cancel", scale=1, min_width=140)
-        resume = gr.Button("Go on", elem_id="un-resume", scale=1, min_width=100)
+        cancel = gr.Button(
+            "Cancel and save", elem_id="un-cancel", size="md", scale=1, min_width=140
+        )
+        resume = gr.Button("Go on", elem_id="un-resume", size="md", scale=1, min_width=100)
     said = gr.HTML("")
 
     def act(action: str) -> Callable[[str | None], str]:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from adapters.errors import UserError
 from ui import runs as runs_data
-from ui import runs_page, same
+from ui import runs_page, same, views
 from ui.app_pages import PRIVATE, command_box, comparator_file, note, told
 
 if TYPE_CHECKING:
@@ -19,6 +19,48 @@ EMPTY = (
     "No evaluation yet. `unlearner evaluate --store S ...` files its figures with the adapter; "
     "`unlearner ui --logs LOG ...` shows logs."
 )
+
+
+class _Reading:
+    """The functions behind the tab."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def read(self) -> tuple[Any, ...]:
+        """Everything anew, from the files."""
+        app, sources = self.app, self.app.sources()
+        found, probes = sources.runs(), sources.probes()
+        path = app.new_file("runs.csv")
+        path.write_text(runs_data.as_csv(found), encoding="utf-8")
+        notes = "".join(map(note, [*found.notes, *probes.notes]))
+        names = list(found.log_r)
+        first = names[: runs_page.SHOWN_CURVES]
+        words = same.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
+        return (
+            notes or ("" if found.table else note(EMPTY)),
+            [runs_data.cells(row) for row in found.table],
+            gr.update(choices=names, value=first, visible=bool(names)),
+            runs_page.log_r_html(found, first),
+            runs_page.plots_html(found, probes),
+            str(path),
+            views.command_html(words),
+        )
+
+    def draw(self, names: list[str]) -> str:
+        """Log R of the chosen runs."""
+        return runs_page.log_r_html(self.app.sources().runs(), names or [])
+
+    def report(self) -> tuple[Any, str]:
+        """The report's file and command."""
+        app = self.app
+        path = runs_data.write_report(app.sources(), app.new_file("report.html"))
+        words = same.report(app.logs, app.retain_log, app.robustness, app.calibration)
+        return gr.update(value=str(path), visible=True), views.command_html(words)
+
+    def pair(self, names: list[str]) -> Any:
+        """The file of the first two chosen."""
+        return gr.update(value=_pair(self.app, names or []), visible=True)
 
 
 def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
@@ -41,45 +83,14 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
         report_file = gr.DownloadButton("HTML report", size="sm", visible=False)
         pair = gr.Button("LLM Comparator JSON of two runs", size="sm", elem_id="un-pair")
         pair_file = gr.DownloadButton("comparator.json", size="sm", visible=False)
-    box = command_box()
-
-    def read() -> tuple[Any, ...]:
-        sources = app.sources()
-        found, probes = sources.runs(), sources.probes()
-        path = app.new_file("runs.csv")
-        path.write_text(runs_data.as_csv(found), encoding="utf-8")
-        notes = "".join(map(note, [*found.notes, *probes.notes])) or (
-            "" if found.table else note(EMPTY)
-        )
-        names = list(found.log_r)
-        first = names[: runs_page.SHOWN_CURVES]
-        return (
-            notes,
-            [runs_data.cells(row) for row in found.table],
-            gr.update(choices=names, value=first, visible=bool(names)),
-            runs_page.log_r_html(found, first),
-            runs_page.plots_html(found, probes),
-            str(path),
-            same.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found)),
-        )
-
-    def draw(names: list[str]) -> str:
-        return runs_page.log_r_html(app.sources().runs(), names or [])
-
-    def write() -> Any:
-        path = runs_data.write_report(app.sources(), app.new_file("report.html"))
-        return gr.update(value=str(path), visible=True)
-
-    def export(names: list[str]) -> Any:
-        return gr.update(value=_pair(app, names or []), visible=True)
-
+    box, behind = command_box(), _Reading(app)
     outputs = [said, grid, chosen, spread, figures, table, box]
-    again.click(told(read), None, outputs, **PRIVATE)
-    page.load(told(read), None, outputs, show_progress="hidden", **PRIVATE)
-    chosen.input(told(draw), chosen, spread, show_progress="hidden", **PRIVATE)
-    report.click(told(write), None, report_file, **PRIVATE)
-    pair.click(told(export), chosen, pair_file, **PRIVATE)
-    return read, outputs
+    again.click(told(behind.read), None, outputs, **PRIVATE)
+    page.load(told(behind.read), None, outputs, show_progress="hidden", **PRIVATE)
+    chosen.input(told(behind.draw), chosen, spread, show_progress="hidden", **PRIVATE)
+    report.click(told(behind.report), None, [report_file, box], **PRIVATE)
+    pair.click(told(behind.pair), chosen, pair_file, **PRIVATE)
+    return behind.read, outputs
 
 
 def _pair(app: App, names: list[str]) -> str:

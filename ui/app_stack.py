@@ -15,6 +15,59 @@ if TYPE_CHECKING:
     from ui.app import App
 
 
+class _Changes:
+    """The functions behind the tab; `choices` and `on` are the ticks above the tabs."""
+
+    def __init__(
+        self, app: App, choices: Callable[[Any], Any], on: Callable[[Any], Any]
+    ) -> None:  # fmt: skip
+        self.app, self._choices, self._on = app, choices, on
+
+    def shown(self, action: str, ref: str = "", strength: float = 1.0) -> tuple[Any, ...]:
+        """Everything as it is after `action`, read back, with its command."""
+        app = self.app
+        return (
+            _listing(app), _read(app), gr.update(choices=_all(app)),
+            views.command_html(same.change(app.session, action, ref, strength)),
+            gr.update(choices=self._choices(app), value=self._on(app)), gr.update(visible=False),
+        )  # fmt: skip
+
+    def switch_on(self, name: str | None, strength: float) -> tuple[Any, ...]:
+        """Switches one on."""
+        self.app.actions.activate(_chosen(name), float(strength))
+        return self.shown("activate", _chosen(name), float(strength))
+
+    def ask(self, name: str | None) -> tuple[Any, ...]:
+        """The question before one is switched off."""
+        text = (
+            f"Revert {_chosen(name)}? It is switched off, exactly; its files stay, and it can be "
+            "switched on again. Adapters trained on top of it become stale."
+        )
+        return gr.update(visible=True), note(text), name
+
+    def ask_all(self) -> tuple[Any, ...]:
+        """The question before everything is switched off."""
+        text = "Switch everything off? What then answers is the bare base, bit for bit."
+        return gr.update(visible=True), note(text), "*"
+
+    def confirmed(self, name: str) -> tuple[Any, ...]:
+        """Switches off what was asked about."""
+        if name == "*":
+            self.app.actions.clear()
+            return self.shown("clear")
+        self.app.actions.revert(name)
+        return self.shown("revert", name)
+
+    def look(self) -> tuple[Any, ...]:
+        """Reads the model back."""
+        return self.shown("list")
+
+    def opened(self) -> tuple[Any, ...]:
+        """What is renewed when the tab is opened: no model is asked for that."""
+        command = views.command_html(same.change(self.app.session, "list"))
+        return _listing(self.app), gr.update(choices=_all(self.app)), command
+
+
 def stack(
     app: App, chosen: Any, choices: Callable[[Any], Any], on: Callable[[Any], Any]
 ) -> tuple[Callable[[], Any], list[Any]]:  # fmt: skip
@@ -24,54 +77,29 @@ def stack(
     with gr.Row():
         ref = gr.Dropdown(choices=_all(app), label="Adapter", value=None, elem_id="un-ref")
         strength = gr.Slider(0, 1.5, value=1.0, step=0.05, label="Strength, 1 is as trained")
+    size: dict[str, Any] = {"size": "md", "scale": 0, "min_width": 150}
     with gr.Row():
-        switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on")
-        off = gr.Button("Revert …", elem_id="un-revert")
-        nothing = gr.Button("Clear = base …", elem_id="un-clear-filed")
-        look = gr.Button("Read back", elem_id="un-look")
+        switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on", **size)
+        off = gr.Button("Revert …", elem_id="un-revert", **size)
+        nothing = gr.Button("Clear = base …", elem_id="un-clear-filed", **size)
+        look = gr.Button("Read back", elem_id="un-look", **size)
     asking, about, yes, no = _confirmation()
-    pending = gr.State("")
-    box = command_box()
-
-    def shown(command: str = "") -> tuple[Any, ...]:
-        return (_listing(app), _read(app), gr.update(choices=_all(app)), command,
-                gr.update(choices=choices(app), value=on(app)),
-                gr.update(visible=False))  # fmt: skip
-
-    def start(name: str | None, scale: float) -> tuple[Any, ...]:
-        app.actions.activate(name or "", float(scale))
-        return shown(same.change(app.session, "activate", name or "", float(scale)))
-
-    def ask(name: str | None) -> tuple[Any, ...]:
-        if not name:
-            raise UserError("No adapter is chosen.", "Choose one first.")
-        text = (f"Revert {name}? It is switched off, exactly; its files stay, and it can be "
-                "switched on again. Adapters trained on top of it become stale.")  # fmt: skip
-        return gr.update(visible=True), note(text), name
-
-    def ask_all() -> tuple[Any, ...]:
-        text = "Switch everything off? What then answers is the bare base, bit for bit."
-        return gr.update(visible=True), note(text), "*"
-
-    def confirmed(name: str) -> tuple[Any, ...]:
-        if name == "*":
-            app.actions.clear()
-            return shown(same.change(app.session, "clear"))
-        app.actions.revert(name)
-        return shown(same.change(app.session, "revert", name))
-
+    pending, box = gr.State(""), command_box()
+    behind = _Changes(app, choices, on)
     outputs = [listing, read, ref, box, chosen, asking]
-    switch_on.click(told(start), [ref, strength], outputs, **PRIVATE)
-    off.click(told(ask), ref, [asking, about, pending], **PRIVATE)
-    nothing.click(told(ask_all), None, [asking, about, pending], **PRIVATE)
-    yes.click(told(confirmed), pending, outputs, **PRIVATE)
+    switch_on.click(told(behind.switch_on), [ref, strength], outputs, **PRIVATE)
+    off.click(told(behind.ask), ref, [asking, about, pending], **PRIVATE)
+    nothing.click(told(behind.ask_all), None, [asking, about, pending], **PRIVATE)
+    yes.click(told(behind.confirmed), pending, outputs, **PRIVATE)
     no.click(lambda: gr.update(visible=False), None, asking, **PRIVATE)
-    look.click(told(lambda: shown(same.change(app.session, "list"))), None, outputs, **PRIVATE)
+    look.click(told(behind.look), None, outputs, **PRIVATE)
+    return behind.opened, [listing, ref, box]
 
-    def opened() -> tuple[Any, ...]:
-        return _listing(app), gr.update(choices=_all(app)), same.change(app.session, "list")
 
-    return opened, [listing, ref, box]
+def _chosen(name: str | None) -> str:
+    if not name:
+        raise UserError("No adapter is chosen.", "Choose one first.")
+    return name
 
 
 def _confirmation() -> tuple[Any, ...]:

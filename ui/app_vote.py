@@ -20,6 +20,47 @@ HIDDEN = "Hidden until you have voted."
 Frames = Callable[..., Iterator["Frame"]]
 
 
+class _Ballots:
+    """The functions behind the vote."""
+
+    def __init__(self, app: App, frames: Frames, status: Callable[[Any], str]) -> None:
+        self.app, self._frames, self._status = app, frames, status
+
+    def begin(
+        self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
+        number: float, most: float, request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        """Asks with both sides hidden, then deals them out."""
+        hidden = views.answer_card("Hidden", HIDDEN, None)
+        empty = [views.answer_card(letter, "", None) for letter in "AB"]
+        last: Any = None
+        stage = ""
+        for frame in self._frames(asked, chosen, kept, temperature, number, most, request):
+            last = frame
+            if frame.stage != stage:
+                stage = frame.stage
+                yield (self._status(frame), hidden, hidden, "", None, "", *empty, None, None, "")
+        if last is None or last.stage not in ("done", "stopped"):  # something else was asked
+            return
+        made = votes.ballot(last.question, last.base.text, last.unlearned.text, last.stack)
+        cards = [
+            views.answer_card(letter, views.esc(text), None)
+            for letter, text in zip("AB", made.texts, strict=True)
+        ]
+        words = views.command_html(same.vote(self.app.session, last, self.app.votes))
+        yield (self._status(last), hidden, hidden, "", None, words, *cards, None, (made, last), "")
+
+    def cast(self, held: Any, chosen: str | None) -> tuple[Any, ...]:
+        """Keeps the vote, and shows which side was which."""
+        if held is None:
+            raise UserError("There is no ballot.", "Ask blind first.")
+        made, frame = held
+        line = votes.cast(self.app.votes, made, chosen or "")
+        names = {adapter.slug: adapter.label for adapter in self.app.session.adapters()}
+        cards = views.frame_cards(frame, names)
+        return _result(line, self.app.votes), None, frame, *cards, views.scores_table(frame)
+
+
 def vote(app: App, frames: Frames, status: Callable[[Any], str]) -> Callable[..., None]:
     """The fields of the vote; what it gives back wires them to the Compare tab.
 
@@ -39,49 +80,18 @@ def vote(app: App, frames: Frames, status: Callable[[Any], str]) -> Callable[...
         choice = gr.Radio(list(votes.CHOICES), label="Your vote")
         give = gr.Button("Vote", size="sm")
         said = gr.HTML("")
-        given = gr.State(None)
-
-    def begin(
-        asked: str, chosen: list[str], kept: dict[str, float], temperature: float, number: float,
-        most: float, request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        hidden = views.answer_card("Hidden", HIDDEN, None)
-        empty = [views.answer_card(letter, "", None) for letter in "AB"]
-        last: Frame | None = None
-        stage = ""
-        for frame in frames(asked, chosen, kept, temperature, number, most, request):
-            last = frame
-            if frame.stage != stage:
-                stage = frame.stage
-                yield (status(frame), hidden, hidden, "", None, "", *empty, None, None, "")
-        if last is None or last.stage not in ("done", "stopped"):  # something else was asked
-            return
-        made = votes.ballot(last.question, last.base.text, last.unlearned.text, last.stack)
-        cards = [
-            views.answer_card(letter, views.esc(text), None)
-            for letter, text in zip("AB", made.texts, strict=True)
-        ]
-        yield (status(last), hidden, hidden, "", None, same.vote(app.session, last, app.votes),
-               *cards, None, (made, last), "")  # fmt: skip
-
-    def cast(held: Any, chosen: str | None) -> tuple[Any, ...]:
-        if held is None:
-            raise UserError("There is no ballot.", "Ask blind first.")
-        made, frame = held
-        line = votes.cast(app.votes, made, chosen or "")
-        names = {adapter.slug: adapter.label for adapter in app.session.adapters()}
-        return (
-            _result(line, app.votes), None, frame,
-            *views.frame_cards(frame, names), views.scores_table(frame),
-        )  # fmt: skip
+    given, behind = gr.State(None), _Ballots(app, frames, status)
 
     def wire(inputs: list[Any], cards: list[Any], frame_state: Any, box: Any) -> None:
         """`cards` are the Compare tab's status, left, right and figures."""
         start.click(
-            told(begin), inputs, [*cards, frame_state, box, a, b, choice, given, said],
+            told(behind.begin), inputs,
+            [*cards, frame_state, box, a, b, choice, given, said],
             concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
         )  # fmt: skip
-        give.click(told(cast), [given, choice], [said, given, frame_state, *cards[1:]], **PRIVATE)
+        give.click(
+            told(behind.cast), [given, choice], [said, given, frame_state, *cards[1:]], **PRIVATE
+        )
 
     return wire
 

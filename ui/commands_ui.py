@@ -99,10 +99,16 @@ def run_ui(args: argparse.Namespace, console: Console) -> int:
         recorded = None
     console.words("Opening the page ...")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="unlearner-") as scratch:
         # Uploads and downloads hold forget text: in a private folder that goes with the app.
         os.environ["GRADIO_TEMP_DIR"] = scratch
-        return _serve(args, console, auth, recorded, Path(scratch))
+        try:
+            return _serve(args, console, auth, recorded, Path(scratch))
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def _serve(

@@ -36,13 +36,15 @@ def pareto_with_front(
     # Where a sign stands is the plot's own matter: it is read back from what was drawn.
     places = [(float(a), float(b) - MARK_DROP) for a, b in _MARK.findall(drawn)]
     added, legend = [], []
+    kinds = list(dict.fromkeys(point[3] for point in points))
     for number, (kind, words) in enumerate(fronts.items()):
         mine = [i for i, point in enumerate(points) if point[3] == kind]
         best = [mine[k] for k in front([points[i][1:3] for i in mine])]
         if len(best) < 2:
             continue
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (places[i] for i in best))
-        style = f'class="un-front un-s{number}" stroke-dasharray="{DASHES[number + 1]}"'
+        style = f'class="un-front un-s{kinds.index(kind) % 4}"'
+        style += f' stroke-dasharray="{DASHES[number + 1]}"'
         added.append(f'<polyline {style} points="{path}"/>')
         legend.append(
             f'<span class="un-key"><svg width="28" height="8" aria-hidden="true">'

@@ -72,7 +72,7 @@ def requested(
     for label, wanted in marks:
         rows = tuple(row for known, row in by_mark.items() if known in wanted)
         if rows:
-            found[f"request {label}"] = rows
+            found[f"filed: {label}"] = rows
     return found
 
 

@@ -75,7 +75,7 @@ def gather_probes(
         for path in [*named, *(path for path in beside if path.is_file())]:
             if path.resolve() not in seen:
                 seen.add(path.resolve())
-                _add(found, what, read_probe(path, what), path.parent.name)
+                _add(found, what, read_probe(path, what), path.parent.name or path.stem)
     for adapter, name, value in _filed(store):
         what = name.split("-", 1)[0]
         if value.get("kind") == KINDS[what] and value.get("schema") == SCHEMA:

@@ -9,6 +9,7 @@ from ui import curves, plots, runs, views
 from ui.probes import Probes
 
 MEASURED, PUBLISHED = "measured here", "published, Llama-2-7B"
+PUBLISHED_REFERENCE = "published retrain, Llama-2-7B"
 SHOWN_CURVES = 4  # a plot has four colours
 NO_PROBES = Probes()
 
@@ -59,16 +60,19 @@ def _quality(found: runs.Runs) -> tuple[str, str]:
         for row in found.table
         if row.get("model_utility") is not None and row.get("forget_quality_log10") is not None
     ]  # fmt: skip
-    published = [(name, mu, fq, PUBLISHED) for name, fq, mu in found.published]
+    published = [
+        (name, mu, fq, PUBLISHED_REFERENCE if name == "retrain" else PUBLISHED)
+        for name, fq, mu in found.published
+    ]
     drawn = curves.pareto_with_front(
         [*points, *published], "Forget quality against model utility",
         "model utility, higher is better", "log10 forget quality, 0 is best",
         {MEASURED: "front of those measured here", PUBLISHED: "front of the published"},
     )  # fmt: skip
     note = (
-        "Published: Llama-2-7B on forget05 (OPTML-Group), not measured here. The front joins the "
-        "runs that no other beats in both. Forget quality needs a retrain reference: without one "
-        "a run has no point."
+        "Published: Llama-2-7B on forget05 (OPTML-Group), not measured here. A front joins the "
+        "runs that no other of their kind beats in both; references are left out of it. Forget "
+        "quality needs a retrain reference: without one a run has no point."
     )
     return "Forget quality against model utility", drawn + _foot(note)
 
@@ -99,7 +103,9 @@ def verdicts_html(probes: Probes) -> str:
         }
         for verdict in probes.verdicts
     ]
-    return f"<h2>Verdicts of the probes</h2>{views.table(rows, 'Verdicts')}" if rows else ""
+    if not rows:
+        return ""
+    return f'<h2 class="un-part">Verdicts of the probes</h2>{views.table(rows, "Verdicts")}'
 
 
 def _figure(value: Any) -> str:

@@ -86,6 +86,20 @@ def runs(
     return "\n".join(lines)
 
 
+def report(
+    logs: Sequence[Path], retain_log: Path | None, robustness: Sequence[Path],
+    calibration: Sequence[Path],
+) -> str:  # fmt: skip
+    """The HTML report of these logs and probes; empty without a log to report on."""
+    if not logs:
+        return ""
+    words: list[object] = ["report", *logs]
+    words += ["--retain-log", retain_log] if retain_log else []
+    words += ["--robustness", *robustness] if robustness else []
+    words += ["--calibration", *calibration] if calibration else []
+    return command(*words)
+
+
 def demo(folder: Path) -> str:
     """The demo world."""
     return command("quickstart", "--out", folder)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ui.session import Session, Stack
     from unlearner.data import Row
 
-AUTHOR = "to forget"
+FILED, AUTHOR = "to forget", "this author"
 BATCH = 5  # rows between two looks at the page: small enough to watch, large enough to be a batch
 COLUMNS = ("set", "question", "base says", "stack says", "verdict base", "verdict stack",
            "ROUGE-L base", "ROUGE-L stack", "P base", "P stack", "R base", "R stack")  # fmt: skip
@@ -24,7 +24,7 @@ COLUMNS = ("set", "question", "base says", "stack says", "verdict base", "verdic
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One question with both answers; `group` is "to forget" or the name of a set that is kept."""
+    """One question with both answers; `group` tells rows to forget from those that are kept."""
 
     group: str
     question: str
@@ -76,7 +76,8 @@ def fill(
     rows = session.askable().get(author)
     if not rows:
         raise UserError(f"There is no author {author!r} in the data.", "Choose one from the list.")
-    wanted = [(AUTHOR, row) for row in rows] + session.library.beside(rows, neighbours)
+    group = AUTHOR if author in session.library.authors else FILED
+    wanted = [(group, row) for row in rows] + session.library.beside(rows, neighbours)
     found: list[SheetRow] = []
     stop = stop or threading.Event()
     for start in range(0, len(wanted), BATCH):

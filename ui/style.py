@@ -17,6 +17,7 @@ CSS = """
 .un-sub { overflow-wrap:anywhere; }
 .un-card { border:1px solid var(--un-line); border-radius:8px; padding:.9rem 1rem 1rem;
   background:var(--un-paper); color:var(--un-ink); }
+.un-card { box-sizing:border-box; flex:1 1 auto; }
 .un-card header { display:flex; justify-content:space-between; gap:1rem; align-items:baseline; }
 .un-card h2 { font-size:1rem; font-weight:650; margin:0; }
 .un-answer { font-size:1.05rem; line-height:1.6; min-height:4.8em; margin:.6rem 0;
@@ -37,7 +38,12 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 #un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
 #un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
   font-family:system-ui,sans-serif; font-size:.875rem; }
-#un-clear { align-self:center; }
+#un-clear, #un-cancel, #un-resume { align-self:center; }
+#un-left, #un-left > div, #un-left > div > div, #un-right, #un-right > div,
+#un-right > div > div { display:flex; flex-direction:column; flex:1 1 auto; }
+.un-scores th[scope=row] { width:60%; } .un-part { font-size:1rem; font-weight:650; }
+.gradio-container input[type=range]::-webkit-slider-thumb { border:2px solid var(--un-accent); }
+.gradio-container input[type=range]::-moz-range-thumb { border:2px solid var(--un-accent); }
 .un-key svg { display:inline-block; vertical-align:middle; margin:0; }
 .un-scores table, .un-table { border-collapse:collapse; width:100%; font-size:.9rem;
   color:var(--un-ink); font-variant-numeric:tabular-nums; }
@@ -80,7 +86,16 @@ progress { width:100%; height:.5rem; appearance:none; border:0; background:var(-
 progress::-webkit-progress-bar { background:var(--un-line); }
 progress::-webkit-progress-value { background:var(--un-accent); }
 progress::-moz-progress-bar { background:var(--un-accent); }
-.un-command textarea { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem; }
+.un-command { display:flex; flex-wrap:wrap; gap:.3rem .8rem; align-items:center;
+  color:var(--un-ink); } .un-command h2 { font-size:.85rem; font-weight:600; margin:0; }
+.un-command pre { order:3; flex:1 1 100%; margin:0; padding:.5rem .7rem; overflow-x:auto;
+  background:var(--un-soft); border:1px solid var(--un-line); border-radius:6px; }
+.un-command code { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem;
+  background:none; padding:0; color:inherit; white-space:pre-wrap; overflow-wrap:anywhere; }
+.un-copy { margin-left:auto; padding:.15rem .7rem; font-size:.82rem; border-radius:6px;
+  border:1px solid var(--un-line); background:var(--un-paper); color:var(--un-ink); }
+.un-copy:focus-visible, .un-command pre:focus-visible { outline:2px solid var(--un-accent);
+  outline-offset:2px; }
 @media (prefers-reduced-motion: reduce) {
   * { animation:none !important; transition:none !important; } }
 """
@@ -90,6 +105,18 @@ progress::-moz-progress-bar { background:var(--un-accent); }
 HEAD = """
 <script>
 document.documentElement.lang = "en";
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-un-copy]");
+  if (!button) return;
+  const code = button.parentElement.querySelector("code");
+  const said = (text) => { button.textContent = text; };
+  const mark = () => {  // without the right to the clipboard the text is marked, ready to copy
+    getSelection().selectAllChildren(code);
+    said("Marked: press Ctrl+C");
+  };
+  if (!navigator.clipboard) mark();
+  else navigator.clipboard.writeText(code.textContent).then(() => said("Copied"), mark);
+});
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   const stop = document.querySelector("#un-stop");

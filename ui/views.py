@@ -255,6 +255,17 @@ def table(rows: Sequence[Mapping[str, Any]], label: str) -> str:
     )
 
 
+def command_html(text: str) -> str:
+    """A command that can be read, focused and copied; nothing where there is none yet."""
+    if not text:
+        return ""
+    return (
+        '<section class="un-command" aria-label="Copy as command"><h2>Copy as command</h2>'
+        f'<pre tabindex="0" role="group" aria-label="Command"><code>{esc(text)}</code></pre>'
+        '<button type="button" class="un-copy" data-un-copy>Copy the command</button></section>'
+    )
+
+
 def command(*words: object) -> str:
     """A command line that can be pasted into a shell."""
     return shlex.join(["unlearner", *[str(word) for word in words]])

@@ -171,7 +171,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     assert changed != base
     assert page.locator("#un-right mark.un-diff").count() > 0
     assert page.locator("#un-figures tbody tr").count() == 3
-    assert "--adapters" in page.locator(".un-command textarea:visible").input_value()
+    assert "--adapters" in page.locator(".un-command code:visible").inner_text()
     page.get_by_role("button", name="Ask both").click()
     assert _done(page) == (base, changed)
     assert "one batch" in page.locator("#un-status").inner_text()
@@ -269,7 +269,16 @@ def test_two_browsers_take_turns_and_see_their_place(
     other.context.close()
 
 
-def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any) -> None:
+def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any, monkeypatch: Any) -> None:
+    from ui import sheet
+
+    batch = sheet._batch
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return batch(*args)
+
+    monkeypatch.setattr(sheet, "_batch", slow)
     app = served[0]
     author = list(app.session.library.authors)[-1]
     page.get_by_label("request-1").check()
@@ -282,12 +291,13 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any) -> None
     page.locator("#un-sheet-stop").click()
     _wait_for(page, "#un-sheet-status", "Stopped")
     assert "25 of" not in page.locator("#un-sheet-status").inner_text()
+    monkeypatch.setattr(sheet, "_batch", batch)
     page.get_by_role("button", name="Fill the sheet").click()
     page.wait_for_function(
         "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
     )
     groups = page.locator("#un-tally tbody th").all_inner_texts()
-    assert groups == ["to forget", "retain authors", "real authors", "world facts"]
+    assert groups == ["this author", "retain authors", "real authors", "world facts"]
     question = app.session.library.authors[author][1].question
     page.locator("#un-sheet").get_by_text(question).first.click()
     page.wait_for_selector("#un-sheet-diff .un-answer")
@@ -303,7 +313,7 @@ def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, s
     assert [slug for slug, _ in app.session.filed_stack()] == [
         app.session.store().get("request-2").slug
     ]
-    assert "adapters activate" in page.locator(".un-command textarea:visible").input_value()
+    assert "adapters activate" in page.locator(".un-command code:visible").inner_text()
     page.locator("#un-revert").click()
     page.wait_for_selector("text=It is switched off, exactly")
     assert app.session.filed_stack()  # only asked so far
@@ -359,9 +369,7 @@ def test_html_in_a_question_stays_text(page: Any) -> None:
     html = "<img src=x onerror='window.harmed = 1'>"
     _ask(page, html)
     _done(page)
-    assert html in page.locator(".un-command textarea:visible").input_value().replace(
-        "'\"'\"'", "'"
-    )
+    assert html in page.locator(".un-command code:visible").inner_text().replace("'\"'\"'", "'")
     assert page.evaluate("window.harmed") is None
 
 
@@ -389,9 +397,9 @@ def test_everything_can_be_reached_and_done_by_keyboard(page: Any, served: Any) 
     page.keyboard.press("Enter")
     assert _done(page)[0]
     page.locator("[role=tab][aria-selected=true]").first.focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    assert page.locator("[role=tab][aria-selected=true]").first.inner_text() == "Author sheet"
+    page.wait_for_selector("[role=tab][aria-selected=true] >> text=Author sheet")
 
 
 def test_runs_draw_what_is_chosen_and_make_files(
@@ -418,7 +426,7 @@ def test_runs_draw_what_is_chosen_and_make_files(
         assert "llama2-7b_full, mean" in page.locator("#un-log-r").inner_text()
         page.wait_for_selector("#un-plots >> text=Relearning")
         assert page.locator("#un-plots polyline.un-front").count() >= 1
-        words = page.locator(".un-command textarea:visible").input_value().splitlines()
+        words = page.locator(".un-command code:visible").inner_text().splitlines()
         assert [line.split()[1] for line in words] == ["score", "score"]
         page.get_by_label("llama2-7b_full").uncheck()
         page.wait_for_function(
@@ -576,7 +584,7 @@ def test_axe_finds_nothing_serious(
     assert found == {}
 
 
-def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path) -> None:
+def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path, axe: str) -> None:
     from ui.app import App, launch
     from ui.jobs import Jobs
     from ui.recorded import open_recorded
@@ -596,6 +604,14 @@ def test_recorded_answers_need_no_model(browser: Any, home: Path, shared: Path) 
     page.wait_for_function(
         "old => document.querySelector('#un-left .un-answer').innerText != old", arg=before
     )
+    assert page.locator(".un-command code:visible").inner_text().startswith("unlearner ui --logs")
+    page.evaluate(axe)
+    for name in ("Compare", "Runs"):
+        _tab(page, name)
+        page.wait_for_timeout(300)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        assert [one["id"] for one in found if one["impact"] in SERIOUS] == [], name
+        assert not NAMELESS.findall(page.locator("body").aria_snapshot())
     page.close()
     gradio_page.close(verbose=False)
     assert app.session.state == "no base"
@@ -617,7 +633,7 @@ def test_gradio_client_drives_the_same_functions(served: Any) -> None:
     assert [scale for _, scale in state["read_back"]] == [0.5]
     assert client.predict(api_name="/clear")["read_back"] == []
     sheet = client.predict(list(app.session.library.authors)[-1], [], 1, {}, api_name="/sheet")
-    assert sheet["tally"][0]["group"] == "to forget"
+    assert sheet["tally"][0]["group"] == "this author"
     assert set(client.predict(api_name="/runs")) == {"table", "probes", "notes"}
     assert isinstance(client.predict(api_name="/jobs"), list)
     with pytest.raises(Exception, match="No adapter"):

@@ -134,3 +134,92 @@ def test_a_resting_session_says_so(tmp_path: Path) -> None:
     session.rest()
     with pytest.raises(UserError, match="A training uses the GPU"):
         session.require()
+
+
+def test_the_page_is_for_this_machine_and_keeps_and_shares_nothing(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    import gradio as gr
+
+    from ui import app as app_module
+    from ui.jobs import Jobs
+    from ui.session import Session
+
+    seen: dict[str, Any] = {}
+
+    def launch(self: gr.Blocks, **options: Any) -> tuple[None, str, None]:
+        seen.update(options, analytics=self.analytics_enabled)
+        return None, "http://127.0.0.1:1/", None
+
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    app_module.launch(app_module.App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs")))
+    assert seen["server_name"] == "127.0.0.1"
+    for name in ("share", "run_history", "analytics", "enable_monitoring", "mcp_server"):
+        assert seen[name] is False, name
+    assert seen["allowed_paths"] == []
+    assert seen["max_file_size"] == "6mb"
+
+
+def test_only_this_machine_is_listened_to(tmp_path: Path) -> None:
+    import socket
+    from urllib.parse import urlparse
+
+    from ui.app import App, launch
+    from ui.jobs import Jobs
+    from ui.session import Session
+
+    page, url = launch(App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs")))
+    try:
+        port = urlparse(url).port
+        assert port is not None
+        assert urlparse(url).hostname == "127.0.0.1"
+        socket.create_connection(("127.0.0.1", port), 5).close()
+        # Another address of this machine: the whole of 127/8 is its own.
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.2", port), 5)
+    finally:
+        page.close(verbose=False)
+
+
+def test_another_address_without_passwords_is_refused_before_anything_opens(run: Any) -> None:
+    ran = run("ui", "--host", "0.0.0.0")
+    assert ran.code == 2
+    assert "--auth" in ran.err
+    assert ran.out == ""
+
+
+def test_uploads_lie_in_a_private_folder_that_goes_with_the_app(
+    opened: Any, monkeypatch: Any
+) -> None:
+    import os
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "elsewhere")
+    seen: list[Path] = []
+    import ui.app
+
+    make = ui.app.App.__init__
+
+    def note(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert folder == options["scratch"]
+        assert folder.stat().st_mode & 0o077 == 0
+        assert self.new_file("x.csv").parent.parent == folder
+        seen.append(folder)
+
+    monkeypatch.setattr(ui.app.App, "__init__", note)
+    opened()
+    assert seen
+    assert not seen[0].exists()
+    assert os.environ["GRADIO_TEMP_DIR"] == "elsewhere"
+
+
+def test_a_file_that_is_no_probe_is_refused_before_the_page_opens(
+    opened: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("{}")
+    ran, seen = opened("--robustness", path)
+    assert ran.code == 2
+    assert "no robustness result" in ran.err
+    assert not seen

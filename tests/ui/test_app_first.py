@@ -33,7 +33,7 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
         page.evaluate(axe)
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
         assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
-        assert "quickstart --out" in page.locator("#un-first textarea").input_value()
+        assert "quickstart --out" in page.locator("#un-first code").last.inner_text()
         page.locator("#un-demo").click()
         page.wait_for_selector("#un-demo-live progress")  # true progress: steps, not a timer
         name = app_first.job(app).name  # type: ignore[union-attr]

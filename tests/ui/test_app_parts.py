@@ -357,7 +357,7 @@ def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any)
     found = requested(
         Library({"A": rows[:1], "B": rows[1:]}), AdapterStore.open(tmp_path / "store").list(), key
     )
-    assert found == {"request mine": rows[:2]}
+    assert found == {"filed: mine": rows[:2]}
 
 
 def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> None:
