@@ -23,6 +23,7 @@ from ui import (
     commands_runs,
     commands_store,
     commands_train,
+    commands_tune,
     commands_ui,
 )
 from ui.console import Console
@@ -51,6 +52,7 @@ MODULES = (
     commands_merge,
     commands_eval,
     commands_finetune,
+    commands_tune,
     commands_ui,
 )
 FAILURE, INTERRUPTED = 1, 130

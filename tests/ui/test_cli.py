@@ -75,7 +75,7 @@ def test_the_design_s_commands_are_there() -> None:
     first = {words.split()[0] for words in COMMANDS}
     assert first == {
         "quickstart", "doctor", "preview", "forget", "consolidate", "adapters", "merge",
-        "evaluate", "score", "finetune", "reproduce", "ui", "bench",
+        "evaluate", "score", "finetune", "reproduce", "ui", "bench", "tune",
     }  # fmt: skip
     verbs = {words.split()[1] for words in COMMANDS if words.startswith("adapters ")}
     assert verbs >= {
