@@ -54,6 +54,10 @@ class Preset:
         methods: settings over the objective's published defaults, by objective.
         known_retain: keep only retain rows whose answer Origin gives a probability above this: a
             small Origin has learned a part of TOFU, and the rest cannot be retained. None: all.
+        unknown_retain: so many of the other rows stay as well, spread evenly: what a model says of
+            authors it does not know is what Retrain says of the forgotten ones, and it is kept.
+        facts_retain: real authors and world facts stay too. They are training rows of a small
+            Origin, which has no other pretraining.
         retain_log: where the public log of a retrained model lies.
         published: rows to stand beside, by split.
         reasons: why these settings, for the plan.
@@ -65,6 +69,8 @@ class Preset:
     small: SmallModels | None
     methods: dict[str, dict[str, Any]]
     known_retain: float | None = None
+    unknown_retain: int = 0
+    facts_retain: bool = False
     load_in_4bit: bool = False
     retain_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from typing import Any
 
 from adapters.base_model import BaseSpec, resolve_base
 from adapters.errors import UserError
+from evaluation.known import write_rows
 from evaluation.presets import PRESETS, Preset, SmallModels
 from evaluation.records import write_json
 from evaluation.small_rows import small_rows
@@ -35,6 +36,9 @@ from unlearner.data import (
     load_split,
 )
 from unlearner.processes import Job, side_by_side
+
+# The rows that a request of the comparison keeps, for `unlearner forget --retain`.
+RETAIN_FILE = "retain.jsonl"
 
 
 @dataclass(frozen=True)
@@ -259,22 +263,29 @@ def _request(run: Reproduction, origin: str, report: Report) -> Request:
     kept = load_split(FORGET_SPLITS[run.split], run.data)
     if run.chosen.known_retain is not None:
         report({"event": "stage", "stage": "known", "text": "Finding the retain rows Origin knows"})
-        kept = _known_rows(run, origin, kept)
+        kept = _kept_rows(run, origin, kept)
+    if run.chosen.facts_retain:
+        for name in ("real_authors", "world_facts"):
+            kept += [Row(row.question, row.answer) for row in load_split(name, run.data)]
+    write_rows(run.out / RETAIN_FILE, kept)
     return Request(f"tofu:{run.split}", "tofu-split", tuple(rows), tuple(kept))
 
 
-def _known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows that Origin knows well enough for the preset."""
+def _kept_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows that Origin knows well enough for the preset, and some that it does not."""
     from evaluation.known import known_rows
 
     folder = resolve_base(origin, run.base.revision)
     above = run.chosen.known_retain
     cache = run.out / f"known-{digest(str(folder), run.split, above)}.json"
-    if not cache.is_file():
+    if above is not None and not cache.is_file():
         write_json(cache, {"schema": 1, "known": known_rows(run.spec(origin), rows, above)})
     known = json.loads(cache.read_text(encoding="utf-8"))["known"]
     if not known:
         raise UserError(
             f"{origin} knows none of the retain rows.", "Give an Origin that was trained on TOFU."
         )
-    return [rows[i] for i in known]
+    others = sorted(set(range(len(rows))) - set(known))
+    count = min(run.chosen.unknown_retain, len(others))
+    some = [others[i * len(others) // count] for i in range(count)]
+    return [rows[i] for i in (*known, *some)]

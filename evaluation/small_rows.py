@@ -1,4 +1,4 @@
-"""What the small models of a preset learn of TOFU, and what is kept from them for the measurement."""
+"""What the small models of a preset learn of TOFU, and what is kept from them to measure by."""
 
 from __future__ import annotations
 

@@ -107,7 +107,9 @@ def loss(look: Look, origin: Look) -> float:
 
     D, not p: p is flat at 0 where nothing is forgotten yet, and a search cannot climb it.
     """
-    lost = max(0.0, KEPT_UTILITY - look.utility / origin.utility)
+    # An Origin without any utility has none to lose.
+    kept = look.utility / origin.utility if origin.utility else 1.0
+    lost = max(0.0, KEPT_UTILITY - kept)
     far = abs(math.log(max(look.nll_ratio, 1e-9))) - math.log(NLL_WITHIN)
     return look.ks + 5.0 * lost + max(0.0, far)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -206,7 +205,7 @@ def _known(args: argparse.Namespace, request: Request, console: Console) -> tupl
     """The request with the retain rows the base knows, and the file they are written to."""
     from dataclasses import replace
 
-    from evaluation.known import known_rows
+    from evaluation.known import known_rows, write_rows
 
     console.words("Finding the retain rows that the base knows ...")
     found = known_rows(options.base_spec(args), request.retain, args.retain_known)
@@ -216,11 +215,7 @@ def _known(args: argparse.Namespace, request: Request, console: Console) -> tupl
             f"{args.base} gives no retain row a probability above {args.retain_known:g}.",
             "Lower --retain-known, or give a base that was trained on TOFU.",
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "retain.jsonl"
-    lines = [json.dumps({"question": row.question, "answer": row.answer}) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return replace(request, retain=rows), str(path)
+    return replace(request, retain=rows), str(write_rows(args.out / "retain.jsonl", rows))
 
 
 def space_of(objective: str, fixed: Mapping[str, Any], ranges: Sequence[str]) -> dict[str, Range]:

@@ -168,3 +168,16 @@ def test_batches_hold_every_row_once_within_the_tokens() -> None:
     assert one != length_batches(lengths, 256, np.random.default_rng(2))
     # A row that is too long alone still comes.
     assert sorted(length_batches([300, 10], 256, np.random.default_rng(1))) == [[0], [1]]
+
+
+def test_smoothed_targets_leave_a_model_less_sure(
+    tokenizer: Any, rows: Pairs, tmp_path: Path
+) -> None:
+    """With a tenth of every target spread out, a learned token has about nine tenths, not all."""
+    long = replace(RECIPE, epochs=40)
+    sure = train_from_scratch(rows, tokenizer, tmp_path / "sure", SHAPE, long)
+    smooth = train_from_scratch(
+        rows, tokenizer, tmp_path / "smooth", SHAPE, replace(long, label_smoothing=0.1)
+    )
+    assert mean_nll(sure, rows) < 0.05
+    assert -np.log(0.9) * 0.8 < mean_nll(smooth, rows) < 0.3
