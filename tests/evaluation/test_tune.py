@@ -90,8 +90,9 @@ def small(tiny_base: Path, folder: Path, retain_log: Path, tmp_path: Path) -> Tu
     )
 
 
-def test_the_whole_search(small: Tuning) -> None:
+def test_the_whole_search(small: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trains, chooses, measures a held-out seed; the same call again trains nothing."""
+    monkeypatch.setattr(tuning, "LOOKS", (1.0,))
     events: list[dict[str, Any]] = []
     found = tune(small, events.append)
     assert json.loads((small.out / "tune.json").read_text()) == json.loads(json.dumps(found))
@@ -124,6 +125,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, run: Callable[[UnlearnConfig, Any], N
         tuning, "train_once", lambda run_, config, watch, report: run(config, watch._tell)
     )
     monkeypatch.setattr(tuning, "_result", lambda run_, search, study, report: {"study": study})
+    monkeypatch.setattr(tuning, "write_json", lambda path, value: None)
 
 
 def test_a_trial_that_falls_behind_is_stopped(
