@@ -87,29 +87,35 @@ MINI = Preset(
     retrain={},
     small=SmallModels(
         TinyShape(vocab_size=4096, hidden_size=128, intermediate_size=320, num_hidden_layers=4),
-        TinyRecipe(epochs=10, pretrain_rows=800, label_smoothing=0.1),
+        TinyRecipe(epochs=9, pretrain_rows=800, label_smoothing=0.1),
     ),
+    # Chosen on forget05, seed 42, out of the settings in docs/results/mini-recipes.jsonl by the
+    # teacher-forced probe: optimistic for that seed, docs/recipes.md has the held-out ones.
     methods={
         "*": {
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": 5,
             "gradient_accumulation_steps": 1,
-            "learning_rate": 2e-3,
-            "num_train_epochs": 15,
+            "learning_rate": 4e-4,
+            "num_train_epochs": 9,
+            "lora_r": 64,
+            "lora_alpha": 128,
             "weight_decay": 0.0,
             "warmup_ratio": 0.05,
         },
         "simnpo": {
-            "learning_rate": 4e-3,
-            "beta": 1.0,
-            "gamma": 6.0,
-            "forget_weight": 0.4,
+            "beta": 2.5,
+            "gamma": 7.3,
+            "forget_weight": 0.3,
             "retain_weight": 1.0,
         },
     },
     known_retain=0.5,
+    unknown_retain=200,
+    facts_retain=True,
     reasons=(
-        "beta 2.5 and gamma 0 hardly move a small model that has memorised its rows word for word:",
-        "gamma keeps the push alive until the answers are as unlikely as Retrain finds them.",
+        "gamma / beta is 0.6 of Retrain's forget NLL: rows push each other past it, and end on it;",
+        "small steps (r 64, learning rate 4e-4, 5 pairs) cost the kept rows least on the way;",
+        "rows that Origin does not know stay too, as Retrain does not know the forgotten ones.",
     ),
 )
 
