@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evaluation.systems import Report
     from evaluation.tune import Tuning
 
-LOOKS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+LOOKS = (0.25, 0.5, 0.75, 1.0)
 
 
 def compare_lambda(run: Tuning, objectives: Sequence[str], report: Report) -> dict[str, Any]:
