@@ -52,13 +52,13 @@ class Range(NamedTuple):
 # What is searched. `margin` stands for gamma: gamma = beta * margin * (Retrain's forget NLL), since
 # SimNPO's push on a row fades once nll/|y| passes gamma / beta.
 SPACE: dict[str, Range] = {
-    "learning_rate": Range(5e-4, 4e-3, log=True),
+    "learning_rate": Range(1e-4, 4e-3, log=True),
     "forget_weight": Range(0.05, 1.0, log=True),
     "retain_weight": Range(0.5, 2.0, log=True),
     "beta": Range(0.5, 4.0, log=True),
     "margin": Range(0.4, 1.2),
-    "lora_r": Range(choices=(8, 16, 32)),
-    "num_train_epochs": Range(8, 20),
+    "lora_r": Range(choices=(8, 16, 32, 64)),
+    "num_train_epochs": Range(6, 20),
 }
 WHOLE = ("lora_r", "num_train_epochs")
 MARGIN_OBJECTIVES = ("simnpo", "simnpo-readme")
@@ -104,6 +104,8 @@ class Tuning:
         """The settings of a trial, `margin` turned into gamma."""
         settings = {**self.fixed, **searched, "seed": seed}
         margin = settings.pop("margin", None)
+        if "lora_r" in searched:  # alpha / r stays, so that a rank does not change the step too
+            settings.setdefault("lora_alpha", 2 * searched["lora_r"])
         config = make_config(self.objective, **settings)
         if margin is None:
             return config

@@ -199,6 +199,15 @@ def test_the_loss_is_its_formula() -> None:
     assert loss(replace(GOOD, utility=0.76), ORIGIN) == pytest.approx(0.05 + 5 * 0.02)
 
 
+def test_alpha_follows_a_searched_rank_unless_it_is_given(small: Tuning) -> None:
+    def alpha(fixed: dict[str, Any], searched: dict[str, Any]) -> int:
+        return replace(small, fixed=fixed).config(searched, 1.0, 1).lora.lora_alpha
+
+    assert alpha({}, {"lora_r": 64}) == 128
+    assert alpha({"lora_alpha": 8}, {"lora_r": 64}) == 8
+    assert alpha({"lora_r": 64}, {}) == 32
+
+
 def test_the_goal_is_judged_part_by_part() -> None:
     origin = {"model_utility": 0.6}
     row = {
