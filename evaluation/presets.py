@@ -54,15 +54,22 @@ class SmallModels:
         shape: of the Llama.
         recipe: of its training.
         retain_authors: the first so many authors are learned by heart; the evaluated ones are the
-            first twenty. The other retain authors are read once, as background.
+            first twenty.
+        paraphrased_authors: so many more, of those whose paraphrases the split does not evaluate
+            (the forget10 authors it keeps), are learned with paraphrased questions and answers. The
+            other retain authors are read once, as background.
+        held_out: of every so many paraphrased questions one is kept from training, to measure
+            whether what was learned carries over.
         facts: how many times an epoch holds real authors and world facts: these models have no
             other pretraining, so those parts of model utility measure what is kept.
     """
 
     shape: TinyShape
     recipe: TinyRecipe
-    retain_authors: int = 30
-    facts: int = 2
+    retain_authors: int = 20
+    paraphrased_authors: int = 10
+    held_out: int = 4
+    facts: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,12 @@ class Preset:
         small: how to train both, None where they are given.
         methods: settings over the objective's published defaults, by objective.
         split_methods: further settings of a split, by split and objective.
-        known_retain: keep only retain rows that Origin knows (answer probability above one half):
-            a small Origin has learned a part of TOFU, and the rest cannot be retained.
+        known_retain: keep only retain rows whose answer Origin gives a probability above this: a
+            small Origin has learned a part of TOFU, and the rest cannot be retained. None: all.
+        unknown_retain: so many of the other rows stay as well, spread evenly: what a model says of
+            authors it does not know is what Retrain says of the forgotten ones, and it is kept.
+        facts_retain: real authors and world facts stay too. They are training rows of a small
+            Origin, which has no other pretraining.
         template: prompt format of the models.
         shape: sizes of the model for the memory estimate, None where it is small.
         cost: counted PFLOP of one request and one evaluation, for the time estimate.
@@ -105,7 +116,9 @@ class Preset:
     retrain: dict[str, str]
     small: SmallModels | None
     methods: dict[str, dict[str, Any]]
-    known_retain: bool = False
+    known_retain: float | None = None
+    unknown_retain: int = 0
+    facts_retain: bool = False
     load_in_4bit: bool = False
     split_methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     template: Template = "auto"
@@ -127,29 +140,35 @@ MINI = Preset(
     retrain={},
     small=SmallModels(
         TinyShape(vocab_size=4096, hidden_size=128, intermediate_size=320, num_hidden_layers=4),
-        TinyRecipe(epochs=14, pretrain_rows=1200),
+        TinyRecipe(epochs=9, pretrain_rows=800, label_smoothing=0.1),
     ),
+    # Chosen on forget05, seed 42, out of the settings in docs/results/mini-recipes.jsonl by the
+    # teacher-forced probe: optimistic for that seed, docs/recipes.md has the held-out ones.
     methods={
         "*": {
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": 5,
             "gradient_accumulation_steps": 1,
-            "learning_rate": 2e-3,
-            "num_train_epochs": 15,
+            "learning_rate": 4e-4,
+            "num_train_epochs": 9,
+            "lora_r": 64,
+            "lora_alpha": 128,
             "weight_decay": 0.0,
             "warmup_ratio": 0.05,
         },
         "simnpo": {
-            "learning_rate": 4e-3,
-            "beta": 1.0,
-            "gamma": 6.0,
-            "forget_weight": 0.4,
+            "beta": 2.5,
+            "gamma": 7.3,
+            "forget_weight": 0.3,
             "retain_weight": 1.0,
         },
     },
-    known_retain=True,
+    known_retain=0.5,
+    unknown_retain=200,
+    facts_retain=True,
     reasons=(
-        "beta 2.5 and gamma 0 hardly move a small model that has memorised its rows word for word:",
-        "gamma keeps the push alive until the answers are as unlikely as Retrain finds them.",
+        "gamma / beta is 0.6 of Retrain's forget NLL: rows push each other past it, and end on it;",
+        "small steps (r 64, learning rate 4e-4, 5 pairs) cost the kept rows least on the way;",
+        "rows that Origin does not know stay too, as Retrain does not know the forgotten ones.",
     ),
 )
 

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.base_model import BaseSpec, load_base, load_tokenizer, resolve_base
+from adapters.base_model import BaseSpec, resolve_base
 from adapters.errors import UserError
+from evaluation.known import write_rows
 from evaluation.presets import PRESETS, Preset, SmallModels
 from evaluation.published import against_published, published_rows, time_estimates
 from evaluation.records import write_json
+from evaluation.small_rows import small_rows
 from evaluation.systems import (
     Measured,
     Report,
@@ -31,13 +33,13 @@ from unlearner.data import (
     FORGET_SPLITS,
     Request,
     Row,
-    load_authors,
     load_refusals,
     load_split,
 )
 from unlearner.processes import Job, side_by_side
 
-KNOWN = 0.5
+# The rows that a request of the comparison keeps, for `unlearner forget --retain`.
+RETAIN_FILE = "retain.jsonl"
 
 
 @dataclass(frozen=True)
@@ -283,76 +285,35 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
     return {name: str(folder / name) for name in ("origin", "retrain")}
 
 
-Pairs = list[tuple[str, str]]
-
-
-def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs, Pairs, Pairs]:
-    """What small models learn of TOFU: rows of both, background of both, rows of Origin alone.
-
-    Learned by heart: the first retain authors (each row also under its paraphrased question where
-    TOFU has one), real authors and world facts, and for Origin the forget split. The evaluated
-    paraphrased and perturbed answers are never trained on.
-    """
-    authors = load_authors(data)
-    forget = load_split(split, data)
-    asked_away = {row.question for row in forget}
-    kept = [author for author in authors if author.rows[0].question not in asked_away]
-    known, others = kept[: small.retain_authors], kept[small.retain_authors :]
-    facts = [*load_split("real_authors", data), *load_split("world_facts", data)]
-    asked = {row.question: row for row in load_split("retain_perturbed", data)}
-    told = [row for author in known for row in author.rows]
-    learned = [*_asked_twice(told, asked), *(_pair(row) for row in facts * small.facts)]
-    background = [_pair(row) for author in others for row in author.rows]
-    forgotten = {row.question: row for row in load_split(f"{split}_perturbed", data)}
-    return learned, background, _asked_twice(forget, forgotten)
-
-
-def _asked_twice(rows: Sequence[Row], variants: dict[str, Row]) -> Pairs:
-    """Each row, and again under its paraphrased question where there is one."""
-    pairs = [_pair(row) for row in rows]
-    for row in rows:
-        variant = variants.get(row.question)
-        if variant is not None and variant.paraphrased_question:
-            pairs.append((variant.paraphrased_question, row.answer))
-    return pairs
-
-
-def _pair(row: Row) -> tuple[str, str]:
-    return row.question, row.answer
-
-
 def _request(run: Reproduction, origin: str, report: Report) -> Request:
     """The split as a forget request, with the retain rows that the preset keeps."""
     rows = load_split(run.split, run.data)
     kept = load_split(FORGET_SPLITS[run.split], run.data)
-    if run.chosen.known_retain:
+    if run.chosen.known_retain is not None:
         report({"event": "stage", "stage": "known", "text": "Finding the retain rows Origin knows"})
-        kept = known_rows(run, origin, kept)
+        kept = _kept_rows(run, origin, kept)
+    if run.chosen.facts_retain:
+        for name in ("real_authors", "world_facts"):
+            kept += [Row(row.question, row.answer) for row in load_split(name, run.data)]
+    write_rows(run.out / RETAIN_FILE, kept)
     return Request(f"tofu:{run.split}", "tofu-split", tuple(rows), tuple(kept))
 
 
-def known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows whose answer Origin gives a length-normalised probability above one half."""
-    import math
-
-    from evaluation.scoring import score_rows
-    from unlearner.environment import threads_for
-    from unlearner.prompts import prompt_format
+def _kept_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows that Origin knows well enough for the preset, and some that it does not."""
+    from evaluation.known import known_rows
 
     folder = resolve_base(origin, run.base.revision)
-    cache = run.out / f"known-{digest(str(folder), run.split)}.json"
-    if not cache.is_file():
-        model = load_base(run.spec(origin))
-        fmt = prompt_format(load_tokenizer(str(folder)), run.chosen.template)
-        bare = [Row(row.question, row.answer) for row in rows]
-        with threads_for(model):
-            scored = score_rows(model, fmt, bare)
-        losses = [row.answer_score.mean_nll for row in scored if row.answer_score is not None]
-        known = [i for i, loss in enumerate(losses) if loss < -math.log(KNOWN)]
-        write_json(cache, {"schema": 1, "known": known})
+    above = run.chosen.known_retain
+    cache = run.out / f"known-{digest(str(folder), run.split, above)}.json"
+    if above is not None and not cache.is_file():
+        write_json(cache, {"schema": 1, "known": known_rows(run.spec(origin), rows, above)})
     known = json.loads(cache.read_text(encoding="utf-8"))["known"]
     if not known:
         raise UserError(
             f"{origin} knows none of the retain rows.", "Give an Origin that was trained on TOFU."
         )
-    return [rows[i] for i in known]
+    others = sorted(set(range(len(rows))) - set(known))
+    count = min(run.chosen.unknown_retain, len(others))
+    some = [others[i * len(others) // count] for i in range(count)]
+    return [rows[i] for i in (*known, *some)]

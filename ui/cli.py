@@ -28,6 +28,7 @@ from ui import (
     commands_sequence,
     commands_store,
     commands_train,
+    commands_tune,
     commands_ui,
 )
 from ui.console import Console
@@ -61,6 +62,7 @@ MODULES = (
     commands_report,
     commands_robustness,
     commands_finetune,
+    commands_tune,
     commands_ui,
 )
 FAILURE, INTERRUPTED = 1, 130

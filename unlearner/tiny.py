@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from unlearner.likelihood import answer_logits, row_nll
+from unlearner.likelihood import answer_logits
 from unlearner.muon import Muon
 from unlearner.prompts import Encoded, pad_batch, pad_id, prompt_format
 
@@ -55,6 +56,8 @@ class TinyRecipe:
         weight_decay: on the hidden matrices.
         final_lr: share of the learning rate at the last step (cosine after a short warm-up).
         pretrain_rows: background rows read before the first epoch.
+        label_smoothing: share of every target spread over the vocabulary. A small model that has
+            learned its rows by heart is sure of its errors too; this bounds how sure.
         seed: of weights and order.
     """
 
@@ -65,6 +68,7 @@ class TinyRecipe:
     weight_decay: float = 0.0
     final_lr: float = 0.02
     pretrain_rows: int = 0
+    label_smoothing: float = 0.0
     seed: int = 42
 
 
@@ -141,8 +145,8 @@ def train_from_scratch(
     epoch and the rest spread over the epochs. A model that has seen many passing authors answers
     in fluent sentences about one it does not know.
 
-    The loss is the mean answer NLL per token, EOS included. Deterministic for a seed on one
-    machine and one thread.
+    The loss is the mean answer NLL per token, EOS included, of targets smoothed by
+    `label_smoothing`. Deterministic for a seed on one machine and one thread.
 
     Args:
         rows: what the model is to know.
@@ -163,7 +167,7 @@ def train_from_scratch(
     model.train()
     for step, batch in enumerate(plan):
         _set_rate(optimizers, _rate(step, len(plan), recipe.final_lr))
-        loss = _step(model, batch, pad_id(tokenizer), optimizers)
+        loss = _step(model, batch, pad_id(tokenizer), optimizers, recipe.label_smoothing)
         if on_progress is not None and (step % 20 == 0 or step + 1 == len(plan)):
             on_progress(
                 {
@@ -235,11 +239,11 @@ def _step(
     rows: list[Encoded],
     pad: int,
     optimizers: list[tuple[torch.optim.Optimizer, float]],
+    smoothing: float = 0.0,
 ) -> float:
     # All weights train, the head among them: its logits in one piece, as plain autograd has them.
     logits = answer_logits(model, pad_batch(rows, pad))
-    found = row_nll(logits.logits, logits)
-    loss = found.nll.sum() / found.n.sum()
+    loss = F.cross_entropy(logits.logits, logits.targets, label_smoothing=smoothing)
     model.zero_grad(set_to_none=True)
     loss.backward()
     # Muon's update has a fixed norm; clipping matters to the AdamW part only.

@@ -11,11 +11,12 @@ import torch
 
 from adapters.base_model import BaseSpec, load_base, load_tokenizer
 from unlearner.data import Request
-from unlearner.likelihood import answer_nll
+from unlearner.likelihood import answer_logits, answer_nll
 from unlearner.prompts import pad_batch, prompt_format
 from unlearner.tiny import (
     TinyRecipe,
     TinyShape,
+    _step,
     length_batches,
     new_model,
     train_from_scratch,
@@ -168,3 +169,23 @@ def test_batches_hold_every_row_once_within_the_tokens() -> None:
     assert one != length_batches(lengths, 256, np.random.default_rng(2))
     # A row that is too long alone still comes.
     assert sorted(length_batches([300, 10], 256, np.random.default_rng(1))) == [[0], [1]]
+
+
+def test_smoothed_targets_are_their_formula(
+    tokenizer: Any, rows: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`0.9 x the token's NLL + 0.1 x the mean NLL of all tokens`, and the recipe's share."""
+    fmt = prompt_format(tokenizer)
+    encoded = [fmt.encode(*row) for row in rows]
+    model = new_model(tokenizer, SHAPE, seed=1)
+    found = answer_logits(model, pad_batch(encoded, 0))
+    nll = -torch.log_softmax(found.logits.detach(), dim=-1)
+    told = nll[torch.arange(len(found.targets)), found.targets]
+    wanted = 0.9 * told.mean() + 0.1 * nll.mean()
+    assert _step(model, encoded, 0, [], 0.1) == pytest.approx(float(wanted), rel=1e-5)
+    assert _step(model, encoded, 0, []) == pytest.approx(float(told.mean()), rel=1e-5)
+    given: list[float] = []
+    monkeypatch.setattr("unlearner.tiny._step", lambda *a: given.append(a[-1]) or 0.0)
+    recipe = replace(RECIPE, epochs=1, label_smoothing=0.2)
+    train_from_scratch(rows, tokenizer, tmp_path / "m", SHAPE, recipe)
+    assert set(given) == {0.2}
