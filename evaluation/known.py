@@ -12,12 +12,14 @@ from adapters.base_model import BaseSpec, load_base, load_tokenizer
 from evaluation.scoring import score_rows
 from unlearner.data import Row
 from unlearner.environment import threads_for
-from unlearner.prompts import prompt_format
+from unlearner.prompts import Template, prompt_format
 
 
-def known_rows(base: BaseSpec, rows: Sequence[Row], above: float) -> list[int]:
+def known_rows(
+    base: BaseSpec, rows: Sequence[Row], above: float, template: Template = "auto"
+) -> list[int]:
     """Indices of the rows whose answer has a length-normalised probability above `above`."""
-    fmt = prompt_format(load_tokenizer(base.name, base.revision))
+    fmt = prompt_format(load_tokenizer(base.name, base.revision), template)
     model: Any = load_base(base)
     with threads_for(model):
         scored = score_rows(model, fmt, [Row(row.question, row.answer) for row in rows])

@@ -307,7 +307,8 @@ def _kept_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]
     above = run.chosen.known_retain
     cache = run.out / f"known-{digest(str(folder), run.split, above)}.json"
     if above is not None and not cache.is_file():
-        write_json(cache, {"schema": 1, "known": known_rows(run.spec(origin), rows, above)})
+        known = known_rows(run.spec(origin), rows, above, run.chosen.template)
+        write_json(cache, {"schema": 1, "known": known})
     known = json.loads(cache.read_text(encoding="utf-8"))["known"]
     if not known:
         raise UserError(

@@ -22,7 +22,7 @@ from adapters.fingerprint import fingerprint_base
 from adapters.store import AdapterStore
 from evaluation.records import EvalLog, read_log, write_json
 from evaluation.suite import load_eval_data
-from evaluation.systems import Measured, Report, digest, measure, table_row
+from evaluation.systems import Measured, Report, digest, measure, table_rows
 from evaluation.tune_chosen import on_seed, setting_words
 from evaluation.tune_probe import FORMULA, Look, Probe, Watch, thinned
 from evaluation.tune_probe import loss as loss_of
@@ -284,7 +284,7 @@ def _result(run: Tuning, search: _Search, study: Study, report: Report) -> dict[
     what = Measured(run.data, run.split, limit=run.limit)
     report({"event": "stage", "text": "Measuring Origin"})
     log = Path(measure(report, base=run.base, what=what, log=run.out / "logs" / "origin.json"))
-    origin = table_row("origin", log, run.retain_log)
+    origin = table_rows("origin", log, run.retain_log, what.protocols)[0]
     rows = [on_seed(run, config, seed, what, origin, report) for seed in run.seeds]
     states = [trial.state.name for trial in study.trials]
     return {

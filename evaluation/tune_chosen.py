@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.systems import Measured, Report, digest, forget_and_measure, table_row
+from evaluation.systems import Measured, Report, digest, forget_and_measure, table_rows
 from evaluation.tune_probe import KEPT_UTILITY, NLL_WITHIN
 from unlearner.config import UnlearnConfig, make_config
 
@@ -38,7 +38,7 @@ def on_seed(
         what=what,
         log=work / "log.json",
     )
-    row = table_row(f"seed {seed}", Path(log), run.retain_log)
+    row = table_rows(f"seed {seed}", Path(log), run.retain_log, what.protocols)[0]
     return {**row, "seed": seed, "reached": reached(row, origin), "log": log}
 
 

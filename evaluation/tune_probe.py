@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from evaluation.metrics import harmonic_mean
 from evaluation.suite import EvalData, evaluate
 from evaluation.summary import summarise
+from evaluation.utility import harmonic_mean
 
 if TYPE_CHECKING:
     from evaluation.records import EvalLog
