@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.robustness_card import WORDS
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
 
 KINDS = {"robustness": "unlearner-robustness", "calibration": "unlearner-calibration"}
 SCHEMA = 1
-HOLDS = {True: "holds", False: "leaks", None: "not decided"}
 Points = list[tuple[float, float]]
 
 
@@ -151,7 +151,7 @@ def _add(found: Probes, what: str, value: Mapping[str, Any], owner: str) -> None
         name = _free(found.sampling, str(curve["name"]), owner)
         found.sampling[name] = _points(curve["points"], "n", "share_leaked")
     found.verdicts.extend(
-        {"of": owner, "said": HOLDS[one.get("holds")], **one} for one in value.get("verdicts", ())
+        {"of": owner, "said": WORDS[one.get("holds")], **one} for one in value.get("verdicts", ())
     )
 
 

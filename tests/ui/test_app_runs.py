@@ -80,7 +80,7 @@ def test_a_card_without_an_attack_and_an_undecided_verdict_are_read(tmp_path: Pa
     card = {**ROBUST, "relearning": None, "sampling": None, "verdicts": [undecided]}
     found = gather_probes(None, (), [_write(tmp_path / "r.json", card)])
     assert (found.relearning, found.sampling) == ({}, {})
-    assert "not decided" in runs_page.verdicts_html(found)
+    assert "undecided" in runs_page.verdicts_html(found)
 
 
 def test_a_state_measured_once_is_a_level_and_a_fifth_curve_is_named() -> None:
