@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui import requests, same
+from ui import requests, same, views
 from ui.app_pages import PRIVATE, command_box, told
 
 if TYPE_CHECKING:
@@ -32,15 +32,22 @@ class First(NamedTuple):
 
 def first(app: App) -> First:
     """The offer above the tabs; not there where there is something to work on."""
-    with gr.Group(visible=offers(app), elem_id="un-first") as box:
+    with gr.Column(visible=offers(app), elem_id="un-first") as box:
         gr.HTML(f'<section class="un-first" aria-label="First steps">{OFFER}</section>')
         live = gr.HTML("", elem_id="un-demo-live")
-        make = gr.Button("Make the demo world", variant="primary", elem_id="un-demo")
-        stop = gr.Button("Stop and keep what is done", visible=False, elem_id="un-demo-stop")
-        command_box(same.demo(folder(app)))
+        with gr.Row():
+            make = gr.Button(
+                "Make the demo world", variant="primary", elem_id="un-demo", size="md", scale=0,
+                min_width=240,
+            )  # fmt: skip
+            stop = gr.Button(
+                "Stop and keep what is done", visible=False, elem_id="un-demo-stop", size="md",
+                scale=0, min_width=240,
+            )  # fmt: skip
+        words = command_box(same.demo(folder(app)))
     began = make.click(told(lambda: _begin(app)), None, None, **PRIVATE)
     stop.click(told(lambda: _stop(app)), None, None, **PRIVATE)
-    return First([box, live, make, stop], [began])
+    return First([box, live, make, stop, words], [began])
 
 
 def offers(app: App) -> bool:
@@ -86,6 +93,8 @@ def shown(app: App) -> tuple[Any, ...]:
         "" if view is None else requests.job_html(view),
         gr.update(value=words, visible=not busy),
         gr.update(visible=busy),
+        # The card of a job holds its command already.
+        views.command_html(same.demo(folder(app))) if view is None else "",
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.robustness_card import WORDS
 
 if TYPE_CHECKING:
     from adapters.store import AdapterStore
@@ -33,9 +34,14 @@ class Strength:
 
 @dataclass(frozen=True)
 class Probes:
-    """Curves by name: relearning and sampling, strengths, and the verdicts in words."""
+    """Curves by name: relearning and sampling, strengths, and the verdicts in words.
+
+    `relearning` is the answer probability of rows that are not taught again, `taught` of those
+    that are.
+    """
 
     relearning: dict[str, Points] = field(default_factory=dict)
+    taught: dict[str, Points] = field(default_factory=dict)
     sampling: dict[str, Points] = field(default_factory=dict)
     strengths: list[Strength] = field(default_factory=list)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
@@ -52,8 +58,7 @@ def probe_text(name: str, value: Mapping[str, Any]) -> str:
     if name.startswith("calibration"):
         chosen = value.get("chosen_scale")
         return f"{name}: strength {chosen:g}" if chosen is not None else f"{name}: none chosen"
-    verdicts = value.get("verdicts", ())
-    return f"{name}: {sum(bool(v.get('holds')) for v in verdicts)} of {len(verdicts)} hold"
+    return f"{name}: {value.get('leaks', 0)} of {len(value.get('verdicts', ()))} probes leak"
 
 
 def gather_probes(
@@ -77,12 +82,24 @@ def gather_probes(
                 seen.add(path.resolve())
                 _add(found, what, read_probe(path, what), path.parent.name or path.stem)
     for adapter, name, value in _filed(store):
-        what = name.split("-", 1)[0]
-        if value.get("kind") == KINDS[what] and value.get("schema") == SCHEMA:
-            _add(found, what, value, adapter)
-        else:
-            found.notes.append(f"The evaluation {name} of {adapter} cannot be read here.")
+        _add_filed(found, name, value, adapter)
     return found
+
+
+def _add_filed(found: Probes, name: str, value: Mapping[str, Any], owner: str) -> None:
+    """A probe as a store keeps it: columns in place of rows, verdicts without their sentences."""
+    curve, verdicts = value.get("curve"), value.get("verdicts")
+    if name.startswith("calibration") and isinstance(curve, Mapping):
+        columns = zip(*curve.values(), strict=True)
+        rows = [dict(zip(curve, row, strict=True)) for row in columns]
+        found.strengths.append(_strength({**value, "curve": rows}, owner))
+    elif name.startswith("robustness") and isinstance(verdicts, Mapping):
+        found.verdicts.extend(
+            {"of": owner, "name": probe, "said": word, "text": f"filed as {name}"}
+            for probe, word in verdicts.items()
+        )
+    else:
+        found.notes.append(f"The evaluation {name} of {owner} cannot be read here.")
 
 
 def _filed(store: AdapterStore | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -126,14 +143,16 @@ def _add(found: Probes, what: str, value: Mapping[str, Any], owner: str) -> None
     if what == "calibration":
         found.strengths.append(_strength(value, owner))
         return
-    for curve in value.get("relearning", {}).get("curves", ()):
-        for key, words in (("seen_answer_prob", "taught"), ("unseen_answer_prob", "not taught")):
-            name = _free(found.relearning, f"{curve['name']}, {words}", owner)
-            found.relearning[name] = _points(curve["points"], "step", key)
-    for curve in value.get("sampling", {}).get("curves", ()):
+    for curve in (value.get("relearning") or {}).get("curves", ()):
+        name = _free(found.relearning, str(curve["name"]), owner)
+        found.relearning[name] = _points(curve["points"], "step", "unseen_answer_prob")
+        found.taught[name] = _points(curve["points"], "step", "seen_answer_prob")
+    for curve in (value.get("sampling") or {}).get("curves", ()):
         name = _free(found.sampling, str(curve["name"]), owner)
         found.sampling[name] = _points(curve["points"], "n", "share_leaked")
-    found.verdicts.extend({"of": owner, **one} for one in value.get("verdicts", ()))
+    found.verdicts.extend(
+        {"of": owner, "said": WORDS[one.get("holds")], **one} for one in value.get("verdicts", ())
+    )
 
 
 def _strength(value: Mapping[str, Any], owner: str) -> Strength:

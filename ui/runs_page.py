@@ -25,15 +25,11 @@ def plots_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
     for one in probes.strengths:
         label = f"Strength of {one.name}"
         parts.append((label, curves.strength_plot(one.curves, one.chosen, label)))
-    if probes.relearning:
-        parts.append(
-            ("Relearning",
-             plots.lines(
-                 _first(probes.relearning), "Answer probability while the model is taught again",
-                 "training steps", "answer probability", floor=0.0,
-             ) + _foot("Taught: rows that it is trained on again. Not taught: rows of the same "
-                       "request that it never sees again; what comes back there was not gone."))
-        )  # fmt: skip
+    titles = (
+        ("Relearning: rows that are not taught again", probes.relearning),
+        ("Relearning: rows that are taught again", probes.taught),
+    )
+    parts += [_relearning(title, found_) for title, found_ in titles if found_]
     if probes.sampling:
         parts.append(
             ("Many answers drawn",
@@ -42,6 +38,22 @@ def plots_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
         )  # fmt: skip
     body = "".join(f"<div><h2>{views.esc(title)}</h2>{part}</div>" for title, part in parts if part)
     return f'<div class="un-plots">{body}</div>{verdicts_html(probes)}'
+
+
+def _relearning(title: str, curves_: dict[str, list[tuple[float, float]]]) -> tuple[str, str]:
+    """Answer probability over training steps; a state that was only measured once is a level."""
+    last = max((x for points in curves_.values() for x, _ in points), default=0.0)
+    levels = {
+        name: [*points, (last, points[0][1])] if len(points) == 1 else points
+        for name, points in _first(curves_).items()
+    }
+    drawn = plots.lines(levels, title, "training steps", "answer probability", floor=0.0)
+    return title, drawn + _more(curves_)
+
+
+def _more(curves_: dict[str, list[tuple[float, float]]]) -> str:
+    left = list(curves_)[SHOWN_CURVES:]
+    return _foot(f"Not drawn, a plot holds four: {', '.join(left)}.") if left else ""
 
 
 def _first(curves_: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
@@ -98,7 +110,7 @@ def verdicts_html(probes: Probes) -> str:
             "probe": verdict.get("name"),
             "value": _figure(verdict.get("value")),
             "threshold": _figure(verdict.get("threshold")),
-            "holds": "yes" if verdict.get("holds") else "no",
+            "verdict": verdict.get("said"),
             "in words": verdict.get("text", ""),
         }
         for verdict in probes.verdicts

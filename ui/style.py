@@ -32,7 +32,7 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
   background:none; }
 .un-scores td, .un-scores th, .un-table td, .un-table th {
   border-bottom:1px solid var(--un-line) !important; padding:.45rem 1rem .45rem 0 !important; }
-.un-table td:nth-child(6) { white-space:nowrap; }
+#un-adapters .un-table td:nth-child(6) { white-space:nowrap; }
 .un-plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
   gap:1.5rem; } .un-plots h2 { font-size:1rem; font-weight:650; margin:.5rem 0 0; }
 #un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
@@ -59,7 +59,10 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 .un-table td { min-width:5rem; } .un-table td:last-child { min-width:13rem; }
 .un-state { white-space:nowrap; font-weight:600; }
 tr[data-state=on] .un-state { color:var(--un-accent); }
-.un-first { padding:.4rem 1rem 0; line-height:1.55; } .un-first h2 { font-size:1.15rem;
+#un-first { border:1px solid var(--un-line); border-radius:8px; padding:1rem;
+  background:var(--un-soft); }
+#un-first .block { background:none; } .un-first { line-height:1.55; color:var(--un-ink); }
+.un-first h2 { font-size:1.15rem;
   font-weight:650; margin:.4rem 0; } .un-first p { max-width:72ch; margin:.3rem 0; }
 .un-card code { font-size:.8rem; overflow-wrap:anywhere; background:none; padding:0; }
 .un-note { border-left:3px solid var(--un-accent); padding:.35rem .8rem; background:var(--un-soft);

@@ -64,10 +64,8 @@ def test_probes_are_read_beside_the_logs_and_where_they_are_named(tmp_path: Path
     _write(beside / "robustness.json", ROBUST)
     named = _write(tmp_path / "mine.json", STRENGTH)
     found = gather_probes(None, [beside / "a.json", beside / "b.json"], (), [named])
-    assert found.relearning == {
-        "simnpo, taught": [(0.0, 0.1), (5.0, 0.9)],
-        "simnpo, not taught": [(0.0, 0.2), (5.0, 0.4)],
-    }
+    assert found.relearning == {"simnpo": [(0.0, 0.2), (5.0, 0.4)]}
+    assert found.taught == {"simnpo": [(0.0, 0.1), (5.0, 0.9)]}
     assert found.sampling == {"simnpo": [(1.0, 0.0), (8.0, 0.25)]}
     (strength,) = found.strengths
     assert (strength.name, strength.chosen) == ("r0001", 0.75)
@@ -75,6 +73,23 @@ def test_probes_are_read_beside_the_logs_and_where_they_are_named(tmp_path: Path
     assert strength.curves["model utility"] == [(0.5, 0.6)]  # not measured is no point at 0
     twice = gather_probes(None, [beside / "a.json"], [beside / "robustness.json"])
     assert len(twice.verdicts) == 1  # the same file is not read twice
+
+
+def test_a_card_without_an_attack_and_an_undecided_verdict_are_read(tmp_path: Path) -> None:
+    undecided = {"name": "drop", "value": None, "threshold": 0.1, "holds": None, "text": "?"}
+    card = {**ROBUST, "relearning": None, "sampling": None, "verdicts": [undecided]}
+    found = gather_probes(None, (), [_write(tmp_path / "r.json", card)])
+    assert (found.relearning, found.sampling) == ({}, {})
+    assert "undecided" in runs_page.verdicts_html(found)
+
+
+def test_a_state_measured_once_is_a_level_and_a_fifth_curve_is_named() -> None:
+    rising = [(0.0, 0.1), (5.0, 0.9)]
+    found = Probes(relearning={"origin": [(0.0, 0.99)], "a": rising, "b": rising, "c": rising,
+                               "d": rising})  # fmt: skip
+    page = runs_page.plots_html(runs.Runs([], {}, [], []), found)
+    assert "origin 0.990" in page
+    assert "Not drawn, a plot holds four: d." in page
 
 
 def test_probes_of_two_owners_keep_their_names_apart(tmp_path: Path) -> None:
@@ -109,8 +124,11 @@ def test_filed_probes_are_curves_and_no_rows_of_the_table(tmp_path: Path, put: A
 
     slug = put("1")
     store = AdapterStore.open(tmp_path / "store")
-    store.attach_eval(slug, "robustness-forget05", ROBUST)
-    store.attach_eval(slug, "calibration-forget05", STRENGTH)
+    # As `unlearner robustness` and `calibrate` file them: columns and words, no rows.
+    filed = {"verdicts": {"relearning": "leaks", "sampling": "holds"}, "leaks": 1}
+    store.attach_eval(slug, "robustness-forget05", filed)
+    columns = {name: [point[name] for point in STRENGTH["curve"]] for name in STRENGTH["curve"][0]}
+    store.attach_eval(slug, "calibration-forget05", {**STRENGTH, "curve": columns})
     store.attach_eval(slug, "robustness-forget10", {"other": 1})
     store.attach_eval(slug, "forget05-tofu", {"split": "forget05", "model_utility": 0.5})
     sources = runs.Sources(store)
@@ -118,10 +136,14 @@ def test_filed_probes_are_curves_and_no_rows_of_the_table(tmp_path: Path, put: A
     assert len(found.table) == 1
     assert runs.split_of(found) == "forget05"
     assert probes.strengths[0].chosen == 0.75
+    assert probes.strengths[0].curves["KS distance"] == [(0.5, 0.1), (1.0, 0.3)]
+    assert [(one["name"], one["said"]) for one in probes.verdicts] == [
+        ("relearning", "leaks"), ("sampling", "holds"),
+    ]  # fmt: skip
     assert "robustness-forget10" in probes.notes[0]
     assert is_probe("robustness-forget05")
     cells = views.adapter_cells(store.get(slug), store.evals(slug))
-    assert "robustness-forget05: 0 of 1 hold" in cells[8]
+    assert "robustness-forget05: 1 of 2 probes leak" in cells[8]
     assert "calibration-forget05: strength 0.75" in cells[8]
 
 
