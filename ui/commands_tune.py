@@ -45,11 +45,12 @@ def register(commands: Any) -> None:
         "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json "
         "--compare-lambda",
     )
-    _add_flags(parser)
+    _add_what(parser)
+    _add_how(parser)
     parser.set_defaults(run=run_tune)
 
 
-def _add_flags(parser: options.Parser) -> None:
+def _add_what(parser: options.Parser) -> None:
     parser.add_argument(
         "request", metavar="REQUEST", help="JSONL file, tofu:forget05 or tofu:author=NAME"
     )
@@ -74,6 +75,9 @@ def _add_flags(parser: options.Parser) -> None:
         metavar="P",
         help="keep only the retain rows that the base knows: answer probability above P",
     )
+
+
+def _add_how(parser: options.Parser) -> None:
     parser.add_argument(
         "--range",
         action="append",
