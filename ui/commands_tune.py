@@ -202,6 +202,9 @@ def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
     words = ["unlearner", "forget", args.request, "--base", args.base]
     for flag, value in (("--revision", args.revision), ("--data", args.data), ("--retain", kept)):
         words += [] if value is None else [flag, str(value)]
+    for flag in ("dtype", "device", "attention"):
+        value = getattr(args, flag)
+        words += [] if value == "auto" else [f"--{flag}", value]
     return tuple([*words, "--load-in-4bit"] if args.load_in_4bit else words)
 
 

@@ -106,6 +106,15 @@ def test_what_is_given_is_not_searched_and_ranges_replace_the_table(
     assert "margin" not in search.call_args.args[0].space
 
 
+def test_the_command_loads_the_base_as_the_search_did(
+    run: Any, search: Any, words: list[Any]
+) -> None:
+    run(*words, "--dtype", "float32", "--load-in-4bit")
+    command = parse(list(search.call_args.args[0].words[1:]))
+    assert (command.dtype, command.load_in_4bit, command.device) == ("float32", True, "auto")
+    assert command.retain == str(words[3])
+
+
 def test_only_rows_the_base_knows_are_kept(
     run: Any, search: Any, words: list[Any], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
