@@ -336,7 +336,7 @@ def _stopped(out: Path) -> Interrupted:
 
 def print_comparison(table: list[dict[str, Any]], console: Console) -> None:
     """Prints the systems of a comparison, one a line."""
-    several = len({row["protocol"] for row in table}) > 1
+    several = len({row.get("protocol") for row in table}) > 1
     columns = ("protocol", *COLUMNS) if several else COLUMNS
     console.table([{HEADS.get(key, key): row.get(key) for key in columns} for row in table])
     console.text(LEGEND)
