@@ -17,16 +17,24 @@ Points = Sequence[Point]
 
 
 def lines(
-    series: Mapping[str, Points], label: str, x: str, y: str, floor: float | None = None
+    series: Mapping[str, Points],
+    label: str,
+    x: str,
+    y: str,
+    floor: float | None = None,
+    top: float | None = None,
 ) -> str:
-    """Curves, told apart by dashes and their legend; empty without two points."""
+    """Curves, told apart by dashes and their legend; empty without two points.
+
+    The y-axis ends at `floor` and `top` where these are given, else a margin beyond the values.
+    """
     shown = {name: points for name, points in series.items() if len(points) > 1}
     if not shown:
         return ""
     flat = [point for points in shown.values() for point in points]
     xs, ys = (min(p[0] for p in flat), max(p[0] for p in flat)), span([p[1] for p in flat])
     xs = xs if xs[1] > xs[0] else (xs[0] - 1, xs[1] + 1)
-    ys = ys if floor is None else (floor, ys[1])
+    ys = (ys[0] if floor is None else floor, ys[1] if top is None else top)
     axes = Axes(xs, ys)
     body, legend = [], []
     for number, (name, points) in enumerate(shown.items()):

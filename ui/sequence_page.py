@@ -63,7 +63,8 @@ def _curve(found: Mapping[str, Any], key: str, title: str, wanted: str) -> str:
         values = [found["origin"][key], *(stage[key] for stage in line["arrivals"])]
         points = [(float(n), v) for n, v in enumerate(values) if v is not None]
         series[line["policy"]] = points
-    drawn = lines(series, f"{title}, by policy", "requests", "", floor=0.0)
+    # All of these lie between 0 and 1: on one scale a harmless difference looks harmless.
+    drawn = lines(series, f"{title}, by policy", "requests", "", floor=0.0, top=1.0)
     note = "" if drawn else "<p>fewer than two values</p>"
     return f"<section><h3>{html.escape(title)} ({wanted})</h3>{drawn}{note}</section>"
 
