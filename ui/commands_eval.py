@@ -167,11 +167,12 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         write_json(args.out / FIGURES_FILE, json_value(named))
         console.words(f"Wrote {args.out / LOG_FILE} and {args.out / FIGURES_FILE}")
     if ranks.rank() == 0:
-        scoring.write_for_others(args, log, references, console)
         for figures in summaries:
             _attach(stack, args, figures)
     report_figures(named, console)
     extras.report(named, console)
+    if ranks.rank() == 0:  # last: what was measured is told also where rows lack what a format asks
+        scoring.write_for_others(args, log, references, console)
     check_gates(gates, summaries[0])
     return 0
 

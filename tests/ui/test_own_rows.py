@@ -53,6 +53,16 @@ def test_rows_without_variants_say_what_can_be_measured(run: Any, words: list[An
     )
 
 
+def test_a_format_that_asks_for_more_is_refused_after_the_figures(
+    run: Any, words: list[Any], tmp_path: Path
+) -> None:
+    ran = run(*words, "--write-tofu", tmp_path / "tofu.json", "--json")
+    assert ran.code == 2
+    assert ran.json["forget_answer_prob"] is not None
+    assert "has no perturbed answers" in ran.err
+    assert not (tmp_path / "tofu.json").exists()
+
+
 def test_variants_retain_rows_and_the_worlds_sets_join_in(
     run: Any, words: list[Any], files: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
