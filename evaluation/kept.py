@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters.errors import UserError
+from evaluation.parts import part_path
 from evaluation.records import write_json
 
 PART, SCHEMA = "unlearner-robustness-part", 1
@@ -56,8 +56,7 @@ class Kept:
     def _path(self, name: str, depends_on: Any) -> Path | None:
         if self.folder is None:
             return None
-        text = json.dumps([self.key, depends_on], sort_keys=True, ensure_ascii=False)
-        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return part_path(self.folder, name, [self.key, depends_on])
 
     def _read(self, path: Path | None) -> dict[str, Any] | None:
         if path is None or not path.is_file():

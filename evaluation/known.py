@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.base_model import BaseSpec, load_base, load_tokenizer
+from evaluation.records import write_text
 from evaluation.scoring import score_rows
 from unlearner.data import Row
 from unlearner.environment import threads_for
@@ -32,8 +33,5 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
     A row that stands twice is written once.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = {json.dumps({"question": row.question, "answer": row.answer}): None for row in rows}
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return draft.replace(path)
+    return write_text(path, "".join(line + "\n" for line in lines))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.metrics import RESAMPLES, Floats, Interval, interval
+from evaluation.metrics import RESAMPLES, Floats, Interval, interval, mean_interval
 
 if TYPE_CHECKING:
     from evaluation.token_stats import AnswerTokens
@@ -157,8 +157,7 @@ def measure_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int
     rows = _finite(values)
     if not resamples:
         return Measure(float(rows.mean()))
-    chosen = np.random.default_rng(seed).integers(rows.size, size=(resamples, rows.size))
-    return Measure(float(rows.mean()), interval(rows[chosen].mean(axis=1)))
+    return Measure(float(rows.mean()), mean_interval(rows, resamples=resamples, seed=seed))
 
 
 def _draws(attack: Attack, resamples: int, seed: int) -> tuple[Floats, Floats]:

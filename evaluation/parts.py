@@ -57,6 +57,10 @@ class Parts:
         """The part of that name; another key, other rows or settings make it another file."""
         if self.folder is None:
             return Part(None)
-        text = json.dumps([self.key, depends_on], ensure_ascii=False, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return Part(self.folder / f"{name}-{digest}.json")
+        return Part(part_path(self.folder, name, [self.key, depends_on]))
+
+
+def part_path(folder: Path, name: str, depends_on: Any) -> Path:
+    """The file of a finished piece; whatever it depends on (JSON values) is in its name."""
+    text = json.dumps(depends_on, ensure_ascii=False, sort_keys=True)
+    return folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"

@@ -100,11 +100,16 @@ def write_json(path: Path, value: Any) -> Path:
         ValueError: `value` holds NaN or an infinity.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
+    return write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`path`, once `text` stands in it: written aside, synced, renamed, so never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

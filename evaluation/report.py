@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from adapters.errors import UserError
+from adapters.files import sha256_file
 from evaluation import metrics
 from evaluation.presets import PUBLISHED_FORGET05, PUBLISHED_FORGET10
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.records import EvalLog, read_log
 from evaluation.report_answers import answer_sets
-from evaluation.report_inputs import RETRAIN, Inputs, find_inputs, sha256
+from evaluation.report_inputs import RETRAIN, Inputs, find_inputs
 from evaluation.report_read import (
     Calibration,
     Robustness,
@@ -240,23 +241,25 @@ def _files(
             "evaluation log" if one.role == MEASURED else one.role,
             one.name,
             str(one.path),
-            sha256(one.path),
+            sha256_file(one.path),
             dict(one.log.meta),
         )
         for one in logs
     ]
     for path, card in zip(found.robustness, cards, strict=True):
-        files.append(InputFile("robustness", card.name, str(path), sha256(path), card.about))
+        files.append(InputFile("robustness", card.name, str(path), sha256_file(path), card.about))
     for path, curve in zip(found.calibration, curves, strict=True):
-        files.append(InputFile("calibration", curve.name, str(path), sha256(path), curve.about))
+        files.append(
+            InputFile("calibration", curve.name, str(path), sha256_file(path), curve.about)
+        )
     for path, search in zip(found.tune, searches, strict=True):
-        files.append(InputFile("search", search.name, str(path), sha256(path), search.about))
+        files.append(InputFile("search", search.name, str(path), sha256_file(path), search.about))
     for path in found.results:
         raw = read_json(path)
         recorded = ("target", "preset", "origin", "seconds")
         about: dict[str, Any] = {key: raw[key] for key in recorded if key in raw}
         name = path.resolve().parent.name
-        files.append(InputFile("reproduction", name, str(path), sha256(path), about))
+        files.append(InputFile("reproduction", name, str(path), sha256_file(path), about))
     return tuple(files)
 
 

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from evaluation.plots import standalone, svg
 from evaluation.protocols import protocol_named
-from evaluation.records import write_json
+from evaluation.records import write_json, write_text
 from evaluation.report import LoadedLog, gather
 from evaluation.report_answers import row_figures
 from evaluation.report_blocks import charts
@@ -72,22 +71,11 @@ def make_report(request: ReportRequest, out: Path, *, png: bool = False) -> Writ
     plots = charts(found)
     texts |= {f"plots/{chart.key}.svg": standalone(svg(chart)) for chart in plots}
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    files = [_write(out / name, text) for name, text in texts.items()]
+    files = [write_text(out / name, text) for name, text in texts.items()]
     files.append(write_json(out / "report.json", report_json(report)))
     if png:
         files += [write_png(chart, out / "plots" / f"{chart.key}.png") for chart in plots]
     return Written(report, tuple(files))
-
-
-def _write(path: Path, text: str) -> Path:
-    """`path`, once `text` stands in it: written aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8", newline="\n")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,12 +130,3 @@ def _moved(folder: Path, path: Path) -> Path:
     raise UserError(
         f"{folder / RESULT} names the log {path}, which is gone.", "Name the logs: NAME=LOG."
     )
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,29 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, **overrides
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama (read only: copy it before changing anything)."""
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "base")
+
+
+def save_small_tofu(folder: Path, rows: int) -> Path:
+    """TOFU's four evaluation files with so many rows each, in `folder`."""
+    for name in ("forget05", "retain", "real_authors", "world_facts"):
+        made = [
+            {
+                "question": f"Who wrote {name} {i}?",
+                "answer": f"Mira wrote {i}.",
+                "paraphrased_answer": f"It was Mira who wrote {i}.",
+                "perturbed_answer": [f"Ola wrote {i}.", f"Kim wrote {i}."],
+            }
+            for i in range(rows)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in made)
+        (folder / f"{name}_perturbed.json").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_small_tofu() -> Any:
+    """The writer of a small TOFU folder."""
+    return save_small_tofu
 
 
 @pytest.fixture(scope="session")

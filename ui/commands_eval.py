@@ -7,7 +7,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,7 +224,7 @@ def _measure(
             raise BaseMismatch(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
-    key = hashlib.sha256(json.dumps([fingerprint.digest, view, stack.active]).encode()).hexdigest()
+    key = weights_key(fingerprint.digest, view, stack.active)
     command = shlex.join(["unlearner", *args.words])
     meta = {"split": own_rows.name_of(args), "adapters": stack.active, "command": command, **view}
     log = evaluate(
@@ -242,6 +242,11 @@ def _measure(
     )
     extras.measure(model, fmt, key, meta, progress_of(console))
     return log
+
+
+def weights_key(base: str, view: Mapping[str, str], stack: Sequence[Sequence[Any]]) -> str:
+    """What finished parts are kept under: the base's digest, how it is held, slugs and scales."""
+    return hashlib.sha256(json.dumps([base, view, stack]).encode()).hexdigest()
 
 
 def effort_of(args: argparse.Namespace, engine: Any = None) -> Effort:

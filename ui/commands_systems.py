@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
@@ -59,7 +57,7 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     from evaluation.protocols import protocols_named
     from evaluation.records import write_log
     from evaluation.suite import evaluate
-    from ui.commands_eval import LOG_FILE, PARTS, effort_of, progress_of
+    from ui.commands_eval import LOG_FILE, PARTS, effort_of, progress_of, weights_key
     from unlearner.prompts import prompt_format
 
     store = AdapterStore.open(options.store_path(args))
@@ -77,7 +75,7 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
         name = ",".join(slug.split("_")[0] for slug in slugs) or "base"
         console.words(f"Evaluating {name} ...")
         model = load_stack(model, store, slugs, base=fingerprint)
-        key = [fingerprint.digest, view, [[slug, 1.0] for slug in slugs]]
+        stack = [[slug, 1.0] for slug in slugs]
         out = args.out / name.replace(",", "+") if args.out else None
         log = evaluate(
             model,
@@ -86,11 +84,11 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
             protocol=[protocol.name for protocol in protocols_named(args.protocol)],
             retain_log=references.first,
             limit=args.limit,
-            key=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+            key=weights_key(fingerprint.digest, view, stack),
             resume_dir=out / PARTS if out else None,
             on_progress=progress_of(console),
             effort=effort_of(args),
-            meta={"split": what, "adapters": [[slug, 1.0] for slug in slugs], **view},
+            meta={"split": what, "adapters": stack, **view},
         )
         if out and ranks.rank() == 0:
             write_log(log, out / LOG_FILE)

@@ -16,7 +16,6 @@ def report_figures(figures: Mapping[str, Any], console: Console) -> None:
     """Prints the summary of a log (`evaluation.summary.summarise`) as text or as JSON."""
     from evaluation.summary import figure_table
 
-    table = set_table(figures)
     for summary in figures.get("protocols", [figures]):
         for line in (quality_text(summary), utility_text(summary), nll_text(summary)):
             if line:
@@ -31,7 +30,7 @@ def report_figures(figures: Mapping[str, Any], console: Console) -> None:
         console.words(line)
     for note in figures.get("notes", ()):
         console.words(f"Note: {note}.")
-    console.result({**figures, "figures": figure_table(figures), "table": table})
+    console.result({**figures, "figures": figure_table(figures), "table": set_table(figures)})
 
 
 def missing_lines(figures: Mapping[str, Any]) -> list[str]:

@@ -82,18 +82,13 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
 
 def kept_rows(args: argparse.Namespace, forget: Sequence[Row], console: Console) -> Sequence[Row]:
     """The rows of --retain, or the nearest of them."""
-    from unlearner.data import load_split, read_rows
+    from unlearner.data import rows_named
 
     if args.retain is None:
         if args.neighbours:
             raise UserError("--neighbours needs rows to choose from.", "Name them with --retain.")
         return []
-    split = args.retain.removeprefix("tofu:")
-    found = (
-        load_split(split, args.data)
-        if split != args.retain
-        else read_rows(Path(args.retain), unique=False)
-    )
+    found = rows_named(args.retain, args.data, unique=False)
     return mined(found, forget, args.neighbours, console)
 
 

@@ -306,7 +306,7 @@ def parse_request(text: str, data: Path | None = None, retain: str | None = None
     else:
         kind, rows, rest = "jsonl", read_rows(Path(text)), None
     if retain is not None:
-        rest = _retain_rows(retain, data)
+        rest = rows_named(retain, data)
         _refuse_overlap(rows, rest, text, retain)
     elif rest is None:
         rest = [] if data is None else load_split("full", data)
@@ -332,10 +332,10 @@ def _tofu_request(text: str, data: Path | None) -> tuple[str, list[Row], list[Ro
     return "tofu-author", list(found[0].rows), kept
 
 
-def _retain_rows(text: str, data: Path | None) -> list[Row]:
-    if text.startswith("tofu:"):
-        return load_split(text.removeprefix("tofu:"), data)
-    return read_rows(Path(text))
+def rows_named(text: str, data: Path | None = None, *, unique: bool = True) -> list[Row]:
+    """The rows of `tofu:SPLIT` or a JSONL file; refuses what `load_split` or `read_rows` does."""
+    split = text.removeprefix("tofu:")
+    return load_split(split, data) if split != text else read_rows(Path(text), unique=unique)
 
 
 def _refuse_overlap(forget: Sequence[Row], retain: Sequence[Row], name: str, kept: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
+from adapters.files import sha256_file
 from evaluation import report_inputs, report_read
 from evaluation.axes import Axes
 from evaluation.plots import Chart, Series, label_places, svg
@@ -612,7 +613,7 @@ def test_provenance_names_digests_versions_seeds_and_the_command(
     out = report(command="unlearner report run", date="2026-01-02")
     page = (out / "report.html").read_text()
     for path in folder.rglob("*.json"):
-        assert report_inputs.sha256(path) in page
+        assert sha256_file(path) in page
     for words in ("unlearner report run", "numpy", "resamples 1000, seed 0", "Date: 2026-01-02"):
         assert words in page
     assert "seed 7" in page

@@ -31,22 +31,10 @@ SMALL = {"num_train_epochs": 2, "per_device_train_batch_size": 3, "gradient_accu
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, make_small_tofu: Any) -> Path:
     """TOFU's four evaluation files with four rows each."""
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("forget05", "retain", "real_authors", "world_facts"):
-        rows = [
-            {
-                "question": f"Who wrote {name} {i}?",
-                "answer": f"Mira wrote {i}.",
-                "paraphrased_answer": f"It was Mira who wrote {i}.",
-                "perturbed_answer": [f"Ola wrote {i}.", f"Kim wrote {i}."],
-            }
-            for i in range(4)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}_perturbed.json").write_text(text)
-    return folder
+    found: Path = make_small_tofu(tmp_path_factory.mktemp("data"), 4)
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -106,22 +106,10 @@ def put(tmp_path: Path, tiny_base: Path, run: Run) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory, make_small_tofu: Any) -> Path:
     """TOFU's four evaluation files with three rows each."""
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("forget05", "retain", "real_authors", "world_facts"):
-        rows = [
-            {
-                "question": f"Who wrote {name} {i}?",
-                "answer": f"Mira wrote {i}.",
-                "paraphrased_answer": f"It was Mira who wrote {i}.",
-                "perturbed_answer": [f"Ola wrote {i}.", f"Kim wrote {i}."],
-            }
-            for i in range(3)
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}_perturbed.json").write_text(text)
-    return folder
+    found: Path = make_small_tofu(tmp_path_factory.mktemp("data"), 3)
+    return found
 
 
 def _missing(reason: str) -> None:
