@@ -177,7 +177,8 @@ def full_and_measure(
     from unlearner.full import forget_full
 
     request = joined(list(requests))
-    depends = [request.rows, request.retain, asdict(base), config.to_json(), list(refusals)]
+    rows = [request.rows, request.retain, request.others]
+    depends = [*rows, asdict(base), config.to_json(), list(refusals)]
     folder = out / f"full-{digest(depends)}"
     if not folder.exists():
         forget_full(request, base, config, folder, refusals=refusals, on_progress=report)

@@ -180,7 +180,8 @@ def _study(optuna: Any, run: Tuning, search: _Search) -> Study:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    rows = [[row.question, row.answer] for row in (*run.request.rows, *run.request.retain)]
+    everything = (*run.request.rows, *run.request.retain, *run.request.others)
+    rows = [[row.question, row.answer] for row in everything]
     base = fingerprint_base(resolve_base(run.base.name, run.base.revision)).digest
     name = digest(
         run.objective, dict(run.fixed), {k: list(v) for k, v in run.space.items()}, run.seeds[0],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui import options
+from ui.alternates import add_alternates_from, other_rows
 from ui.commands_info import REQUEST_HELP
 from ui.commands_store import adapter_row
 from ui.console import size_text
@@ -127,6 +128,7 @@ def _add_retain_flags(parser: options.Parser) -> None:
         help="of these rows keep only the N nearest to the request, by their words: what is most "
         "at risk of going with it",
     )
+    add_alternates_from(parser)
 
 
 def add_gap_flags(parser: options.Parser) -> None:
@@ -218,10 +220,11 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     return StopAt(probe, args.stop_at, f"{probe.key}-{args.stop_at}", args.gap_every)
 
 
-def _with_neighbours(args: argparse.Namespace, request: Request, console: Console) -> Request:
-    """The request, of its retain rows only the nearest where --neighbours asks for it."""
+def _with_rows(args: argparse.Namespace, request: Request, console: Console) -> Request:
+    """The request with what --neighbours leaves of its retain rows, and --alternates-from."""
     retain = mined(request.retain, request.rows, args.neighbours, console)
-    return replace(request, retain=tuple(retain))
+    others = other_rows(args)
+    return replace(request, retain=tuple(retain), others=others)
 
 
 def _train_full(
@@ -240,7 +243,7 @@ def _train_full(
 
     refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
     out = forget_full(
-        _with_neighbours(args, request, console),
+        _with_rows(args, request, console),
         options.base_spec(args),
         config,
         args.full,
@@ -264,7 +267,7 @@ def train_request(
     stop_at: StopAt | None = None,
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
-    request = _with_neighbours(args, request, console)
+    request = _with_rows(args, request, console)
     from adapters.store import AdapterStore
     from unlearner.data import load_refusals, parse_request
 

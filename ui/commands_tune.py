@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
 from ui import options
+from ui.alternates import add_alternates_from, other_rows
 from ui.commands_runs import print_comparison
 from ui.console import duration_text
 from ui.events import show_event
@@ -75,6 +77,7 @@ def _add_what(parser: options.Parser) -> None:
         metavar="P",
         help="keep only the retain rows that the base knows: answer probability above P",
     )
+    add_alternates_from(parser)
 
 
 def _add_how(parser: options.Parser) -> None:
@@ -175,6 +178,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from unlearner.data import parse_request
 
     request = parse_request(args.request, args.data, args.retain)
+    request = replace(request, others=other_rows(args))
     kept = args.retain
     if args.retain_known is not None:
         request, kept = _known(args, request, console)
@@ -200,7 +204,8 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
 
 def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
     words = ["unlearner", "forget", args.request, "--base", args.base]
-    for flag, value in (("--revision", args.revision), ("--data", args.data), ("--retain", kept)):
+    told = {"--revision": args.revision, "--data": args.data, "--retain": kept}
+    for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
         words += [] if value is None else [flag, str(value)]
     for flag in ("dtype", "device", "attention"):
         value = getattr(args, flag)
@@ -210,8 +215,6 @@ def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
 
 def _known(args: argparse.Namespace, request: Request, console: Console) -> tuple[Request, str]:
     """The request with the retain rows the base knows, and the file they are written to."""
-    from dataclasses import replace
-
     from evaluation.known import known_rows, write_rows
 
     console.words("Finding the retain rows that the base knows ...")

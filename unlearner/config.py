@@ -54,6 +54,9 @@ class ObjectiveConfig:
         retain_weight: w_r, on the retain term; the model card's lambda.
         guard_weight: on the KL that keeps earlier requests of the stack forgotten, where their
             rows or recorded teachers are at hand (see `unlearner.guard`).
+        alternates: so many alternate answers a forget question: those of the retain rows with the
+            nearest questions (see `unlearner.alternates`); 0 = off.
+        alternate_weight: w_a, on the mean NLL of an alternate answer to the forget question.
     """
 
     name: ObjectiveName = "simnpo"
@@ -66,6 +69,8 @@ class ObjectiveConfig:
     forget_weight: float = 1.0
     retain_weight: float = 0.1375
     guard_weight: float = 1.0
+    alternates: int = 0
+    alternate_weight: float = 1.0
 
 
 # Published constants of each objective. `simnpo` is the card of
@@ -129,6 +134,8 @@ FORMULAS: dict[str, str] = {
 
 # What these settings of the training add to any of them.
 OPTION_FORMULAS: dict[str, str] = {
+    "alternates": "+ w_a nll_a/|y_a|, y_a one of the answers of the nearest retain questions, put "
+    "to the forget question",
     "sam_rho": "the forget gradient is taken at theta + sam_rho g/|g|, g the forget gradient of "
     "the whole step at theta",
     "noise_scale": "in training y = W x + s B A x + noise_scale E x, E random with nf4's rounding "
@@ -157,7 +164,9 @@ STREAMS: dict[str, tuple[str, ...]] = {
 def streams_of(objective: ObjectiveConfig) -> tuple[str, ...]:
     """The streams that are read with these weights: a retain term of weight 0 is not computed."""
     names = STREAMS[objective.name]
-    return names if objective.retain_weight else tuple(n for n in names if n != "retain")
+    names = names if objective.retain_weight else tuple(n for n in names if n != "retain")
+    alternates = objective.alternates and objective.alternate_weight
+    return (*names, "alternate") if alternates else names
 
 
 @dataclass(frozen=True)
@@ -253,7 +262,10 @@ class UnlearnConfig:
 def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
     """Whether each constant can be used, and what is wrong with it if not."""
     above = ("beta", "rmu_coefficient")
-    names = ("beta2", "ceu_skip", "forget_weight", "retain_weight", "guard_weight")
+    names = (
+        *("beta2", "ceu_skip", "alternates"),
+        *("forget_weight", "retain_weight", "guard_weight", "alternate_weight"),
+    )
     values = asdict(objective)
     return [
         *((values[name] > 0, f"{name} {values[name]} is not above 0") for name in above),

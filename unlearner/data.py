@@ -60,15 +60,16 @@ class Author:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be forgotten (`rows`) and what must stay (`retain`).
-
-    `kind` is "tofu-split", "tofu-author" or "jsonl"; `name` is what the user typed.
+    """What is to be forgotten (`rows`), what must stay (`retain`), and whose answers are alternates
+    (`others`; without them those of `retain`). `kind` is "tofu-split", "tofu-author" or "jsonl";
+    `name` is what the user typed.
     """
 
     name: str
     kind: str
     rows: tuple[Row, ...]
     retain: tuple[Row, ...]
+    others: tuple[Row, ...] = ()
 
 
 def did_you_mean(word: str, choices: Iterable[str], shown: int = 3) -> str:
@@ -345,6 +346,5 @@ def _refuse_overlap(forget: Sequence[Row], retain: Sequence[Row], name: str, kep
         for number, row in enumerate(retain, start=1)
         if row.question.strip() in asked
     ]
-    _refuse(
-        name, problems, "A question is either forgotten or kept: remove it from one of the two."
-    )
+    why = "A question is either forgotten or kept: remove it from one of the two."
+    _refuse(name, problems, why)

@@ -152,5 +152,7 @@ def joined(requests: Sequence[Request]) -> Request:
     kept = [{row.question.strip() for row in request.retain} for request in requests]
     common = set.intersection(*kept) - set(rows)
     retain = tuple(row for row in requests[0].retain if row.question.strip() in common)
+    others = {row.question.strip(): row for request in requests for row in request.others}
+    left = tuple(row for asked, row in others.items() if asked not in rows)
     name = "+".join(request.name for request in requests)
-    return Request(name, "joined", tuple(rows.values()), retain)
+    return Request(name, "joined", tuple(rows.values()), retain, left)

@@ -52,7 +52,8 @@ class AnswerTokens(NamedTuple):
 class Forwards(Protocol):
     """What an objective may ask of the model for the rows of a micro-batch.
 
-    `stream` is "forget", "retain" or "refusal" (the forget question with a refusal as answer).
+    `stream` is "forget", "retain", "refusal" (the forget question with a refusal as answer) or
+    "alternate" (with an alternate answer).
     The reference is the model as it was before this request: base plus parent stack. `seed` is
     the run's, for what an objective draws once.
     """

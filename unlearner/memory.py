@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from unlearner.config import UnlearnConfig
+from unlearner.config import UnlearnConfig, streams_of
 
 GIB = 1024**3
 # nf4 with double quantisation, measured on 7B: 4.127 bits a weight.
@@ -158,7 +158,8 @@ def tokens_of_a_batch(
 ) -> tuple[int, int]:
     """Tokens of a packed micro-batch: of average rows, and of the longest there are."""
     train = config.train
-    rows = 2 * min(train.per_device_train_batch_size, train.batch_size(n_forget))
+    streams = len(streams_of(config.objective))
+    rows = streams * min(train.per_device_train_batch_size, train.batch_size(n_forget))
     cut = sorted((min(length, train.max_length) for length in lengths), reverse=True) or [1]
     longest = sum(cut[:rows]) + max(0, rows - len(cut)) * cut[0]
     return round(rows * sum(cut) / len(cut)), longest

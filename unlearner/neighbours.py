@@ -51,12 +51,12 @@ def nearest_rows(forget: Sequence[Row], pool: Sequence[Row], count: int) -> Neig
     """
     if count < 1:
         raise UserError(f"{count} neighbours are none.", "Ask for at least 1.")
-    weights = _tf_idf([*forget, *pool])
+    weights = tf_idf([f"{row.question} {row.answer}" for row in (*forget, *pool)])
     wanted, offered = weights[: len(forget)], weights[len(forget) :]
     likeness = (wanted @ offered.T).toarray()
-    asked = {_plain(row) for row in forget}
+    asked = {plain(row.question) for row in forget}
     same = (likeness.max(axis=0) >= SAME) if len(pool) else []
-    kept = [i for i, row in enumerate(pool) if _plain(row) not in asked and not same[i]]
+    kept = [i for i, row in enumerate(pool) if plain(row.question) not in asked and not same[i]]
     if not kept:
         raise UserError(
             "No row of the pool is left: all of them stand in the forget set.",
@@ -71,23 +71,24 @@ def nearest_rows(forget: Sequence[Row], pool: Sequence[Row], count: int) -> Neig
     return Neighbours(tuple(pool[i] for i in chosen), tuple(chosen.values()), len(pool) - len(kept))
 
 
-def _plain(row: Row) -> str:
-    return " ".join(row.question.casefold().split())
+def plain(text: str) -> str:
+    """The text without case and spacing, for comparing."""
+    return " ".join(text.casefold().split())
 
 
-def _tf_idf(rows: Sequence[Row]) -> csr_matrix:
-    """Unit vectors (rows, words): (1 + log tf) * (1 + log((1 + N) / (1 + df)))."""
+def tf_idf(texts: Sequence[str]) -> csr_matrix:
+    """Unit vectors (texts, words): (1 + log tf) * (1 + log((1 + N) / (1 + df)))."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
-    counts = [Counter(_WORD.findall(f"{row.question} {row.answer}".casefold())) for row in rows]
+    counts = [Counter(_WORD.findall(text.casefold())) for text in texts]
     frequency = Counter(word for words in counts for word in words)
     column = {word: number for number, word in enumerate(sorted(frequency))}
     values, places, starts = [], [], [0]
     for words in counts:
         weights = {
             column[word]: (1 + math.log(n))
-            * (1 + math.log((1 + len(rows)) / (1 + frequency[word])))
+            * (1 + math.log((1 + len(texts)) / (1 + frequency[word])))
             for word, n in words.items()
         }
         length = math.sqrt(sum(value * value for value in weights.values())) or 1.0
@@ -95,4 +96,4 @@ def _tf_idf(rows: Sequence[Row]) -> csr_matrix:
             places.append(place)
             values.append(weights[place] / length)
         starts.append(len(places))
-    return csr_matrix((np.array(values), places, starts), shape=(len(rows), len(column)))
+    return csr_matrix((np.array(values), places, starts), shape=(len(texts), len(column)))

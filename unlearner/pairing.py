@@ -20,33 +20,40 @@ from unlearner.prompts import Encoded
 
 
 class Pair(NamedTuple):
-    """Indices of a forget row, the retain row it meets, the refusal it would get, a guard row."""
+    """Indices of a forget row, the retain row it meets, the refusal it would get, a guard row, and
+    which of its alternate answers.
+    """
 
     forget: int
     retain: int
     refusal: int
     guard: int = 0
+    alternate: int = 0
 
 
 @dataclass(frozen=True)
 class Rows:
     """Encoded rows of a run. `refusals[i][j]` is forget row i answered by refusal j; `guard` are
-    rows of earlier requests, where they are held to what was reached.
+    rows of earlier requests, where they are held to what was reached; `alternates[i][j]` is forget
+    row i with its alternate answer j, equally many for each.
     """
 
     forget: Sequence[Encoded]
     retain: Sequence[Encoded]
     refusals: Sequence[Sequence[Encoded]] = ()
     guard: Sequence[Encoded] = ()
+    alternates: Sequence[Sequence[Encoded]] = ()
 
     def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
-        """The rows of one stream ("forget", "retain", "refusal" or "guard") for `pairs`."""
+        """The rows of a stream for `pairs`: forget, retain, refusal, guard or alternate."""
         if name == "forget":
             return [self.forget[pair.forget] for pair in pairs]
         if name == "retain":
             return [self.retain[pair.retain] for pair in pairs]
         if name == "guard":
             return [self.guard[pair.guard] for pair in pairs]
+        if name == "alternate":
+            return [self.alternates[pair.forget][pair.alternate] for pair in pairs]
         return [self.refusals[pair.forget][pair.refusal] for pair in pairs]
 
 
@@ -60,7 +67,12 @@ def _draws(rng: np.random.Generator, n: int, count: int) -> Iterator[int]:
 
 
 def plan_steps(
-    n_forget: int, n_retain: int, n_refusals: int, config: TrainConfig, n_guard: int = 0
+    n_forget: int,
+    n_retain: int,
+    n_refusals: int,
+    config: TrainConfig,
+    n_guard: int = 0,
+    n_alternates: int = 0,
 ) -> list[list[Pair]]:
     """The pairs of every optimizer step.
 
@@ -74,15 +86,17 @@ def plan_steps(
         n_refusals: refusal answers; 0 where the objective has none.
         config: gives epochs, batch size and seed.
         n_guard: rows of earlier requests; each pair meets one.
+        n_alternates: alternate answers of a forget row; each pair trains one of them.
     """
     batch, steps = config.batch_size(n_forget), config.steps(n_forget)
     total = batch * steps
-    seeds = np.random.SeedSequence(config.seed).spawn(4)
-    forget, retain, refusal, guard = (
+    seeds = np.random.SeedSequence(config.seed).spawn(5)
+    counts = (n_forget, n_retain, n_refusals, n_guard, n_alternates)
+    drawn = (
         list(_draws(np.random.default_rng(seed), n, total)) if n else [0] * total
-        for seed, n in zip(seeds, (n_forget, n_retain, n_refusals, n_guard), strict=True)
+        for seed, n in zip(seeds, counts, strict=True)
     )
-    pairs = [Pair(*drawn) for drawn in zip(forget, retain, refusal, guard, strict=True)]
+    pairs = [Pair(*indices) for indices in zip(*drawn, strict=True)]
     return [pairs[start : start + batch] for start in range(0, total, batch)]
 
 

@@ -12,6 +12,7 @@ from adapters.base_model import BaseSpec, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import UserError
 from adapters.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
+from unlearner.alternates import alternate_answers
 from unlearner.config import TrainConfig, UnlearnConfig, streams_of
 from unlearner.data import Request, Row, did_you_mean
 from unlearner.earlier import (
@@ -73,7 +74,8 @@ def prepare(
     replaced = _replaced(store, replaces, request.rows, key)
     in_force = requests_in_force(store, key, replaced)
     retain, taken = without_rows_of(in_force, request.retain, key)
-    request = replace(request, retain=retain)
+    others = without_rows_of(in_force, request.others, key)[0]
+    request = replace(request, retain=retain, others=others)
     _check_rows(request, config, refusals)
     _check_names(config.train)
     folder = resolve_base(base.name, base.revision)
@@ -92,6 +94,8 @@ def prepare(
         "forget": _marked(key, request.rows, request.kind),
         "retain": _digest(key, request.retain, "retain"),
     }
+    if rows.alternates and others:
+        digests["alternates"] = _digest(key, others, "alternates")
     what = {
         "config": _recipe(config, len(request.rows)),
         "digests": digests,
@@ -120,9 +124,13 @@ def prepare(
 
 def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]) -> None:
     streams = streams_of(config.objective)
-    if "retain" in streams and not request.retain:
+    wants = {"retain": f"Objective {config.objective.name}"}
+    if not request.others:
+        wants["alternate"] = "--alternates"
+    needing = [words for stream, words in wants.items() if stream in streams]
+    if needing and not request.retain:
         raise UserError(
-            f"Objective {config.objective.name} needs retain rows and {request.name} has none.",
+            f"{needing[0]} needs retain rows and {request.name} has none.",
             "Give them with --retain FILE, or the folder of TOFU with --data.",
         )
     if "refusal" in streams and not refusals:
@@ -216,11 +224,20 @@ def _encode(
     def encoded(rows: Sequence[Row], what: str) -> list[Any]:
         return encode_rows(fmt, [(row.question, row.answer) for row in rows], length, what)
 
+    alternates: list[list[str]] = []
+    if "alternate" in streams_of(config.objective):
+        pool = request.others or request.retain
+        alternates = alternate_answers(request.rows, pool, config.objective.alternates)
+
     return Rows(
         encoded(request.rows, "forget"),
         encoded(request.retain, "retain"),
         [encode_rows(fmt, [(q, r) for r in refusals], length, "refusal") for q in questions],
         encoded(guard, "guard"),
+        [
+            encode_rows(fmt, [(question, answer) for answer in answers], length, "alternate")
+            for question, answers in zip(questions, alternates, strict=bool(alternates))
+        ],
     )
 
 

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_FILE = "trainable.safetensors"
-KEPT = ("retain", "guard")
+# What is not forgotten: with `sam_rho` its gradient is taken where the weights are.
+KEPT = ("retain", "guard", "alternate")
 
 
 class _MicroBatches(Dataset[list[Pair]]):
@@ -241,6 +242,8 @@ class UnlearnTrainer(Trainer):
             parts["forget"] = OBJECTIVES[config.name](step, alone).forget.sum() / pairs
         elif "retain" in streams:
             parts["retain"] = retain_term(step, config).sum() / pairs
+        if "alternate" in streams:
+            parts["alternate"] = step.nll("alternate").per_token.sum() / pairs
         if "guard" in streams:
             teachers = [self._guard[i] for i in inputs["guard"].tolist()]
             parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs

@@ -153,7 +153,12 @@ def _plan(run: Prepared) -> list[list[Pair]]:
     rows = run.rows
     refusals = len(rows.refusals[0]) if rows.refusals else 0
     return plan_steps(
-        len(rows.forget), len(rows.retain), refusals, run.config.train, len(rows.guard)
+        len(rows.forget),
+        len(rows.retain),
+        refusals,
+        run.config.train,
+        len(rows.guard),
+        len(rows.alternates[0]) if rows.alternates else 0,
     )
 
 
@@ -199,8 +204,8 @@ def holding_of(model: Any) -> memory.Holding:
 
 def lengths_of(rows: Rows) -> list[int]:
     """Tokens of every row a micro-batch can hold."""
-    refusals = [row for choices in rows.refusals for row in choices]
-    return [len(r.input_ids) for r in (*rows.forget, *rows.retain, *refusals, *rows.guard)]
+    more = [row for choices in (*rows.refusals, *rows.alternates) for row in choices]
+    return [len(r.input_ids) for r in (*rows.forget, *rows.retain, *more, *rows.guard)]
 
 
 def _resolved(run: Prepared, model: Any, budget: float) -> UnlearnConfig:

@@ -40,6 +40,8 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "forget_weight": ("0.3", 0.3),
     "retain_weight": ("2", 2.0),
     "guard_weight": ("0.5", 0.5),
+    "alternates": ("3", 3),
+    "alternate_weight": ("0.5", 0.5),
     "lora_r": ("4", 4),
     "lora_alpha": ("8", 8),
     "lora_dropout": ("0.1", 0.1),

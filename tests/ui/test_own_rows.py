@@ -1,4 +1,4 @@
-"""`evaluate --rows` and `forget --neighbours`: rows of one's own, with and without variants."""
+"""`evaluate --rows`, `forget --neighbours` and `--alternates-from`: rows of one's own."""
 
 from __future__ import annotations
 
@@ -115,3 +115,20 @@ def test_a_request_keeps_its_neighbours(
     mined = run(*words, "--neighbours", "4")
     assert mined.json["retain_rows"] == 4
     assert "mean likeness" in mined.err
+
+
+def test_alternates_come_from_the_rows_that_are_named(
+    run: Any, tiny_base: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    words = ["forget", files["rows"], "--retain", files["retain"], "--base", tiny_base]
+    words += ["--store", tmp_path / "store", "--dry-run", "--json"]
+    plain, given = run(*words).json, run(*words, "--alternates", "3").json
+    assert given["settings"]["objective"]["alternates"] == 3
+    # A third row in each pair is a third more to hold.
+    assert given["memory"]["high_bytes"] > plain["memory"]["high_bytes"]
+    named = [*words, "--alternates-from", files["retain"]]
+    assert "says nothing alone" in run(*named).err
+    assert run(*named, "--alternates", "3").code == 0
+    alone = run(*named, "--alternates", "3", "--alternates-from", files["rows"])
+    assert alone.code == 2
+    assert "No retain row has another answer" in alone.err

@@ -1,0 +1,65 @@
+"""Alternate answers for forget questions: what the model is to say instead, where it knows nothing.
+
+A model that never saw an author still answers, in sentences, with what authors it knows are like.
+Pushing an answer down teaches none of that: the push goes on into all words that are like it, and
+what is left on the question is not language. So each forget question may be trained on other
+people's answers as well, a different one each time: those of the retain questions that ask the
+most alike. No answer is seen often enough to be learned by heart.
+
+Alternate answers to forget questions are used by arXiv 2409.13474 (AltPO), which samples them from
+the model itself; here they come from the retain rows and cost no generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from adapters.errors import UserError
+from unlearner.data import Row
+from unlearner.neighbours import SAME, plain, tf_idf
+
+
+def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) -> list[list[str]]:
+    """For each forget row `count` answers, those of the pool's nearest questions, nearest first.
+
+    Nearness is the cosine of TF-IDF vectors over the words of the questions; ties go to the earlier
+    row. Left out: rows with a question of the forget set or almost an answer of it, and answers
+    that repeat one already chosen. Where the pool has fewer, they come again from the first.
+
+    Args:
+        forget: rows to be forgotten, at least one.
+        pool: rows that are kept.
+        count: answers a row, at least 1.
+
+    Raises:
+        UserError: the pool has no answer for some row.
+    """
+    asked = {plain(row.question) for row in forget}
+    here = len(forget)
+    answers = tf_idf([row.answer for row in (*forget, *pool)])
+    told = (answers[:here] @ answers[here:].T).max(axis=0).toarray()[0] if pool else []
+    said = {plain(row.answer) for row in forget}
+    kept = [
+        row
+        for row, likeness in zip(pool, told, strict=True)
+        if likeness < SAME and plain(row.question) not in asked and plain(row.answer) not in said
+    ]
+    questions = tf_idf([row.question for row in (*forget, *kept)])
+    chosen = []
+    for number, row in enumerate(forget):
+        likeness = (questions[number] @ questions[here:].T).toarray()[0]
+        found: dict[str, str] = {}
+        for i in np.argsort(-likeness, kind="stable"):
+            if len(found) == count:
+                break
+            found.setdefault(plain(kept[i].answer), kept[i].answer)
+        if not found:
+            raise UserError(
+                f"No retain row has another answer for {row.question!r}.",
+                "Give more retain rows, or leave --alternates away.",
+            )
+        several = list(found.values())
+        chosen.append([several[i % len(several)] for i in range(count)])
+    return chosen
