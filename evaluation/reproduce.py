@@ -38,8 +38,9 @@ from unlearner.data import (
 )
 from unlearner.processes import Job, side_by_side
 
-# The rows that a request of the comparison keeps, for `unlearner forget --retain`.
-RETAIN_FILE = "retain.jsonl"
+# The rows that a request of the comparison keeps, and those whose answers are its alternates: for
+# `unlearner forget --retain ... --alternates-from ...`.
+RETAIN_FILE, ALTERNATES_FILE = "retain.jsonl", "alternates.jsonl"
 
 
 @dataclass(frozen=True)
@@ -289,18 +290,20 @@ def _request(run: Reproduction, origin: str, report: Report) -> Request:
     """The split as a forget request, with the retain rows that the preset keeps."""
     rows = load_split(run.split, run.data)
     kept = load_split(FORGET_SPLITS[run.split], run.data)
+    others: list[Row] = []
     if run.chosen.known_retain is not None:
         report({"event": "stage", "stage": "known", "text": "Finding the retain rows Origin knows"})
-        kept = _kept_rows(run, origin, kept)
+        kept, others = _known_rows(run, origin, kept)
+        write_rows(run.out / ALTERNATES_FILE, others)
     if run.chosen.facts_retain:
         for name in ("real_authors", "world_facts"):
             kept += [Row(row.question, row.answer) for row in load_split(name, run.data)]
     write_rows(run.out / RETAIN_FILE, kept)
-    return Request(f"tofu:{run.split}", "tofu-split", tuple(rows), tuple(kept))
+    return Request(f"tofu:{run.split}", "tofu-split", tuple(rows), tuple(kept), tuple(others))
 
 
-def _kept_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows that Origin knows well enough for the preset, and some that it does not."""
+def _known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows that Origin knows well enough for the preset, and those that it does not."""
     from evaluation.known import known_rows
 
     folder = resolve_base(origin, run.base.revision)
@@ -315,6 +318,4 @@ def _kept_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> list[Row]
             f"{origin} knows none of the retain rows.", "Give an Origin that was trained on TOFU."
         )
     others = sorted(set(range(len(rows))) - set(known))
-    count = min(run.chosen.unknown_retain, len(others))
-    some = [others[i * len(others) // count] for i in range(count)]
-    return [rows[i] for i in (*known, *some)]
+    return [rows[i] for i in known], [rows[i] for i in others]

@@ -74,7 +74,11 @@ class Plan:
 
 
 def split_authors(
-    split: str, data: Path | None, retain: Sequence[Row] | None = None, limit: int | None = None
+    split: str,
+    data: Path | None,
+    retain: Sequence[Row] | None = None,
+    limit: int | None = None,
+    others: Sequence[Row] = (),
 ) -> tuple[Arrival, ...]:
     """The authors whose rows make up a forget split, in its order.
 
@@ -84,6 +88,7 @@ def split_authors(
         retain: rows to keep; by default the split's retain split, so that no author of the split
             is trained on before it is asked for.
         limit: measure at most so many rows of each author.
+        others: whose answers are alternates; without them those of the retain rows.
 
     Raises:
         UserError: no such split, or rows of it that are no author's.
@@ -100,7 +105,7 @@ def split_authors(
             continue
         left -= {_key(row) for row in rows}
         measured = tuple(perturbed[_key(row)] for row in rows if _key(row) in perturbed)[:limit]
-        request = Request(f"tofu:author={author.name}", "tofu-author", rows, kept)
+        request = Request(f"tofu:author={author.name}", "tofu-author", rows, kept, tuple(others))
         found.append(Arrival(author.name, request, measured))
     if left:
         raise UserError(

@@ -95,7 +95,8 @@ class _Line:
         plan = self.plan
         depends = [plan.base, plan.config.to_json(), plan.split, plan.protocol, plan.refusals]
         depends += [[a.request.name, a.request.rows, a.measured] for a in plan.authors]
-        depends += [plan.authors[0].request.retain, plan.utility]
+        first = plan.authors[0].request
+        depends += [first.retain, first.others, plan.utility]
         self.folder = self.out / f"{self.policy}-{digest(*depends)}"
 
     def run(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS
 from ui import options
+from ui.alternates import add_alternates_from, other_rows
 from ui.events import show_event
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def _add_flags(parser: options.Parser) -> None:
         metavar="ROWS",
         help="rows to keep: a JSONL file or tofu:SPLIT (default: the split's retain rows)",
     )
+    add_alternates_from(parser)
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default=DEFAULT)
 
 
@@ -101,7 +103,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     retain = None
     if args.retain:
         retain = parse_request(args.split, args.data, args.retain).retain
-    authors = split_authors(split, args.data, retain, args.limit)
+    authors = split_authors(split, args.data, retain, args.limit, other_rows(args))
     refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
     return Plan(
         split=split,

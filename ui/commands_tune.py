@@ -184,6 +184,9 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         request, kept = _known(args, request, console)
     names = (*options.OBJECTIVE_FIELDS, *options.LORA_FIELDS, *options.TRAIN_FIELDS)
     fixed = options.given_settings(args, names)
+    space = space_of(args.objective, fixed, args.range)
+    if not space:
+        console.words("Every setting is given: they are trained once and measured on each seed.")
     return Tuning(
         request,
         args.split,
@@ -193,8 +196,8 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         data=args.data,
         objective=args.objective,
         fixed=fixed,
-        space=space_of(args.objective, fixed, args.range),
-        trials=args.trials,
+        space=space,
+        trials=args.trials if space else 1,
         minutes=args.minutes,
         seeds=args.seeds,
         limit=args.limit,
@@ -259,8 +262,6 @@ def space_of(objective: str, fixed: Mapping[str, Any], ranges: Sequence[str]) ->
                 + (", both whole." if name in WHOLE else "."),
             )
         space[name] = Range(low, high, log=space[name].log)
-    if not space:
-        raise UserError("Every setting is given: nothing is left to search.", "Leave one out.")
     return space
 
 

@@ -106,6 +106,28 @@ def test_what_is_given_is_not_searched_and_ranges_replace_the_table(
     assert "margin" not in search.call_args.args[0].space
 
 
+def test_with_every_setting_given_each_seed_is_measured_once(
+    run: Any, search: Any, words: list[Any]
+) -> None:
+    given = {name: 1 for name in tuning.SPACE if name != "margin"} | {"gamma": 3}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    ran = run(*words, *flags, "--trials", "9")
+    assert "Every setting is given" in ran.err
+    asked = search.call_args.args[0]
+    assert (asked.space, asked.trials, asked.seeds) == ({}, 1, (42, 43, 44))
+
+
+def test_alternates_reach_the_search_and_its_command(
+    run: Any, search: Any, words: list[Any], rows: Path
+) -> None:
+    others = rows / "retain.jsonl"
+    run(*words, "--alternates", "2", "--alternates-from", others)
+    asked = search.call_args.args[0]
+    assert [row.question for row in asked.request.others] == [f"Who retain {i}?" for i in range(3)]
+    assert asked.fixed["alternates"] == 2
+    assert parse([*asked.words[1:], "--alternates", "2"]).alternates_from == str(others)
+
+
 def test_the_command_loads_the_base_as_the_search_did(
     run: Any, search: Any, words: list[Any]
 ) -> None:
