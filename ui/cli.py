@@ -20,6 +20,7 @@ from ui import (
     commands_consolidate,
     commands_eval,
     commands_finetune,
+    commands_fluency,
     commands_info,
     commands_merge,
     commands_report,
@@ -62,6 +63,7 @@ MODULES = (
     commands_report,
     commands_robustness,
     commands_finetune,
+    commands_fluency,
     commands_tune,
     commands_ui,
 )
