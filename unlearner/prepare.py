@@ -74,8 +74,7 @@ def prepare(
     replaced = _replaced(store, replaces, request.rows, key)
     in_force = requests_in_force(store, key, replaced)
     retain, taken = without_rows_of(in_force, request.retain, key)
-    others = without_rows_of(in_force, request.others, key)[0]
-    request = replace(request, retain=retain, others=others)
+    request = replace(request, retain=retain, others=_unowned(request.others, in_force, key))
     _check_rows(request, config, refusals)
     _check_names(config.train)
     folder = resolve_base(base.name, base.revision)
@@ -93,9 +92,8 @@ def prepare(
     digests = {
         "forget": _marked(key, request.rows, request.kind),
         "retain": _digest(key, request.retain, "retain"),
+        **_alternates_digest(key, request, rows),
     }
-    if rows.alternates and others:
-        digests["alternates"] = _digest(key, others, "alternates")
     what = {
         "config": _recipe(config, len(request.rows)),
         "digests": digests,
@@ -244,6 +242,17 @@ def _encode(
 def _digest(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
     pairs = [(row.question, row.answer) for row in rows]
     return {"n": len(pairs), "digest": digest_rows(key, pairs), "kind": kind}
+
+
+def _unowned(rows: Sequence[Row], in_force: Sequence[Earlier], key: bytes) -> tuple[Row, ...]:
+    """The rows without those of earlier requests."""
+    return without_rows_of(in_force, rows, key)[0]
+
+
+def _alternates_digest(key: bytes, request: Request, rows: Rows) -> dict[str, dict[str, Any]]:
+    """Of the rows whose answers are alternates, where they are not the retain rows."""
+    named = rows.alternates and request.others
+    return {"alternates": _digest(key, request.others, "alternates")} if named else {}
 
 
 def _marked(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
