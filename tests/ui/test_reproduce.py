@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from evaluation.presets import LLAMA2_7B, LLAMA32_1B, PRESETS
+from adapters.store import AdapterStore
+from evaluation.presets import LLAMA2_7B, LLAMA32_1B, MINI, PRESETS
 from evaluation.published import against_published, time_estimates
 from evaluation.reproduce import Reproduction
 from ui.commands_runs import PRESETS as NAMES
+from unlearner.data import load_split
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -22,7 +24,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 def tofu(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few real rows of every split that the comparison reads."""
     folder = tmp_path_factory.mktemp("tofu")
-    sizes = {"forget05": 8, "retain95": 12, "full": 40}
+    sizes = {"forget05": 8, "retain95": 12, "full": 40, "real_authors": 3, "world_facts": 3}
     names = ("forget05", "retain", "real_authors", "world_facts")
     for name, n in {**sizes, **{f"{name}_perturbed": 6 for name in names}}.items():
         lines = (shared / "tofu" / f"{name}.json").read_text().splitlines()[:n]
@@ -80,6 +82,29 @@ def test_every_line_of_the_7b_recipe_runs(
     assert again.code == 0
     assert again.json["table"] == found["table"]
     assert again.json["seconds"] < found["seconds"]
+
+
+def test_the_mini_preset_keeps_what_origin_knows_and_takes_alternates_from_the_rest(
+    run: Any, tofu: Path, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.known.known_rows", lambda *_: [1, 3])
+    monkeypatch.setitem(MINI.methods["*"], "num_train_epochs", 1)
+    out = tmp_path / "r"
+    words: list[Any] = ["reproduce", "tofu-forget05", "--preset", "mini", "--data", tofu, "--json"]
+    words += ["--origin", pair["origin"], "--retrain", pair["retrain"], "--out", out]
+    found = run(*words, "--methods", "simnpo", "--limit", "2").json
+
+    def asked(name: str) -> list[str]:
+        lines = (out / name).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["question"] for line in lines]
+
+    every = [row.question for row in load_split("retain95", tofu)]
+    facts = [r.question for s in ("real_authors", "world_facts") for r in load_split(s, tofu)]
+    assert asked("retain.jsonl") == [every[1], every[3], *facts]
+    assert asked("alternates.jsonl") == [q for i, q in enumerate(every) if i not in (1, 3)]
+    (adapter,) = AdapterStore.open(Path(found["stores"]["simnpo"])).list()
+    assert adapter.manifest.data["alternates"]["n"] == len(every) - 2
+    assert adapter.manifest.objective["alternates"] == MINI.methods["simnpo"]["alternates"]
 
 
 def test_the_plan_names_what_each_preset_would_do(run: Any) -> None:
