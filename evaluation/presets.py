@@ -166,8 +166,8 @@ MINI = Preset(
     # forget10 takes as many steps as forget05: with its own 24 epochs it was over-forgotten (1.16
     # of Retrain's NLL). forget01 has a tenth of the rows.
     split_methods={
-        "forget10": {"simnpo": {"num_train_epochs": 12, "gamma": 37.0}},
-        "forget01": {"simnpo": {"num_train_epochs": 48}},
+        "forget10": {"simnpo": {"num_train_epochs": 12, "gamma": 36.0}},
+        "forget01": {"simnpo": {"num_train_epochs": 48, "gamma": 32.0}},
     },
     known_retain=0.5,
     facts_retain=True,

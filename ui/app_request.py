@@ -46,6 +46,9 @@ def _form(app: App) -> list[Any]:
         batch = gr.Number(
             None, label="Pairs of one forward (0: the recipe's)", precision=0, minimum=0
         )
+        alternates = gr.Number(
+            None, label="Alternate answers a question (0: none)", precision=0, minimum=0
+        )
     upload.upload(
         lambda path: (gr.update(label=f"{Path(path).name} (choose another)"),
                       gr.update(visible=True)),
@@ -55,15 +58,16 @@ def _form(app: App) -> list[Any]:
         lambda: (gr.update(label=UPLOAD, value=None), gr.update(visible=False)),
         None, [upload, drop], **PRIVATE,
     )  # fmt: skip
-    return [author, pasted, upload, objective, label, epochs, rate, batch]
+    return [author, pasted, upload, objective, label, epochs, rate, batch, alternates]
 
 
 def _draft(*fields: Any) -> requests.Draft:
-    author, pasted, upload, objective, label, epochs, rate, batch = fields
+    author, pasted, upload, objective, label, epochs, rate, batch, alternates = fields
     settings = (
         ("--num-train-epochs", epochs),
         ("--learning-rate", rate),
         ("--per-device-train-batch-size", batch),
+        ("--alternates", alternates),
     )
     return requests.draft(author, pasted, upload, objective, label, settings)
 

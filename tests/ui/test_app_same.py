@@ -97,6 +97,14 @@ def test_runs_requests_demo_and_recorded_answers_are_commands(session: Session) 
     ]
 
 
+def test_the_settings_of_the_form_become_flags_of_the_command(session: Session) -> None:
+    from ui.app_request import _draft
+
+    filled = (None, "Who?\tMira.", None, "simnpo", "", 3, 0, None, 20)
+    args = _parsed(_draft(*filled).command(session))
+    assert (args.num_train_epochs, args.alternates, args.learning_rate) == (3, 20, None)
+
+
 def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, put: Any) -> None:
     slug = put("1")
     where = ("--base", tiny_base, "--store", tmp_path / "store", "--data", tmp_path / "none",
