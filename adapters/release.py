@@ -138,8 +138,8 @@ def _formulas(release: Release) -> list[str]:
         said = ", ".join(f"{key} = {value}" for key, value in settings.items())
         formula = release.formulas.get(name)
         line = f"- `{name}`: " + (f"{formula}; " if formula else "") + (said or "no parameters")
-        # Settings of the training that change what is minimised are named there as well.
-        for key, value in sorted(manifest.train.items()):
+        # Settings that change what is minimised are named there as well.
+        for key, value in sorted({**manifest.objective, **manifest.train}.items()):
             if value and key in release.formulas:
                 line += f"; {key} = {value}: {release.formulas[key]}"
         if name and line not in lines:

@@ -141,7 +141,7 @@ MINI = Preset(
         TinyShape(vocab_size=4096, hidden_size=128, intermediate_size=320, num_hidden_layers=4),
         TinyRecipe(epochs=9, pretrain_rows=800, label_smoothing=0.1),
     ),
-    # Chosen on forget05, seeds 42 and 43, out of the settings in docs/results/mini-recipes.jsonl by
+    # Chosen on forget05, seeds 42 and 43, out of docs/results/mini-recipes-alternates.jsonl by
     # the teacher-forced probe: optimistic for those, docs/recipes.md has the held-out seeds.
     methods={
         "*": {
@@ -164,7 +164,7 @@ MINI = Preset(
         },
     },
     # forget10 takes as many steps as forget05: with its own 24 epochs it was over-forgotten (1.16
-    # of Retrain's NLL). forget01 has a tenth of the rows.
+    # of Retrain's NLL). forget01 has a fifth of the rows.
     split_methods={
         "forget10": {"simnpo": {"num_train_epochs": 12, "gamma": 36.0}},
         "forget01": {"simnpo": {"num_train_epochs": 48, "gamma": 32.0}},

@@ -116,14 +116,25 @@ class Tuning:
 def tune(run: Tuning, report: Report) -> dict[str, Any]:
     """What was tried, what was chosen and how it does on every seed; also in `out/tune.json`.
 
+    With nothing in `space` nothing is searched: the given settings are measured on every seed.
+
     Raises:
         UserError: Optuna is not installed, no trial came to its end, rows that do not match.
     """
-    optuna = _optuna()
+    optuna = _optuna() if run.space else None
     started = time.monotonic()
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "text": "Looking at Origin"})
     search = _open(run)
+    study = _searched(optuna, run, search, report, started) if run.space else None
+    found = _result(run, search, study, report)
+    found["seconds"] = time.monotonic() - started
+    write_json(run.out / "tune.json", found)
+    return found
+
+
+def _searched(optuna: Any, run: Tuning, search: _Search, report: Report, started: float) -> Study:
+    """The study with its trials, those of an earlier run of the same search among them."""
     study = _study(optuna, run, search)
     _drop_unfinished(optuna, study)
     while len(study.trials) < run.trials and time.monotonic() - started < 60 * run.minutes:
@@ -134,10 +145,7 @@ def tune(run: Tuning, report: Report) -> dict[str, Any]:
             f"None of the {len(study.trials)} trials came to its end.",
             "Give it more --minutes or more --trials.",
         )
-    found = _result(run, search, study, report)
-    found["seconds"] = time.monotonic() - started
-    write_json(run.out / "tune.json", found)
-    return found
+    return study
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,11 @@ def _study(optuna: Any, run: Tuning, search: _Search) -> Study:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    everything = (*run.request.rows, *run.request.retain, *run.request.others)
-    rows = [[row.question, row.answer] for row in everything]
+    request = run.request
+    rows = [
+        [[row.question, row.answer] for row in part]
+        for part in (request.rows, request.retain, request.others)
+    ]
     base = fingerprint_base(resolve_base(run.base.name, run.base.revision)).digest
     name = digest(
         run.objective, dict(run.fixed), {k: list(v) for k, v in run.space.items()}, run.seeds[0],
@@ -279,15 +290,15 @@ def look_text(number: int, look: Mapping[str, Any]) -> str:
     )
 
 
-def _result(run: Tuning, search: _Search, study: Study, report: Report) -> dict[str, Any]:
-    best = study.best_trial
-    config = run.config(best.params, search.retrain_nll, run.seeds[0])
+def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -> dict[str, Any]:
+    best, trials = (study.best_trial, study.trials) if study is not None else (None, [])
+    config = run.config(best.params if best else {}, search.retrain_nll, run.seeds[0])
     what = Measured(run.data, run.split, limit=run.limit)
     report({"event": "stage", "text": "Measuring Origin"})
     log = Path(measure(report, base=run.base, what=what, log=run.out / "logs" / "origin.json"))
     origin = table_rows("origin", log, run.retain_log, what.protocols)[0]
     rows = [on_seed(run, config, seed, what, origin, report) for seed in run.seeds]
-    states = [trial.state.name for trial in study.trials]
+    states = [trial.state.name for trial in trials]
     return {
         "kind": "unlearner-tune",
         "schema": 1,
@@ -304,11 +315,11 @@ def _result(run: Tuning, search: _Search, study: Study, report: Report) -> dict[
         "fixed": dict(run.fixed),
         "retrain_forget_nll": search.retrain_nll,
         "origin_look": search.origin.to_json(),
-        "trials": [_trial_json(trial) for trial in study.trials],
+        "trials": [_trial_json(trial) for trial in trials],
         "origin": origin,
         "chosen": {
-            "trial": best.number + 1,
-            "loss": best.value,
+            "trial": best.number + 1 if best else None,
+            "loss": best.value if best else None,
             "settings": config.to_json(),
             "selected": rows[0],
             "held_out": rows[1:],

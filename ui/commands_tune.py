@@ -186,7 +186,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     fixed = options.given_settings(args, names)
     space = space_of(args.objective, fixed, args.range)
     if not space:
-        console.words("Every setting is given: they are trained once and measured on each seed.")
+        console.words("Every setting is given: nothing is searched, each seed is measured.")
     return Tuning(
         request,
         args.split,
@@ -197,7 +197,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         objective=args.objective,
         fixed=fixed,
         space=space,
-        trials=args.trials if space else 1,
+        trials=args.trials,
         minutes=args.minutes,
         seeds=args.seeds,
         limit=args.limit,
@@ -268,11 +268,14 @@ def space_of(objective: str, fixed: Mapping[str, Any], ranges: Sequence[str]) ->
 def _print_chosen(found: Mapping[str, Any], console: Console) -> None:
     chosen = found["chosen"]
     rows = [found["origin"], chosen["selected"], *chosen["held_out"]]
-    console.text(
-        f"tried {found['tried']}: {found['finished']} finished, {found['pruned']} stopped early, "
-        f"{found['failed']} failed; chosen: trial {chosen['trial']} on seed "
-        f"{chosen['selected']['seed']}, the other seeds were held out"
-    )
+    tried = "nothing was searched: the settings were given"
+    if chosen["trial"] is not None:
+        tried = (
+            f"tried {found['tried']}: {found['finished']} finished, {found['pruned']} stopped "
+            f"early, {found['failed']} failed; chosen: trial {chosen['trial']} on seed "
+            f"{chosen['selected']['seed']}, the other seeds were held out"
+        )
+    console.text(tried)
     print_comparison([dict(row) for row in rows], console)
     for row in rows[1:]:
         missed = [name for name, held in row["reached"].items() if held is False]

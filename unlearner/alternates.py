@@ -57,8 +57,8 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
             found.setdefault(plain(kept[i].answer), kept[i].answer)
         if not found:
             raise UserError(
-                f"No retain row has another answer for {row.question!r}.",
-                "Give more retain rows, or leave --alternates away.",
+                f"No row has another answer for {row.question!r}.",
+                "Give more retain rows, or other ones with --alternates-from.",
             )
         several = list(found.values())
         chosen.append([several[i % len(several)] for i in range(count)])

@@ -158,7 +158,8 @@ def tokens_of_a_batch(
 ) -> tuple[int, int]:
     """Tokens of a packed micro-batch: of average rows, and of the longest there are."""
     train = config.train
-    streams = len(streams_of(config.objective))
+    # At least two: guard rows may stand in the place of retain rows.
+    streams = max(2, len(streams_of(config.objective)))
     rows = streams * min(train.per_device_train_batch_size, train.batch_size(n_forget))
     cut = sorted((min(length, train.max_length) for length in lengths), reverse=True) or [1]
     longest = sum(cut[:rows]) + max(0, rows - len(cut)) * cut[0]

@@ -44,6 +44,13 @@ class Rows:
     guard: Sequence[Encoded] = ()
     alternates: Sequence[Sequence[Encoded]] = ()
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row a micro-batch can hold."""
+        more = [row for choices in (*self.refusals, *self.alternates) for row in choices]
+        rows = (*self.forget, *self.retain, *more, *self.guard)
+        return [len(row.input_ids) for row in rows]
+
     def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
         """The rows of a stream for `pairs`: forget, retain, refusal, guard or alternate."""
         if name == "forget":

@@ -245,8 +245,14 @@ def _digest(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
 
 
 def _unowned(rows: Sequence[Row], in_force: Sequence[Earlier], key: bytes) -> tuple[Row, ...]:
-    """The rows without those of earlier requests."""
-    return without_rows_of(in_force, rows, key)[0]
+    """The rows without those of earlier requests; the retain rows must not come in their place."""
+    left = without_rows_of(in_force, rows, key)[0]
+    if rows and not left:
+        raise UserError(
+            "All rows that alternates are to come from belong to earlier requests.",
+            "Give others with --alternates-from, or leave it away to take the retain rows.",
+        )
+    return left
 
 
 def _alternates_digest(key: bytes, request: Request, rows: Rows) -> dict[str, dict[str, Any]]:

@@ -137,7 +137,7 @@ def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
     float32 = run.base.dtype == "float32" or (run.base.dtype == "auto" and not on_gpu)
     held = memory.Holding(run.base.load_in_4bit, 4 if float32 else 2, on_gpu)
     shape = memory.read_shape(resolve_base(run.base.name, run.base.revision))
-    lengths = [len(row.input_ids) for row in (*run.rows.forget, *run.rows.retain)]
+    lengths = run.rows.lengths
     config, chosen = run.config, train.gradient_checkpointing
     if chosen == "auto" and memory_limit is not None:
         chosen = memory.choose_checkpointing(

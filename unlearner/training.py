@@ -202,12 +202,6 @@ def holding_of(model: Any) -> memory.Holding:
     return memory.Holding(view["quantization"] == "nf4", width, first.is_cuda)
 
 
-def lengths_of(rows: Rows) -> list[int]:
-    """Tokens of every row a micro-batch can hold."""
-    more = [row for choices in (*rows.refusals, *rows.alternates) for row in choices]
-    return [len(r.input_ids) for r in (*rows.forget, *rows.retain, *more, *rows.guard)]
-
-
 def _resolved(run: Prepared, model: Any, budget: float) -> UnlearnConfig:
     """The configuration with `auto` replaced by what the memory plan chooses."""
     if run.config.train.gradient_checkpointing != "auto":
@@ -215,7 +209,7 @@ def _resolved(run: Prepared, model: Any, budget: float) -> UnlearnConfig:
     setting = memory.choose_checkpointing(
         memory.read_shape(resolve_base(run.base.name, run.base.revision)),
         run.config,
-        lengths_of(run.rows),
+        run.rows.lengths,
         holding_of(model),
         budget,
         len(run.rows.forget),
@@ -235,7 +229,7 @@ def _check_fit(
         measured,
         memory.read_shape(resolve_base(run.base.name, run.base.revision)),
         run.config,
-        lengths_of(run.rows),
+        run.rows.lengths,
         holding_of(model),
         len(run.rows.forget),
     )
@@ -266,7 +260,7 @@ def _run(
     advice = preflight.advice(
         memory.read_shape(resolve_base(run.base.name, run.base.revision)),
         run.config,
-        lengths_of(run.rows),
+        run.rows.lengths,
         holding_of(trainer.model),
         # It did not fit: aim below what the estimate says was tried.
         min(budget, 0.9 * _estimated(run, trainer)),
@@ -281,5 +275,5 @@ def _run(
 
 def _estimated(run: Prepared, trainer: UnlearnTrainer) -> float:
     shape = memory.read_shape(resolve_base(run.base.name, run.base.revision))
-    lengths, held = lengths_of(run.rows), holding_of(trainer.model)
+    lengths, held = run.rows.lengths, holding_of(trainer.model)
     return memory.estimate(shape, run.config, lengths, held, len(run.rows.forget)).high

@@ -326,7 +326,7 @@ def test_card_of_a_release_says_what_was_run(
 ) -> None:
     one = put(
         "1",
-        objective={"name": "simnpo", "beta": 2.5, "gamma": 0.0},
+        objective={"name": "simnpo", "alternates": 3, "beta": 2.5, "gamma": 0.0},
         lora={"r": 2, "alpha": 4},
         env={"seed": 17},
         data={"forget": {"n": 20, "digest": "a" * 64, "kind": "jsonl"}},
@@ -337,7 +337,10 @@ def test_card_of_a_release_says_what_was_run(
         base_digest=fingerprint_base(tiny_base).digest,
         adapters=((one.manifest, 0.5),),
         merge=merge,
-        formulas={"simnpo": "-(2/beta) logsigmoid(beta nbar - gamma)"},
+        formulas={
+            "simnpo": "-(2/beta) logsigmoid(beta nbar - gamma)",
+            "alternates": "+ w_a nbar_a",
+        },
     )
     card = release_card(release)
     assert "Not measured after merging" in card
@@ -355,7 +358,8 @@ def test_card_of_a_release_says_what_was_run(
     for words in (
         "W' = W + sum_i s_i (alpha_i / r_i) B_i A_i",
         f"| `{one.slug}` | 0.5 | simnpo | 4 / 2 | 17 | none | 20 |",
-        "-(2/beta) logsigmoid(beta nbar - gamma); beta = 2.5, gamma = 0.0",
+        "-(2/beta) logsigmoid(beta nbar - gamma); alternates = 3, beta = 2.5, gamma = 0.0",
+        "; alternates = 3: + w_a nbar",
         "| forget_quality | 1e-09 | 0.4 |",
         "| model_utility | 0.6 | not measured |",
         "Selected from 7 candidates.",

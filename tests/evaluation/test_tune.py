@@ -107,6 +107,19 @@ def test_the_whole_search(small: Tuning, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {path.name for path in small.out.iterdir() if path.name.startswith(".")} == set()
 
 
+def test_given_settings_are_measured_on_every_seed_without_a_search(small: Tuning) -> None:
+    given = {**small.fixed, "learning_rate": 1e-3, "gamma": 2.0}
+    events: list[dict[str, Any]] = []
+    found = tune(replace(small, fixed=given, space={}), events.append)
+    assert (found["tried"], found["trials"], found["chosen"]["trial"]) == (0, [], None)
+    rows = (found["chosen"]["selected"], *found["chosen"]["held_out"])
+    assert [row["seed"] for row in rows] == [1, 2]
+    assert rows[0]["forget_nll"] != rows[1]["forget_nll"]
+    assert not (small.out / tuning.STUDY_FILE).exists()
+    steps = sum(event.get("event") == "train" for event in events)
+    assert steps == 2 * make_config(**given).train.steps(len(small.request.rows))
+
+
 def faked(monkeypatch: pytest.MonkeyPatch, run: Callable[[UnlearnConfig, Any], None]) -> None:
     """In place of training: `run` tells the watch what it would have seen."""
     monkeypatch.setattr(

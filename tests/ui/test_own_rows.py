@@ -131,4 +131,4 @@ def test_alternates_come_from_the_rows_that_are_named(
     assert run(*named, "--alternates", "3").code == 0
     alone = run(*named, "--alternates", "3", "--alternates-from", files["rows"])
     assert alone.code == 2
-    assert "No retain row has another answer" in alone.err
+    assert "No row has another answer" in alone.err

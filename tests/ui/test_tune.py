@@ -113,8 +113,10 @@ def test_with_every_setting_given_each_seed_is_measured_once(
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     ran = run(*words, *flags, "--trials", "9")
     assert "Every setting is given" in ran.err
+    search.return_value = {**FOUND, "chosen": {**FOUND["chosen"], "trial": None}}
+    assert "nothing was searched" in run(*words, *flags).out
     asked = search.call_args.args[0]
-    assert (asked.space, asked.trials, asked.seeds) == ({}, 1, (42, 43, 44))
+    assert (asked.space, asked.seeds) == ({}, (42, 43, 44))
 
 
 def test_alternates_reach_the_search_and_its_command(

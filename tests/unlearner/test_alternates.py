@@ -20,6 +20,7 @@ from unlearner.callbacks import LoraMoved
 from unlearner.config import TrainConfig, UnlearnConfig, make_config, streams_of
 from unlearner.data import Request, Row, load_split
 from unlearner.likelihood import answer_nll
+from unlearner.losses import OBJECTIVES
 from unlearner.pairing import plan_steps
 from unlearner.prepare import prepare
 from unlearner.prompts import pad_batch, pad_id, prompt_format
@@ -173,3 +174,32 @@ def test_the_term_is_the_mean_nll_of_the_drawn_alternates(
         with torch.no_grad():
             expected = float(answer_nll(model, batch).per_token.mean())
         assert terms["alternate_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_every_objective_takes_alternates_and_packs_them(
+    base: BaseSpec, request_: Request, fresh_model: Any, tmp_path: Path, objective: str
+) -> None:
+    config = make_config(
+        objective, alternates=2, alternate_weight=0.5, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, num_train_epochs=1,
+    )  # fmt: skip
+    run = prepare(request_, base, config, None, refusals=["I do not know."])
+    rows, pad = run.rows, pad_id(run.fmt.tokenizer)
+    plan = plan_steps(
+        len(rows.forget),
+        len(rows.retain),
+        len(rows.refusals and rows.refusals[0]),
+        config.train,
+        0,
+        2,
+    )
+    terms = {}
+    for packed in (False, True):
+        model = fresh_model(config.lora)
+        made = UnlearnTrainer(
+            model, rows, plan, config, tmp_path / str(packed), pad_token_id=pad, packed=packed
+        )
+        made.train()
+        terms[packed] = made.last_terms
+    assert terms[True]["alternate_loss"] == pytest.approx(terms[False]["alternate_loss"], rel=1e-3)

@@ -77,6 +77,43 @@ def test_retain_rows_of_an_active_request_are_left_out(
     assert len(prepare(second, base, quick(), store).request.retain) == 14
 
 
+def test_rows_of_earlier_requests_are_no_alternates(
+    first: Request, second: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    one = unlearn(first, base, quick(), store)
+    store.activate([one.slug])
+    asking = replace(second, others=first.rows + second.retain[4:7])
+    run = prepare(asking, base, quick(alternates=9), store)
+    assert run.request.others == second.retain[4:7]
+    told = {run.fmt.tokenizer.decode(row.input_ids) for row in run.rows.alternates[0]}
+    assert len(told) == 3
+    assert not any(row.answer in text for row in first.rows for text in told)
+    assert run.digests["alternates"]["n"] == 3
+    with pytest.raises(UserError, match="belong to earlier requests"):
+        prepare(replace(second, others=first.rows), base, quick(alternates=9), store)
+
+
+def test_guard_and_alternates_train_together(
+    first: Request, second: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    one = unlearn(first, base, quick(), store)
+    store.activate([one.slug])
+    events: list[dict[str, Any]] = []
+    unlearn(second, base, quick(alternates=2), store, guard=first.rows, on_progress=events.append)
+    terms = [event for event in events if event["event"] == "train"]
+    assert terms
+    assert all({"guard_loss", "alternate_loss"} <= set(event) for event in terms)
+
+
+def test_a_joined_request_takes_alternates_from_nobody_it_forgets(
+    first: Request, second: Request
+) -> None:
+    left, right = replace(first, others=second.rows + second.retain[:5]), second
+    both = joined([left, right])
+    assert both.others == second.retain[4:5]
+    assert joined([first, second]).others == ()
+
+
 def test_a_question_is_recognised_in_other_case_spacing_and_answer(
     first: Request, second: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:

@@ -282,5 +282,5 @@ def test_no_noise_is_left_after_training(trainer: Any, quick: Config, rows: Rows
 
 
 def test_each_option_has_a_formula() -> None:
-    assert set(OPTION_FORMULAS) == {"sam_rho", "noise_scale"}
+    assert set(OPTION_FORMULAS) == {"sam_rho", "noise_scale", "alternates"}
     assert not set(OPTION_FORMULAS) & set(FORMULAS)
