@@ -40,7 +40,8 @@ def test_without_a_split_the_card_has_the_formula_and_says_not_measured(
     assert merge(run, tiny_base, tmp_path, trained).json["figures"] is None
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"| `{trained}` | 1 | simnpo | 32 / 4 | 9 | none | 1 |" in card
-    assert f"- `simnpo`: {FORMULAS['simnpo']}; beta = 2.5, " in card
+    assert f"- `simnpo`: {FORMULAS['simnpo']}; " in card
+    assert ", beta = 2.5, " in card
     assert "retain_weight = 0.1375" in card
     assert f"; sam_rho = 0.01: {OPTION_FORMULAS['sam_rho']}" in card
     assert "noise_scale" not in card
