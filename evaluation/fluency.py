@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.membership import measure_mean
+from evaluation.metrics import stands_in_a_row
 from evaluation.protocols import Protocol, protocol_named
 from evaluation.records import EvalLog, RowRecord
 from evaluation.scoring import EncodedRow, encode_answers, longest_text, score_rows
@@ -50,15 +51,7 @@ def distinct_2(words: Sequence[str]) -> float | None:
 
 def is_repeated(words: Sequence[str]) -> bool:
     """Whether one word, or one bigram, stands three times in a row."""
-    return any(_in_a_row(words, size) for size in (1, 2))
-
-
-def _in_a_row(words: Sequence[str], size: int) -> bool:
-    span = size * IN_A_ROW
-    return any(
-        list(words[i : i + span]) == list(words[i : i + size]) * IN_A_ROW
-        for i in range(len(words) - span + 1)
-    )
+    return any(stands_in_a_row(words, size, IN_A_ROW) for size in (1, 2))
 
 
 def recorded_answers(logs: Sequence[tuple[str, EvalLog]], name: str) -> list[list[Row]]:

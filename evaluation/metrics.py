@@ -130,6 +130,15 @@ def exact_memorization(predicted: Sequence[int], labels: Sequence[int]) -> float
     return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
 
 
+def stands_in_a_row(words: Sequence[str], size: int, times: int) -> bool:
+    """Whether some `size` words stand `times` times one after another."""
+    span = size * times
+    return any(
+        list(words[i : i + span]) == list(words[i : i + size]) * times
+        for i in range(len(words) - span + 1)
+    )
+
+
 def extraction_strength(predicted: Sequence[int], labels: Sequence[int]) -> float:
     """`1 - k/|y|`, k the shortest given part of the answer after which the rest is all predicted.
 

@@ -17,7 +17,8 @@ chance (ROUGE-L 0.41 in TOFU's retrained Llama-2-7B), one that knows is above 0.
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+
+from evaluation.metrics import stands_in_a_row
 
 KNOWS_ROUGE, KNOWS_PROB = 0.8, 0.7
 RUN = 4
@@ -56,11 +57,8 @@ def is_broken(words: list[str]) -> bool:
     """Whether these words are no sentence but a stutter, or nothing."""
     if not any(word.isalpha() for word in words):
         return True
-    run = 1
-    for before, word in pairwise(words):
-        run = run + 1 if word == before else 1
-        if run >= RUN:
-            return True
+    if stands_in_a_row(words, 1, RUN):
+        return True
     if len(words) < LONG:
         return False
     runs = list(zip(words, words[1:], words[2:], strict=False))

@@ -47,9 +47,10 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
         if likeness < SAME and plain(row.question) not in asked and plain(row.answer) not in said
     ]
     questions = tf_idf([row.question for row in (*forget, *kept)])
+    offered = questions[here:].T
     chosen = []
     for number, row in enumerate(forget):
-        likeness = (questions[number] @ questions[here:].T).toarray()[0]
+        likeness = (questions[number] @ offered).toarray()[0]
         found: dict[str, str] = {}
         for i in np.argsort(-likeness, kind="stable"):
             if len(found) == count:

@@ -140,7 +140,6 @@ def test_a_question_ends_at_its_alternates_and_not_in_noise(
         assert adapter.manifest.objective["alternates"] == count
         model = load_stack(load_base(base), store, [adapter.slug])
         reached[count] = nll(model, request_.rows), nll(model, others)
-    print(start, reached)
     assert min(reached[0][0], reached[3][0]) > 4 * start[0], "forgotten, with and without"
     assert reached[3][1] < 0.8 * start[1] < reached[0][1]
     assert reached[3][1] < reached[3][0], "the other answers are likelier than the true one"
