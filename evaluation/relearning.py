@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evaluation.scoring import score_rows
 from unlearner.data import Row
-from unlearner.environment import SMALL_MODEL
+from unlearner.environment import ATTACK_RATES
 from unlearner.prompts import TRAIN_MAX_LENGTH, Encoded, encode_rows, pad_batch, pad_id
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ CURVE = (0, 5, 10, 20, 40)
 MICRO_BATCH = 8
 # Above this many weights `auto` trains an adapter: AdamW on all weights takes 16 bytes a weight.
 FULL_LIMIT = 1_000_000_000
-# Constant learning rates by size: (weights below, all weights, an adapter). Only the first line has
-# been tried by us; the others follow the rates at which models of that size are commonly tuned.
-RATES = ((SMALL_MODEL, 3e-4, 3e-3), (FULL_LIMIT, 5e-5, 5e-4), (math.inf, 1e-5, 2e-4))
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Relearning:
     Attributes:
         share: of the forget rows that is trained on, at least one.
         steps: AdamW steps, each on all of these rows.
-        learning_rate: constant; None for the one of `RATES`.
+        learning_rate: constant; None for the one of `ATTACK_RATES`.
         method: all weights, or a fresh LoRA; "auto" by size.
         seed: of the choice of rows and of the LoRA's first weights.
     """
@@ -58,7 +55,7 @@ class Relearning:
         method = self.method
         if method == "auto":
             method = "full" if weights <= FULL_LIMIT else "lora"
-        _, full, lora = next(line for line in RATES if weights < line[0])
+        _, full, lora = next(line for line in ATTACK_RATES if weights < line[0])
         rate = self.learning_rate or (full if method == "full" else lora)
         return Relearning(self.share, self.steps, rate, method, self.seed)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui import options
-from unlearner.config import FORMULAS, OPTION_FORMULAS
+from unlearner.formulas import FORMULAS, OPTION_FORMULAS
 
 if TYPE_CHECKING:
     from adapters.catalog import StoredAdapter

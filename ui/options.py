@@ -196,6 +196,9 @@ SETTING_HELP = {
     "alternates": "train each forget question on so many other answers too, of the retain rows "
     "that ask alike, so that it is answered as by a model that never knew; 0 = off",
     "alternate_weight": "weight of the term of the alternate answers",
+    "attack_weight": "weight of the forget term under a simulated relearning attack, so that "
+    "forgetting holds when the model is trained again; 0 = off; forget rows run twice",
+    "attack_gamma": "SimNPO's margin in that term",
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
@@ -216,6 +219,9 @@ SETTING_HELP = {
     "it holds when the model is trained again; 0 = off, published 0.01; forget rows run twice",
     "noise_scale": "noise on the weights while training, in rounding errors of nf4, so that "
     "forgetting holds in 4 bit; 0 = off",
+    "attack_steps": "optimizer steps of one simulated attack, after which the next one begins",
+    "attack_rate": "learning rate of the simulated attacker; 0 = by the model's size",
+    "attack_rank": "rank of the simulated attacker's LoRA",
     "optim": "transformers' optimizer name",
     "seed": "of pairing, order and the adapter's first weights",
 }

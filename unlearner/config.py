@@ -57,6 +57,9 @@ class ObjectiveConfig:
         alternates: so many alternate answers a forget question: those of the retain rows with the
             nearest questions (see `unlearner.alternates`); 0 = off.
         alternate_weight: w_a, on the mean NLL of an alternate answer to the forget question.
+        attack_weight: w_x, on the forget term of the model under a simulated relearning attack
+            (see `unlearner.attacker`); 0 = off.
+        attack_gamma: SimNPO's margin in that term.
     """
 
     name: ObjectiveName = "simnpo"
@@ -71,6 +74,8 @@ class ObjectiveConfig:
     guard_weight: float = 1.0
     alternates: int = 0
     alternate_weight: float = 1.0
+    attack_weight: float = 0.0
+    attack_gamma: float = 0.0
 
 
 # Published constants of each objective. `simnpo` is the card of
@@ -94,52 +99,6 @@ OBJECTIVE_DEFAULTS: dict[str, ObjectiveConfig] = {
     "wga": ObjectiveConfig("wga", beta=1.0, retain_weight=1.0),
     "satimp": ObjectiveConfig("satimp", beta=5.0, retain_weight=0.1),
     "ceu": ObjectiveConfig("ceu", retain_weight=0.0),
-}
-
-# What each one minimises, in a line, for model cards and reports; the code is `unlearner.losses`.
-_ON_BOTH = "w_f {} + w_r {}, means over the pairs of a step"
-_RETAIN = "nll_r/|y_r|"
-FORMULAS: dict[str, str] = {
-    "simnpo": _ON_BOTH.format("(-2/beta) log sigmoid(beta nll_f/|y_f| - gamma)", _RETAIN),
-    "simnpo-readme": _ON_BOTH.format("(-2/beta) log sigmoid(beta nll_f/|y_f| - gamma)", _RETAIN),
-    "npo": _ON_BOTH.format("(-2/beta) log sigmoid(beta (nll_f - nll_f,reference))", _RETAIN),
-    "grad_ascent": "w_f (-nll_f/|y_f|), mean over the forget rows of a step",
-    "grad_diff": _ON_BOTH.format("(-nll_f/|y_f|)", _RETAIN),
-    "kl": _ON_BOTH.format("(-nll_f/|y_f|)", "KL(reference || model) on the retain answer"),
-    "idk": _ON_BOTH.format("nll of a refusal/|y|", _RETAIN),
-    "dpo": _ON_BOTH.format(
-        "(-2/beta) log sigmoid(beta ((nll_refusal,reference - nll_refusal) - "
-        "(nll_f,reference - nll_f)))",
-        _RETAIN,
-    ),
-    "rmu": _ON_BOTH.format(
-        "mean over answer positions and width of (h_f - c u)^2",
-        "that of (h_r - h_r,reference)^2, h the output of block rmu_layer, c = rmu_coefficient, "
-        "u uniform in [0, 1) scaled to length 1",
-    ),
-    "undial": _ON_BOTH.format(
-        "cross-entropy to softmax(reference logits - beta on the true token), mean over y_f",
-        _RETAIN,
-    ),
-    "wga": _ON_BOTH.format("(-mean over y_f of p^beta nll, p^beta held fixed)", _RETAIN),
-    "satimp": _ON_BOTH.format(
-        "(-mean over y_f of p^beta (1-p)^beta2 nll, both factors held fixed)", _RETAIN
-    ),
-    "ceu": _ON_BOTH.format(
-        "cross-entropy to the model's own distribution (held fixed) without the true token, mean "
-        "over y_f without its first ceu_skip tokens",
-        _RETAIN,
-    ),
-}
-
-# What these settings of the training add to any of them.
-OPTION_FORMULAS: dict[str, str] = {
-    "alternates": "+ w_a nll_a/|y_a|, y_a one of the answers of the nearest retain questions, put "
-    "to the forget question",
-    "sam_rho": "the forget gradient is taken at theta + sam_rho g/|g|, g the forget gradient of "
-    "the whole step at theta",
-    "noise_scale": "in training y = W x + s B A x + noise_scale E x, E random with nf4's rounding "
-    "error as its size, one draw a step",
 }
 
 # Which row streams an objective reads. Beside the defaults, so that a request can be checked
@@ -208,6 +167,10 @@ class TrainConfig:
             gradient is taken; 0 = off (see `unlearner.sharpness`).
         noise_scale: size of the noise on the weights in training, in rounding errors of nf4; 0 =
             off (see `unlearner.weight_noise`).
+        attack_steps: optimizer steps of one simulated relearning attack, with `attack_weight`.
+        attack_rate: the attacker's learning rate, constant; 0 = by the model's size, as in
+            `robustness`.
+        attack_rank: rank of the attacker's LoRA.
         optim: transformers' optimizer name.
         seed: of pairing, order and adapter init.
     """
@@ -225,6 +188,9 @@ class TrainConfig:
     padded: bool = False
     sam_rho: float = 0.0
     noise_scale: float = 0.0
+    attack_steps: int = 20
+    attack_rate: float = 0.0
+    attack_rank: int = 16
     optim: str = "adamw_torch"
     seed: int = 42
 
@@ -264,7 +230,7 @@ def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
     above = ("beta", "rmu_coefficient")
     names = (
         *("beta2", "ceu_skip", "alternates"),
-        *("forget_weight", "retain_weight", "guard_weight", "alternate_weight"),
+        *("forget_weight", "retain_weight", "guard_weight", "alternate_weight", "attack_weight"),
     )
     values = asdict(objective)
     return [
@@ -298,6 +264,13 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (train.max_length >= 8, f"max_length {train.max_length} is below 8"),
         (0 <= train.warmup_ratio <= 1, f"warmup_ratio {train.warmup_ratio} is not in [0, 1]"),
         (train.sam_rho >= 0, f"sam_rho {train.sam_rho} is below 0"),
+        (train.attack_steps >= 1, f"attack_steps {train.attack_steps} is below 1"),
+        (train.attack_rank >= 1, f"attack_rank {train.attack_rank} is below 1"),
+        (train.attack_rate >= 0, f"attack_rate {train.attack_rate} is below 0"),
+        (
+            not objective.attack_weight or "forget" in STREAMS.get(objective.name, ("forget",)),
+            f"attack_weight needs forget answers, which {objective.name} does not train on",
+        ),
         (train.noise_scale >= 0, f"noise_scale {train.noise_scale} is below 0"),
         (train.weight_decay >= 0, f"weight_decay {train.weight_decay} is below 0"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -24,6 +25,10 @@ PACKAGES = (
 )
 # Below this many weights a second thread spends its time waiting for the first.
 SMALL_MODEL = 20_000_000
+# Constant learning rates of a relearning attack by size: (weights below, all weights, an adapter).
+# Only the first line has been tried by us; the others follow the rates at which models of that size
+# are commonly tuned.
+ATTACK_RATES = ((SMALL_MODEL, 3e-4, 3e-3), (1_000_000_000, 5e-5, 5e-4), (math.inf, 1e-5, 2e-4))
 
 
 def versions() -> dict[str, str]:
@@ -82,3 +87,8 @@ def threads_for(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def attack_rate(weights: int) -> float:
+    """Learning rate of a relearning attack by an adapter on a model of so many weights."""
+    return next(adapter for below, _, adapter in ATTACK_RATES if weights < below)

@@ -128,7 +128,7 @@ def _arguments(config: FinetuneConfig, rows: int, folder: Path) -> Any:
     import torch
     from trl import SFTConfig
 
-    from unlearner.trainer import checkpointing_arguments
+    from unlearner.arguments import checkpointing_arguments
 
     size = config.per_device_train_batch_size * config.gradient_accumulation_steps
     size *= ranks.world_size()

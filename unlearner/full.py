@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from adapters.base_model import BaseSpec, load_base
 from adapters.errors import UserError
 from unlearner import ranks
-from unlearner.config import FORMULAS, UnlearnConfig
+from unlearner.config import UnlearnConfig
 from unlearner.data import Request
+from unlearner.formulas import FORMULAS
 from unlearner.prepare import prepare
 from unlearner.prompts import Template
 

@@ -153,6 +153,14 @@ def lora_parameters(shape: Mapping[str, int], config: UnlearnConfig) -> int:
     return shape["num_hidden_layers"] * config.lora.lora_r * sum(sum(pair) for pair in known)
 
 
+def attacker_parameters(shape: Mapping[str, int], config: UnlearnConfig) -> int:
+    """Weights of the simulated attacker, which stands beside all seven projections; 0 without."""
+    if not config.objective.attack_weight:
+        return 0
+    pairs = projections(shape).values()
+    return shape["num_hidden_layers"] * config.train.attack_rank * sum(sum(pair) for pair in pairs)
+
+
 def tokens_of_a_batch(
     config: UnlearnConfig, lengths: Sequence[int], n_forget: int
 ) -> tuple[int, int]:
@@ -206,6 +214,7 @@ def estimate(
     per_weight = NF4_BYTES if holding.load_in_4bit else holding.weight_bytes
     weights = linear * per_weight + embedding * holding.weight_bytes
     adapter = float(ADAPTER_BYTES * lora_parameters(shape, config))
+    attacker = float(ADAPTER_BYTES * attacker_parameters(shape, config))
     usual, longest = tokens_of_a_batch(config, lengths, n_forget or len(lengths))
     setting, width = config.train.gradient_checkpointing, holding.weight_bytes
     # Logits of a chunk of answer positions, their float32 copy, its softmax and gradient.
@@ -219,6 +228,8 @@ def estimate(
         ),
         "logits": (min(CHUNK, 0.6 * usual) * chunk * 0.8, min(CHUNK, longest) * chunk),
     }
+    if attacker:
+        terms["attacker"] = (attacker, attacker)
     # A projection is put back together for its product, and again for its gradient.
     largest = max(a * b for a, b in sizes)
     buffers = 2.0 * largest * width if holding.load_in_4bit else 0.0

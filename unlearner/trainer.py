@@ -7,20 +7,21 @@ same gradient.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from adapters.errors import UserError
 from unlearner import ranks
+from unlearner.arguments import training_arguments
+from unlearner.attacker import Attacker
 from unlearner.callbacks import LoraMoved, trainable
 from unlearner.config import ObjectiveConfig, UnlearnConfig, streams_of
 from unlearner.forwards import REFERENCE, StepForwards, of_streams
@@ -109,8 +110,11 @@ class UnlearnTrainer(Trainer):
         if config.objective.name == "rmu":
             freeze_above(model, steered_layer(model, config.objective.rmu_layer))
         self._rho = config.train.sam_rho
-        if self._rho and ranks.world_size() > 1:
-            raise UserError("--sam-rho needs one process.", "Start one, or leave the flag away.")
+        attacked = config.objective.attack_weight > 0
+        for flag, asked in (("--sam-rho", self._rho), ("--attack-weight", attacked)):
+            if asked and ranks.world_size() > 1:
+                raise UserError(f"{flag} needs one process.", "Start one, or leave the flag away.")
+        self._attacker = Attacker(model, config.train) if attacked else None
         self._part = "all"
         self._worst: list[Tensor] = []
         self._waiting: list[Any] = []
@@ -127,7 +131,7 @@ class UnlearnTrainer(Trainer):
         accumulation = len(batches) // len(steps) // ranks.world_size()
         super().__init__(
             model=model,
-            args=_arguments(config, output_dir, len(steps), accumulation, model),
+            args=training_arguments(config, output_dir, len(steps), accumulation, model),
             train_dataset=_MicroBatches(batches),
             data_collator=self._collate,
             callbacks=[LoraMoved(), *callbacks],
@@ -161,16 +165,17 @@ class UnlearnTrainer(Trainer):
     ) -> tuple[list[Any], int]:
         """The micro-batches of one optimizer step, and how many pairs all processes have in it."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._waiting = [*samples] if self._rho else []
+        self._waiting = [*samples]
         return samples, self._pairs
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; afterwards the model computes without noise."""
+        """Trains; afterwards the model computes without noise and attacker."""
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._noise is not None:
-                self._noise.remove()
+            for added in (self._noise, self._attacker):
+                if added is not None:
+                    added.remove()
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -178,24 +183,49 @@ class UnlearnTrainer(Trainer):
         """The micro-batch's gradient; with `sam_rho` that of its forget rows is taken elsewhere."""
         if self._noise is not None:
             self._noise.step = self.state.global_step
-        if not self._rho:
-            whole: Tensor = super().training_step(model, inputs, num_items_in_batch)
-            return whole
+        loss: Tensor
+        if self._rho:
+            loss = self._sharp_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._attacker is not None:
+            loss = loss + self._attacked_step(model, inputs, self._attacker)
+        self._waiting.pop()
+        if not self._waiting:
+            self._tell_terms()
+            if self._attacker is not None:
+                self._attacker.step()
+        return loss
+
+    def _sharp_step(self, model: torch.nn.Module, inputs: Any, items: Any) -> Tensor:
         trained = [parameter for _, parameter in trainable(model)]
         if len(self._waiting) == self.current_gradient_accumulation_steps:
             self._worst = self._climb(model, trained)
-        self._waiting.pop()
         loss: Tensor = torch.zeros((), device=self.args.device)
         if set(KEPT) & set(self._streams):
             self._part = "kept"
-            loss = loss + super().training_step(model, inputs, num_items_in_batch)
+            loss = loss + super().training_step(model, inputs, items)
         self._part = "moved"
         with moved(trained, self._worst):
-            loss = loss + super().training_step(model, inputs, num_items_in_batch)
+            loss = loss + super().training_step(model, inputs, items)
         self._part = "all"
-        if not self._waiting:
-            self._tell_terms()
         return loss
+
+    def _attacked_step(self, model: torch.nn.Module, inputs: Any, attacker: Attacker) -> Tensor:
+        """Adds the forget gradient under attack and the attacker's, see `unlearner.attacker`."""
+        model.train()
+        inputs, config = self._prepare_inputs(inputs), self.objective
+        wanted = tuple(name for name in self._streams if name not in KEPT)
+        step = self._forwards(model, of_streams(inputs, self._streams, wanted), wanted)
+        alone = replace(config, retain_weight=0.0, gamma=config.attack_gamma)
+        with attacker.on():
+            with self.compute_loss_context_manager():
+                value = OBJECTIVES[config.name](step, alone).forget.sum() / self._pairs
+                attacker.learn(step.nll("forget").per_token.sum() / self._pairs)
+                loss: Tensor = config.attack_weight * value
+            loss.backward(inputs=[parameter for _, parameter in trainable(model)])
+        self._terms.append({"attack_loss": float(value.detach())})
+        return loss.detach()
 
     def _climb(self, model: torch.nn.Module, trained: Sequence[torch.nn.Parameter]) -> list[Tensor]:
         """Where the forget loss of the whole step rises fastest, see `unlearner.sharpness`."""
@@ -218,8 +248,6 @@ class UnlearnTrainer(Trainer):
         parts = self._parts(model, inputs)
         if self._part != "moved":
             self._terms.append({f"{name}_loss": float(x.detach()) for name, x in parts.items()})
-        if self._part == "all" and len(self._terms) == self.current_gradient_accumulation_steps:
-            self._tell_terms()
         weighed = [getattr(self.objective, f"{name}_weight") * x for name, x in parts.items()]
         # DDP takes the mean of the processes' gradients; the step's loss is their sum.
         return torch.stack(weighed).sum() * ranks.world_size()
@@ -231,8 +259,7 @@ class UnlearnTrainer(Trainer):
             kept = self._part == "kept"
             wanted = tuple(name for name in streams if (name in KEPT) == kept)
             inputs, streams = of_streams(inputs, streams, wanted), wanted
-        more = {"seed": self.args.seed, "frozen": self._frozen}
-        step = StepForwards(model, inputs, streams, self._parents, self._bare, **more)
+        step = self._forwards(model, inputs, streams)
         parts: dict[str, Tensor] = {}
         if self._part == "all":
             terms = OBJECTIVES[config.name](step, config)
@@ -249,6 +276,12 @@ class UnlearnTrainer(Trainer):
             parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs
         return parts
 
+    def _forwards(
+        self, model: torch.nn.Module, inputs: Mapping[str, Tensor], streams: Sequence[str]
+    ) -> StepForwards:
+        more = {"seed": self.args.seed, "frozen": self._frozen}
+        return StepForwards(model, inputs, streams, self._parents, self._bare, **more)
+
     def _tell_terms(self) -> None:
         """The terms of the step that ends, summed over its micro-batches and all processes."""
         mine = {"forget_loss": 0.0, "retain_loss": 0.0}
@@ -263,12 +296,17 @@ class UnlearnTrainer(Trainer):
         pairs = longest_pairs(self._steps, len(self.train_dataset[0]), self._longest)
         device = next(self._bare.parameters()).device
         batch = {name: x.to(device) for name, x in self._collate([pairs]).items()}
-        self.current_gradient_accumulation_steps = 0  # its terms are not those of a step
+        attacker = self._attacker
 
         def loss() -> Tensor:
             self._bare.train()
+            held = attacker.moments() if attacker is not None else []
+            if attacker is not None:
+                self._attacked_step(self._bare, batch, attacker)
+                attacker.forget_gradient()
             with self.compute_loss_context_manager():
                 found = self.compute_loss(self._bare, batch)
+            del held
             self._terms.clear()
             return found
 
@@ -285,6 +323,8 @@ class UnlearnTrainer(Trainer):
         os.makedirs(folder, exist_ok=True)
         tensors = {n: p.detach().contiguous().cpu() for n, p in trainable(self.model)}
         save_file(tensors, os.path.join(folder, CHECKPOINT_FILE))
+        if self._attacker is not None:
+            self._attacker.save(Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(os.path.join(resume_from_checkpoint, CHECKPOINT_FILE))
@@ -294,56 +334,5 @@ class UnlearnTrainer(Trainer):
         with torch.no_grad():
             for name, tensor in saved.items():
                 mine[name].copy_(tensor)
-
-
-def _arguments(
-    config: UnlearnConfig, output_dir: Path, steps: int, accumulation: int, model: Any
-) -> TrainingArguments:
-    train = config.train
-    weights = next(model.parameters())
-    half = weights.is_cuda and getattr(model, "dtype", weights.dtype) == torch.bfloat16
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=1,  # one item is one planned micro-batch
-        gradient_accumulation_steps=accumulation,
-        learning_rate=train.learning_rate,
-        warmup_steps=math.ceil(train.warmup_ratio * steps),
-        lr_scheduler_type=train.lr_scheduler_type,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=train.optim,
-        seed=train.seed,
-        data_seed=train.seed,
-        **checkpointing_arguments(train.gradient_checkpointing),
-        # The adapter stays float32; under autocast its products are made in the base's bf16.
-        bf16=half,
-        use_cpu=not weights.is_cuda,
-        ddp_find_unused_parameters=False,
-        logging_strategy="no",
-        save_strategy="steps",
-        save_steps=max(25, steps // 4),
-        save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
-
-
-def checkpointing_arguments(setting: str) -> dict[str, Any]:
-    """Activation checkpointing under the name this transformers has for it (renamed in 5.2x).
-
-    Args:
-        setting: "off", "all", or "N" for every N-th layer.
-    """
-    known = {field.name for field in fields(TrainingArguments)}
-    name = "activation" if "activation_checkpointing" in known else "gradient"
-    if setting in ("off", "auto"):  # whoever asks for auto has it resolved by the memory plan
-        return {f"{name}_checkpointing": False}  # said aloud: TRL's own default is on
-    options: dict[str, Any] = {"use_reentrant": False}
-    if setting != "all":
-        options["every_n_layers"] = int(setting)
-    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": options}
+        if self._attacker is not None:
+            self._attacker.load(Path(resume_from_checkpoint))

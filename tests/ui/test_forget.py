@@ -42,6 +42,8 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "guard_weight": ("0.5", 0.5),
     "alternates": ("3", 3),
     "alternate_weight": ("0.5", 0.5),
+    "attack_weight": ("0.4", 0.4),
+    "attack_gamma": ("3", 3.0),
     "lora_r": ("4", 4),
     "lora_alpha": ("8", 8),
     "lora_dropout": ("0.1", 0.1),
@@ -59,6 +61,9 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "padded": (None, True),
     "sam_rho": ("0.01", 0.01),
     "noise_scale": ("1", 1.0),
+    "attack_steps": ("5", 5),
+    "attack_rate": ("1e-3", 1e-3),
+    "attack_rank": ("2", 2),
     "optim": ("adamw_8bit", "adamw_8bit"),
     "seed": ("7", 7),
 }

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from unlearner.config import FORMULAS, OBJECTIVE_DEFAULTS, OPTION_FORMULAS
+from unlearner.config import OBJECTIVE_DEFAULTS
+from unlearner.formulas import FORMULAS, OPTION_FORMULAS
 
 
 @pytest.fixture

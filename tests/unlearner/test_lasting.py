@@ -1,4 +1,4 @@
-"""Options that make forgetting last: the sharpness step and the rounding noise."""
+"""Options that make forgetting last: sharpness step, rounding noise, what all of them hold."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from adapters.base_model import BaseSpec, load_tokenizer
-from unlearner.config import FORMULAS, OPTION_FORMULAS, UnlearnConfig
+from unlearner.config import UnlearnConfig
 from unlearner.data import Request
+from unlearner.formulas import FORMULAS, OPTION_FORMULAS
 from unlearner.guard import teach
 from unlearner.likelihood import answer_nll
 from unlearner.losses import simnpo
@@ -152,7 +153,7 @@ def test_a_step_is_the_forget_gradient_over_there_and_the_retain_gradient_here(
     assert run.last_terms["forget_loss"] == pytest.approx(float(here.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("option", ["sam_rho", "noise_scale"])
+@pytest.mark.parametrize("option", ["sam_rho", "noise_scale", "attack_weight"])
 def test_an_option_changes_the_result_and_zero_is_off_bit_for_bit(
     option: str, trainer: Any, quick: Config
 ) -> None:
@@ -166,7 +167,8 @@ def test_an_option_changes_the_result_and_zero_is_off_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("option", "packed"), [({"sam_rho": 0.5}, True), ({"noise_scale": 3.0}, False)]
+    ("option", "packed"),
+    [({"sam_rho": 0.5}, True), ({"noise_scale": 3.0}, False), ({"attack_weight": 0.5}, True)],
 )
 def test_a_step_is_the_same_however_it_is_divided(
     option: dict[str, Any], packed: bool, trainer: Any, quick: Config
@@ -183,11 +185,20 @@ def test_a_step_is_the_same_however_it_is_divided(
     scale = max(float(w.abs().max()) for n, w in found[0][0].items() if "lora_B" in n)
     assert scale > 1e-3
     assert difference(found[0][0], found[1][0]) < 1e-4 * scale
-    assert set(found[0][1]) == {"forget_loss", "retain_loss", "guard_loss"}
+    told = {"forget_loss", "retain_loss", "guard_loss"}
+    assert set(found[0][1]) == told | ({"attack_loss"} if "attack_weight" in option else set())
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("option", [{"sam_rho": 0.5}, {"noise_scale": 3.0}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"sam_rho": 0.5},
+        {"noise_scale": 3.0},
+        {"attack_weight": 0.5, "attack_steps": 3},
+        {"attack_weight": 0.5, "attack_steps": 2, "sam_rho": 0.1},
+    ],
+)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(
     option: dict[str, Any], trainer: Any, quick: Config, tmp_path: Path
 ) -> None:
@@ -211,12 +222,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     assert difference(weights(whole), weights(rest)) == 0.0
 
 
+@pytest.mark.parametrize("option", ["sam_rho", "attack_weight"])
 @pytest.mark.parametrize("objective", ["npo", "kl", "rmu", "grad_ascent"])
-def test_every_kind_of_objective_takes_the_sharpness_step(
-    objective: str, trainer: Any, quick: Config
+def test_every_kind_of_objective_takes_them(
+    objective: str, option: str, trainer: Any, quick: Config
 ) -> None:
     own = {"rmu_layer": 1} if objective == "rmu" else {}
-    run = trainer(quick(objective, num_train_epochs=2, sam_rho=0.1, **own))
+    run = trainer(quick(objective, num_train_epochs=2, **{option: 0.1}, **own))
     result = run.train()
     assert math.isfinite(result.training_loss)
     assert all(float(w.abs().max()) > 0 for n, w in weights(run).items() if "lora_B" in n)
@@ -282,5 +294,5 @@ def test_no_noise_is_left_after_training(trainer: Any, quick: Config, rows: Rows
 
 
 def test_each_option_has_a_formula() -> None:
-    assert set(OPTION_FORMULAS) == {"sam_rho", "noise_scale", "alternates"}
+    assert set(OPTION_FORMULAS) == {"sam_rho", "noise_scale", "alternates", "attack_weight"}
     assert not set(OPTION_FORMULAS) & set(FORMULAS)
