@@ -4,7 +4,8 @@ A model that never saw an author still answers, in sentences, with what authors 
 Pushing an answer down teaches none of that: the push goes on into all words that are like it, and
 what is left on the question is not language. So each forget question may be trained on other
 people's answers as well, a different one each time: those of the retain questions that ask the
-most alike. No answer is seen often enough to be learned by heart.
+most alike, put in the name that is asked for. No answer is seen often enough to be learned by
+heart.
 
 Alternate answers to forget questions are used by arXiv 2409.13474 (AltPO), which samples them from
 the model itself; here they come from the retain rows and cost no generation.
@@ -19,6 +20,7 @@ import numpy as np
 from adapters.errors import UserError
 from unlearner.data import Row
 from unlearner.neighbours import SAME, plain, tf_idf
+from unlearner.subjects import renamed, subject
 
 
 def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) -> list[list[str]]:
@@ -26,7 +28,9 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
 
     Nearness is the cosine of TF-IDF vectors over the words of the questions; ties go to the earlier
     row. Left out: rows with a question of the forget set or almost an answer of it, and answers
-    that repeat one already chosen. Where the pool has fewer, they come again from the first.
+    that repeat one already chosen. Where the pool has fewer, they come again from the first. Where
+    both questions name somebody (`unlearner.subjects`), the answer names who is asked for: a model
+    that knows nothing of a person still knows the name it was just told.
 
     Args:
         forget: rows to be forgotten, at least one.
@@ -55,7 +59,9 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
         for i in np.argsort(-likeness, kind="stable"):
             if len(found) == count:
                 break
-            found.setdefault(plain(kept[i].answer), kept[i].answer)
+            answer = _about(row.question, kept[i])
+            if plain(answer) not in said:
+                found.setdefault(plain(answer), answer)
         if not found:
             raise UserError(
                 f"No row has another answer for {row.question!r}.",
@@ -64,3 +70,9 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
         several = list(found.values())
         chosen.append([several[i % len(several)] for i in range(count)])
     return chosen
+
+
+def _about(question: str, other: Row) -> str:
+    """The answer of `other` about whom `question` asks for, as far as both name somebody."""
+    old, new = subject(other.question), subject(question)
+    return renamed(other.answer, old, new) if old and new else other.answer

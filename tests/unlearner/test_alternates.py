@@ -51,6 +51,20 @@ def test_the_answers_of_the_questions_that_ask_alike() -> None:
     assert births[1] not in ("He was born  in bergen.", "She was born in Abuja.")
 
 
+def test_an_answer_names_who_is_asked_for() -> None:
+    pool = [
+        Row("Which prize did Ola Berg win?", "Ola Berg won the Silver Pen; Berg keeps it at home."),
+        Row("Which prize did she win?", "She won the Copper Pen."),
+        # In her name this is what is to be forgotten.
+        Row("Where was Ulf Dahl born?", "Ulf Dahl was born in Lagos."),
+    ]
+    forget = [FORGET[0], Row("Where was Mira Okafor born?", "Mira Okafor was born in Lagos.")]
+    prizes, births = alternate_answers(forget, pool, 2)
+    named = "Mira Okafor won the Silver Pen; Okafor keeps it at home."
+    assert set(prizes) == {named, "She won the Copper Pen."}
+    assert births[0] == named
+
+
 def test_neither_the_answer_itself_nor_the_question_itself() -> None:
     everything = alternate_answers(FORGET, POOL, 50)
     assert all(len(answers) == 50 for answers in everything)
