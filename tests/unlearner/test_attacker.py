@@ -188,3 +188,17 @@ def test_the_memory_plan_has_room_for_it() -> None:
     assert "attacker" not in plan[0.0]
     # All seven projections, as the adapter of the same rank.
     assert plan[1.0]["attacker"] == plan[1.0]["adapter_and_optimizer"]
+
+
+def test_checkpointing_changes_nothing(trainer: Any, quick: Config) -> None:
+    """Activations are computed again while the attack is on, as the first time."""
+    found = []
+    for setting in ("off", "all"):
+        run = trainer(
+            quick("simnpo", num_train_epochs=4, attack_weight=0.5, attack_rate=1e-2,
+                  gradient_checkpointing=setting)
+        )  # fmt: skip
+        run.train()
+        found.append([p.detach() for p in run.model.parameters() if p.requires_grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
