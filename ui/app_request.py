@@ -49,6 +49,7 @@ def _form(app: App) -> list[Any]:
         alternates = gr.Number(
             None, label="Alternate answers a question (0: none)", precision=0, minimum=0
         )
+        attack = gr.Number(None, label="Weight under a simulated attack (0: none)", minimum=0)
     upload.upload(
         lambda path: (gr.update(label=f"{Path(path).name} (choose another)"),
                       gr.update(visible=True)),
@@ -58,17 +59,17 @@ def _form(app: App) -> list[Any]:
         lambda: (gr.update(label=UPLOAD, value=None), gr.update(visible=False)),
         None, [upload, drop], **PRIVATE,
     )  # fmt: skip
-    return [author, pasted, upload, objective, label, epochs, rate, batch, alternates]
+    settings = [epochs, rate, batch, alternates, attack]
+    return [author, pasted, upload, objective, label, *settings]
 
 
 def _draft(*fields: Any) -> requests.Draft:
-    author, pasted, upload, objective, label, epochs, rate, batch, alternates = fields
-    settings = (
-        ("--num-train-epochs", epochs),
-        ("--learning-rate", rate),
-        ("--per-device-train-batch-size", batch),
-        ("--alternates", alternates),
+    author, pasted, upload, objective, label, *numbers = fields
+    flags = (
+        *("--num-train-epochs", "--learning-rate", "--per-device-train-batch-size"),
+        *("--alternates", "--attack-weight"),
     )
+    settings = tuple(zip(flags, numbers, strict=True))
     return requests.draft(author, pasted, upload, objective, label, settings)
 
 

@@ -100,9 +100,10 @@ def test_runs_requests_demo_and_recorded_answers_are_commands(session: Session) 
 def test_the_settings_of_the_form_become_flags_of_the_command(session: Session) -> None:
     from ui.app_request import _draft
 
-    filled = (None, "Who?\tMira.", None, "simnpo", "", 3, 0, None, 20)
+    filled = (None, "Who?\tMira.", None, "simnpo", "", 3, 0, None, 20, 0.5)
     args = _parsed(_draft(*filled).command(session))
     assert (args.num_train_epochs, args.alternates, args.learning_rate) == (3, 20, None)
+    assert args.attack_weight == 0.5
 
 
 def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, put: Any) -> None:
