@@ -141,41 +141,50 @@ MINI = Preset(
         TinyShape(vocab_size=4096, hidden_size=128, intermediate_size=320, num_hidden_layers=4),
         TinyRecipe(epochs=9, pretrain_rows=800, label_smoothing=0.1),
     ),
-    # Chosen on forget05, seeds 42 and 43, out of docs/results/mini-recipes-alternates.jsonl by
-    # the teacher-forced probe: optimistic for those, docs/recipes.md has the held-out seeds.
+    # Chosen on seeds 42 and 43 of forget05 and forget10 by the teacher-forced probe, out of
+    # docs/results/mini-recipes-attack.jsonl: optimistic for those, docs/recipes.md has others.
     methods={
         "*": {
             "per_device_train_batch_size": 5,
             "gradient_accumulation_steps": 1,
-            "learning_rate": 1.6e-3,
-            "num_train_epochs": 24,
-            "lora_r": 8,
-            "lora_alpha": 16,
+            "learning_rate": 8e-4,
+            "num_train_epochs": 30,
+            "lora_r": 32,
+            "lora_alpha": 64,
             "weight_decay": 0.0,
             "warmup_ratio": 0.05,
         },
         "simnpo": {
             "beta": 8.0,
-            "gamma": 34.5,
-            "forget_weight": 0.7,
-            "retain_weight": 3.0,
+            "gamma": 41.0,
+            "forget_weight": 1.0,
+            "retain_weight": 6.0,
             "alternates": 100,
             "alternate_weight": 3.0,
+            "attack_weight": 0.9,
+            "attack_gamma": 27.0,
         },
     },
-    # forget10 takes as many steps as forget05: with its own 24 epochs it was over-forgotten (1.16
-    # of Retrain's NLL). forget01 has a fifth of the rows.
+    # Of its own: forget10 has twice the rows of forget05, forget01 a fifth of them.
     split_methods={
-        "forget10": {"simnpo": {"num_train_epochs": 12, "gamma": 36.0}},
-        "forget01": {"simnpo": {"num_train_epochs": 48, "gamma": 32.0}},
+        "forget10": {
+            "simnpo": {
+                "num_train_epochs": 16,
+                "gamma": 47.0,
+                "attack_weight": 1.0,
+                "attack_gamma": 28.0,
+            }
+        },
+        "forget01": {"simnpo": {"num_train_epochs": 75}},
     },
     known_retain=0.5,
     facts_retain=True,
     reasons=(
         "alternate answers, of authors that Origin does not know, keep the text natural;",
-        "gamma / beta is 0.88 of Retrain's forget NLL: rows push each other a little past it;",
-        "beta 8 ends the push there: a longer training no longer breaks the answers;",
-        "small steps (5 pairs), retain and alternate weights of 3 keep rows and language.",
+        "a simulated attack beside the training keeps forgotten what is forgotten;",
+        "the push ends at gamma / beta, 1.05 of Retrain's forget NLL, and 0.7 of it under attack;",
+        "beta 8 ends it sharply: a longer training no longer breaks the answers;",
+        "small steps (5 pairs) and a retain weight of 6 keep rows and language.",
     ),
 )
 

@@ -214,14 +214,15 @@ def size_text(count: float) -> str:
 def progress_line(event: Mapping[str, Any]) -> str:
     """The words of a progress event; fields it does not have are left out.
 
-    Known keys: message, step, steps, unit (of a step), loss, forget_loss, retain_loss,
-    memory_bytes, elapsed and remaining (seconds).
+    Known keys: message, step, steps, unit (of a step), loss, forget_loss, attack_loss,
+    retain_loss, memory_bytes, elapsed and remaining (seconds).
     """
     parts = [str(event["message"])] if event.get("message") else []
     step, steps = event.get("step"), event.get("steps")
     if step is not None:
         parts.append(f"{step:>{len(str(steps))}}/{steps}" if steps else f"{step}")
-    for key, word in (("loss", "loss"), ("forget_loss", "forget"), ("retain_loss", "retain")):
+    words = (("loss", "loss"), ("forget_loss", "forget"), ("attack_loss", "attacked"))
+    for key, word in (*words, ("retain_loss", "retain")):
         if event.get(key) is not None:
             parts.append(f"{word} {number_text(float(event[key]))}")
     rate = _rate(event)

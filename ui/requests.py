@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 SHOWN_STEPS = 300
+# Of a training, by the name of its term.
+CURVES = (
+    ("forget loss", "forget_loss"),
+    ("forget loss under attack", "attack_loss"),
+    ("retain loss", "retain_loss"),
+)
 LARGEST_UPLOAD = 5_000_000
 
 
@@ -255,8 +261,7 @@ def job_html(view: Any) -> str:
     # A plot has a few hundred points to show, however long the run.
     thin = view.steps[:: max(1, len(view.steps) // SHOWN_STEPS)]
     curves = {
-        name: [(s["step"], s[key]) for s in thin if s.get(key) is not None]
-        for name, key in (("forget loss", "forget_loss"), ("retain loss", "retain_loss"))
+        name: [(s["step"], s[key]) for s in thin if s.get(key) is not None] for name, key in CURVES
     }
     plot = lines(curves, f"Losses of {view.title}", "step", "loss")
     return (

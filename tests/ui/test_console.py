@@ -97,6 +97,7 @@ def test_progress_line_has_step_losses_rate_memory_and_times() -> None:
     assert line == (
         " 4/60  loss 0.4120  forget 0.2010  retain 0.2110  2.000 steps/s  5.4 GB  00:02 < 00:28"
     )
+    assert "forget 0.2010  attacked 0.5000  retain" in progress_line({**event, "attack_loss": 0.5})
     assert progress_line({"event": "load"}) == ""
     assert progress_line({"message": "loading the base", "elapsed": 1}) == "loading the base  00:01"
 
