@@ -13,6 +13,7 @@ the model itself; here they come from the retain rows and cost no generation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from adapters.errors import UserError
 from unlearner.data import Row
 from unlearner.neighbours import SAME, plain, tf_idf
-from unlearner.subjects import renamed, subject
+from unlearner.subjects import renamed, subjects
 
 
 def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) -> list[list[str]]:
@@ -30,7 +31,8 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
     row. Left out: rows with a question of the forget set or almost an answer of it, and answers
     that repeat one already chosen. Where the pool has fewer, they come again from the first. Where
     both questions name somebody (`unlearner.subjects`), the answer names who is asked for: a model
-    that knows nothing of a person still knows the name it was just told.
+    that knows nothing of a person still knows the name it was just told. It is left out where in
+    that name it has all words of the forget answer, or none beside them.
 
     Args:
         forget: rows to be forgotten, at least one.
@@ -50,6 +52,7 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
         for row, likeness in zip(pool, told, strict=True)
         if likeness < SAME and plain(row.question) not in asked and plain(row.answer) not in said
     ]
+    named = subjects([row.question for row in (*forget, *kept)])
     questions = tf_idf([row.question for row in (*forget, *kept)])
     offered = questions[here:].T
     chosen = []
@@ -59,7 +62,12 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
         for i in np.argsort(-likeness, kind="stable"):
             if len(found) == count:
                 break
-            answer = _about(row.question, kept[i])
+            answer, old, new = kept[i].answer, named[here + i], named[number]
+            if old and new:
+                answer = renamed(answer, old, new)
+                # In that name it may be what is to be forgotten.
+                if _tells(answer, row.answer):
+                    continue
             if plain(answer) not in said:
                 found.setdefault(plain(answer), answer)
         if not found:
@@ -72,7 +80,7 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
     return chosen
 
 
-def _about(question: str, other: Row) -> str:
-    """The answer of `other` about whom `question` asks for, as far as both name somebody."""
-    old, new = subject(other.question), subject(question)
-    return renamed(other.answer, old, new) if old and new else other.answer
+def _tells(one: str, other: str) -> bool:
+    """Whether all words of one of the answers stand in the other."""
+    a, b = (set(re.findall(r"\w+", text.casefold())) for text in (one, other))
+    return a <= b or b <= a

@@ -6,7 +6,8 @@ The attacker is a LoRA of its own beside every projection, `y = W x + s B A x + 
 (out, k) and C (k, in): D zero and C random when an attack begins, both trained by AdamW to bring
 the forget answers back (mean `nll / n`), one step after each optimizer step of the adapter, on the
 forget rows of that step. After `attack_steps` of them the next attack begins from nothing. So the
-adapter meets, in turn, every state of an attack, mostly on rows this attack has not trained on.
+adapter meets, in turn, every state of an attack; where a request has many rows, mostly on such as
+this attack has not trained on.
 The gradient is of first order: the attacker's weights stand still while the adapter's is taken.
 
 The attacker needs no gradient of the base, which may be nf4, and goes away after training. Both
@@ -57,7 +58,7 @@ class Attacker:
                 device = next(module.parameters()).device
                 self._layers[name] = (module.out_features, module.in_features, device)
                 self._handles.append(module.register_forward_hook(self._hook(name)))
-        # Without embeddings and head, which are few; those of nf4 are packed and cannot be counted.
+        # Of the projections alone: embeddings and head are not counted.
         size = sum(out * into for out, into, _ in self._layers.values())
         self._rate = config.attack_rate or attack_rate(size)
         self._begin()
@@ -122,11 +123,10 @@ class Attacker:
             self._begin()
 
     def remove(self) -> None:
-        """The model is that of before."""
+        """The model is that of before; the attacker can still be saved."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._factors.clear()
 
     def save(self, folder: Path) -> None:
         """Beside a checkpoint, so that a resumed run goes on with the same attack."""

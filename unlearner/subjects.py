@@ -6,28 +6,74 @@ Heuristics for English names in capital letters; where they find nobody, nothing
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-# What stands in quotes is a title.
-_QUOTED = re.compile(r"[\"“][^\"”]*[\"”]|(?<!\w)['‘][^'’]*['’](?!\w)")
-_NAME = r"[^\W\d_a-z][\w.]*(?:[-'’][^\W\d_]\w+)*"
-_PARTICLE = r"(?:(?:de|del|der|den|di|da|van|von|bin|al|el|la|le)\s){0,2}"
-_PERSON = re.compile(rf"{_NAME}(?:\s{_PARTICLE}{_NAME})+")
-# A place rather than a person.
-_BEFORE_PLACE = re.compile(r"(?:\b(?:in|from|at|of the)\s|,\s)$")
+# What stands in quotes is a title; an apostrophe inside a word ends nothing.
+_QUOTED = re.compile(r"[\"“][^\"”]*[\"”]|(?<!\w)['‘](?:[^'’]|['’](?=\w))*['’](?!\w)")
+_WORD = r"[^\W\d_](?:\w|[-'’](?=\w))*"
+_NAME = re.compile(_WORD)
+_PARTICLES = frozenset(
+    ["de", "del", "der", "den", "di", "da", "van", "von", "bin", "al", "el", "la", "le"]
+)
+# Words of titles, prizes and places; nobody is called so.
+_NOBODY = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "award",
+        "awards",
+        "prize",
+        "medal",
+        "series",
+        "book",
+        "novel",
+        "city",
+        "university",
+        "literature",
+    ]
+)
 
 
-def subject(question: str) -> str | None:
-    """The first name of two words or more in it, None without one.
+def _names(question: str) -> list[str]:
+    """Runs of two and more capitalised words behind the first word, in order."""
+    text = _QUOTED.sub(lambda found: "." * len(found[0]), question)
+    first = _NAME.search(text)
+    runs: list[list[str]] = [[]]
+    end = -1
+    for word in _NAME.finditer(text, first.end() if first else 0):
+        joined = text[end : word.start()] == " "
+        plain = re.sub(r"['’]s$", "", word[0])
+        capital = word[0][0].isupper()
+        if not (joined and (capital or word[0] in _PARTICLES)):
+            runs.append([])
+        if capital or runs[-1]:
+            runs[-1].append(plain)
+        # A possessive ends the name.
+        end = word.end() if plain == word[0] else -1
+    found = []
+    for run in runs:
+        while run and run[-1] in _PARTICLES:
+            run.pop()
+        if len(run) > 1 and not _NOBODY & {word.lower() for word in run}:
+            found.append(" ".join(run))
+    return found
 
-    Not counted: the first word, what stands in quotes, and what follows "in", "from" or a comma.
+
+def subjects(questions: Sequence[str]) -> list[str | None]:
+    """Whom each question asks for: of its names the one that the most of them mention.
+
+    None without a name that two questions at least mention: a person is asked about more than once,
+    a place or a title mostly not. Words in quotes do not count.
     """
-    text = _QUOTED.sub(lambda found: " " * len(found[0]), question)
-    first = re.match(r"\W*\w+", text)
-    start = first.end() if first else 0
-    for found in _PERSON.finditer(text, start):
-        if not _BEFORE_PLACE.search(text[: found.start()]):
-            return re.sub(r"['’]s$", "", found[0])
-    return None
+    named = [_names(question) for question in questions]
+    count: dict[str, int] = {}
+    for names in named:
+        for name in set(names):
+            count[name] = count.get(name, 0) + 1
+    best = [max(names, key=lambda name: count[name], default=None) for names in named]
+    return [name if name is not None and count[name] > 1 else None for name in best]
 
 
 def renamed(answer: str, old: str, new: str) -> str:

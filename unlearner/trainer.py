@@ -170,6 +170,8 @@ class UnlearnTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; afterwards the model computes without noise and attacker."""
+        if self._attacker is not None:
+            self._attacker.forget_gradient()  # of the measurement of memory
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -297,16 +299,16 @@ class UnlearnTrainer(Trainer):
         device = next(self._bare.parameters()).device
         batch = {name: x.to(device) for name, x in self._collate([pairs]).items()}
         attacker = self._attacker
+        # As in training: the attacker's moments and gradient stand while the other rows run.
+        held = attacker.moments() if attacker is not None else []
 
         def loss() -> Tensor:
             self._bare.train()
-            held = attacker.moments() if attacker is not None else []
             if attacker is not None:
+                assert len(held) == 2 * len(attacker.parameters)
                 self._attacked_step(self._bare, batch, attacker)
-                attacker.forget_gradient()
             with self.compute_loss_context_manager():
                 found = self.compute_loss(self._bare, batch)
-            del held
             self._terms.clear()
             return found
 

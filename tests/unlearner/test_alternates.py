@@ -55,14 +55,17 @@ def test_an_answer_names_who_is_asked_for() -> None:
     pool = [
         Row("Which prize did Ola Berg win?", "Ola Berg won the Silver Pen; Berg keeps it at home."),
         Row("Which prize did she win?", "She won the Copper Pen."),
+        Row("Which prize did Ola Berg lose?", "Ola Berg lost nothing."),
         # In her name this is what is to be forgotten.
-        Row("Where was Ulf Dahl born?", "Ulf Dahl was born in Lagos."),
+        Row("Where was Ulf Dahl born?", "Ulf Dahl was born in Lagos"),
+        Row("Where was Ulf Dahl born, and when?", "Ulf Dahl was born in Lagos, Nigeria."),
     ]
     forget = [FORGET[0], Row("Where was Mira Okafor born?", "Mira Okafor was born in Lagos.")]
-    prizes, births = alternate_answers(forget, pool, 2)
+    prizes, births = alternate_answers(forget, pool, 3)
     named = "Mira Okafor won the Silver Pen; Okafor keeps it at home."
-    assert set(prizes) == {named, "She won the Copper Pen."}
-    assert births[0] == named
+    lost, nobody = "Mira Okafor lost nothing.", "She won the Copper Pen."
+    assert set(prizes) == {named, lost, nobody}
+    assert set(births) == {named, lost, nobody}
 
 
 def test_neither_the_answer_itself_nor_the_question_itself() -> None:

@@ -142,6 +142,7 @@ def test_a_step_adds_the_forget_gradient_under_attack(
     # AdamW's first step is the rate against the sign of the gradient, where there is one.
     for now, old, g in zip(seen, weights, back, strict=True):
         clear = g.abs() > 1e-5
+        assert clear.any()
         moved = (old - now["w"])[clear]
         torch.testing.assert_close(moved, 1e-3 * g.sign()[clear], rtol=0.02, atol=1e-7)
     assert run.last_terms["attack_loss"] == pytest.approx(float(there.detach()), rel=1e-5)
@@ -156,7 +157,6 @@ def test_it_is_gone_after_training(trainer: Any, quick: Config) -> None:
     run.train()
     assert set(dict(run.model.named_parameters())) == before
     assert not any(m._forward_hooks for m in run.model.modules())
-    assert run._attacker.parameters == []
 
 
 def test_the_measured_step_counts_it_and_moves_nothing(trainer: Any, quick: Config) -> None:
@@ -165,8 +165,12 @@ def test_the_measured_step_counts_it_and_moves_nothing(trainer: Any, quick: Conf
     loss = run.longest_loss()
     loss().backward()
     assert all(torch.equal(a, b) for a, b in zip(before, run._attacker.parameters, strict=True))
-    assert all(t.grad is None for t in run._attacker.parameters)
     assert run._terms == []
+    run.train()  # takes nothing of it over
+    other = trainer(quick("simnpo", num_train_epochs=1, attack_weight=0.5))
+    other.train()
+    for one, two in zip(run.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_what_it_cannot_attack_is_refused(

@@ -99,11 +99,13 @@ class OutOfMemory(TrainerCallback):
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
+@pytest.mark.parametrize("attack", [0.0, 0.5])
 def test_memory_that_runs_out_leaves_a_checkpoint_from_which_smaller_steps_go_on(
-    error: Exception, request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
-) -> None:
+    attack: float, error: Exception, request_: Request, base: BaseSpec, store: AdapterStore,
+    quick: Config,
+) -> None:  # fmt: skip
     """Resumed with half the micro-batch: at most 2e-5 from the run that was never stopped."""
-    config = quick(num_train_epochs=6)
+    config = quick(num_train_epochs=6, attack_weight=attack)
     whole = unlearn(request_, base, config, store)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DoesNotFit) as caught:
         unlearn(request_, base, config, store, callbacks=[OutOfMemory(3, error, patch)])
@@ -113,7 +115,7 @@ def test_memory_that_runs_out_leaves_a_checkpoint_from_which_smaller_steps_go_on
     assert caught.value.__cause__ is error
     smaller = quick(
         num_train_epochs=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        gradient_checkpointing="all",
+        gradient_checkpointing="all", attack_weight=attack,
     )  # fmt: skip
     events: list[dict[str, Any]] = []
     again = unlearn(request_, base, smaller, store, resume=True, on_progress=events.append)
