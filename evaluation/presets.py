@@ -175,7 +175,7 @@ MINI = Preset(
                 "attack_gamma": 28.0,
             }
         },
-        "forget01": {"simnpo": {"num_train_epochs": 75}},
+        "forget01": {"simnpo": {"num_train_epochs": 75, "gamma": 34.5, "attack_gamma": 25.0}},
     },
     known_retain=0.5,
     facts_retain=True,
