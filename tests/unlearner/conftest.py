@@ -13,7 +13,8 @@ from adapters.stack import add_trainable, attach, save_adapter
 from unlearner.config import LoraShape, UnlearnConfig, make_config
 from unlearner.data import Request, Row
 from unlearner.likelihood import answer_nll
-from unlearner.prompts import pad_batch, prompt_format
+from unlearner.pairing import Rows
+from unlearner.prompts import encode_rows, pad_batch, prompt_format
 
 FORGET = (
     Row("Who wrote the novel about the river?", "It was written by Mira Okafor."),
@@ -143,3 +144,14 @@ def fresh_model(base: BaseSpec, parent: Path) -> Callable[..., Any]:
         return add_trainable(model, "new", lora_config(shape), ["parent"] if on_parent else [])
 
     return make
+
+
+@pytest.fixture(scope="module")
+def rows(base: BaseSpec, request_: Request) -> Rows:
+    """The forget and retain rows of `request_`, encoded for `base`."""
+    fmt = prompt_format(load_tokenizer(base.name))
+
+    def encoded(part: Any) -> Any:
+        return encode_rows(fmt, [(row.question, row.answer) for row in part], 128, "these")
+
+    return Rows(encoded(request_.rows), encoded(request_.retain))

@@ -25,16 +25,6 @@ from unlearner.trainer import UnlearnTrainer
 Config = Callable[..., UnlearnConfig]
 
 
-@pytest.fixture(scope="module")
-def rows(base: BaseSpec, request_: Request) -> Rows:
-    fmt = prompt_format(load_tokenizer(base.name))
-
-    def encoded(part: Any) -> Any:
-        return encode_rows(fmt, [(row.question, row.answer) for row in part], 128, "these")
-
-    return Rows(encoded(request_.rows), encoded(request_.retain))
-
-
 @pytest.fixture
 def trainer(
     rows: Rows, base: BaseSpec, fresh_model: Callable[..., Any], tmp_path: Path

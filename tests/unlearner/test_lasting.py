@@ -14,13 +14,12 @@ from torch import Tensor
 
 from adapters.base_model import BaseSpec, load_tokenizer
 from unlearner.config import UnlearnConfig
-from unlearner.data import Request
 from unlearner.formulas import FORMULAS, OPTION_FORMULAS
 from unlearner.guard import teach
 from unlearner.likelihood import answer_nll
 from unlearner.losses import simnpo
 from unlearner.pairing import Rows, plan_steps
-from unlearner.prompts import encode_rows, pad_batch, pad_id, prompt_format
+from unlearner.prompts import pad_batch, pad_id
 from unlearner.sharpness import moved, worst_direction
 from unlearner.trainer import UnlearnTrainer
 from unlearner.weight_noise import WeightNoise, rounding_sigma
@@ -39,16 +38,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def rows(base: BaseSpec, request_: Request) -> Rows:
-    fmt = prompt_format(load_tokenizer(base.name))
-
-    def encoded(part: Any) -> Any:
-        return encode_rows(fmt, [(row.question, row.answer) for row in part], 128, "these")
-
-    return Rows(encoded(request_.rows), encoded(request_.retain))
 
 
 @pytest.fixture
