@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evaluation.scoring import score_rows
 from unlearner.data import Row
-from unlearner.environment import ATTACK_RATES
+from unlearner.environment import FULL_LIMIT, attack_rates
 from unlearner.prompts import TRAIN_MAX_LENGTH, Encoded, encode_rows, pad_batch, pad_id
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Method = Literal["auto", "full", "lora"]
 CURVE = (0, 5, 10, 20, 40)
 MICRO_BATCH = 8
-# Above this many weights `auto` trains an adapter: AdamW on all weights takes 16 bytes a weight.
-FULL_LIMIT = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Relearning:
     Attributes:
         share: of the forget rows that is trained on, at least one.
         steps: AdamW steps, each on all of these rows.
-        learning_rate: constant; None for the one of `ATTACK_RATES`.
+        learning_rate: constant; None for that of `attack_rates`.
         method: all weights, or a fresh LoRA; "auto" by size.
         seed: of the choice of rows and of the LoRA's first weights.
     """
@@ -55,7 +53,7 @@ class Relearning:
         method = self.method
         if method == "auto":
             method = "full" if weights <= FULL_LIMIT else "lora"
-        _, full, lora = next(line for line in ATTACK_RATES if weights < line[0])
+        full, lora = attack_rates(weights)
         rate = self.learning_rate or (full if method == "full" else lora)
         return Relearning(self.share, self.steps, rate, method, self.seed)
 

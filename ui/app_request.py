@@ -19,6 +19,16 @@ UPLOAD = "or upload rows (JSON lines)"
 OBJECTIVES = ("simnpo", "npo", "grad_diff", "kl", "idk", "dpo")
 
 
+# The flags of the form's numbers, in their order.
+NUMBERS = (
+    "--num-train-epochs",
+    "--learning-rate",
+    "--per-device-train-batch-size",
+    "--alternates",
+    "--attack-weight",
+)
+
+
 def _form(app: App) -> list[Any]:
     """The fields of a request, in the order of `_draft`."""
     with gr.Row():
@@ -59,17 +69,13 @@ def _form(app: App) -> list[Any]:
         lambda: (gr.update(label=UPLOAD, value=None), gr.update(visible=False)),
         None, [upload, drop], **PRIVATE,
     )  # fmt: skip
-    settings = [epochs, rate, batch, alternates, attack]
-    return [author, pasted, upload, objective, label, *settings]
+    numbers = [epochs, rate, batch, alternates, attack]
+    return [author, pasted, upload, objective, label, *numbers]
 
 
 def _draft(*fields: Any) -> requests.Draft:
     author, pasted, upload, objective, label, *numbers = fields
-    flags = (
-        *("--num-train-epochs", "--learning-rate", "--per-device-train-batch-size"),
-        *("--alternates", "--attack-weight"),
-    )
-    settings = tuple(zip(flags, numbers, strict=True))
+    settings = tuple(zip(NUMBERS, numbers, strict=True))
     return requests.draft(author, pasted, upload, objective, label, settings)
 
 

@@ -211,6 +211,15 @@ def size_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+# What a training tells of its losses, and the word for each.
+LOSSES = (
+    ("loss", "loss"),
+    ("forget_loss", "forget"),
+    ("attack_loss", "attacked"),
+    ("retain_loss", "retain"),
+)
+
+
 def progress_line(event: Mapping[str, Any]) -> str:
     """The words of a progress event; fields it does not have are left out.
 
@@ -221,8 +230,7 @@ def progress_line(event: Mapping[str, Any]) -> str:
     step, steps = event.get("step"), event.get("steps")
     if step is not None:
         parts.append(f"{step:>{len(str(steps))}}/{steps}" if steps else f"{step}")
-    words = (("loss", "loss"), ("forget_loss", "forget"), ("attack_loss", "attacked"))
-    for key, word in (*words, ("retain_loss", "retain")):
+    for key, word in LOSSES:
         if event.get(key) is not None:
             parts.append(f"{word} {number_text(float(event[key]))}")
     rate = _rate(event)

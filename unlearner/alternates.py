@@ -52,8 +52,8 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
         for row, likeness in zip(pool, told, strict=True)
         if likeness < SAME and plain(row.question) not in asked and plain(row.answer) not in said
     ]
-    named = subjects([row.question for row in (*forget, *kept)])
-    questions = tf_idf([row.question for row in (*forget, *kept)])
+    every = [row.question for row in (*forget, *kept)]
+    named, questions = subjects(every), tf_idf(every)
     offered = questions[here:].T
     chosen = []
     for number, row in enumerate(forget):
@@ -66,10 +66,9 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
             if old and new:
                 answer = renamed(answer, old, new)
                 # In that name it may be what is to be forgotten.
-                if _tells(answer, row.answer):
+                if plain(answer) in said or _tells(answer, row.answer):
                     continue
-            if plain(answer) not in said:
-                found.setdefault(plain(answer), answer)
+            found.setdefault(plain(answer), answer)
         if not found:
             raise UserError(
                 f"No row has another answer for {row.question!r}.",

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unlearner.config import TARGET_MODULES, TrainConfig
-from unlearner.environment import attack_rate
+from unlearner.environment import attack_rates
+from unlearner.hidden import projections_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from unlearner.config import TrainConfig
 
 # alpha / r of the attacker, that of an adapter by default.
 SCALE = 2.0
@@ -50,17 +52,17 @@ class Attacker:
         self._steps, self._rank, self._seed = config.attack_steps, config.attack_rank, config.seed
         self._on = False
         self._count = 0
+        self._reserved: list[Tensor] = []
         self._handles: list[Any] = []
         self._layers: dict[str, tuple[int, int, torch.device]] = {}
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in model.named_modules():
-            if name.rsplit(".", 1)[-1] in TARGET_MODULES and hasattr(module, "in_features"):
-                device = next(module.parameters()).device
-                self._layers[name] = (module.out_features, module.in_features, device)
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+        for name, module in projections_of(model):
+            device = next(module.parameters()).device
+            self._layers[name] = (module.out_features, module.in_features, device)
+            self._handles.append(module.register_forward_hook(self._hook(name)))
         # Of the projections alone: embeddings and head are not counted.
         size = sum(out * into for out, into, _ in self._layers.values())
-        self._rate = config.attack_rate or attack_rate(size)
+        self._rate = config.attack_rate or attack_rates(size)[1]
         self._begin()
 
     @property
@@ -106,13 +108,14 @@ class Attacker:
         for tensor, found in zip(self.parameters, gradients, strict=True):
             tensor.grad = found if tensor.grad is None else tensor.grad + found
 
-    def forget_gradient(self) -> None:
-        """Drops what `learn` added, where no step follows."""
-        self._optimizer.zero_grad(set_to_none=True)
+    def reserve(self) -> None:
+        """Takes the room of AdamW's two moments, for a measurement before they are there."""
+        self._reserved = [torch.zeros_like(tensor) for tensor in self.parameters for _ in range(2)]
 
-    def moments(self) -> list[Tensor]:
-        """Room of AdamW's two moments, for a measurement of memory before the first step."""
-        return [torch.zeros_like(tensor) for tensor in self.parameters for _ in range(2)]
+    def release(self) -> None:
+        """Gives that room back, and the gradient that the measurement left."""
+        self._reserved = []
+        self._optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
         """Its step at the end of an optimizer step; after the last one the next attack begins."""
@@ -141,7 +144,7 @@ class Attacker:
         """What `save` wrote.
 
         Raises:
-            RuntimeError: it is of an attacker of another shape.
+            ValueError: it is of an attacker with another number of matrices.
         """
         state = torch.load(folder / ATTACKER_FILE, map_location="cpu", weights_only=True)
         self._count = int(state["count"])

@@ -25,10 +25,11 @@ PACKAGES = (
 )
 # Below this many weights a second thread spends its time waiting for the first.
 SMALL_MODEL = 20_000_000
-# Constant learning rates of a relearning attack by size: (weights below, all weights, an adapter).
-# Only the first line has been tried by us; the others follow the rates at which models of that size
-# are commonly tuned.
-ATTACK_RATES = ((SMALL_MODEL, 3e-4, 3e-3), (1_000_000_000, 5e-5, 5e-4), (math.inf, 1e-5, 2e-4))
+# Above this many weights an adapter is trained rather than all: AdamW takes 16 bytes a weight.
+FULL_LIMIT = 1_000_000_000
+# By size: (weights below, rate of all weights, rate of an adapter). Only the first line has been
+# tried by us; the others follow the rates at which models of that size are commonly tuned.
+_ATTACK_RATES = ((SMALL_MODEL, 3e-4, 3e-3), (FULL_LIMIT, 5e-5, 5e-4), (math.inf, 1e-5, 2e-4))
 
 
 def versions() -> dict[str, str]:
@@ -89,6 +90,11 @@ def threads_for(model: torch.nn.Module) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def attack_rate(weights: int) -> float:
-    """Learning rate of a relearning attack by an adapter on a model of so many weights."""
-    return next(adapter for below, _, adapter in ATTACK_RATES if weights < below)
+def attack_rates(weights: int) -> tuple[float, float]:
+    """Constant learning rates of a relearning attack on a model of so many weights.
+
+    Returns:
+        That of an attack on all weights, and that of one by an adapter.
+    """
+    _, full, adapter = next(line for line in _ATTACK_RATES if weights < line[0])
+    return full, adapter

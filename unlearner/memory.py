@@ -148,17 +148,19 @@ def projections(shape: Mapping[str, int]) -> dict[str, tuple[int, int]]:
 
 def lora_parameters(shape: Mapping[str, int], config: UnlearnConfig) -> int:
     """Trainable weights of the adapter: `r * (inputs + outputs)` a projection and layer."""
-    sizes = projections(shape)
-    known = [sizes[name] for name in config.lora.target_modules if name in sizes]
-    return shape["num_hidden_layers"] * config.lora.lora_r * sum(sum(pair) for pair in known)
+    return _low_rank(shape, config.lora.lora_r, config.lora.target_modules)
 
 
 def attacker_parameters(shape: Mapping[str, int], config: UnlearnConfig) -> int:
     """Weights of the simulated attacker, which stands beside all seven projections; 0 without."""
-    if not config.objective.attack_weight:
-        return 0
-    pairs = projections(shape).values()
-    return shape["num_hidden_layers"] * config.train.attack_rank * sum(sum(pair) for pair in pairs)
+    rank = config.train.attack_rank if config.objective.attack_weight else 0
+    return _low_rank(shape, rank, tuple(projections(shape)))
+
+
+def _low_rank(shape: Mapping[str, int], rank: int, modules: Sequence[str]) -> int:
+    sizes = projections(shape)
+    known = [sizes[name] for name in modules if name in sizes]
+    return shape["num_hidden_layers"] * rank * sum(sum(pair) for pair in known)
 
 
 def tokens_of_a_batch(

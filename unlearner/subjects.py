@@ -6,43 +6,27 @@ Heuristics for English names in capital letters; where they find nobody, nothing
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 # What stands in quotes is a title; an apostrophe inside a word ends nothing.
 _QUOTED = re.compile(r"[\"“][^\"”]*[\"”]|(?<!\w)['‘](?:[^'’]|['’](?=\w))*['’](?!\w)")
-_WORD = r"[^\W\d_](?:\w|[-'’](?=\w))*"
-_NAME = re.compile(_WORD)
-_PARTICLES = frozenset(
-    ["de", "del", "der", "den", "di", "da", "van", "von", "bin", "al", "el", "la", "le"]
-)
+_WORD = re.compile(r"[^\W\d_](?:\w|[-'’](?=\w))*")
+_PARTICLES = {"de", "del", "der", "den", "di", "da", "van", "von", "bin", "al", "el", "la", "le"}
 # Words of titles, prizes and places; nobody is called so.
-_NOBODY = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "award",
-        "awards",
-        "prize",
-        "medal",
-        "series",
-        "book",
-        "novel",
-        "city",
-        "university",
-        "literature",
-    ]
-)
+_NOBODY = {
+    "a", "an", "the", "of", "award", "awards", "prize", "medal", "series", "book", "novel", "city",
+    "university", "literature",
+}  # fmt: skip
 
 
 def _names(question: str) -> list[str]:
     """Runs of two and more capitalised words behind the first word, in order."""
     text = _QUOTED.sub(lambda found: "." * len(found[0]), question)
-    first = _NAME.search(text)
+    first = _WORD.search(text)
     runs: list[list[str]] = [[]]
     end = -1
-    for word in _NAME.finditer(text, first.end() if first else 0):
+    for word in _WORD.finditer(text, first.end() if first else 0):
         joined = text[end : word.start()] == " "
         plain = re.sub(r"['’]s$", "", word[0])
         capital = word[0][0].isupper()
@@ -68,10 +52,7 @@ def subjects(questions: Sequence[str]) -> list[str | None]:
     a place or a title mostly not. Words in quotes do not count.
     """
     named = [_names(question) for question in questions]
-    count: dict[str, int] = {}
-    for names in named:
-        for name in set(names):
-            count[name] = count.get(name, 0) + 1
+    count = Counter(name for names in named for name in set(names))
     best = [max(names, key=lambda name: count[name], default=None) for names in named]
     return [name if name is not None and count[name] > 1 else None for name in best]
 

@@ -171,7 +171,7 @@ class UnlearnTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; afterwards the model computes without noise and attacker."""
         if self._attacker is not None:
-            self._attacker.forget_gradient()  # of the measurement of memory
+            self._attacker.release()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -182,7 +182,7 @@ class UnlearnTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The micro-batch's gradient; with `sam_rho` that of its forget rows is taken elsewhere."""
+        """The micro-batch's gradient, with `sam_rho` and an attacker also that taken elsewhere."""
         if self._noise is not None:
             self._noise.step = self.state.global_step
         loss: Tensor
@@ -216,13 +216,11 @@ class UnlearnTrainer(Trainer):
     def _attacked_step(self, model: torch.nn.Module, inputs: Any, attacker: Attacker) -> Tensor:
         """Adds the forget gradient under attack and the attacker's, see `unlearner.attacker`."""
         model.train()
-        inputs, config = self._prepare_inputs(inputs), self.objective
-        wanted = tuple(name for name in self._streams if name not in KEPT)
-        step = self._forwards(model, of_streams(inputs, self._streams, wanted), wanted)
-        alone = replace(config, retain_weight=0.0, gamma=config.attack_gamma)
+        config = self.objective
+        step = self._forwards(model, *self._side(self._prepare_inputs(inputs), kept=False))
         with attacker.on():
             with self.compute_loss_context_manager():
-                value = OBJECTIVES[config.name](step, alone).forget.sum() / self._pairs
+                value = self._forget_alone(step, replace(config, gamma=config.attack_gamma))
                 attacker.learn(step.nll("forget").per_token.sum() / self._pairs)
                 loss: Tensor = config.attack_weight * value
             loss.backward(inputs=[parameter for _, parameter in trainable(model)])
@@ -258,17 +256,14 @@ class UnlearnTrainer(Trainer):
         """The terms that are asked for now, each a sum over pairs / pairs of the step."""
         streams, config, pairs = self._streams, self.objective, self._pairs
         if self._part != "all":
-            kept = self._part == "kept"
-            wanted = tuple(name for name in streams if (name in KEPT) == kept)
-            inputs, streams = of_streams(inputs, streams, wanted), wanted
+            inputs, streams = self._side(inputs, kept=self._part == "kept")
         step = self._forwards(model, inputs, streams)
         parts: dict[str, Tensor] = {}
         if self._part == "all":
             terms = OBJECTIVES[config.name](step, config)
             parts = {"forget": terms.forget.sum() / pairs, "retain": terms.retain.sum() / pairs}
         elif self._part != "kept":
-            alone = replace(config, retain_weight=0.0)
-            parts["forget"] = OBJECTIVES[config.name](step, alone).forget.sum() / pairs
+            parts["forget"] = self._forget_alone(step, config)
         elif "retain" in streams:
             parts["retain"] = retain_term(step, config).sum() / pairs
         if "alternate" in streams:
@@ -277,6 +272,15 @@ class UnlearnTrainer(Trainer):
             teachers = [self._guard[i] for i in inputs["guard"].tolist()]
             parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs
         return parts
+
+    def _side(self, inputs: Mapping[str, Tensor], *, kept: bool) -> tuple[Any, tuple[str, ...]]:
+        """The rows of what is kept, or of what is forgotten, and their streams."""
+        wanted = tuple(name for name in self._streams if (name in KEPT) == kept)
+        return of_streams(inputs, self._streams, wanted), wanted
+
+    def _forget_alone(self, step: StepForwards, config: ObjectiveConfig) -> Tensor:
+        alone = replace(config, retain_weight=0.0)
+        return OBJECTIVES[alone.name](step, alone).forget.sum() / self._pairs
 
     def _forwards(
         self, model: torch.nn.Module, inputs: Mapping[str, Tensor], streams: Sequence[str]
@@ -300,12 +304,12 @@ class UnlearnTrainer(Trainer):
         batch = {name: x.to(device) for name, x in self._collate([pairs]).items()}
         attacker = self._attacker
         # As in training: the attacker's moments and gradient stand while the other rows run.
-        held = attacker.moments() if attacker is not None else []
+        if attacker is not None:
+            attacker.reserve()
 
         def loss() -> Tensor:
             self._bare.train()
             if attacker is not None:
-                assert len(held) == 2 * len(attacker.parameters)
                 self._attacked_step(self._bare, batch, attacker)
             with self.compute_loss_context_manager():
                 found = self.compute_loss(self._bare, batch)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unlearner.config import TARGET_MODULES
+from unlearner.hidden import projections_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,10 +58,9 @@ class WeightNoise:
         self._seed = seed
         self._drawn: dict[str, tuple[int, Tensor, Tensor]] = {}
         self._handles: list[Any] = []
-        for name, module in model.named_modules():
-            if name.rsplit(".", 1)[-1] in TARGET_MODULES and hasattr(module, "in_features"):
-                sigma = scale * rounding_sigma(_weight(module))
-                self._handles.append(module.register_forward_hook(self._hook(name, sigma)))
+        for name, module in projections_of(model):
+            sigma = scale * rounding_sigma(_weight(module))
+            self._handles.append(module.register_forward_hook(self._hook(name, sigma)))
 
     def remove(self) -> None:
         """The model computes without noise again."""

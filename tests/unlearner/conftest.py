@@ -12,9 +12,11 @@ from adapters.base_model import BaseSpec, load_base, load_tokenizer
 from adapters.stack import add_trainable, attach, save_adapter
 from unlearner.config import LoraShape, UnlearnConfig, make_config
 from unlearner.data import Request, Row
+from unlearner.guard import teach
 from unlearner.likelihood import answer_nll
-from unlearner.pairing import Rows
-from unlearner.prompts import encode_rows, pad_batch, prompt_format
+from unlearner.pairing import Rows, plan_steps
+from unlearner.prompts import encode_rows, pad_batch, pad_id, prompt_format
+from unlearner.trainer import UnlearnTrainer
 
 FORGET = (
     Row("Who wrote the novel about the river?", "It was written by Mira Okafor."),
@@ -155,3 +157,30 @@ def rows(base: BaseSpec, request_: Request) -> Rows:
         return encode_rows(fmt, [(row.question, row.answer) for row in part], 128, "these")
 
     return Rows(encoded(request_.rows), encoded(request_.retain))
+
+
+@pytest.fixture
+def trainer(
+    rows: Rows, base: BaseSpec, fresh_model: Callable[..., Any], tmp_path: Path
+) -> Callable[..., UnlearnTrainer]:
+    """A trainer on `rows`; the first three retain rows guarded if asked for."""
+    pad = pad_id(load_tokenizer(base.name))
+
+    def make(config: UnlearnConfig, *, packed: bool = False, guarded: bool = False) -> Any:
+        model = fresh_model(config.lora)
+        mine, teachers = rows, []
+        if guarded:
+            teachers = teach(model, rows.retain[:3], pad)
+            mine = Rows(rows.forget, rows.retain, (), rows.retain[:3])
+        return UnlearnTrainer(
+            model,
+            mine,
+            plan_steps(len(rows.forget), len(rows.retain), 0, config.train, 3 if guarded else 0),
+            config,
+            tmp_path / "run",
+            pad_token_id=pad,
+            guard=teachers,
+            packed=packed,
+        )
+
+    return make

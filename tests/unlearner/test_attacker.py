@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,23 +19,8 @@ from unlearner.likelihood import answer_nll
 from unlearner.losses import simnpo
 from unlearner.pairing import Rows, plan_steps
 from unlearner.prompts import encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.trainer import UnlearnTrainer
 
 Config = Callable[..., UnlearnConfig]
-
-
-@pytest.fixture
-def trainer(
-    rows: Rows, base: BaseSpec, fresh_model: Callable[..., Any], tmp_path: Path
-) -> Callable[..., UnlearnTrainer]:
-    pad = pad_id(load_tokenizer(base.name))
-
-    def make(config: UnlearnConfig) -> UnlearnTrainer:
-        plan = plan_steps(len(rows.forget), len(rows.retain), 0, config.train)
-        model = fresh_model(config.lora)
-        return UnlearnTrainer(model, rows, plan, config, tmp_path / "run", pad_token_id=pad)
-
-    return make
 
 
 def attacker_on(model: torch.nn.Module, **settings: Any) -> Attacker:

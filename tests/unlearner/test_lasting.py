@@ -15,7 +15,6 @@ from torch import Tensor
 from adapters.base_model import BaseSpec, load_tokenizer
 from unlearner.config import UnlearnConfig
 from unlearner.formulas import FORMULAS, OPTION_FORMULAS
-from unlearner.guard import teach
 from unlearner.likelihood import answer_nll
 from unlearner.losses import simnpo
 from unlearner.pairing import Rows, plan_steps
@@ -38,32 +37,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def trainer(
-    rows: Rows, base: BaseSpec, fresh_model: Callable[..., Any], tmp_path: Path
-) -> Callable[..., UnlearnTrainer]:
-    pad = pad_id(load_tokenizer(base.name))
-
-    def make(config: UnlearnConfig, *, packed: bool = False, guarded: bool = False) -> Any:
-        model = fresh_model(config.lora)
-        mine, teachers = rows, []
-        if guarded:
-            teachers = teach(model, rows.retain[:3], pad)
-            mine = Rows(rows.forget, rows.retain, (), rows.retain[:3])
-        return UnlearnTrainer(
-            model,
-            mine,
-            plan_steps(len(rows.forget), len(rows.retain), 0, config.train, 3 if guarded else 0),
-            config,
-            tmp_path / "run",
-            pad_token_id=pad,
-            guard=teachers,
-            packed=packed,
-        )
-
-    return make
 
 
 def weights(trainer: UnlearnTrainer) -> dict[str, Tensor]:
