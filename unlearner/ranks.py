@@ -5,6 +5,7 @@ Without a launcher everything here is the identity. On CPUs the processes talk t
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -39,6 +40,9 @@ def leave() -> None:
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            # A trainer's cycles still hold the group; its threads must end before the interpreter
+            # does, or they now and then abort the process at its exit.
+            gc.collect()
 
 
 def wait() -> None:
