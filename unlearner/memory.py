@@ -286,7 +286,8 @@ def smallest_change(
     """The least that makes a run fit into `budget` bytes by the estimate, or None.
 
     In this order, each kept when the next is needed too: what costs only time (checkpointing, a
-    step in more parts), then what changes what is trained on (4 bit), then the adapter itself.
+    step in more parts), then what changes what is trained on (4 bit, a smaller attacker), then the
+    adapter itself.
 
     Args:
         shape: see `read_shape`.
@@ -327,6 +328,11 @@ def smallest_change(
     if not holding.load_in_4bit:
         holding = replace(holding, load_in_4bit=True)
         flags["--load-in-4bit"] = ""
+        if found := now():
+            return found
+    while config.objective.attack_weight and config.train.attack_rank > 4:
+        config = with_train(config, attack_rank=config.train.attack_rank // 2)
+        flags["--attack-rank"] = str(config.train.attack_rank)
         if found := now():
             return found
     while config.lora.lora_r > 4:

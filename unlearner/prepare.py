@@ -74,7 +74,8 @@ def prepare(
     replaced = _replaced(store, replaces, request.rows, key)
     in_force = requests_in_force(store, key, replaced)
     retain, taken = without_rows_of(in_force, request.retain, key)
-    request = replace(request, retain=retain, others=_unowned(request.others, in_force, key))
+    others, told_of = _unowned(request.others, in_force, key)
+    request = replace(request, retain=retain, others=others)
     _check_rows(request, config, refusals)
     _check_names(config.train)
     folder = resolve_base(base.name, base.revision)
@@ -116,7 +117,7 @@ def prepare(
         digests,
         _run_key(what),
         replaced,
-        tuple(_notes(in_force, taken)),
+        tuple(_notes(in_force, {"retain": taken, "alternate": told_of})),
     )
 
 
@@ -244,15 +245,17 @@ def _digest(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
     return {"n": len(pairs), "digest": digest_rows(key, pairs), "kind": kind}
 
 
-def _unowned(rows: Sequence[Row], in_force: Sequence[Earlier], key: bytes) -> tuple[Row, ...]:
-    """The rows without those of earlier requests; the retain rows must not come in their place."""
-    left = without_rows_of(in_force, rows, key)[0]
+def _unowned(
+    rows: Sequence[Row], in_force: Sequence[Earlier], key: bytes
+) -> tuple[tuple[Row, ...], dict[str, int]]:
+    """`without_rows_of`, but some must be left: the retain rows must not come in their place."""
+    left, taken = without_rows_of(in_force, rows, key)
     if rows and not left:
         raise UserError(
             "All rows that alternates are to come from belong to earlier requests.",
             "Give others with --alternates-from, or leave it away to take the retain rows.",
         )
-    return left
+    return left, taken
 
 
 def _alternates_digest(key: bytes, request: Request, rows: Rows) -> dict[str, dict[str, Any]]:
@@ -267,9 +270,11 @@ def _marked(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
     return {**_digest(key, rows, kind), "key_id": key_id(key), "marks": marks}
 
 
-def _notes(in_force: Sequence[Earlier], taken: Mapping[str, int]) -> list[str]:
+def _notes(in_force: Sequence[Earlier], taken: Mapping[str, Mapping[str, int]]) -> list[str]:
     notes = [
-        f"retain rows that belong to {slug} and are left out: {n}" for slug, n in taken.items()
+        f"{kind} rows that belong to {slug} and are left out: {n}"
+        for kind, counts in taken.items()
+        for slug, n in counts.items()
     ]
     return notes + [
         f"some rows of {one.slug} cannot be recognised among the retain rows: {one.unknown}"

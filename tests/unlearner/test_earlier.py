@@ -89,6 +89,7 @@ def test_rows_of_earlier_requests_are_no_alternates(
     assert len(told) == 3
     assert not any(row.answer in text for row in first.rows for text in told)
     assert run.digests["alternates"]["n"] == 3
+    assert f"alternate rows that belong to {one.slug} and are left out: 4" in run.notes
     with pytest.raises(UserError, match="belong to earlier requests"):
         prepare(replace(second, others=first.rows), base, quick(alternates=9), store)
 

@@ -178,6 +178,11 @@ def test_the_smallest_change_is_what_costs_least(seven_b: dict[str, int]) -> Non
     assert "--load-in-4bit" in (flags(BF16, 7.0) or [])
     assert (flags(NF4, 5.6, lora_r=64) or [""])[-1].startswith("--lora-r")
     assert flags(NF4, 3.0) is None
+    # The attacker is made smaller before the adapter is.
+    attacked = {"attack_weight": 1.0, "attack_rank": 128, "lora_r": 64}
+    smaller = flags(NF4, 7.7, **attacked) or [""]
+    assert smaller[-1].startswith("--attack-rank")
+    assert not any(flag.startswith("--lora-r") for flag in smaller)
 
 
 def test_a_step_keeps_its_pairs_when_it_is_cut_smaller(seven_b: dict[str, int]) -> None:
