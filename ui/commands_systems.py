@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
@@ -70,6 +71,7 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     model: Any = load_base(options.base_spec(args))
     view = base_view(model)
+    command = shlex.join(["unlearner", *args.words])
     table = []
     for slugs in systems:
         name = ",".join(slug.split("_")[0] for slug in slugs) or "base"
@@ -88,7 +90,7 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
             resume_dir=out / PARTS if out else None,
             on_progress=progress_of(console),
             effort=effort_of(args),
-            meta={"split": what, "adapters": stack, **view},
+            meta={"split": what, "adapters": stack, "command": command, **view},
         )
         if out and ranks.rank() == 0:
             write_log(log, out / LOG_FILE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -35,8 +37,10 @@ def test_every_system_is_measured_as_alone(
             assert row[name] == alone[name]
     nlls = [row["forget_nll"] for row in made.json["table"]]
     assert len(set(nlls)) == 3
-    logs = {path.parent.name for path in (tmp_path / "all").glob("*/eval_log.json")}
-    assert logs == {"base", "r0001", "r0001+r0002"}
+    logs = {path.parent.name: path for path in (tmp_path / "all").glob("*/eval_log.json")}
+    assert set(logs) == {"base", "r0001", "r0001+r0002"}
+    for path in logs.values():
+        assert "--systems" in shlex.split(json.loads(path.read_text())["meta"]["command"])
 
 
 def test_flags_that_do_not_go_together(run: Any, put: Any, words: list[Any]) -> None:
