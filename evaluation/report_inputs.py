@@ -98,6 +98,18 @@ def log_name(path: Path) -> str:
     return path.resolve().parent.name if plain else path.stem
 
 
+def log_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each log, all different: `log_name`, numbered where several would share one."""
+    found: list[str] = []
+    for path in paths:
+        name, number = log_name(path), 1
+        while name in found:
+            number += 1
+            name = f"{log_name(path)} ({number})"
+        found.append(name)
+    return found
+
+
 def _add(logs: dict[str, Path], name: str, path: Path) -> None:
     if name in logs and logs[name].resolve() != path.resolve():
         raise UserError(

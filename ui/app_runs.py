@@ -95,11 +95,12 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
 
 def _pair(app: App, names: list[str]) -> str:
     """LLM Comparator's file of the first two chosen logs."""
+    from evaluation.report_inputs import log_names
     from ui.recorded import open_recorded
+    from ui.runs import all_logs
 
-    known = {path.stem: path for path in app.logs}
-    if app.retain_log is not None:
-        known.setdefault(app.retain_log.stem, app.retain_log)
+    shown = all_logs(app.logs, app.retain_log)
+    known = dict(zip(log_names(shown), shown, strict=True))
     paths = [known[name] for name in names if name in known][:2]
     if len(paths) < 2:
         raise UserError("Fewer than two logs are chosen.", "Choose two under the table.")

@@ -66,6 +66,7 @@ def open_recorded(paths: Sequence[Path]) -> Recorded:
         UserError: not two logs, a log that cannot be read, or no question in common.
     """
     from evaluation.records import read_log
+    from evaluation.report_inputs import log_names
 
     if len(paths) != 2:
         raise UserError(f"{len(paths)} logs were given.", "Name two: --logs A.json B.json.")
@@ -81,7 +82,8 @@ def open_recorded(paths: Sequence[Path]) -> Recorded:
             f"{paths[0].name} and {paths[1].name} have no answered question in common.",
             "Give logs of the same set which hold their questions and answers.",
         )
-    return Recorded((paths[0].stem, paths[1].stem), logs, rows)
+    first, second = log_names(paths)
+    return Recorded((first, second), logs, rows)
 
 
 def _pairs(

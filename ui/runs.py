@@ -117,36 +117,34 @@ def gather(
         UserError: a log that cannot be read.
     """
     from evaluation.presets import PUBLISHED_FORGET05
+    from evaluation.protocols import protocol_named
     from evaluation.records import read_log
+    from evaluation.report_inputs import log_names
     from evaluation.summary import set_values, summarise
 
     table: list[dict[str, Any]] = []
     log_r: dict[str, list[float]] = {}
     notes: list[str] = []
     reference = read_log(retain_log) if retain_log is not None else None
-    from evaluation.protocols import protocol_named
-
-    named = [*logs]
-    if retain_log is not None and retain_log.resolve() not in [path.resolve() for path in logs]:
-        named.append(retain_log)
-    for path in named:
+    paths = all_logs(logs, retain_log)
+    for name, path in zip(log_names(paths), paths, strict=True):
         log = read_log(path)
-        figures = _figures(log, reference, protocol, path, notes, summarise)
+        figures = _figures(log, reference, protocol, name, notes, summarise)
         source = "log"
         if retain_log is not None and path.resolve() == retain_log.resolve():
             source = REFERENCE
-        table.append({"name": path.stem, "source": source, **figures})
+        table.append({"name": name, "source": source, **figures})
         if "forget" in log.sets:
             found = set_values("forget", log.sets["forget"].rows, protocol_named(protocol))
             if "log_r" in found:
-                log_r[path.stem] = [float(value) for value in found["log_r"]]
+                log_r[name] = [float(value) for value in found["log_r"]]
     for adapter in store.list() if store is not None else []:
         if adapter.problem:
             continue
-        for name, figures in store.evals(adapter.slug).items() if store is not None else []:
-            if is_probe(name):
+        for key, figures in store.evals(adapter.slug).items() if store is not None else []:
+            if is_probe(key):
                 continue
-            table.append({"name": f"{adapter.label} {name}", "source": adapter.slug, **figures})
+            table.append({"name": f"{adapter.label} {key}", "source": adapter.slug, **figures})
     published = [
         (name, math.log10(quality), utility)
         for name, (quality, utility) in PUBLISHED_FORGET05.items()
@@ -155,8 +153,15 @@ def gather(
     return Runs(table, log_r, published, notes)
 
 
+def all_logs(logs: Sequence[Path], retain_log: Path | None) -> list[Path]:
+    """The logs that are shown: those given, and the reference where it is none of them."""
+    if retain_log is None or retain_log.resolve() in [path.resolve() for path in logs]:
+        return list(logs)
+    return [*logs, retain_log]
+
+
 def _figures(
-    log: EvalLog, reference: EvalLog | None, protocol: str, path: Path, notes: list[str],
+    log: EvalLog, reference: EvalLog | None, protocol: str, name: str, notes: list[str],
     summarise: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The summary; without the reference, and noted, where the two hold different rows."""
@@ -165,7 +170,7 @@ def _figures(
     except UserError as error:
         if reference is None:
             raise
-        notes.append(f"{path.stem}: {error.problem}")
+        notes.append(f"{name}: {error.problem}")
         found = summarise(log, None, protocol=protocol, resamples=200)
     return found
 

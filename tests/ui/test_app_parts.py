@@ -112,6 +112,23 @@ def test_runs_hold_the_reference_and_export(shared: Path) -> None:
     assert len(found.log_r["llama2-7b_full"]) == 300
 
 
+def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> None:
+    """`evaluate --out` calls every log eval_log.json; the folder tells them apart."""
+    logs = shared / "reference-logs"
+    made = []
+    for folder, name in (("full", "llama2-7b_full"), ("npo", "llama2-7b_retain90_npo")):
+        for place in (tmp_path / folder, tmp_path / "more" / folder):
+            place.mkdir(parents=True)
+            made.append(place / "eval_log.json")
+            made[-1].write_bytes((logs / f"{name}.json").read_bytes())
+    found = runs.gather(None, made, logs / "llama2-7b_retain90_tofu.json")
+    names = [row["name"] for row in found.table]
+    assert names == ["full", "full (2)", "npo", "npo (2)", "llama2-7b_retain90_tofu"]
+    assert set(found.log_r) == set(names)
+    assert found.log_r["full"] == found.log_r["full (2)"] != found.log_r["npo"]
+    assert open_recorded([made[0], made[2]]).names == ("full", "npo")
+
+
 def test_comparator_json_has_the_layout_of_its_reader() -> None:
     a, b = Answer("x", rouge_l_recall=1.0), Answer("y", rouge_l_recall=0.25)
     rows = [("to forget", "q", a, b), ("kept", "p", a, Answer("z"))]
