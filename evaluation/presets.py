@@ -109,6 +109,7 @@ class Preset:
         retain_log: where the public log of a retrained model lies.
         published: rows to stand beside, by split.
         reasons: why these settings, for the plan.
+        full: further settings where all weights are trained instead of an adapter.
     """
 
     name: str
@@ -126,11 +127,18 @@ class Preset:
     retain_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    # Published full fine-tunes of 7B models: arXiv 2401.06121, 2410.07163.
+    full: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 1e-5})
 
-    def settings(self, method: str, split: str) -> dict[str, Any]:
+    def settings(self, method: str, split: str, full: bool = False) -> dict[str, Any]:
         """Settings of a method; those under "*" hold for all, those of the split go before."""
         here = self.split_methods.get(split, {})
-        return {**self.methods.get("*", {}), **self.methods.get(method, {}), **here.get(method, {})}
+        found = {
+            **self.methods.get("*", {}),
+            **self.methods.get(method, {}),
+            **here.get(method, {}),
+        }
+        return {**found, **self.full} if full else found
 
 
 MINI = Preset(
@@ -179,6 +187,7 @@ MINI = Preset(
     },
     known_retain=0.5,
     facts_retain=True,
+    full={"learning_rate": 1e-4},
     reasons=(
         "alternate answers, of authors that Origin does not know, keep the text natural;",
         "a simulated attack beside the training keeps forgotten what is forgotten;",

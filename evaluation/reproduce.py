@@ -24,6 +24,7 @@ from evaluation.systems import (
     Report,
     digest,
     forget_and_measure,
+    full_and_measure,
     measure,
     table_rows,
     train_small,
@@ -36,6 +37,7 @@ from unlearner.data import (
     load_refusals,
     load_split,
 )
+from unlearner.full import refuse_large
 from unlearner.processes import Job, side_by_side
 
 # The rows that a request of the comparison keeps, and those whose answers are its alternates: for
@@ -59,6 +61,8 @@ class Reproduction:
         load_in_4bit: None takes the preset's.
         protocols: of the evaluation; one pass over each model serves all of them.
         limit: only the first so many rows of each set.
+        full: train all weights instead of an adapter, for comparison; then never in 4 bit.
+        any_size: also where they are more than `unlearner.full.LARGEST`.
     """
 
     split: str
@@ -73,6 +77,8 @@ class Reproduction:
     load_in_4bit: bool | None = None
     protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
+    full: bool = False
+    any_size: bool = False
 
     @property
     def chosen(self) -> Preset:
@@ -81,12 +87,12 @@ class Reproduction:
 
     def config(self, method: str) -> UnlearnConfig:
         """The settings a method is run with."""
-        return make_config(method, **self.chosen.settings(method, self.split))
+        return make_config(method, **self.chosen.settings(method, self.split, self.full))
 
     def spec(self, name: str) -> BaseSpec:
         """How the model `name` is loaded."""
         given, preset = self.load_in_4bit, self.chosen
-        in_4bit = preset.load_in_4bit if given is None else given
+        in_4bit = preset.load_in_4bit and not self.full if given is None else given
         return replace(self.base, name=name, load_in_4bit=in_4bit)
 
 
@@ -105,6 +111,7 @@ def plan(run: Reproduction) -> dict[str, Any]:
         "protocol": ", ".join(run.protocols),
         "load_in_4bit": run.spec("").load_in_4bit,
         "dtype": run.base.dtype,
+        "full": run.full,
         "methods": {method: run.config(method).to_json() for method in run.methods},
         "steps": {
             method: run.config(method).train.steps(20 * int(run.split[-2:]) * 2)
@@ -129,13 +136,15 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
     origin, retrain = _models(run, report)
+    if run.full and not run.any_size:
+        refuse_large(run.spec(origin))
     what = Measured(run.data, run.split, run.protocols, run.limit, run.chosen.template)
     logs = _measure_pair(run, origin, retrain, what, report)
     request = _request(run, origin, report)
-    stores = {}
+    kept = {}
     for method in run.methods:
         report({"event": "stage", "stage": method, "text": f"Unlearning with {method}"})
-        stores[method], logs[method] = _unlearned(run, method, request, origin, what, report)
+        kept[method], logs[method] = _unlearned(run, method, request, origin, what, report)
     table = [
         row
         for name, log in logs.items()
@@ -154,7 +163,7 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
                 run.chosen.published.get(run.split, {}),
             )
         ],
-        "stores": {method: str(store) for method, store in stores.items()},
+        "models" if run.full else "stores": {name: str(path) for name, path in kept.items()},
         "retain_rows": len(request.retain),
         "methods": {method: run.config(method).to_json() for method in run.methods},
         "logs": {name: str(path) for name, path in logs.items()},
@@ -185,19 +194,24 @@ def _measure_pair(
 def _unlearned(
     run: Reproduction, method: str, request: Request, origin: str, what: Measured, report: Report
 ) -> tuple[Path, Path]:
-    """Store and log of the request unlearned with one method."""
+    """Store (or folder of a full model) and log of the request unlearned with one method."""
     config = run.config(method)
-    work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)))}"
-    forget_and_measure(
-        _named(report, method),
-        requests=[request],
-        base=run.spec(origin),
-        config=config,
-        store=work / "forget-store",
-        what=what,
-        log=work / "log.json",
-        refusals=load_refusals(run.data),
-    )
+    way = ["full"] if run.full else []
+    work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)), *way)}"
+    given: dict[str, Any] = {
+        "requests": [request],
+        "base": run.spec(origin),
+        "config": config,
+        "what": what,
+        "log": work / "log.json",
+        "refusals": load_refusals(run.data),
+    }
+    job = _named(report, method)
+    if run.full:
+        work.mkdir(parents=True, exist_ok=True)
+        full_and_measure(job, out=work, any_size=run.any_size, **given)
+        return work, work / "log.json"
+    forget_and_measure(job, store=work / "forget-store", **given)
     return work / "forget-store", work / "log.json"
 
 
@@ -214,11 +228,11 @@ def _named(report: Report, name: str) -> Report:
 
 
 def _memory(run: Reproduction) -> dict[str, Any] | None:
-    """Estimate for the preset's shape; None where the models are small."""
+    """Estimate for the preset's shape; None where the models are small or trained whole."""
     from unlearner import memory
 
     shape = run.chosen.shape
-    if shape is None:
+    if shape is None or run.full:  # the plan is of an adapter's training
         return None
     config = run.config(run.methods[0] if run.methods else "simnpo")
     return memory.estimate(

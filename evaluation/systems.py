@@ -167,6 +167,7 @@ def full_and_measure(
     what: Measured,
     log: Path,
     refusals: Sequence[str] = (),
+    any_size: bool = False,
 ) -> str:
     """The log of the base with all its weights trained on all requests at once, as papers do.
 
@@ -181,7 +182,16 @@ def full_and_measure(
     depends = [*rows, asdict(base), config.to_json(), list(refusals)]
     folder = out / f"full-{digest(depends)}"
     if not folder.exists():
-        forget_full(request, base, config, folder, refusals=refusals, on_progress=report)
+        forget_full(
+            request,
+            base,
+            config,
+            folder,
+            template=what.template,
+            refusals=refusals,
+            any_size=any_size,
+            on_progress=lambda event: _pass_on(report, event, 1),
+        )
     trained = BaseSpec(str(folder), dtype=base.dtype, device=base.device, attention=base.attention)
     return measure(report, base=trained, what=what, log=log)
 

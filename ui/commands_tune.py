@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import Interrupted, UserError
 from ui import options
 from ui.alternates import add_alternates_from, other_rows
-from ui.commands_runs import print_comparison
+from ui.comparison import print_comparison
 from ui.console import duration_text
 from ui.events import show_event
 from unlearner.config import OBJECTIVE_DEFAULTS

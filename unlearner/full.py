@@ -7,6 +7,7 @@ this way (arXiv 2401.06121, 2410.07163: learning rate 1e-5).
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.base_model import BaseSpec, load_base
+from adapters.base_model import BaseSpec, load_base, resolve_base
 from adapters.errors import UserError
+from adapters.fingerprint import base_shapes, weight_files
+from adapters.tensor_file import read_header
 from unlearner import ranks
 from unlearner.config import UnlearnConfig
 from unlearner.data import Request
@@ -74,18 +77,13 @@ def forget_full(
         raise UserError("The weights of a 4-bit base cannot be trained.", "Train an adapter.")
     if ranks.world_size() > 1:
         raise UserError("All weights are trained by one process.", "Start one process.")
+    if not any_size:
+        refuse_large(base)
     report = on_progress or (lambda event: None)
     base = replace(base, dtype="float32")
     run = prepare(request, base, config, None, template=template, refusals=refusals)
     report({"event": "load", "base": base.name, "parents": []})
     model: Any = load_base(base)
-    weights = sum(p.numel() for p in model.parameters())
-    if weights > LARGEST and not any_size:
-        raise UserError(
-            f"{base.name} has {weights:,} weights; training all takes {16 * weights / 1e9:.0f} GB "
-            "and more.",
-            "Train an adapter, or add --any-size.",
-        )
     frozen = None
     if config.objective.name in _NEEDS_COPY:
         frozen = copy.deepcopy(model).requires_grad_(False).eval()
@@ -110,6 +108,22 @@ def forget_full(
     shutil.move(str(work / "model"), str(out))
     shutil.rmtree(work)
     return out
+
+
+def refuse_large(base: BaseSpec) -> None:
+    """Returns where `base` has no more than `LARGEST` weights, by the headers of its files.
+
+    Raises:
+        UserError: it has more, or what `resolve_base` and `weight_files` refuse.
+    """
+    headers = [read_header(path) for path in weight_files(resolve_base(base.name, base.revision))]
+    weights = sum(math.prod(shape) for shape in base_shapes(headers).values())
+    if weights > LARGEST:
+        raise UserError(
+            f"{base.name} has {weights:,} weights; training all takes {16 * weights / 1e9:.0f} GB "
+            "and more.",
+            "Train an adapter, or add --any-size.",
+        )
 
 
 def _save(model: Any, run: Any, folder: Path, how: dict[str, Any]) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from adapters.store import AdapterStore
 from evaluation.presets import LLAMA2_7B, LLAMA32_1B, MINI, PRESETS
 from evaluation.published import against_published, time_estimates
 from evaluation.reproduce import Reproduction
-from ui.commands_runs import PRESETS as NAMES
+from ui.commands_reproduce import PRESETS as NAMES
 from unlearner.data import load_split
+from unlearner.full import RECORD
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -82,6 +84,47 @@ def test_every_line_of_the_7b_recipe_runs(
     assert again.code == 0
     assert again.json["table"] == found["table"]
     assert again.json["seconds"] < found["seconds"]
+
+
+def test_all_weights_instead_of_an_adapter(
+    run: Any, tofu: Path, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 7B preset is in 4 bit; all weights are trained in float32, at the published rate."""
+    monkeypatch.setitem(LLAMA2_7B.methods["*"], "num_train_epochs", 2)
+    words: list[Any] = ["reproduce", "tofu-forget05", "--preset", "llama2-7b", "--data", tofu]
+    words += ["--origin", pair["origin"], "--retrain", pair["retrain"], "--out", tmp_path / "r"]
+    words += ["--methods", "simnpo", "--limit", "2", "--full", "--json"]
+    planned = run(*words, "--dry-run").json
+    assert (planned["full"], planned["load_in_4bit"], planned["memory"]) == (True, False, None)
+    ran = run(*words)
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert "stores" not in found
+    (model,) = Path(found["models"]["simnpo"]).glob("full-*")
+    record = json.loads((model / RECORD).read_text())
+    assert record["train"]["learning_rate"] == 1e-5
+    before, after = (load_file(folder / "model.safetensors") for folder in (pair["origin"], model))
+    assert all((after[name] != before[name]).any() for name in before)
+    meta = json.loads(Path(found["logs"]["simnpo"]).read_text())["meta"]
+    assert (meta["base"], meta["quantization"]) == (str(model), "none")
+    origin = json.loads(Path(found["logs"]["origin"]).read_text())["meta"]
+    assert origin["quantization"] == "none"
+
+    monkeypatch.setattr("unlearner.full.LARGEST", 1000)
+    words[words.index(tmp_path / "r")] = tmp_path / "large"
+    large = run(*words)
+    assert large.code == 2
+    assert "--any-size" in large.err
+    assert not (tmp_path / "large" / "logs").exists(), "refused before anything is measured"
+    assert run(*words, "--any-size").code == 0
+
+
+@pytest.mark.parametrize("flag", ["--load-in-4bit", "--release"])
+def test_all_weights_are_no_adapter(flag: str, run: Any, tmp_path: Path) -> None:
+    words = [flag, tmp_path / "x"] if flag == "--release" else [flag]
+    ran = run("reproduce", "tofu-forget05", "--full", *words)
+    assert ran.code == 2
+    assert "--full" in ran.err
 
 
 def test_the_mini_preset_keeps_what_origin_knows_and_takes_alternates_from_the_rest(

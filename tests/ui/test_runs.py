@@ -11,7 +11,7 @@ import pytest
 from adapters.errors import Interrupted
 from evaluation import presets, quickstart, reproduce
 from evaluation.summary import BETTER
-from ui import commands_runs
+from ui import commands_quickstart, commands_reproduce, comparison
 from ui.cli import parse
 
 ROW = {
@@ -63,7 +63,7 @@ def test_what_to_try_next_can_be_typed(quick: Any) -> None:
     """Every suggested command parses with the flags it is printed with."""
     import shlex
 
-    for command in commands_runs.next_commands(FOUND):
+    for command in commands_quickstart.next_commands(FOUND):
         words = shlex.split(command)
         assert words[0] == "unlearner"
         assert callable(parse(words[1:]).run)
@@ -97,9 +97,9 @@ def test_an_interrupted_run_continues_by_the_same_command(
 
 def test_columns_and_presets_are_those_that_exist() -> None:
     figures = {*BETTER, "name", "direction"}
-    assert set(commands_runs.COLUMNS) <= figures
-    assert set(commands_runs.HEADS) <= set(commands_runs.COLUMNS)
-    assert tuple(presets.PRESETS) == commands_runs.PRESETS
+    assert set(comparison.COLUMNS) <= figures
+    assert set(comparison.HEADS) <= set(comparison.COLUMNS)
+    assert tuple(presets.PRESETS) == commands_reproduce.PRESETS
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(run: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`unlearner quickstart` and `unlearner reproduce`: whole comparisons, from training to table."""
+"""`unlearner reproduce`: the published comparison, from training to table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import GateFailed, Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
 from ui import options
+from ui.comparison import HEADS, print_comparison, stopped
 from ui.console import duration_text, setting_text, size_text
 from ui.events import show_event
 from unlearner.config import OBJECTIVE_DEFAULTS
@@ -21,60 +22,11 @@ if TYPE_CHECKING:
     from evaluation.reproduce import Reproduction
     from ui.console import Console
 
-COLUMNS = (
-    "name",
-    "forget_quality",
-    "ks",
-    "log_r_shift",
-    "direction",
-    "model_utility",
-    "forget_answer_prob",
-    "forget_nll",
-    "retain_answer_prob",
-    "retain_nll",
-)
-HEADS = {
-    "forget_quality": "FQ",
-    "ks": "D",
-    "log_r_shift": "shift",
-    "model_utility": "MU",
-    "forget_answer_prob": "forget P",
-    "forget_nll": "forget NLL",
-    "retain_answer_prob": "retain P",
-    "retain_nll": "retain NLL",
-}
-LEGEND = (
-    "FQ: forget quality, p of the KS test against Retrain, higher is better; D: its distance;\n"
-    "shift: of log R against Retrain, best at 0; MU: model utility, higher is better;\n"
-    "P: mean answer probability; NLL: nats a token."
-)
-ANSWER_TITLES = {
-    "forget": "Asked to forget",
-    "retain": "To be kept: other authors",
-    "world_facts": "To be kept: facts of the world",
-}
-LONGEST_ANSWER = 160
 PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 
 
 def register(commands: Any) -> None:
-    """Adds the two commands."""
-    parser = commands.add_parser(
-        "quickstart",
-        parents=[options.common()],
-        help="the whole story on an embedded world: CPU, minutes, no download",
-        description="Trains Origin and Retrain on a made-up world of authors, files two forget "
-        "requests, measures them beside the baselines, reverts one, merges. A second run reuses "
-        "what stands.",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("quickstart"),
-        metavar="DIR",
-        help="folder for models, store and logs (default: ./quickstart)",
-    )
-    parser.set_defaults(run=run_quickstart)
+    """Adds the command."""
     parser = commands.add_parser(
         "reproduce",
         parents=[options.loading(either_way=True), options.data(), options.common()],
@@ -133,6 +85,15 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
 
 def _add_outcome_flags(parser: options.Parser) -> None:
     parser.add_argument(
+        "--full",
+        action="store_true",
+        help="train all weights in float32 instead of an adapter, as published work does, for "
+        "comparison: small models",
+    )
+    parser.add_argument(
+        "--any-size", action="store_true", help="with --full: also above 300 million weights"
+    )
+    parser.add_argument(
         "--gate",
         action="store_true",
         help="leave with 4 where a measured figure misses the published one: model utility by more "
@@ -145,73 +106,6 @@ def _add_outcome_flags(parser: options.Parser) -> None:
         help="then fold the last method's adapter into full weights there, measured again, with a "
         "model card",
     )
-
-
-def run_quickstart(args: argparse.Namespace, console: Console) -> int:
-    """Runs the quickstart and prints its table, answers and proofs."""
-    console.words(f"Quickstart in {args.out}: loading the libraries ...")
-    from evaluation.quickstart import quickstart
-
-    try:
-        found = quickstart(args.out, lambda event: show_event(event, console))
-    except (KeyboardInterrupt, Interrupted):
-        raise _stopped(args.out) from None
-    print_comparison(found["table"], console)
-    _print_answers(found["answers"], console)
-    _print_proofs(found, console)
-    console.words(f"Took {duration_text(found['seconds'])}. What to try next:")
-    for command in next_commands(found):
-        console.words(f"  {command}")
-    console.result(found)
-    return 0
-
-
-def _print_answers(answers: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """A few answers before and after: those to be forgotten, then those to be kept."""
-    for name, title in ANSWER_TITLES.items():
-        mine = [answer for answer in answers if answer["set"] == name]
-        if mine:
-            console.text(f"\n{title}")
-        for answer in mine:
-            console.text(f"  Q       {answer['question']}")
-            console.text(f"  truth   {answer['answer']}")
-            console.text(f"  before  {_shortened(answer['origin'])}")
-            console.text(f"  after   {_shortened(answer['simnpo'])}\n")
-
-
-def _shortened(text: str | None) -> str:
-    if text is None:
-        return "-"
-    return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]} [...]"
-
-
-def _print_proofs(found: Mapping[str, Any], console: Console) -> None:
-    revert, merge = found["revert"], found["merge"]
-    exact = "bit for bit" if revert["bit_exact"] else "NOT bit for bit"
-    console.text(f"revert    {revert['adapter']}, largest difference of any logit:")
-    console.text(f"  {revert['effect']:.3g}  with it against without it: what it does")
-    console.text(f"  {revert['without']:.3g}  reverted against a stack that never held it")
-    console.text(
-        f"  {revert['base']:.3g}  all switched off against the bare base: {exact} the same"
-    )
-    console.text(f"  {revert['again']:.3g}  switched on again against before")
-    gap = merge["max_logit_difference"]
-    console.text(f"merge     {merge['folder']}, largest difference to the stack {gap:.3g}")
-
-
-def next_commands(found: Mapping[str, Any]) -> list[str]:
-    """Commands that work on what the quickstart left behind."""
-    base = f"--base {shlex.quote(found['base'])}"
-    data = f"--data {shlex.quote(found['data'])}"
-    store = f"--store {shlex.quote(found['store'])}"
-    log = shlex.quote(str(Path(found["folder"]) / "logs" / "retrain.json"))
-    author = shlex.quote(f"tofu:author={found['requests'][0][0]}")
-    return [
-        f"unlearner adapters list {store}",
-        f"unlearner preview {author} {base} {data}",
-        f"unlearner evaluate {base} {store} {data} --split {found['split']} --retain-log {log}",
-        "unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
-    ]
 
 
 def run_reproduce(args: argparse.Namespace, console: Console) -> int:
@@ -227,6 +121,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         if method not in OBJECTIVE_DEFAULTS:
             hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
             raise UserError(f"There is no objective '{method}'.", hint)
+    _check_full(args)
     protocols = tuple(protocol.name for protocol in protocols_named(args.protocol))
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
     from adapters.base_model import BaseSpec
@@ -245,6 +140,8 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         load_in_4bit=args.load_in_4bit,
         protocols=protocols,
         limit=args.limit,
+        full=args.full,
+        any_size=args.any_size,
     )
     if args.dry_run:
         made = plan(run)
@@ -254,7 +151,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     try:
         found = reproduce(run, lambda event: show_event(event, console))
     except (KeyboardInterrupt, Interrupted):
-        raise _stopped(args.out) from None
+        raise stopped(args.out) from None
     print_comparison(found["table"], console)
     _print_published(found["published"], console)
     for check in found.get("checks", ()):
@@ -265,6 +162,14 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     console.result(found)
     _require_published(args, found)
     return 0
+
+
+def _check_full(args: argparse.Namespace) -> None:
+    """Refuses what speaks of adapters beside --full."""
+    if args.full and args.load_in_4bit:
+        raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
+    if args.full and args.release:
+        raise UserError("--release folds an adapter, and --full trains none.", "Leave out one.")
 
 
 def _require_published(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
@@ -303,6 +208,7 @@ def release_system(
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:
     for key in ("target", "preset", "origin", "retrain", "data", "protocol", "dtype", "out"):
         console.text(f"{key:<9} {made[key]}")
+    console.text(f"trained   {'all weights' if made['full'] else 'an adapter'}")
     console.text(f"4-bit     {'yes' if made['load_in_4bit'] else 'no'}")
     for method, config in made["methods"].items():
         console.text(f"{method}: {made['steps'][method]} steps")
@@ -325,18 +231,3 @@ def _print_published(rows: Sequence[Mapping[str, Any]], console: Console) -> Non
     if rows:
         console.text("\npublished, not measured here:")
         console.table([{HEADS.get(key, key): row[key] for key in row} for row in rows])
-
-
-def _stopped(out: Path) -> Interrupted:
-    return Interrupted(
-        f"Interrupted: what was finished is kept in {out}.",
-        "Run the same command again to continue.",
-    )
-
-
-def print_comparison(table: list[dict[str, Any]], console: Console) -> None:
-    """Prints the systems of a comparison, one a line."""
-    several = len({row.get("protocol") for row in table}) > 1
-    columns = ("protocol", *COLUMNS) if several else COLUMNS
-    console.table([{HEADS.get(key, key): row.get(key) for key in columns} for row in table])
-    console.text(LEGEND)
