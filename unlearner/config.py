@@ -57,6 +57,9 @@ class ObjectiveConfig:
         alternates: so many alternate answers a forget question: those of the retain rows with the
             nearest questions (see `unlearner.alternates`); 0 = off.
         alternate_weight: w_a, on the mean NLL of an alternate answer to the forget question.
+        alternate_smoothing: share of each of their targets that is spread over the vocabulary: as
+            much as the base was trained with, so that they are not known more surely than it
+            knows anything.
         attack_weight: w_x, on the forget term of the model under a simulated relearning attack
             (see `unlearner.attacker`); 0 = off.
         attack_gamma: SimNPO's margin in that term.
@@ -74,6 +77,7 @@ class ObjectiveConfig:
     guard_weight: float = 1.0
     alternates: int = 0
     alternate_weight: float = 1.0
+    alternate_smoothing: float = 0.0
     attack_weight: float = 0.0
     attack_gamma: float = 0.0
 
@@ -237,6 +241,10 @@ def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
         *((values[name] > 0, f"{name} {values[name]} is not above 0") for name in above),
         *((values[name] >= 0, f"{name} {values[name]} is below 0") for name in names),
         (objective.rmu_layer >= -1, f"rmu_layer {objective.rmu_layer} is below -1"),
+        (
+            0 <= objective.alternate_smoothing < 1,
+            f"alternate_smoothing {objective.alternate_smoothing} is not in [0, 1)",
+        ),
     ]
 
 

@@ -16,6 +16,7 @@ the pairs of an optimizer step. Symbols in public code differ:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -142,6 +143,19 @@ def retain_term(step: Forwards, config: ObjectiveConfig) -> Tensor:
     kept = step.states("retain", config.rmu_layer)
     before = step.reference_states("retain", config.rmu_layer).hidden
     return sum_by_row(by_token.squared_distance(kept.hidden, before), kept).per_token
+
+
+def alternate_term(step: Forwards, config: ObjectiveConfig) -> Tensor:
+    """The mean NLL of the step's alternate answers, a value a row, unweighted.
+
+    With `alternate_smoothing` e it is the cross-entropy to (1 - e) of the true token and e of the
+    uniform distribution (arXiv 1512.00567).
+    """
+    smoothing = config.alternate_smoothing
+    if not smoothing:
+        return step.nll("alternate").per_token
+    found = step.tokens("alternate", partial(by_token.token_nll, smoothing=smoothing))
+    return found.by_row.per_token
 
 
 def _retain(step: Forwards, config: ObjectiveConfig, like: Tensor) -> Tensor:

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """`-log p(target)` of each token in nats, float32, (tokens,)."""
-    return F.cross_entropy(_wide(logits), targets.to(logits.device), reduction="none")
+def token_nll(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """`-log p(target)` of each token in nats, float32, (tokens,).
+
+    With `smoothing` e: the cross-entropy to (1 - e) of the target and e of the uniform
+    distribution over the vocabulary.
+    """
+    wide, wanted = _wide(logits), targets.to(logits.device)
+    return F.cross_entropy(wide, wanted, reduction="none", label_smoothing=smoothing)
 
 
 def wga(logits: Tensor, targets: Tensor, beta: float) -> Tensor:

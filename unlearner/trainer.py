@@ -27,7 +27,7 @@ from unlearner.config import ObjectiveConfig, UnlearnConfig, streams_of
 from unlearner.forwards import REFERENCE, StepForwards, of_streams
 from unlearner.guard import GuardRow, guard_kl
 from unlearner.hidden import freeze_above, steered_layer
-from unlearner.losses import OBJECTIVES, retain_term
+from unlearner.losses import OBJECTIVES, alternate_term, retain_term
 from unlearner.packing import pack_rows
 from unlearner.pairing import Pair, Rows, micro_batches
 from unlearner.preflight import longest_pairs
@@ -267,7 +267,7 @@ class UnlearnTrainer(Trainer):
         elif "retain" in streams:
             parts["retain"] = retain_term(step, config).sum() / pairs
         if "alternate" in streams:
-            parts["alternate"] = step.nll("alternate").per_token.sum() / pairs
+            parts["alternate"] = alternate_term(step, config).sum() / pairs
         if "guard" in streams:
             teachers = [self._guard[i] for i in inputs["guard"].tolist()]
             parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs

@@ -42,6 +42,7 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "guard_weight": ("0.5", 0.5),
     "alternates": ("3", 3),
     "alternate_weight": ("0.5", 0.5),
+    "alternate_smoothing": ("0.1", 0.1),
     "attack_weight": ("0.4", 0.4),
     "attack_gamma": ("3", 3.0),
     "lora_r": ("4", 4),

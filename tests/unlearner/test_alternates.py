@@ -23,7 +23,7 @@ from unlearner.likelihood import answer_nll
 from unlearner.losses import OBJECTIVES
 from unlearner.pairing import plan_steps
 from unlearner.prepare import prepare
-from unlearner.prompts import pad_batch, pad_id, prompt_format
+from unlearner.prompts import IGNORE, pad_batch, pad_id, prompt_format
 from unlearner.run import unlearn
 from unlearner.trainer import UnlearnTrainer
 
@@ -162,13 +162,19 @@ def test_a_question_ends_at_its_alternates_and_not_in_noise(
     assert reached[3][1] < reached[3][0], "the other answers are likelier than the true one"
 
 
-@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+@pytest.mark.parametrize(("sam_rho", "smoothing"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.2)])
 def test_the_term_is_the_mean_nll_of_the_drawn_alternates(
-    base: BaseSpec, request_: Request, fresh_model: Any, tmp_path: Path, sam_rho: float
+    base: BaseSpec,
+    request_: Request,
+    fresh_model: Any,
+    tmp_path: Path,
+    sam_rho: float,
+    smoothing: float,
 ) -> None:
     """Against the SAM step too: alternates are not climbed away from, they stay where they are."""
     config = make_config(
-        alternates=2, alternate_weight=0.7, sam_rho=sam_rho, per_device_train_batch_size=4,
+        alternates=2, alternate_weight=0.7, alternate_smoothing=smoothing, sam_rho=sam_rho,
+        per_device_train_batch_size=4,
         gradient_accumulation_steps=1, num_train_epochs=1, learning_rate=1e-9,
     )  # fmt: skip
     run = prepare(request_, base, config, None)
@@ -188,7 +194,12 @@ def test_the_term_is_the_mean_nll_of_the_drawn_alternates(
     for step, terms in zip(plan, seen, strict=True):
         batch = pad_batch([run.rows.alternates[p.forget][p.alternate] for p in step], pad)
         with torch.no_grad():
-            expected = float(answer_nll(model, batch).per_token.mean())
+            true = answer_nll(model, batch).per_token
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            every = -logits[:, :-1].log_softmax(-1).mean(-1)
+            counts = batch["labels"][:, 1:] != IGNORE
+            spread = (every * counts).sum(1) / counts.sum(1)
+            expected = float(((1 - smoothing) * true + smoothing * spread).mean())
         assert terms["alternate_loss"] == pytest.approx(expected, rel=1e-4)
 
 

@@ -56,6 +56,7 @@ def test_all_settings_that_cannot_be_used_are_named_at_once() -> None:
         "ceu_skip": -1,
         "forget_weight": -1.0,
         "retain_weight": -0.5,
+        "alternate_smoothing": 1.0,
         "attack_weight": -1.0,
         "attack_steps": 0,
         "attack_rate": -0.1,
