@@ -192,7 +192,7 @@ SETTING_HELP = {
     "ceu_skip": "tokens at the beginning of an answer that CE-U leaves alone",
     "forget_weight": "weight of the forget term",
     "retain_weight": "weight of the retain term (the model card's lambda); higher keeps more",
-    "guard_weight": "weight of the KL that keeps earlier requests of the stack forgotten",
+    "guard_weight": "weight of the guard that keeps earlier requests of the stack forgotten",
     "alternates": "train each forget question on so many other answers too, of the retain rows "
     "that ask alike, so that it is answered as by a model that never knew; 0 = off",
     "alternate_weight": "weight of the term of the alternate answers",

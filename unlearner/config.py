@@ -52,7 +52,7 @@ class ObjectiveConfig:
         ceu_skip: how many tokens at the beginning of an answer CE-U leaves alone.
         forget_weight: w_f, on the forget term.
         retain_weight: w_r, on the retain term; the model card's lambda.
-        guard_weight: on the KL that keeps earlier requests of the stack forgotten, where their
+        guard_weight: on what keeps earlier requests of the stack forgotten, where their
             rows or recorded teachers are at hand (see `unlearner.guard`).
         alternates: so many alternate answers a forget question: those of the retain rows with the
             nearest questions (see `unlearner.alternates`); 0 = off.

@@ -1,8 +1,10 @@
-"""The guard: a KL that holds a new adapter to what the stack answers on rows already forgotten.
+"""The guard: what holds a new adapter to what the stack answers on rows already forgotten.
 
 The teacher is the parent stack (or, from a record, the stack as it was when that request was
 trained). Its log-probabilities are computed once: the likeliest tokens of each answer position and
-what is left for all others together.
+what is left for all others together, and those of the forgotten tokens themselves. A KL alone lets
+a forgotten answer come back: its tokens have next to no mass under the teacher, so that making
+them many times likelier costs it next to nothing. The square of what their NLL moved sees that.
 """
 
 from __future__ import annotations
@@ -34,12 +36,15 @@ class GuardRow(NamedTuple):
         tokens: (n, k) ids of the k likeliest tokens.
         log_p: (n, k) their log-probabilities, float32.
         rest: (n,) log of the probability of all other tokens together, float32.
+        target: (n,) log-probabilities of the row's own answer tokens, float32; NaN where they are
+            not recorded.
     """
 
     row: Encoded
     tokens: Tensor
     log_p: Tensor
     rest: Tensor
+    target: Tensor
 
 
 def teach(
@@ -67,11 +72,11 @@ def teach(
                 log_p = F.log_softmax(found.logits.float(), dim=-1)
                 best, tokens = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
                 rest = _log_rest(best)
+                target = log_p.gather(-1, found.targets.unsqueeze(-1)).squeeze(-1)
                 for i, row in enumerate(part):
                     mine = found.row == i
-                    taught.append(
-                        GuardRow(row, tokens[mine].cpu(), best[mine].cpu(), rest[mine].cpu())
-                    )
+                    values = (one[mine].cpu() for one in (tokens, best, rest, target))
+                    taught.append(GuardRow(row, *values))
     finally:
         model.train(was_training)
     return taught
@@ -109,6 +114,19 @@ def guard_kl(found: Answers, teachers: Sequence[GuardRow]) -> Tensor:
     return sum_by_row(per_token(found.at.hidden, found.head, divergence), found.at).per_token
 
 
+def moved_nll(nll: Tensor, teachers: Sequence[GuardRow]) -> Tensor:
+    """`d^2` of each row, d the nats a token that its answer's NLL is off the teacher's, (rows,).
+
+    Zero, and without gradient, where the teacher's is not recorded.
+
+    Args:
+        nll: (rows,) the model's mean NLL of these answers, in this order.
+        teachers: one a row.
+    """
+    before = torch.stack([-one.target.mean() for one in teachers]).to(nll.device)
+    return (torch.where(before.isnan(), nll.detach(), before) - nll).square()
+
+
 def pack_teacher(rows: Sequence[GuardRow]) -> bytes:
     """The rows as the bytes of a safetensors file."""
     from safetensors.torch import save
@@ -121,6 +139,7 @@ def pack_teacher(rows: Sequence[GuardRow]) -> bytes:
             "tokens": torch.cat([one.tokens for one in rows]).int(),
             "log_p": torch.cat([one.log_p for one in rows]).contiguous(),
             "rest": torch.cat([one.rest for one in rows]),
+            "target": torch.cat([one.target for one in rows]),
         }
     )
 
@@ -140,7 +159,9 @@ def read_teacher(path: Path) -> list[GuardRow]:
         ids, labels = held["ids"].split(lengths), held["labels"].split(lengths)
         rows = [Encoded(i.tolist(), y.tolist()) for i, y in zip(ids, labels, strict=True)]
         counts = [sum(label != IGNORE for label in row.labels) for row in rows]
-        parts = (held["tokens"].long(), held["log_p"], held["rest"])
+        # A record of an earlier release has no such log-probabilities.
+        target = held.get("target", torch.full_like(held["rest"], torch.nan))
+        parts = (held["tokens"].long(), held["log_p"], held["rest"], target)
         split = [part.split(counts) for part in parts]
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise StoreCorrupt(

@@ -25,7 +25,7 @@ from unlearner.attacker import Attacker
 from unlearner.callbacks import LoraMoved, trainable
 from unlearner.config import ObjectiveConfig, UnlearnConfig, streams_of
 from unlearner.forwards import REFERENCE, StepForwards, of_streams
-from unlearner.guard import GuardRow, guard_kl
+from unlearner.guard import GuardRow, guard_kl, moved_nll
 from unlearner.hidden import freeze_above, steered_layer
 from unlearner.losses import OBJECTIVES, alternate_term, retain_term
 from unlearner.packing import pack_rows
@@ -270,7 +270,8 @@ class UnlearnTrainer(Trainer):
             parts["alternate"] = alternate_term(step, config).sum() / pairs
         if "guard" in streams:
             teachers = [self._guard[i] for i in inputs["guard"].tolist()]
-            parts["guard"] = guard_kl(step.answers("guard"), teachers).sum() / pairs
+            kept = guard_kl(step.answers("guard"), teachers)
+            parts["guard"] = (kept + moved_nll(step.nll("guard").per_token, teachers)).sum() / pairs
         return parts
 
     def _side(self, inputs: Mapping[str, Tensor], *, kept: bool) -> tuple[Any, tuple[str, ...]]:

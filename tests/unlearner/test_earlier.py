@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from adapters.base_model import BaseSpec, load_base, load_tokenizer
 from adapters.digests import key_id, mark, store_key
@@ -19,14 +20,16 @@ from adapters.errors import StoreCorrupt, UserError
 from adapters.stack import load_stack
 from adapters.store import AdapterStore
 from adapters.teachers import teacher_path
+from unlearner.callbacks import LoraMoved
 from unlearner.config import UnlearnConfig
 from unlearner.data import Request, Row
 from unlearner.earlier import joined
-from unlearner.guard import guard_kl, pack_teacher, read_teacher, teach
+from unlearner.guard import guard_kl, moved_nll, pack_teacher, read_teacher, teach
 from unlearner.likelihood import answer_logits, answer_nll, answers
 from unlearner.losses import kl_to_reference
+from unlearner.pairing import Rows, plan_steps
 from unlearner.prepare import prepare
-from unlearner.prompts import pad_batch, prompt_format
+from unlearner.prompts import pad_batch, pad_id, prompt_format
 from unlearner.run import unlearn
 
 Config = Callable[..., UnlearnConfig]
@@ -201,6 +204,48 @@ def test_the_kl_over_the_whole_vocabulary_is_the_plain_one_and_less_of_it_is_a_l
     assert float(same.abs().max()) < 1e-5
 
 
+def test_an_answer_that_comes_back_or_goes_further_costs_the_square_of_its_nats(
+    base: BaseSpec, first: Request
+) -> None:
+    model, rows = load_base(base), encoded(base, first.rows)
+    with torch.no_grad():
+        nll = answer_nll(model, pad_batch(rows, 0)).per_token
+    taught = teach(model, rows, 0, top=8)
+    assert moved_nll(nll, taught).max() < 1e-5
+    changed = (nll - torch.tensor([0.5, 0.25, -2.0, -0.1])).requires_grad_()
+    value = moved_nll(changed, taught)
+    torch.testing.assert_close(value, torch.tensor([0.25, 0.0625, 4.0, 0.01]))
+    value.sum().backward()
+    assert changed.grad is not None
+    torch.testing.assert_close(changed.grad, torch.tensor([-1.0, -0.5, 4.0, 0.2]))
+
+
+def test_a_step_weighs_both_halves_of_the_guard(
+    trainer: Any, quick: Config, rows: Rows, base: BaseSpec
+) -> None:
+    """Against plain code, on a model that has moved since its teacher was recorded."""
+    config = quick("simnpo", num_train_epochs=1, learning_rate=1e-12, weight_decay=0.0)
+    run = trainer(config, guarded=True)
+    model: Any = run.model
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_(0, 0.3)
+    pad = pad_id(load_tokenizer(base.name))
+    teachers = teach(load_base(base), rows.retain[:3], pad)
+    ((*pairs,),) = plan_steps(len(rows.forget), len(rows.retain), 0, config.train, 3)
+    mine = [teachers[pair.guard] for pair in pairs]
+    batch = pad_batch([one.row for one in mine], pad)
+    model.eval()
+    with torch.no_grad():
+        kl = guard_kl(answers(model, batch), mine)
+        back = moved_nll(answer_nll(model, batch).per_token, mine)
+    assert back.max() > 0.01
+    run.remove_callback(LoraMoved)
+    run.train()
+    assert run.last_terms["guard_loss"] == pytest.approx(float((kl + back).mean()), rel=1e-4)
+
+
 def test_a_record_reads_back_and_a_damaged_one_is_refused(
     base: BaseSpec, first: Request, tmp_path: Path
 ) -> None:
@@ -212,6 +257,15 @@ def test_a_record_reads_back_and_a_damaged_one_is_refused(
         assert torch.equal(old.tokens, new.tokens)
         assert torch.equal(old.log_p, new.log_p)
         assert torch.equal(old.rest, new.rest)
+        assert torch.equal(old.target, new.target)
+    held = {name: value for name, value in load_file(path).items() if name != "target"}
+    save_file(held, tmp_path / "before.safetensors")
+    earlier = read_teacher(tmp_path / "before.safetensors")
+    free = torch.zeros(len(earlier), requires_grad=True)
+    value = moved_nll(free, earlier)
+    value.sum().backward()
+    assert free.grad is not None
+    assert value.tolist() == free.grad.tolist() == [0.0] * len(earlier)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StoreCorrupt, match="damaged"):
         read_teacher(path)
