@@ -60,7 +60,7 @@ def unlearn(
         resume: continue an interrupted run of the same request and settings.
         template: prompt format, see `prompt_format`.
         refusals: answers for the idk and dpo objectives.
-        guard: rows of earlier requests of the stack, which a KL keeps as the stack answers them.
+        guard: rows of earlier requests of the stack, held where it left them (`unlearner.guard`).
             Without them the teachers recorded with `keep_teacher` are used, where there are any.
         replaces: adapters this one takes the place of (consolidation, or a rebase of one); their
             rows must all be in `request`.
