@@ -111,16 +111,7 @@ def _add_outcome_flags(parser: options.Parser) -> None:
 def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     """Runs the comparison and prints its table beside the published rows."""
     split = args.target.removeprefix("tofu-")
-    if not args.target.startswith("tofu-") or split not in FORGET_SPLITS:
-        known = [f"tofu-{name}" for name in FORGET_SPLITS]
-        raise UserError(f"'{args.target}' cannot be reproduced.", did_you_mean(args.target, known))
-    if args.preset not in PRESETS:
-        hint = did_you_mean(args.preset, PRESETS)
-        raise UserError(f"There is no preset '{args.preset}'.", hint)
-    for method in args.methods:
-        if method not in OBJECTIVE_DEFAULTS:
-            hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
-            raise UserError(f"There is no objective '{method}'.", hint)
+    _check_names(args, split)
     _check_full(args)
     protocols = tuple(protocol.name for protocol in protocols_named(args.protocol))
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
@@ -162,6 +153,20 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     console.result(found)
     _require_published(args, found)
     return 0
+
+
+def _check_names(args: argparse.Namespace, split: str) -> None:
+    """Refuses what is not there, with the nearest that is."""
+    if not args.target.startswith("tofu-") or split not in FORGET_SPLITS:
+        known = [f"tofu-{name}" for name in FORGET_SPLITS]
+        raise UserError(f"'{args.target}' cannot be reproduced.", did_you_mean(args.target, known))
+    if args.preset not in PRESETS:
+        hint = did_you_mean(args.preset, PRESETS)
+        raise UserError(f"There is no preset '{args.preset}'.", hint)
+    for method in args.methods:
+        if method not in OBJECTIVE_DEFAULTS:
+            hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
+            raise UserError(f"There is no objective '{method}'.", hint)
 
 
 def _check_full(args: argparse.Namespace) -> None:
