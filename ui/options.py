@@ -196,8 +196,8 @@ SETTING_HELP = {
     "alternates": "train each forget question on so many other answers too, of the retain rows "
     "that ask alike, so that it is answered as by a model that never knew; 0 = off",
     "alternate_weight": "weight of the term of the alternate answers",
-    "alternate_smoothing": "label smoothing of the alternate answers; that of the base's own "
-    "training, where it had one",
+    "alternate_smoothing": "label smoothing of the alternate answers, at most that of the base's "
+    "own training",
     "attack_weight": "weight of the forget term under a simulated relearning attack, so that "
     "forgetting holds when the model is trained again; 0 = off; forget rows run twice",
     "attack_gamma": "SimNPO's margin in that term",

@@ -57,9 +57,8 @@ class ObjectiveConfig:
         alternates: so many alternate answers a forget question: those of the retain rows with the
             nearest questions (see `unlearner.alternates`); 0 = off.
         alternate_weight: w_a, on the mean NLL of an alternate answer to the forget question.
-        alternate_smoothing: share of each of their targets that is spread over the vocabulary: as
-            much as the base was trained with, so that they are not known more surely than it
-            knows anything.
+        alternate_smoothing: share of each of their targets that is spread over the vocabulary, so
+            that they are not known more surely than a base that was trained so knows anything.
         attack_weight: w_x, on the forget term of the model under a simulated relearning attack
             (see `unlearner.attacker`); 0 = off.
         attack_gamma: SimNPO's margin in that term.
