@@ -110,6 +110,7 @@ class Preset:
         published: rows to stand beside, by split.
         reasons: why these settings, for the plan.
         full: further settings where all weights are trained instead of an adapter.
+        full_reasons: why these.
     """
 
     name: str
@@ -129,6 +130,10 @@ class Preset:
     reasons: tuple[str, ...] = ()
     # Published full fine-tunes of 7B models: arXiv 2401.06121, 2410.07163.
     full: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 1e-5})
+    full_reasons: tuple[str, ...] = (
+        "learning rate 1e-5: the published full fine-tunes';",
+        "float32 with AdamW takes 16 bytes a weight: above 300 million only with --any-size.",
+    )
 
     def settings(self, method: str, split: str, full: bool = False) -> dict[str, Any]:
         """Settings of a method; those under "*" hold for all, those of the split go before."""
@@ -189,6 +194,7 @@ MINI = Preset(
     known_retain=0.5,
     facts_retain=True,
     full={"learning_rate": 1e-4},
+    full_reasons=("learning rate 1e-4: at 4e-5 nothing was forgotten (docs/objectives.md).",),
     reasons=(
         "alternate answers, of authors that Origin does not know, keep the text natural;",
         "their targets are smoothed a little, as Origin's were, so that log R does not widen;",

@@ -98,6 +98,12 @@ def log_name(path: Path) -> str:
     return path.resolve().parent.name if plain else path.stem
 
 
+def named_logs(paths: Sequence[Path]) -> list[str]:
+    """Logs as `find_inputs` takes them: NAME=LOG where two would have the same name."""
+    pairs = zip(log_names(paths), paths, strict=True)
+    return [str(path) if name == log_name(path) else f"{name}={path}" for name, path in pairs]
+
+
 def log_names(paths: Sequence[Path]) -> list[str]:
     """A name for each log, all different: `log_name`, numbered where several would share one."""
     found: list[str] = []

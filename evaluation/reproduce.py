@@ -17,7 +17,7 @@ from adapters.errors import UserError
 from evaluation.known import write_rows
 from evaluation.presets import PRESETS, Preset, SmallModels
 from evaluation.published import against_published, published_rows, time_estimates
-from evaluation.records import write_json
+from evaluation.records import read_log, write_json
 from evaluation.small_rows import small_rows
 from evaluation.systems import (
     Measured,
@@ -25,6 +25,7 @@ from evaluation.systems import (
     digest,
     forget_and_measure,
     full_and_measure,
+    in_order,
     measure,
     table_rows,
     train_small,
@@ -37,7 +38,7 @@ from unlearner.data import (
     load_refusals,
     load_split,
 )
-from unlearner.full import refuse_large
+from unlearner.full import LARGEST, refuse_large, too_large
 from unlearner.processes import Job, side_by_side
 
 # The rows that a request of the comparison keeps, and those whose answers are its alternates: for
@@ -112,16 +113,19 @@ def plan(run: Reproduction) -> dict[str, Any]:
         "load_in_4bit": run.spec("").load_in_4bit,
         "dtype": run.base.dtype,
         "full": run.full,
-        "methods": {method: run.config(method).to_json() for method in run.methods},
+        "methods": _settings(run),
         "steps": {
             method: run.config(method).train.steps(20 * int(run.split[-2:]) * 2)
             for method in run.methods
         },
-        "reasons": list(preset.reasons),
+        "reasons": list(preset.full_reasons if run.full else preset.reasons),
         "template": preset.template,
         "published": published_rows(preset, run.split),
         "memory": _memory(run),
-        "time": time_estimates(preset, run.split, len(run.methods), len(run.methods) + 2),
+        # What was counted is an adapter's training.
+        "time": []
+        if run.full
+        else time_estimates(preset, run.split, len(run.methods), len(run.methods) + 2),
         "out": str(run.out),
     }
 
@@ -135,6 +139,9 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     started = time.monotonic()
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
+    if run.full and not run.any_size and run.origin is None and run.chosen.shape is not None:
+        # The presets that have a shape are of a billion weights and more: nothing to download.
+        raise too_large(f"The Origin of {run.preset} has more than {LARGEST:,} weights")
     origin, retrain = _models(run, report)
     if run.full and not run.any_size:
         refuse_large(run.spec(origin))
@@ -154,7 +161,7 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         "target": f"tofu-{run.split}",
         "preset": run.preset,
         "origin": origin,
-        "table": _in_order(table),
+        "table": in_order(table),
         "published": published_rows(run.chosen, run.split),
         "checks": [
             check._asdict()
@@ -165,7 +172,9 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         ],
         "models" if run.full else "stores": {name: str(path) for name, path in kept.items()},
         "retain_rows": len(request.retain),
-        "methods": {method: run.config(method).to_json() for method in run.methods},
+        "full": run.full,
+        "load_in_4bit": run.spec("").load_in_4bit,
+        "methods": _settings(run),
         "logs": {name: str(path) for name, path in logs.items()},
         "seconds": time.monotonic() - started,
     }
@@ -194,7 +203,7 @@ def _measure_pair(
 def _unlearned(
     run: Reproduction, method: str, request: Request, origin: str, what: Measured, report: Report
 ) -> tuple[Path, Path]:
-    """Store (or folder of a full model) and log of the request unlearned with one method."""
+    """Store (or full model) and log of the request unlearned with one method."""
     config = run.config(method)
     way = ["full"] if run.full else []
     work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)), *way)}"
@@ -210,17 +219,19 @@ def _unlearned(
     if run.full:
         work.mkdir(parents=True, exist_ok=True)
         full_and_measure(job, out=work, any_size=run.any_size, **given)
-        return work, work / "log.json"
+        return Path(str(read_log(work / "log.json").meta["base"])), work / "log.json"
     forget_and_measure(job, store=work / "forget-store", **given)
     return work / "forget-store", work / "log.json"
 
 
-def _in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    first = {"origin": 0, "retrain": 1}
-    protocols = list(dict.fromkeys(row["protocol"] for row in table))
-    return sorted(
-        table, key=lambda row: (protocols.index(row["protocol"]), first.get(row["name"], 2))
-    )
+def _settings(run: Reproduction) -> dict[str, Any]:
+    """Settings by method; without an adapter's shape where all weights are trained."""
+    unused = {"lora"} if run.full else set()
+    made = {method: run.config(method).to_json() for method in run.methods}
+    return {
+        method: {part: value for part, value in config.items() if part not in unused}
+        for method, config in made.items()
+    }
 
 
 def _named(report: Report, name: str) -> Report:

@@ -179,7 +179,7 @@ def full_and_measure(
 
     request = joined(list(requests))
     rows = [request.rows, request.retain, request.others]
-    depends = [*rows, asdict(base), config.to_json(), list(refusals)]
+    depends = [*rows, asdict(base), config.to_json(), list(refusals), what.template]
     folder = out / f"full-{digest(depends)}"
     if not folder.exists():
         forget_full(
@@ -246,3 +246,12 @@ def table_rows(
 
     found = summarise_all(read_log(log), protocols, read_log(retain_log))
     return [{"name": name, **summary} for summary in found]
+
+
+def in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines by protocol, Origin and Retrain first."""
+    first = {"origin": 0, "retrain": 1}
+    protocols = list(dict.fromkeys(row["protocol"] for row in table))
+    return sorted(
+        table, key=lambda row: (protocols.index(row["protocol"]), first.get(row["name"], 2))
+    )

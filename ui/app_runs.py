@@ -101,8 +101,10 @@ def _pair(app: App, names: list[str]) -> str:
 
     shown = all_logs(app.logs, app.retain_log)
     known = dict(zip(log_names(shown), shown, strict=True))
-    paths = [known[name] for name in names if name in known][:2]
-    if len(paths) < 2:
+    chosen = [name for name in names if name in known][:2]
+    if len(chosen) < 2:
         raise UserError("Fewer than two logs are chosen.", "Choose two under the table.")
-    found = open_recorded(paths)
-    return comparator_file(app, found.comparison(), found.names)
+    first, second = chosen
+    found = open_recorded([known[first], known[second]])
+    # By the names of the table: of two logs alone the numbers behind equal names are others.
+    return comparator_file(app, found.comparison(), (first, second))

@@ -170,7 +170,9 @@ def _check_names(args: argparse.Namespace, split: str) -> None:
 
 
 def _check_full(args: argparse.Namespace) -> None:
-    """Refuses what speaks of adapters beside --full."""
+    """Refuses what speaks of adapters beside --full, and of --full without it."""
+    if args.any_size and not args.full:
+        raise UserError("--any-size is of --full.", "Leave it out, or add --full.")
     if args.full and args.load_in_4bit:
         raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
     if args.full and args.release:

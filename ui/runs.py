@@ -91,13 +91,14 @@ def write_report(sources: Sources, out: Path) -> Path:
 
 def report_request(sources: Sources) -> ReportRequest | None:
     """What `unlearner report` is asked for; None without any log or file of a probe."""
+    from evaluation.report_inputs import named_logs
     from evaluation.report_tree import ReportRequest
     from ui.commands_report import command_text
 
     if not (sources.logs or sources.robustness or sources.calibration):
         return None
     request = ReportRequest(
-        tuple(str(path) for path in sources.logs),
+        tuple(named_logs(sources.logs)),
         retain_log=sources.retain_log,
         robustness=sources.robustness,
         calibration=sources.calibration,

@@ -93,7 +93,9 @@ def report(
     """The HTML report of these logs and probes; empty without a log to report on."""
     if not logs:
         return ""
-    words: list[object] = ["report", *logs]
+    from evaluation.report_inputs import named_logs
+
+    words: list[object] = ["report", *named_logs(logs)]
     words += ["--retain-log", retain_log] if retain_log else []
     words += ["--robustness", *robustness] if robustness else []
     words += ["--calibration", *calibration] if calibration else []

@@ -41,8 +41,7 @@ FORMULAS: dict[str, str] = {
 # What these settings of the training add to any of them.
 OPTION_FORMULAS: dict[str, str] = {
     "alternates": "+ w_a nll_a/|y_a|, y_a one of the answers of the nearest retain questions, put "
-    "to the forget question",
-    "alternate_smoothing": "in nll_a each target is (1 - alternate_smoothing) of the token and "
+    "to the forget question, each target of it (1 - alternate_smoothing) of the token and "
     "alternate_smoothing of the uniform distribution",
     "sam_rho": "the forget gradient is taken at theta + sam_rho g/|g|, g the forget gradient of "
     "the whole step at theta",

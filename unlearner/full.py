@@ -119,11 +119,15 @@ def refuse_large(base: BaseSpec) -> None:
     headers = [read_header(path) for path in weight_files(resolve_base(base.name, base.revision))]
     weights = sum(math.prod(shape) for shape in base_shapes(headers).values())
     if weights > LARGEST:
-        raise UserError(
-            f"{base.name} has {weights:,} weights; training all takes {16 * weights / 1e9:.0f} GB "
-            "and more.",
-            "Train an adapter, or add --any-size.",
-        )
+        raise too_large(f"{base.name} has {weights:,} weights")
+
+
+def too_large(how_large: str) -> UserError:
+    """What is raised for a model with more than `LARGEST` weights."""
+    return UserError(
+        f"{how_large}; training all takes 16 bytes each and more.",
+        "Train an adapter, or add --any-size.",
+    )
 
 
 def _save(model: Any, run: Any, folder: Path, how: dict[str, Any]) -> None:

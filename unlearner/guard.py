@@ -127,6 +127,11 @@ def moved_nll(nll: Tensor, teachers: Sequence[GuardRow]) -> Tensor:
     return (torch.where(before.isnan(), nll.detach(), before) - nll).square()
 
 
+def without_target(row: GuardRow) -> GuardRow:
+    """The teacher with the KL alone: what its answer's NLL is to be is not known."""
+    return row._replace(target=torch.full_like(row.target, torch.nan))
+
+
 def pack_teacher(rows: Sequence[GuardRow]) -> bytes:
     """The rows as the bytes of a safetensors file."""
     from safetensors.torch import save

@@ -164,6 +164,10 @@ def require_fit(
     )
 
 
+# Of `memory.smallest_change`, those that change what comes out.
+RESULT_FLAGS = frozenset({"--load-in-4bit", "--attack-rank", "--lora-r"})
+
+
 def advice(
     shape: dict[str, int],
     config: UnlearnConfig,
@@ -172,14 +176,25 @@ def advice(
     budget: float,
     n_forget: int,
     factor: float = 1.0,
+    *,
+    resume: bool = False,
 ) -> str:
-    """What to change so that it fits, as flags; or that nothing here would do."""
+    """What to change so that it fits, as flags; or that nothing here would do.
+
+    With `resume` it also says whether a stopped run goes on with them: only those that cut or
+    recompute steps leave its result as it is.
+    """
     found = memory.smallest_change(
         shape, config, lengths, holding, budget, n_forget=n_forget, factor=factor
     )
+    goes_on = " With --resume the run goes on where it stopped." if resume else ""
     if found is None:
-        return "No setting here fits by the estimate: take a smaller base or a larger card."
-    return f"Add {' '.join(found.flags)} (estimated at {gib(found.high)} or less)."
+        no = "No setting here fits by the estimate: take a smaller base or a larger card."
+        return no + goes_on
+    said = f"Add {' '.join(found.flags)} (estimated at {gib(found.high)} or less)."
+    if resume and {flag.split()[0] for flag in found.flags} & RESULT_FLAGS:
+        return f"{said} That is another run: it begins anew."
+    return said + goes_on
 
 
 def gib(count: float) -> str:

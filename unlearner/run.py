@@ -207,12 +207,31 @@ def _load(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str, Any]]:
     return add_trainable(model, NEW, lora, slugs), view
 
 
+def _recorded(run: Prepared, store: AdapterStore) -> list[GuardRow]:
+    """The teachers that were recorded when the parents were trained.
+
+    A parent at another strength has another NLL on its rows than its record: that half of the
+    guard would undo a calibration, so it is left out.
+    """
+    from unlearner.guard import read_teacher, without_target
+
+    found: list[GuardRow] = []
+    for parent in run.parents:
+        held = store.get(parent.slug).manifest.files[WEIGHTS_NAME]["sha256"]
+        path = teacher_path(held)
+        rows = read_teacher(path) if path.is_file() else []
+        if parent.scale != 1.0:
+            rows = [without_target(row) for row in rows]
+        found += rows
+    return found
+
+
 def _guarded(
     model: Any, run: Prepared, store: AdapterStore, report: Progress
 ) -> tuple[Prepared, list[GuardRow]]:
     """The run with its guard rows, and their teachers: the stack's own answers, or records."""
     from adapters.stack import parents_only
-    from unlearner.guard import read_teacher, teach
+    from unlearner.guard import teach
 
     slugs = [parent.slug for parent in run.parents]
     if not slugs or run.config.objective.guard_weight == 0:
@@ -222,11 +241,12 @@ def _guarded(
         with parents_only(model, slugs):
             teachers = teach(model, run.rows.guard, pad_id(run.fmt.tokenizer))
     else:
-        files = [store.get(slug).manifest.files[WEIGHTS_NAME]["sha256"] for slug in slugs]
-        for path in map(teacher_path, files):
-            teachers += read_teacher(path) if path.is_file() else []
+        teachers = _recorded(run, store)
+    loose = sum(bool(one.target.isnan().any()) for one in teachers)
     if teachers:
-        report({"event": "note", "text": f"guarded rows of earlier requests: {len(teachers)}"})
+        text = f"guarded rows of earlier requests: {len(teachers)}"
+        text += f", {loose} of them by the KL alone: give their rows with --guard" if loose else ""
+        report({"event": "note", "text": text})
     else:
         text = "earlier requests are not guarded: give their rows, or record teachers with them"
         report({"event": "note", "text": text})

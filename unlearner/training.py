@@ -265,11 +265,12 @@ def _run(
         # It did not fit: aim below what the estimate says was tried.
         min(budget, 0.9 * _estimated(run, trainer)),
         len(run.rows.forget),
+        resume=True,
     )
     saved = f"step {step} is saved" if step > 0 else "nothing was saved yet"
     raise DoesNotFit(
         f"Memory ran out after step {step} of {trainer.state.max_steps}; {saved}.",
-        f"{advice} With --resume the run goes on where it stopped.",
+        advice,
     ) from failure
 
 

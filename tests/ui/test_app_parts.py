@@ -6,12 +6,15 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from adapters.errors import UserError
-from ui import requests, runs, views, votes
+from evaluation.report_inputs import find_inputs, named_logs
+from ui import requests, runs, same, views, votes
+from ui.app_runs import _pair
 from ui.commands_ui import read_auth
 from ui.decoding import PairDecoder, Sampling
 from ui.jobs import Jobs
@@ -127,6 +130,12 @@ def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> 
     assert set(found.log_r) == set(names)
     assert found.log_r["full"] == found.log_r["full (2)"] != found.log_r["npo"]
     assert open_recorded([made[0], made[2]]).names == ("full", "npo")
+    assert list(find_inputs(named_logs(made)).logs) == names[:4], "the report takes them too"
+    assert f"'full (2)={made[1]}'" in same.report(made, None, (), ())
+    app: Any = SimpleNamespace(logs=made, retain_log=None, new_file=lambda name: tmp_path / name)
+    for chosen in (["npo (2)", "full"], ["full (2)", "full"]):
+        layout = json.loads(Path(_pair(app, chosen)).read_text())
+        assert [model["name"] for model in layout["models"]] == chosen
 
 
 def test_comparator_json_has_the_layout_of_its_reader() -> None:

@@ -96,11 +96,16 @@ def test_all_weights_instead_of_an_adapter(
     words += ["--methods", "simnpo", "--limit", "2", "--full", "--json"]
     planned = run(*words, "--dry-run").json
     assert (planned["full"], planned["load_in_4bit"], planned["memory"]) == (True, False, None)
+    assert planned["time"] == []
+    assert not any("r 16" in reason for reason in planned["reasons"])
+    assert "lora" not in planned["methods"]["simnpo"]
     ran = run(*words)
     assert ran.code == 0, ran.err
     found = ran.json
     assert "stores" not in found
-    (model,) = Path(found["models"]["simnpo"]).glob("full-*")
+    assert found["full"] is True
+    assert "lora" not in found["methods"]["simnpo"]
+    model = Path(found["models"]["simnpo"])
     record = json.loads((model / RECORD).read_text())
     assert record["train"]["learning_rate"] == 1e-5
     before, after = (load_file(folder / "model.safetensors") for folder in (pair["origin"], model))
@@ -116,8 +121,18 @@ def test_all_weights_instead_of_an_adapter(
     words[words.index(tmp_path / "r")] = tmp_path / "large"
     large = run(*words)
     assert large.code == 2
+    named = words.index("--origin")
+    unnamed = run(*words[:named], *words[named + 2 :])
+    assert unnamed.code == 2
+    assert "The Origin of llama2-7b has more" in unnamed.err, "no hub was asked"
     assert "--any-size" in large.err
     assert not (tmp_path / "large" / "logs").exists()
+
+
+def test_the_size_is_of_full_training_alone(run: Any) -> None:
+    ran = run("reproduce", "tofu-forget05", "--any-size")
+    assert ran.code == 2
+    assert "add --full" in ran.err
 
 
 @pytest.mark.parametrize("flag", ["--load-in-4bit", "--release"])

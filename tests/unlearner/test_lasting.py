@@ -256,6 +256,5 @@ def test_no_noise_is_left_after_training(trainer: Any, quick: Config, rows: Rows
 
 
 def test_each_option_has_a_formula() -> None:
-    named = {"sam_rho", "noise_scale", "alternates", "alternate_smoothing", "attack_weight"}
-    assert set(OPTION_FORMULAS) == named
+    assert set(OPTION_FORMULAS) == {"sam_rho", "noise_scale", "alternates", "attack_weight"}
     assert not set(OPTION_FORMULAS) & set(FORMULAS)
