@@ -189,7 +189,14 @@ MINI = Preset(
                 "attack_gamma": 28.0,
             }
         },
-        "forget01": {"simnpo": {"num_train_epochs": 75, "gamma": 34.5, "attack_gamma": 25.0}},
+        "forget01": {
+            "simnpo": {
+                "num_train_epochs": 75,
+                "gamma": 34.5,
+                "attack_gamma": 25.0,
+                "alternate_smoothing": 0.0,
+            }
+        },
     },
     known_retain=0.5,
     facts_retain=True,
