@@ -139,12 +139,9 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     started = time.monotonic()
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
-    if run.full and not run.any_size and run.origin is None and run.chosen.shape is not None:
-        # The presets that have a shape are of a billion weights and more: nothing to download.
-        raise too_large(f"The Origin of {run.preset} has more than {LARGEST:,} weights")
-    origin, retrain = _models(run, report)
     if run.full and not run.any_size:
-        refuse_large(run.spec(origin))
+        _refuse_large(run)
+    origin, retrain = _models(run, report)
     what = Measured(run.data, run.split, run.protocols, run.limit, run.chosen.template)
     logs = _measure_pair(run, origin, retrain, what, report)
     request = _request(run, origin, report)
@@ -224,14 +221,20 @@ def _unlearned(
     return work / "forget-store", work / "log.json"
 
 
+def _refuse_large(run: Reproduction) -> None:
+    """Returns where all weights of Origin may be trained; downloads no Origin of a preset."""
+    if run.origin is not None:
+        refuse_large(run.spec(run.origin))
+    elif run.chosen.shape is not None:  # of a billion weights and more
+        raise too_large(f"The Origin of {run.preset} has more than {LARGEST:,} weights")
+
+
 def _settings(run: Reproduction) -> dict[str, Any]:
     """Settings by method; without an adapter's shape where all weights are trained."""
-    unused = {"lora"} if run.full else set()
     made = {method: run.config(method).to_json() for method in run.methods}
-    return {
-        method: {part: value for part, value in config.items() if part not in unused}
-        for method, config in made.items()
-    }
+    for config in made.values() if run.full else ():
+        del config["lora"]
+    return made
 
 
 def _named(report: Report, name: str) -> Report:

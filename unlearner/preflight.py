@@ -17,6 +17,7 @@ import torch
 from adapters.errors import DoesNotFit
 from unlearner import memory
 from unlearner.pairing import Pair
+from unlearner.prepare import recipe
 
 if TYPE_CHECKING:
     from unlearner.config import UnlearnConfig
@@ -164,10 +165,6 @@ def require_fit(
     )
 
 
-# Of `memory.smallest_change`, those that change what comes out.
-RESULT_FLAGS = frozenset({"--load-in-4bit", "--attack-rank", "--lora-r"})
-
-
 def advice(
     shape: dict[str, int],
     config: UnlearnConfig,
@@ -181,8 +178,7 @@ def advice(
 ) -> str:
     """What to change so that it fits, as flags; or that nothing here would do.
 
-    With `resume` it also says whether a stopped run goes on with them: only those that cut or
-    recompute steps leave its result as it is.
+    With `resume` it also says whether a stopped run goes on with them, or is another run.
     """
     found = memory.smallest_change(
         shape, config, lengths, holding, budget, n_forget=n_forget, factor=factor
@@ -192,9 +188,8 @@ def advice(
         no = "No setting here fits by the estimate: take a smaller base or a larger card."
         return no + goes_on
     said = f"Add {' '.join(found.flags)} (estimated at {gib(found.high)} or less)."
-    if resume and {flag.split()[0] for flag in found.flags} & RESULT_FLAGS:
-        return f"{said} That is another run: it begins anew."
-    return said + goes_on
+    same = found.holding == holding and recipe(found.config, n_forget) == recipe(config, n_forget)
+    return said + (goes_on if same or not resume else " That is another run: it begins anew.")
 
 
 def gib(count: float) -> str:

@@ -96,7 +96,7 @@ def prepare(
         **_alternates_digest(key, request, rows),
     }
     what = {
-        "config": _recipe(config, len(request.rows)),
+        "config": recipe(config, len(request.rows)),
         "digests": digests,
         "base": fingerprint.digest,
         "spec": asdict(base),
@@ -158,7 +158,7 @@ def _check_names(train: TrainConfig) -> None:
             raise UserError(f"There is no {name} '{given}'.", did_you_mean(given, choices))
 
 
-def _recipe(config: UnlearnConfig, n_forget: int) -> dict[str, Any]:
+def recipe(config: UnlearnConfig, n_forget: int) -> dict[str, Any]:
     """The settings that decide the result: how a step is cut up and recomputed does not, so that
     a run that did not fit can go on with other such settings.
     """

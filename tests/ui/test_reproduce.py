@@ -50,12 +50,17 @@ def pair(
     return made
 
 
+def recipe_words(tofu: Path, pair: dict[str, Path], out: Path) -> list[Any]:
+    """The 7B recipe on the small pair."""
+    words: list[Any] = ["reproduce", "tofu-forget05", "--preset", "llama2-7b", "--data", tofu]
+    return [*words, "--origin", pair["origin"], "--retrain", pair["retrain"], "--out", out]
+
+
 def test_every_line_of_the_7b_recipe_runs(
     run: Any, tofu: Path, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LLAMA2_7B.methods["*"], "num_train_epochs", 2)
-    words: list[Any] = ["reproduce", "tofu-forget05", "--preset", "llama2-7b", "--data", tofu]
-    words += ["--origin", pair["origin"], "--retrain", pair["retrain"], "--out", tmp_path / "r"]
+    words = recipe_words(tofu, pair, tmp_path / "r")
     words += ["--protocol", "tofu,open-unlearning", "--limit", "4", "--json"]
     ran = run(*words, "--release", tmp_path / "released", "--gate")
     found = ran.json
@@ -91,8 +96,7 @@ def test_all_weights_instead_of_an_adapter(
 ) -> None:
     """The 7B preset is in 4 bit; all weights are trained in float32, at the published rate."""
     monkeypatch.setitem(LLAMA2_7B.methods["*"], "num_train_epochs", 2)
-    words: list[Any] = ["reproduce", "tofu-forget05", "--preset", "llama2-7b", "--data", tofu]
-    words += ["--origin", pair["origin"], "--retrain", pair["retrain"], "--out", tmp_path / "r"]
+    words = recipe_words(tofu, pair, tmp_path / "r")
     words += ["--methods", "simnpo", "--limit", "2", "--full", "--json"]
     planned = run(*words, "--dry-run").json
     assert (planned["full"], planned["load_in_4bit"], planned["memory"]) == (True, False, None)

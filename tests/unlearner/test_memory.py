@@ -26,6 +26,7 @@ from unlearner.memory import (
     tokens_of_a_batch,
     with_train,
 )  # fmt: skip
+from unlearner.preflight import advice
 
 
 @pytest.fixture
@@ -191,6 +192,17 @@ def test_a_step_keeps_its_pairs_when_it_is_cut_smaller(seven_b: dict[str, int]) 
     assert found is not None
     assert found.config.train.batch_size(200) == config.train.batch_size(200) == 64
     assert with_train(config, seed=3).train.seed == 3
+
+
+def test_a_stopped_run_goes_on_only_where_its_result_stays(seven_b: dict[str, int]) -> None:
+    def said(held: Holding, budget: float, **settings: Any) -> str:
+        config = make_config(per_device_train_batch_size=16, **settings)
+        return advice(seven_b, config, [69] * 400, held, budget * GIB, 200, resume=True)
+
+    for goes_on in (said(NF4, 7.5), said(NF4, 6.3, gradient_checkpointing="all"), said(NF4, 3.0)):
+        assert goes_on.endswith("With --resume the run goes on where it stopped.")
+    for another in (said(BF16, 7.0), said(NF4, 5.6, lora_r=64)):
+        assert another.endswith("That is another run: it begins anew.")
 
 
 @pytest.mark.parametrize(
