@@ -99,7 +99,9 @@ def unlearn(
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
     model, view = _load(run, store)
     run, teachers = _guarded(model, run, store, report)
-    work = store.work_dir(run.key if stop_at is None else f"{run.key}-{stop_at.key}")
+    key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
+    # By one process: `train` empties the folder, and another that creates it just then fails.
+    work = ranks.from_first(lambda: store.work_dir(key))
     parents = [store.get(p.slug).manifest.files[WEIGHTS_NAME]["sha256"] for p in run.parents]
     how = train(
         model,

@@ -16,6 +16,7 @@ from adapters.base_model import BaseSpec, load_base, load_tokenizer
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import BaseMismatch, Interrupted, UserError
 from adapters.store import AdapterStore, StoredAdapter
+from unlearner import ranks
 from unlearner.config import UnlearnConfig
 from unlearner.data import Request, Row
 from unlearner.memory import lora_parameters, read_shape
@@ -314,6 +315,29 @@ def test_a_run_whose_publishing_failed_need_not_train_again(
 
 
 # On a stack
+
+
+def test_one_process_makes_the_folder_that_it_empties(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config, monkeypatch: Any
+) -> None:
+    """Another that made it between the emptying and the making anew failed: File exists."""
+    alone: list[str] = []
+    real_first, real_dir = ranks.from_first, AdapterStore.work_dir
+
+    def first(make: Callable[[], Any]) -> Any:
+        alone.append("in")
+        try:
+            return real_first(make)
+        finally:
+            alone.pop()
+
+    def work_dir(self: AdapterStore, key: str) -> Path:
+        assert alone, "every process would make it"
+        return real_dir(self, key)
+
+    monkeypatch.setattr(ranks, "from_first", first)
+    monkeypatch.setattr(AdapterStore, "work_dir", work_dir)
+    assert unlearn(request_, base, quick(num_train_epochs=1), store).slug
 
 
 def test_a_request_is_trained_on_top_of_the_active_stack(
