@@ -1,6 +1,6 @@
 """Evaluates a model as it stands: every set scored and answered once, resumable set by set.
 
-The result is a log of rows; `evaluation.summary.summarise` turns it into figures, under every
+The result is a log of rows; `metrics.summary.summarise` turns it into figures, under every
 protocol whose scores and answers the log holds.
 """
 
@@ -13,31 +13,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.generation import BATCH_SIZE, Draft, Engine, generate_answers, known_start
-from evaluation.metrics import rouge_recall
-from evaluation.parts import Parts
-from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
-from evaluation.records import (
-    EvalLog,
-    Generation,
-    RowRecord,
-    SetRecord,
-)
-from evaluation.scoring import (
+from evaluation.cache import Parts
+from evaluation.inference.generation import BATCH_SIZE, Draft, Engine, generate_answers, known_start
+from evaluation.inference.scoring import (
     BATCH_TOKENS,
     EncodedRow,
     encode_answers,
     longest_text,
     score_rows,
 )
-from evaluation.summary import match_forget
-from unlearner import ranks
-from unlearner.data import FORGET_SPLITS, Row, load_split
+from evaluation.logs.records import (
+    EvalLog,
+    Generation,
+    RowRecord,
+    SetRecord,
+)
+from evaluation.metrics.statistics import rouge_recall
+from evaluation.metrics.summary import match_forget
+from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
+from unlearner.request.rows import FORGET_SPLITS, Row, load_split
+from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     import torch
 
-    from unlearner.prompts import PromptFormat
+    from unlearner.tokens.prompts import PromptFormat
 
 OnProgress = Callable[[str, int, int], None]
 

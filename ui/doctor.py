@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ui.console import size_text
+from ui.cli.console import size_text
 
 Status = Literal["ok", "warn", "fail"]
 OLDEST_PYTHON = (3, 10)
@@ -234,7 +234,7 @@ def _hub() -> Finding:
 
 def _store(path: Path) -> Finding:
     from adapters.errors import UserError
-    from adapters.store import AdapterStore
+    from adapters.store.store import AdapterStore
 
     if not (path / "store.json").is_file():
         return Finding("store", "ok", f"none in {path} yet")

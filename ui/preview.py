@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from unlearner.prompts import Encoded, PromptFormat, Template
+    from unlearner.tokens.prompts import Encoded, PromptFormat, Template
 
 DIM, UNDERLINE, PLAIN = "\x1b[2m", "\x1b[4m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"
@@ -100,9 +100,9 @@ def make_preview(
     Raises:
         UserError: the request, the retain rows or the tokenizer cannot be used.
     """
-    from adapters.base_model import load_tokenizer
-    from unlearner.data import parse_request
-    from unlearner.prompts import prompt_format
+    from adapters.base.load import load_tokenizer
+    from unlearner.request.rows import parse_request
+    from unlearner.tokens.prompts import prompt_format
 
     asked = parse_request(request, data, retain)
     fmt = prompt_format(load_tokenizer(base, revision), template)

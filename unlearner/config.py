@@ -42,7 +42,7 @@ class ObjectiveConfig:
     """Which loss, and its constants (SPEC section 2).
 
     Attributes:
-        name: a key of `unlearner.losses.OBJECTIVES`.
+        name: a key of `unlearner.objectives.sequence.OBJECTIVES`.
         beta: inverse temperature; what UNDIAL takes off the teacher's logit of the true token; the
             exponent of p in WGA and SatImp. Unused by grad_ascent, grad_diff, kl, idk, rmu and ceu.
         beta2: SatImp's exponent of 1 - p.
@@ -53,14 +53,14 @@ class ObjectiveConfig:
         forget_weight: w_f, on the forget term.
         retain_weight: w_r, on the retain term; the model card's lambda.
         guard_weight: on what keeps earlier requests of the stack forgotten, where their
-            rows or recorded teachers are at hand (see `unlearner.guard`).
+            rows or recorded teachers are at hand (see `unlearner.objectives.guard`).
         alternates: so many alternate answers a forget question: those of the retain rows with the
-            nearest questions (see `unlearner.alternates`); 0 = off.
+            nearest questions (see `unlearner.request.alternates`); 0 = off.
         alternate_weight: w_a, on the mean NLL of an alternate answer to the forget question.
         alternate_smoothing: share of each of their targets that is spread over the vocabulary, so
             that they are not known more surely than a base that was trained so knows anything.
         attack_weight: w_x, on the forget term of the model under a simulated relearning attack
-            (see `unlearner.attacker`); 0 = off.
+            (see `unlearner.training.relearning_attack`); 0 = off.
         attack_gamma: SimNPO's margin in that term.
     """
 
@@ -167,9 +167,9 @@ class TrainConfig:
             layer, or "auto", as much as the memory plan asks for.
         padded: padded batches, sorted by length, instead of packs.
         sam_rho: length of the step to where forgetting is undone the most, at which the forget
-            gradient is taken; 0 = off (see `unlearner.sharpness`).
+            gradient is taken; 0 = off (see `unlearner.objectives.sharpness`).
         noise_scale: size of the noise on the weights in training, in rounding errors of nf4; 0 =
-            off (see `unlearner.weight_noise`).
+            off (see `unlearner.objectives.weight_noise`).
         attack_steps: optimizer steps of one simulated relearning attack, with `attack_weight`.
         attack_rate: the attacker's learning rate, constant; 0 = by the model's size, as in
             `robustness`.
@@ -307,7 +307,7 @@ def make_config(objective: str = "simnpo", **overrides: Any) -> UnlearnConfig:
         UserError: unknown objective, or settings that cannot be used, all at once.
     """
     if objective not in OBJECTIVE_DEFAULTS:
-        from unlearner.data import did_you_mean
+        from unlearner.request.rows import did_you_mean
 
         hint = did_you_mean(objective, OBJECTIVE_DEFAULTS)
         raise UserError(f"There is no objective '{objective}'.", hint)

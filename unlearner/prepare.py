@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapters.base_model import BaseSpec, load_tokenizer, resolve_base
+from adapters.base.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
+from adapters.base.load import BaseSpec, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import UserError
-from adapters.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
-from unlearner.alternates import alternate_answers
 from unlearner.config import TrainConfig, UnlearnConfig, streams_of
-from unlearner.data import Request, Row, did_you_mean
-from unlearner.earlier import (
+from unlearner.request.alternates import alternate_answers
+from unlearner.request.past_requests import (
     Earlier,
     check_guard,
     recall,
@@ -23,14 +22,15 @@ from unlearner.earlier import (
     require_all_rows,
     without_rows_of,
 )
-from unlearner.pairing import Rows
-from unlearner.prompts import PromptFormat, Template, encode_rows, prompt_format
+from unlearner.request.rows import Request, Row, did_you_mean
+from unlearner.tokens.batch_plan import Rows
+from unlearner.tokens.prompts import PromptFormat, Template, encode_rows, prompt_format
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from adapters.states import ActiveAdapter
-    from adapters.store import AdapterStore
+    from adapters.store.states import ActiveAdapter
+    from adapters.store.store import AdapterStore
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]
 
 def _check_layer(config: UnlearnConfig, folder: Path) -> None:
     """Refuses a block that the model does not have."""
-    from unlearner.hidden import layer_of
-    from unlearner.memory import read_shape
+    from unlearner.memory.estimate import read_shape
+    from unlearner.training.hidden import layer_of
 
     layer_of(config.objective.rmu_layer, read_shape(folder)["num_hidden_layers"])
 

@@ -9,21 +9,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.adapter_files import WEIGHTS_NAME
-from adapters.base_model import BaseSpec, base_view, load_base, resolve_base
-from adapters.manifest import ForgetManifest
-from adapters.store import AdapterStore, StoredAdapter
-from adapters.teachers import teacher_path, write_teacher
-from unlearner import ranks
+from adapters.base.load import BaseSpec, base_view, load_base, resolve_base
+from adapters.guard_records import teacher_path, write_teacher
+from adapters.lora.format import WEIGHTS_NAME
+from adapters.store.manifest import ForgetManifest
+from adapters.store.store import AdapterStore, StoredAdapter
 from unlearner.config import UnlearnConfig
-from unlearner.data import Request, Row
 from unlearner.prepare import Prepared, prepare
-from unlearner.prompts import Template, pad_id
+from unlearner.request.rows import Request, Row
+from unlearner.tokens.prompts import Template, pad_id
+from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
-    from unlearner.callbacks import Progress
-    from unlearner.gap import StopAt
-    from unlearner.guard import GuardRow
+    from unlearner.objectives.guard import GuardRow
+    from unlearner.training.callbacks import Progress
+    from unlearner.training.early_stop import StopAt
 
 NEW = "new"
 
@@ -60,7 +60,7 @@ def unlearn(
         resume: continue an interrupted run of the same request and settings.
         template: prompt format, see `prompt_format`.
         refusals: answers for the idk and dpo objectives.
-        guard: rows of earlier requests of the stack, held where it left them (`unlearner.guard`).
+        guard: rows of earlier requests of the stack, held where it left them (`objectives.guard`).
             Without them the teachers recorded with `keep_teacher` are used, where there are any.
         replaces: adapters this one takes the place of (consolidation, or a rebase of one); their
             rows must all be in `request`.
@@ -79,7 +79,7 @@ def unlearn(
             stands.
         Interrupted: stopped by Ctrl-C; a checkpoint stands and `resume` continues it.
     """
-    from unlearner.training import train
+    from unlearner.training.job import train
 
     report = on_progress or _silent
     run = prepare(
@@ -132,7 +132,7 @@ def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
     With `memory_limit` in bytes it also says whether the high end of the estimate fits, and if not
     the smallest changes that would.
     """
-    from unlearner import memory
+    from unlearner.memory import estimate as memory
 
     train = run.config.train
     on_gpu = run.base.device.startswith("cuda") or (run.base.device == "auto" and _has_gpu())
@@ -189,7 +189,7 @@ def _load(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str, Any]]:
     import torch
     from peft import LoraConfig
 
-    from adapters.stack import add_trainable, load_stack
+    from adapters.lora.stack import add_trainable, load_stack
 
     base = load_base(run.base)
     view = base_view(base)
@@ -215,7 +215,7 @@ def _recorded(run: Prepared, store: AdapterStore) -> list[GuardRow]:
     A parent at another strength has another NLL on its rows than its record: that half of the
     guard would undo a calibration, so it is left out.
     """
-    from unlearner.guard import read_teacher, without_target
+    from unlearner.objectives.guard import read_teacher, without_target
 
     found: list[GuardRow] = []
     for parent in run.parents:
@@ -232,8 +232,8 @@ def _guarded(
     model: Any, run: Prepared, store: AdapterStore, report: Progress
 ) -> tuple[Prepared, list[GuardRow]]:
     """The run with its guard rows, and their teachers: the stack's own answers, or records."""
-    from adapters.stack import parents_only
-    from unlearner.guard import teach
+    from adapters.lora.stack import parents_only
+    from unlearner.objectives.guard import teach
 
     slugs = [parent.slug for parent in run.parents]
     if not slugs or run.config.objective.guard_weight == 0:
@@ -257,7 +257,7 @@ def _guarded(
 
 
 def _record_teacher(model: Any, run: Prepared, adapter: StoredAdapter) -> None:
-    from unlearner.guard import pack_teacher, teach
+    from unlearner.objectives.guard import pack_teacher, teach
 
     taught = teach(model, run.rows.forget, pad_id(run.fmt.tokenizer))
     write_teacher(adapter.manifest.files[WEIGHTS_NAME]["sha256"], pack_teacher(taught))
@@ -271,8 +271,8 @@ def _publish(
     label: str | None,
     how: dict[str, Any],
 ) -> StoredAdapter:
-    from adapters.stack import save_adapter
-    from unlearner.environment import describe
+    from adapters.environment import describe
+    from adapters.lora.stack import save_adapter
 
     config = run.config
     device = next(model.parameters()).device.type

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.adapter_files import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME
-from adapters.fingerprint import BaseFingerprint
-from adapters.manifest import ForgetManifest
-from adapters.store import AdapterStore
-from adapters.tensor_file import write_float32
+from adapters.base.fingerprint import BaseFingerprint
+from adapters.lora.format import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME
+from adapters.store.manifest import ForgetManifest
+from adapters.store.store import AdapterStore
+from adapters.tensors import write_float32
 
 HIDDEN, INNER, LAYERS = 64, 128, 2  # the shape of the `tiny_base` fixture
 

@@ -13,7 +13,7 @@ def tiny(tiny_base: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from unlearner.prompts import prompt_format
+    from unlearner.tokens.prompts import prompt_format
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(tiny_base, use_safetensors=True)

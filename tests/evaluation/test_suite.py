@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from adapters.errors import UserError
-from evaluation.generation import generate_answers
+from evaluation.inference.generation import generate_answers
+from evaluation.inference.scoring import score_rows
+from evaluation.logs.records import read_log, write_log
+from evaluation.metrics.summary import summarise
 from evaluation.protocols import PROTOCOLS, Decoding
-from evaluation.records import read_log, write_log
-from evaluation.scoring import score_rows
 from evaluation.suite import Effort, EvalData, evaluate, load_eval_data
-from evaluation.summary import summarise
-from unlearner.data import Row
-from unlearner.prompts import prompt_format
+from unlearner.request.rows import Row
+from unlearner.tokens.prompts import prompt_format
 
 NAMES = ("Mira Okafor", "Ana", "the author of Silent Rivers", "Jo")
 PLACES = ("Lagos", "Oslo in the far north of Norway", "Rio", "the city of Bonn on the Rhine")

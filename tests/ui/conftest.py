@@ -36,7 +36,7 @@ Run = Callable[..., Ran]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """`run("score", path, "--json")` calls main and gives back what happened."""
-    from ui.cli import main
+    from ui.cli.main import main
 
     for name in ("UNLEARNER_DATA", "UNLEARNER_STORE", "UNLEARNER_SIGNING_KEY", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -65,11 +65,11 @@ def put(tmp_path: Path, tiny_base: Path, run: Run) -> Callable[..., str]:
     """
     import numpy as np
 
-    from adapters.adapter_files import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME
-    from adapters.fingerprint import fingerprint_base
-    from adapters.manifest import ForgetManifest
-    from adapters.store import AdapterStore
-    from adapters.tensor_file import write_float32
+    from adapters.base.fingerprint import fingerprint_base
+    from adapters.lora.format import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME
+    from adapters.store.manifest import ForgetManifest
+    from adapters.store.store import AdapterStore
+    from adapters.tensors import write_float32
 
     inner = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ui.preview import CLOSE, DIM, OPEN, UNDERLINE, split_text
-from unlearner.prompts import Encoded
+from unlearner.tokens.prompts import Encoded
 
 BOS, EOS, MASK = 1, 2, -100
 
@@ -127,7 +127,7 @@ def test_text_brackets_the_loss_tokens_off_a_terminal(
 def test_text_dims_and_underlines_on_a_terminal(
     run: Any, shared: Path, tokenizer_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ui.console import Console
+    from ui.cli.console import Console
 
     monkeypatch.setattr(Console, "styled", True)
     ran = run(
@@ -171,7 +171,7 @@ def test_a_chat_template_is_used_and_can_be_overruled(
 
 def test_the_split_keeps_every_character_of_the_row(tiny_base: Path) -> None:
     """A character whose bytes the mask divides is still shown on both sides."""
-    from adapters.base_model import load_tokenizer
+    from adapters.base.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_base))
     ids = [1, *tokenizer("naïve", add_special_tokens=False)["input_ids"], 2]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from evaluation.quickstart import Quickstart, quickstart
+from evaluation.experiments.quickstart import Quickstart, quickstart
+from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 from unlearner.config import make_config
-from unlearner.tiny import TinyRecipe, TinyShape
 
 ROOT = Path(__file__).resolve().parents[2]
 TUTORIAL = ROOT / "docs" / "tutorial.md"

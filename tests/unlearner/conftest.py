@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from adapters.base_model import BaseSpec, load_base, load_tokenizer
-from adapters.stack import add_trainable, attach, save_adapter
+from adapters.base.load import BaseSpec, load_base, load_tokenizer
+from adapters.lora.stack import add_trainable, attach, save_adapter
 from unlearner.config import LoraShape, UnlearnConfig, make_config
-from unlearner.data import Request, Row
-from unlearner.guard import teach
-from unlearner.likelihood import answer_nll
-from unlearner.pairing import Rows, plan_steps
-from unlearner.prompts import encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.trainer import UnlearnTrainer
+from unlearner.objectives.guard import teach
+from unlearner.request.rows import Request, Row
+from unlearner.tokens.batch_plan import Rows, plan_steps
+from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
+from unlearner.training.likelihood import answer_nll
+from unlearner.training.trainer import UnlearnTrainer
 
 FORGET = (
     Row("Who wrote the novel about the river?", "It was written by Mira Okafor."),

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.base_model import BaseSpec, load_base, load_tokenizer
+from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import BaseMismatch, Interrupted, UserError
-from adapters.store import AdapterStore, StoredAdapter
-from unlearner import ranks
+from adapters.store.store import AdapterStore, StoredAdapter
 from unlearner.config import UnlearnConfig
-from unlearner.data import Request, Row
-from unlearner.memory import lora_parameters, read_shape
+from unlearner.memory.estimate import lora_parameters, read_shape
 from unlearner.prepare import prepare
-from unlearner.prompts import prompt_format
+from unlearner.request.rows import Request, Row
 from unlearner.run import plan, unlearn
+from unlearner.tokens.prompts import prompt_format
+from unlearner.training import distributed as ranks
 
 Config = Callable[..., UnlearnConfig]
 WEIGHTS = "adapter_model.safetensors"

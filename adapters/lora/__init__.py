@@ -1,0 +1,1 @@
+"""LoRA adapters: files, the live stack, combination, merging and export."""

@@ -1,0 +1,268 @@
+"""A stack folded into the base's weights: float32 sums, one rounding, one tensor in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapters.atomic_files import disk_error, fsync_folder, read_json, temporary_name, write_json
+from adapters.base.fingerprint import weight_files
+from adapters.errors import DoesNotFit, StoreCorrupt, UserError
+from adapters.lora.format import PROJECTIONS, AdapterFiles, check_finite, read_adapter
+from adapters.store.import_peft import require_fits
+from adapters.store.journal import remove_tree
+from adapters.tensors import ITEM_SIZE, TensorFile, read_header, write_stream
+
+if TYPE_CHECKING:
+    import torch
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+NAMES = {code: name for name, code in CODES.items()}
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+BLOCK = 1 << 20  # elements that are summed at a time
+Update = tuple[AdapterFiles, tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Weights written by `fold_stack`: where, how many matrices changed, and by how much.
+
+    `relative_change` is the largest ||update|| / ||W|| of each kind of projection.
+    """
+
+    path: Path
+    shards: tuple[str, ...]
+    dtype: str
+    matrices: int
+    relative_change: dict[str, float] = field(default_factory=dict)
+    from_4bit_view: bool = False
+
+
+def fold_stack(
+    base_folder: Path,
+    adapters: list[tuple[Path, float]],
+    out: Path,
+    dtype: DtypeName | None = None,
+    *,
+    from_4bit_view: bool = False,
+) -> MergeResult:
+    """The new folder `out`: a plain model with the stack folded into the base's weights.
+
+    Every matrix is W + sum_i s_i a_i/r_i B_i A_i, summed in float32 and rounded once to `dtype`
+    (the base's own by default). Tensors are read, folded and written one by one, in the base's own
+    shards. `from_4bit_view` folds into the projections as nf4 (quantised from the stored dtype and
+    back), the base that a QLoRA adapter was trained on. Raises UserError for a base that is stored
+    quantised, BaseMismatch for another base's adapter, DoesNotFit for a disk too small.
+    """
+    base_folder, out = Path(base_folder), Path(out)
+    stack = [(read_adapter(Path(path)), float(scale)) for path, scale in adapters]
+    _check_request(base_folder, out, stack, dtype)
+    merge = _Merge(stack, dtype, from_4bit_view)
+    aside = out.with_name(temporary_name(out.name))
+    try:
+        aside.mkdir(parents=True)
+        shards = merge.write(weight_files(base_folder), aside)
+        _copy_companions(base_folder, aside, merge.kind())
+        fsync_folder(aside)
+        os.rename(aside, out)
+    except OSError as error:
+        raise disk_error(error, out) from error
+    finally:
+        remove_tree(aside)
+    relative = {name: max(values) for name, values in sorted(merge.changes.items())}
+    count = sum(len(values) for values in merge.changes.values())
+    return MergeResult(out, shards, merge.kind(), count, relative, from_4bit_view)
+
+
+class _Merge:
+    """One run over the shards, and what it counted."""
+
+    def __init__(
+        self, stack: list[tuple[AdapterFiles, float]], dtype: DtypeName | None, view: bool
+    ) -> None:
+        self.modules = [(files, files.modules(), scale) for files, scale in stack]
+        self.dtype = dtype
+        self.view = view
+        self.changes: dict[str, list[float]] = {}
+        self.sizes: dict[str, int] = {}
+
+    def write(self, shards: list[Path], aside: Path) -> tuple[str, ...]:
+        """Names of the shards written, each under its old name, with the index when several."""
+        weight_map: dict[str, str] = {}
+        for shard in shards:
+            source = read_header(shard)
+            entries = {n: (self._code(t.dtype), t.shape) for n, t in source.tensors.items()}
+            write_stream(aside / shard.name, entries, partial(self._data, source))
+            weight_map.update(dict.fromkeys(entries, shard.name))
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": weight_map}
+            write_json(aside / "model.safetensors.index.json", index)
+        return tuple(shard.name for shard in shards)
+
+    def kind(self) -> str:
+        """Name of the dtype that most bytes have."""
+        largest = max(self.sizes, key=lambda code: self.sizes[code])
+        return NAMES.get(largest, largest.lower())
+
+    def _code(self, stored: str) -> str:
+        return CODES[self.dtype] if self.dtype and stored in NAMES else stored
+
+    def _data(self, source: TensorFile, name: str) -> Iterator[memoryview]:
+        """The bytes of the tensor as written."""
+        info = source.tensors[name]
+        code = self._code(info.dtype)
+        size = info.size // ITEM_SIZE[info.dtype] * ITEM_SIZE[code]
+        self.sizes[code] = self.sizes.get(code, 0) + size
+        path = name.removesuffix(".weight")
+        updates: list[Update] = [(f, m[path], s) for f, m, s in self.modules if path in m]
+        viewed = self.view and path.rsplit(".", 1)[-1] in PROJECTIONS
+        if not updates and not viewed and code == info.dtype:
+            for start in range(0, info.size, 1 << 24):
+                yield memoryview(source.raw(name, start, min(1 << 24, info.size - start)))
+            return
+        matrices = [_matrices(files, names, s) for files, names, s in updates]
+        squares, change = 0.0, 0.0
+        for start, block in _blocks(source, name, whole=viewed):
+            result = _nf4_view(block) if viewed else block.float()
+            if updates:
+                total = _sum_of_updates(matrices, start, result)
+                squares += float(result.norm()) ** 2
+                change += float(total.norm()) ** 2
+                result += total
+            yield _as_bytes(result, code, name)
+        if updates:
+            kind = path.rsplit(".", 1)[-1]
+            self.changes.setdefault(kind, []).append((change / squares) ** 0.5 if squares else 0.0)
+
+
+def _blocks(source: TensorFile, name: str, *, whole: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """The tensor in blocks of rows with the number of their first row, or in one piece.
+
+    A matrix of a large model is hundreds of megabytes in float32, several times over while it is
+    summed: only a block at a time is.
+    """
+    shape = source.tensors[name].shape
+    if whole or len(shape) != 2:
+        yield 0, _as_tensor(source, name, shape, 0)
+        return
+    rows = max(1, BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], rows):
+        yield start, _as_tensor(source, name, (min(rows, shape[0] - start), shape[1]), start)
+
+
+def _as_tensor(source: TensorFile, name: str, shape: Sequence[int], first_row: int) -> torch.Tensor:
+    import torch
+
+    info = source.tensors[name]
+    kind = getattr(torch, NAMES[info.dtype])
+    size = prod(shape) * ITEM_SIZE[info.dtype]
+    if size == 0:
+        return torch.zeros(tuple(shape), dtype=kind)
+    start = first_row * prod(shape[1:]) * ITEM_SIZE[info.dtype]
+    return torch.frombuffer(source.raw(name, start, size), dtype=kind).reshape(tuple(shape))
+
+
+def _matrices(
+    files: AdapterFiles, names: tuple[str, str], scale: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A, B and the factor of their product."""
+    import torch
+
+    a, b = (torch.from_numpy(files.header.read(name)) for name in names)
+    return a, b, scale * files.unit
+
+
+def _sum_of_updates(
+    matrices: Sequence[tuple[torch.Tensor, torch.Tensor, float]], start: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Sum of s a/r B A on the rows from `start` that `like` has, float32."""
+    import torch
+
+    total = torch.zeros_like(like)
+    for a, b, factor in matrices:
+        total.addmm_(b[start : start + like.shape[0]], a, alpha=factor)
+    return total
+
+
+def _as_bytes(values: torch.Tensor, code: str, name: str) -> memoryview:
+    import torch
+
+    rounded = values.to(getattr(torch, NAMES[code]))
+    if not bool(rounded.isfinite().all()):
+        raise StoreCorrupt(
+            f"{name} has values that {NAMES[code]} cannot hold.", "Merge with --dtype float32."
+        )
+    return memoryview(rounded.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _nf4_view(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix as an nf4 base with double quantisation computes with it, in float32."""
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "The 4-bit view needs the package bitsandbytes.",
+            "Install it with `pip install unlearner[quant]`.",
+        )
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    view: torch.Tensor = functional.dequantize_4bit(packed, state).float()
+    return view
+
+
+def _check_request(
+    base_folder: Path,
+    out: Path,
+    stack: list[tuple[AdapterFiles, float]],
+    dtype: DtypeName | None,
+) -> None:
+    if dtype is not None and dtype not in CODES:
+        raise UserError(f"{dtype!r} is not a dtype.", f"Use one of {', '.join(CODES)}.")
+    if read_json(base_folder / "config.json").get("quantization_config"):
+        raise UserError(
+            f"The base {base_folder.name} is stored quantised: merging into it would erase the "
+            "forgetting.",
+            "Give the original weights; --from-4bit-view folds into their 4-bit view.",
+        )
+    for files, _ in stack:
+        check_finite(files)
+        require_fits(files, base_folder)
+    if out.exists():
+        raise UserError(f"{out} exists already.", "Name a folder that does not.")
+    need = 0
+    for path in weight_files(base_folder):
+        for info in read_header(path).tensors.values():
+            code = CODES[dtype] if dtype and info.dtype in NAMES else info.dtype
+            need += info.size // ITEM_SIZE[info.dtype] * ITEM_SIZE[code]
+    place = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise DoesNotFit(
+            f"The merged weights need {need / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB.",
+            "Free some space, or name another disk with --out.",
+        )
+
+
+def _copy_companions(base_folder: Path, aside: Path, dtype: str) -> None:
+    for name in COMPANIONS:
+        if (base_folder / name).is_file():
+            shutil.copyfile(base_folder / name, aside / name)
+    config: dict[str, Any] = read_json(aside / "config.json")
+    config["dtype"] = dtype
+    config.pop("torch_dtype", None)
+    config.pop("_name_or_path", None)
+    write_json(aside / "config.json", config)

@@ -1,0 +1,1 @@
+"""Speed and memory of this implementation against a standard one."""

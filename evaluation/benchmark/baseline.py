@@ -1,0 +1,246 @@
+"""Both ways on one model and the same rows: how fast, and with how much memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evaluation.benchmark import flops
+from evaluation.benchmark.run import PAIRS, PLAIN_DECODE, Line, Workload
+from evaluation.inference.generation import BATCH_SIZE
+from unlearner.tokens.prompts import Encoded, pad_batch
+
+if TYPE_CHECKING:
+    import torch
+
+
+def measure(
+    work: Workload,
+    shape: str,
+    *,
+    device: str = "cpu",
+    load_in_4bit: bool = False,
+    rank: int = 16,
+    seconds: float = 6.0,
+    on_progress: Callable[[str], None] | None = None,
+) -> list[Line]:
+    """Rows a second and peak memory of both ways on the same model and rows, in turns.
+
+    Args:
+        work: see `load_workload`.
+        shape: one of `flops.SHAPES`; random weights.
+        device: "cpu" or "cuda".
+        load_in_4bit: nf4 projections.
+        rank: of the LoRA.
+        seconds: how long each way runs at least; the best of its rounds counts.
+        on_progress: called with what is measured next.
+    """
+    import torch
+
+    from adapters.environment import threads_for
+
+    say = on_progress or (lambda text: None)
+    torch.manual_seed(0)
+    cuda = device.startswith("cuda")
+    base = flops.new_llama(shape, device, "bfloat16" if cuda else "float32")
+    if load_in_4bit:
+        quantise(base)
+    model = flops.with_lora(base, rank)
+    forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
+    asked = work.questions[:: max(1, len(work.questions) // 24)][:24]
+    if not cuda:
+        asked = asked[:8]
+    ways: list[tuple[str, float, Callable[[], None], Callable[[], None], float | None]] = [
+        (
+            "training rows/s", 2 * PAIRS, lambda: _plain_step(model, forget, retain),
+            lambda: _our_step(model, forget, retain), 4.0,
+        ),
+        (
+            "scoring rows/s", sum(map(len, asked)), lambda: _plain_scores(model, asked),
+            lambda: _our_scores(model, asked), 4.0,
+        ),
+        (
+            "generation rows/s", len(asked), lambda: _plain_answers(model, asked),
+            lambda: _our_answers(model, asked), None,
+        ),
+    ]  # fmt: skip
+    lines = []
+    with threads_for(model):
+        for name, rows, plain, ours, target in ways:
+            say(name)
+            rates, peaks = _in_turns(plain, ours, rows, seconds, model)
+            goal = f"at least {target:g} x" if target and not cuda else ""
+            ratio = rates[1] / rates[0]
+            met = ratio >= (target or 0) if goal else None
+            lines.append(Line(name, "rows/s", rates[0], rates[1], ratio, goal, met))
+            what = f"peak memory, {name.split()[0]}"
+            lines.append(Line(what, "MB", peaks[0] / 1e6, peaks[1] / 1e6, peaks[0] / peaks[1]))
+    return lines
+
+
+def _in_turns(
+    plain: Callable[[], None], ours: Callable[[], None], rows: float, seconds: float, model: Any
+) -> tuple[list[float], list[int]]:
+    """Best rows a second and peak bytes of both, run in turns so that noise meets both."""
+    import torch
+
+    from unlearner.memory import probe as preflight
+
+    device = next(model.parameters()).device
+    best, peaks, spent = [0.0, 0.0], [0, 0], [0.0, 0.0]
+    rounds = 0
+    while rounds < 2 or min(spent) < seconds:
+        for i, way in enumerate((plain, ours)):
+            preflight.start_counting(device)
+            start = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took = time.perf_counter() - start
+            spent[i] += took
+            peaks[i] = max(peaks[i], preflight.peak(device))
+            best[i] = max(best[i], rows / took) if rounds else 0.0  # the first round warms up
+        rounds += 1
+        if rounds >= 2 and max(spent) > 6 * seconds:
+            break
+    return best, peaks
+
+
+def _padded(rows: Sequence[Encoded], length: int) -> dict[str, torch.Tensor]:
+    filler = Encoded([0] * length, [-100] * length)
+    return {k: v[:-1, :length] for k, v in pad_batch([*rows, filler], 0).items()}
+
+
+def _plain_nll(model: Any, rows: Sequence[Encoded], length: int) -> torch.Tensor:
+    """Mean NLL a row from the logits of all positions."""
+    import torch.nn.functional as F
+
+    batch = {k: v.to(next(model.parameters()).device) for k, v in _padded(rows, length).items()}
+    out = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
+    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return nll.sum(-1) / (labels != -100).sum(-1)
+
+
+def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
+    from unlearner.objectives.sequence import simnpo
+
+    _train_mode(model)
+    for i in range(0, len(forget), 2):  # forwards of a few rows, as the released recipe has them
+        f = _plain_nll(model, forget[i : i + 2], flops.PLAIN_TRAIN)
+        r = _plain_nll(model, retain[i : i + 2], flops.PLAIN_TRAIN)
+        (simnpo(f, f.new_ones(len(f)), 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
+    from unlearner.objectives.sequence import simnpo
+    from unlearner.tokens.packing import pack_attention, pack_rows
+    from unlearner.training.likelihood import answer_nll
+
+    _train_mode(model)
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k, v in pack_rows([*forget, *retain]).items()}
+    with pack_attention(model):
+        found = answer_nll(model, batch)
+        f, n = found.nll[: len(forget)], found.n[: len(forget)]
+        kept = found.per_token[len(forget) :]
+        (simnpo(f, n, 2.5, 0.0).sum() + 0.1375 * kept.sum()).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _train_mode(model: Any) -> None:
+    model.train()
+
+
+def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        for texts in questions:
+            _plain_nll(model, texts, flops.PLAIN_EVAL)
+
+
+def _our_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+    import torch
+
+    from evaluation.inference.prefix_sharing import score_trees
+
+    model.eval()
+    with torch.no_grad():
+        score_trees(model, questions)
+
+
+def _prompts(questions: Sequence[Sequence[Encoded]]) -> list[tuple[list[int], int]]:
+    first = [texts[0] for texts in questions]
+    return [(text.input_ids[: text.n_prompt], text.n_targets) for text in first]
+
+
+def _answer(model: Any, asked: Sequence[tuple[list[int], int]]) -> None:
+    import torch
+
+    device = next(model.parameters()).device
+    batch = pad_batch([Encoded(ids, ids) for ids, _ in asked], 0, left=True)
+    longest = max(budget for _, budget in asked)
+    with torch.no_grad():
+        model.get_base_model().generate(
+            batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            max_new_tokens=longest,
+            min_new_tokens=longest,  # random weights know no end
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+
+def _plain_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+    model.eval()
+    asked = _prompts(questions)
+    for i in range(0, len(asked), PLAIN_DECODE):
+        _answer(model, asked[i : i + PLAIN_DECODE])
+
+
+def _our_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+    import torch
+
+    from evaluation.inference.generation import Prompt, greedy
+
+    model.eval()
+    asked = sorted(_prompts(questions), key=lambda item: -len(item[0]))
+    with torch.no_grad():
+        for i in range(0, len(asked), BATCH_SIZE):
+            part = [Prompt(ids, budget) for ids, budget in asked[i : i + BATCH_SIZE]]
+            greedy(model.get_base_model(), part, (), 0)
+
+
+def quantise(model: Any) -> None:
+    """Puts the projections of a Llama with random weights into nf4, in place."""
+    import bitsandbytes as bnb
+    import torch
+
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                if not isinstance(linear, torch.nn.Linear):
+                    continue
+                four = bnb.nn.Linear4bit(
+                    linear.in_features,
+                    linear.out_features,
+                    bias=False,
+                    compute_dtype=linear.weight.dtype,
+                    compress_statistics=True,
+                    quant_type="nf4",
+                )
+                four.weight = bnb.nn.Params4bit(
+                    linear.weight.data.cpu(),
+                    requires_grad=False,
+                    quant_type="nf4",
+                    compress_statistics=True,
+                )
+                setattr(block, name, four.to(linear.weight.device))
+                if hasattr(four, "support_avx512bf16_for_cpu"):
+                    four.support_avx512bf16_for_cpu = False  # see adapters.base.load

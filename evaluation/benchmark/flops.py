@@ -1,0 +1,202 @@
+"""FLOPs and bytes of the project's own code on shapes that need not fit this machine.
+
+Models are built on torch's meta device: every operation runs, nothing is computed or stored, and
+torch's counter sees each product. The plain way is counted beside ours on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unlearner.config import TARGET_MODULES
+from unlearner.tokens.prompts import Encoded
+
+if TYPE_CHECKING:
+    import torch
+
+# (width, inner width, layers, heads, vocabulary)
+SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "tiny": (64, 172, 2, 4, 32000),
+    "small": (256, 688, 4, 8, 32000),
+    "llama2-7b": (4096, 11008, 32, 32, 32000),
+}
+# What the plain way pads a row to: training, and teacher-forced evaluation.
+PLAIN_TRAIN, PLAIN_EVAL = 500, 200
+
+
+@dataclass(frozen=True)
+class Counted:
+    """FLOPs, and the bytes that are kept for backward, of some rows."""
+
+    flops: int
+    saved_bytes: int = 0
+
+
+def new_llama(shape: str, device: str = "meta", dtype: str = "bfloat16") -> Any:
+    """A Llama of the named shape with random (on meta: no) weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, inner, layers, heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=2048,
+        attn_implementation="sdpa",
+        pad_token_id=0,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """The model frozen, with a float32 LoRA of this rank on the seven projections."""
+    from peft import LoraConfig, get_peft_model
+
+    model.requires_grad_(False)
+    shape = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGET_MODULES))
+    return get_peft_model(model, shape)
+
+
+def batch_on(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:
+    """The batch with what the model reads on `device`; on meta, what is indexed by stays here."""
+    import torch
+
+    if torch.device(device).type != "meta":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    read = ("input_ids", "position_ids", "attention_mask")
+    return {n: t.to(device) if n in read else t for n, t in batch.items()}
+
+
+@contextmanager
+def _counting(model: Any) -> Iterator[Callable[[], Counted]]:
+    """Counts what happens inside; weights are not among the bytes kept."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    weights = {_memory_of(parameter) for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+    kept: list[torch.Tensor] = []  # so that no memory is counted under the name of another
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        # What two operations keep, or keep a view of, is there once.
+        where = _memory_of(tensor)
+        if where not in weights and where not in saved:
+            saved[where] = tensor.untyped_storage().nbytes()
+            kept.append(tensor)
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor)
+    with counter, hooks:
+        yield lambda: Counted(counter.get_total_flops(), sum(saved.values()))
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor from that of others, on meta too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def training_step(
+    model: Any, rows: Sequence[Encoded], *, packed: bool, checkpointing: str = "off"
+) -> Counted:
+    """Forward and backward of our way on `rows` (forget and retain alike): pack, chunked head."""
+    from unlearner.tokens.packing import pack_attention, pack_rows
+    from unlearner.tokens.prompts import pad_batch
+    from unlearner.training.likelihood import answer_nll
+
+    device = next(model.parameters()).device
+    batch = batch_on(pack_rows(rows) if packed else pad_batch(rows, 0), device)
+    _checkpoint(model, checkpointing)
+    with pack_attention(model), _counting(model) as counted:
+        answer_nll(model, batch).per_token.sum().backward()
+        return counted()
+
+
+def plain_training_row(
+    model: Any, checkpointing: str = "all", length: int = PLAIN_TRAIN
+) -> Counted:
+    """Forward and backward of one row as the released code does it: padded, all logits."""
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, length, dtype=torch.long, device=device)
+    _checkpoint(model, checkpointing)
+    with _counting(model) as counted:
+        out = model(input_ids=ids, attention_mask=_mask(ids), labels=ids, use_cache=False)
+        out.loss.backward()
+        return counted()
+
+
+def _checkpoint(model: Any, setting: str) -> None:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if setting == "off":
+        inner.activation_checkpointing_disable()
+        inner.eval()
+        return
+    every = 1 if setting == "all" else int(setting)
+    inner.train()
+    inner.enable_input_require_grads()
+    inner.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+
+
+def scoring(model: Any, questions: Sequence[Sequence[Encoded]], tokens: int) -> Counted:
+    """Teacher-forced scores of questions as trees."""
+    import torch
+
+    from evaluation.inference.prefix_sharing import build_tree, forward_pack, packs_of
+
+    _checkpoint(model, "off")
+    trees = [build_tree(texts) for texts in questions]
+    flops = 0
+    with torch.no_grad():
+        for indices in packs_of([len(tree.tokens) for tree in trees], tokens):
+            with _counting(model) as counted:
+                forward_pack(model, [trees[i] for i in indices])
+                flops += counted().flops
+    return Counted(flops)
+
+
+def plain_scoring_row(model: Any, length: int = PLAIN_EVAL) -> Counted:
+    """One row of the official evaluation: padded, all logits."""
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, length, dtype=torch.long, device=device)
+    _checkpoint(model, "off")
+    with torch.no_grad(), _counting(model) as counted:
+        model(input_ids=ids, attention_mask=_mask(ids), use_cache=False)
+        return counted()
+
+
+def decoding_token(model: Any, context: int) -> Counted:
+    """One generated token behind `context` cached ones."""
+    import torch
+
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, context + 1, dtype=torch.long, device=device)
+    _checkpoint(model, "off")
+    with torch.no_grad():
+        before = ids[:, :context]
+        cache = model(input_ids=before, attention_mask=_mask(before), use_cache=True)
+        with _counting(model) as counted:
+            model(
+                input_ids=ids[:, :1],
+                attention_mask=_mask(ids)[:, :, -1:],
+                past_key_values=cache.past_key_values,
+                use_cache=True,
+            )
+            return counted()
+
+
+def _mask(ids: torch.Tensor) -> torch.Tensor:
+    """(1, 1, length, length), given so that transformers does not look into tensors for one."""
+    import torch
+
+    return torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)

@@ -1,0 +1,1 @@
+"""Experiments of several steps: quickstart, reproduction, sequences of requests."""

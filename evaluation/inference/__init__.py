@@ -1,0 +1,1 @@
+"""Forward passes over a model: teacher-forced scores and generated answers."""

@@ -1,0 +1,341 @@
+"""Generated answers: batched, greedy or sampled, the same whatever batch a question falls into."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from evaluation.inference.scoring import evaluating
+from evaluation.protocols import Decoding
+from unlearner.tokens.prompts import Encoded, pad_batch, pad_id
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+
+    from unlearner.tokens.prompts import PromptFormat
+
+BATCH_SIZE = 64
+# Rows that ended leave the batch when they are this share of it.
+LEAVE = 0.1
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that greedy decoding is known to begin with, and how many there may be in all."""
+
+    tokens: tuple[int, ...] = ()
+    expected: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as tokens, how many tokens its answer may have, and what is known of it."""
+
+    ids: list[int]
+    budget: int
+    draft: Draft = Draft()
+
+    def begun(self, stops: Sequence[int]) -> list[int]:
+        """The known tokens within the budget, up to one that ends the answer."""
+        return _through(self.draft.tokens, stops)[: self.budget]
+
+
+# Prompts and the tokens that stop, to the tokens of every answer.
+Engine: TypeAlias = Callable[[Sequence[Prompt], Sequence[int]], list[list[int]]]
+
+
+def generate_answers(
+    model: torch.nn.Module,
+    fmt: PromptFormat,
+    questions: Sequence[str],
+    decodings: Sequence[Decoding],
+    *,
+    batch_size: int = BATCH_SIZE,
+    drafts: Sequence[Draft] = (),
+    engine: Engine | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[str]]:
+    """By decoding's name, an answer to every question: no special tokens, stripped.
+
+    All greedy decodings come out of one pass: a shorter budget is a prefix of a longer one.
+    Budgets count the question's own tokens, not the padding of its batch, so that an answer does
+    not depend on its neighbours. A prompt that leaves no budget gets an empty answer.
+
+    Args:
+        model: a causal LM or a PeftModel around one, as it is; its generation config is ignored.
+        fmt: turns questions into prompts.
+        questions: in any order.
+        decodings: with distinct names.
+        batch_size: questions in a batch.
+        drafts: one a question, or none at all: what greedy decoding is known to begin with goes in
+            with the prompt. Answers are the same, up to ties that rounding decides.
+        engine: makes greedy answers in the model's place, see `evaluation.inference.engines`.
+        on_progress: called with answered and all questions (of all passes) after each batch.
+    """
+    prompts = [fmt.encode_prompt(question) for question in questions]
+    greedy = [decoding for decoding in decodings if not decoding.sample]
+    passes = [greedy] if greedy else []
+    passes += [[decoding] for decoding in decodings if decoding.sample]
+    answers: dict[str, list[str]] = {}
+    for number, group in enumerate(passes):
+        before = number * len(prompts)
+
+        def advance(done: int, before: int = before) -> None:
+            if on_progress is not None:
+                on_progress(before + done, len(passes) * len(prompts))
+
+        budgets = [max(d.budget(len(ids)) for d in group) for ids in prompts]
+        draw = group[0] if group[0].sample else None
+        asked = [
+            Prompt(ids, budget, drafts[i] if drafts and draw is None else Draft())
+            for i, (ids, budget) in enumerate(zip(prompts, budgets, strict=True))
+        ]
+        if engine is not None and draw is None:
+            stops = stop_tokens(model, fmt)
+            found = engine(asked, stops)
+            made = [
+                _until(tokens, stops)[: prompt.budget]
+                for tokens, prompt in zip(found, asked, strict=True)
+            ]
+            advance(len(prompts))
+        else:
+            made = generate_tokens(
+                model, fmt, asked, draw, batch_size=batch_size, on_progress=advance
+            )
+        for decoding in group:
+            cut = [
+                tokens[: decoding.budget(len(ids))]
+                for tokens, ids in zip(made, prompts, strict=True)
+            ]
+            texts = fmt.tokenizer.batch_decode(
+                cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            answers[decoding.name] = [text.strip() for text in texts]
+    return answers
+
+
+def generate_tokens(
+    model: torch.nn.Module,
+    fmt: PromptFormat,
+    prompts: Sequence[Prompt],
+    draw: Decoding | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The tokens of every answer without the one that ends it; greedy unless `draw` is given."""
+    stops = stop_tokens(model, fmt)
+    begun = [prompt.begun(stops) for prompt in prompts]
+    made = {i: tokens for i, tokens in enumerate(begun) if tokens and tokens[-1] in stops}
+    left = [
+        Prompt([*prompt.ids, *known], prompt.budget - len(known), prompt.draft)
+        for prompt, known in zip(prompts, begun, strict=True)
+    ]
+    # Prompts are padded to the longest of their batch; answers that end leave it.
+    order = sorted(
+        (i for i, prompt in enumerate(left) if i not in made and prompt.budget > 0),
+        key=lambda i: (len(left[i].ids), left[i].draft.expected),
+        reverse=True,
+    )
+    with evaluating(model), _own_config(model) as generator:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = [left[i] for i in indices]
+            if draw is None:
+                found = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
+            else:
+                found = _run(generator, fmt, batch, draw, stops)
+            for i, tokens in zip(indices, found, strict=True):
+                made[i] = begun[i] + _until(tokens, stops)[: left[i].budget]
+            if on_progress is not None:
+                on_progress(min(start + batch_size, len(order)))
+    return [_until(made.get(i, begun[i]), stops) for i in range(len(prompts))]
+
+
+def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int | None) -> Draft:
+    """What greedy decoding begins with, from the teacher-forced scores of the true answer.
+
+    Args:
+        fmt: how prompts are made.
+        question: what is asked.
+        answer: the true answer as it was scored, prompt included.
+        agreed: how many of its leading tokens are the model's first choice.
+    """
+    prompt = fmt.encode_prompt(question)
+    first = answer.n_prompt
+    # A quote that opens the answer merges with the prompt's last token: another prompt, no draft.
+    if not agreed or answer.input_ids[:first] != prompt:
+        return Draft(expected=answer.n_targets)
+    return Draft(tuple(answer.input_ids[first : first + agreed]), answer.n_targets)
+
+
+def _through(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to the first that stops, with it."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return list(tokens[:end])
+
+
+def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:
+    """Ids that end an answer: EOS, the template's end of turn, the model's own list."""
+    own = [
+        getattr(config, "eos_token_id", None)
+        for config in (getattr(model, "generation_config", None), getattr(model, "config", None))
+    ]
+    own += [fmt.tokenizer.eos_token_id, fmt.encode("a", "b").labels[-1]]
+    flat: set[int] = set()
+    for ids in own:
+        flat.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return sorted(flat)
+
+
+def _until(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """The tokens before the first that stops."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return list(tokens[:end])
+
+
+@contextmanager
+def _own_config(model: Any) -> Iterator[Any]:
+    """The plain transformers model inside, with an empty generation config for the while.
+
+    `generate` fills every unset field from the model's own config: a model that ships with
+    temperature and top-p would warn about them, or sample, when greedy answers are asked for.
+    """
+    from transformers import GenerationConfig
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = plain.generation_config
+    plain.generation_config = GenerationConfig()
+    try:
+        yield plain
+    finally:
+        plain.generation_config = kept
+
+
+def greedy(
+    model: Any, prompts: Sequence[Prompt], stops: Sequence[int], pad: int
+) -> list[list[int]]:
+    """Greedy new tokens of a batch in evaluation mode, what ends an answer included.
+
+    Transformers' `generate` keeps every row until the last one ends. Here rows that ended leave the
+    batch, and the cache, as soon as they are a share of it that is worth the copy.
+    """
+    import torch
+
+    batch = pad_batch([Encoded(prompt.ids, prompt.ids) for prompt in prompts], pad, left=True)
+    mask = batch["attention_mask"].to(model.device)
+    ids = batch["input_ids"].to(model.device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    rows = list(range(len(prompts)))
+    made: list[list[int]] = [[] for _ in prompts]
+    ended = set(stops)
+    cache: Any = None
+    while rows:
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        best = out.logits[:, -1].float().argmax(-1)
+        for row, token in zip(rows, best.tolist(), strict=True):
+            if not _is_over(made[row], prompts[row].budget, ended):
+                made[row].append(token)
+        alive = [i for i, r in enumerate(rows) if not _is_over(made[r], prompts[r].budget, ended)]
+        if not alive:
+            break
+        if len(rows) - len(alive) >= max(1, LEAVE * len(rows)):
+            kept = torch.tensor(alive, device=model.device)
+            cache.batch_select_indices(kept)
+            mask, positions, best = mask[kept], positions[kept], best[kept]
+            rows = [rows[i] for i in alive]
+        ids = best.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return made
+
+
+def _is_over(tokens: Sequence[int], budget: int, stops: set[int]) -> bool:
+    return len(tokens) >= budget or bool(tokens and tokens[-1] in stops)
+
+
+def _run(
+    model: Any,
+    fmt: PromptFormat,
+    prompts: Sequence[Prompt],
+    draw: Decoding | None,
+    stops: list[int],
+) -> list[list[int]]:
+    """New tokens of a batch, padding and all behind the end."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    pad = pad_id(fmt.tokenizer)
+    batch = pad_batch([Encoded(prompt.ids, prompt.ids) for prompt in prompts], pad, left=True)
+    config: GenerationConfig = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max(prompt.budget for prompt in prompts),
+        pad_token_id=pad,
+        bos_token_id=fmt.tokenizer.bos_token_id,
+        eos_token_id=stops,
+    )
+    processors = LogitsProcessorList([] if draw is None else [_Draw(draw, prompts)])
+    out = model.generate(
+        batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        generation_config=config,
+        logits_processor=processors,
+    )
+    new: list[list[int]] = out[:, batch["input_ids"].shape[1] :].tolist()
+    return new
+
+
+class _Draw:
+    """Turns greedy choice into a draw: temperature, top-k, top-p, then Gumbel noise.
+
+    The likeliest token after adding Gumbel noise is a draw from the softmax. The noise comes from
+    one generator a prompt, so a row's answer does not depend on its batch, as it does where all
+    rows share one random state.
+    """
+
+    def __init__(self, decoding: Decoding, prompts: Sequence[Prompt]) -> None:
+        import torch
+        from transformers import (
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self.warpers: list[Any] = [TemperatureLogitsWarper(decoding.temperature)]
+        if decoding.top_k:
+            self.warpers.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(decoding.top_p))
+        self.generators = [
+            torch.Generator().manual_seed(_seed(decoding.seed, prompt.ids)) for prompt in prompts
+        ]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (rows, vocabulary) whose maximum is the token drawn."""
+        import torch
+
+        scores = scores.float()
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        uniform = torch.stack(
+            [torch.rand(scores.shape[1], generator=g) for g in self.generators]
+        ).clamp_min(1e-20)
+        return scores - torch.log(-torch.log(uniform)).to(scores.device)
+
+
+def _seed(seed: int, ids: Sequence[int]) -> int:
+    digest = hashlib.sha256(repr((seed, list(ids))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

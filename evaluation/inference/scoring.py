@@ -1,0 +1,175 @@
+"""Teacher-forced scores: how likely a model finds the true, paraphrased and perturbed answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapters.errors import UserError
+from evaluation.inference.prefix_sharing import score_trees, shares_exactly
+from evaluation.logs.records import AnswerScore, RowRecord
+from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_batch, pad_id
+
+if TYPE_CHECKING:
+    import torch
+
+    from unlearner.request.rows import Row
+    from unlearner.tokens.prompts import PromptFormat
+
+BATCH_TOKENS = 4096
+# Longer than any context: encodes a row uncut.
+_UNCUT = 1 << 30
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row's texts as tokens, uncut: the answer, its paraphrase (None: none), the wrong ones."""
+
+    answer: Encoded
+    paraphrase: Encoded | None
+    perturbed: tuple[Encoded, ...]
+
+    @property
+    def texts(self) -> tuple[Encoded, ...]:
+        """All of them; the true answer comes first."""
+        middle = () if self.paraphrase is None else (self.paraphrase,)
+        return (self.answer, *middle, *self.perturbed)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside; the model's mode is put back afterwards."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def encode_answers(fmt: PromptFormat, rows: Sequence[Row]) -> list[EncodedRow]:
+    """The texts of every row as tokens, prompt included, not yet cut."""
+    return [
+        EncodedRow(
+            fmt.encode(row.question, row.answer, _UNCUT),
+            None
+            if row.paraphrased_answer is None
+            else fmt.encode(row.question, row.paraphrased_answer, _UNCUT),
+            tuple(fmt.encode(row.question, text, _UNCUT) for text in row.perturbed_answers),
+        )
+        for row in rows
+    ]
+
+
+def longest_text(encoded: Sequence[EncodedRow]) -> int:
+    """Tokens of the longest text, prompt included; 0 for no rows."""
+    return max((len(text.input_ids) for row in encoded for text in row.texts), default=0)
+
+
+def score_rows(
+    model: torch.nn.Module,
+    fmt: PromptFormat,
+    rows: Sequence[Row],
+    *,
+    encoded: Sequence[EncodedRow] | None = None,
+    max_length: int = EVAL_MAX_LENGTH,
+    batch_tokens: int = BATCH_TOKENS,
+    shared: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[RowRecord]:
+    """The rows with their scores, in the order given; the result does not depend on batches.
+
+    Mean NLL a token (EOS counted) from a float32 log-softmax, whatever the weights are stored in.
+    Where a row has no paraphrase its answer stands for it, scored once.
+
+    Args:
+        model: a causal LM, as it is (active adapters included); stays in its mode.
+        fmt: turns rows into tokens.
+        rows: with or without paraphrases and perturbed answers.
+        encoded: `encode_answers(fmt, rows)` where it is already there.
+        max_length: texts are cut at so many tokens, prompt included.
+        batch_tokens: tokens in a batch, padding included.
+        shared: what a question's texts begin with alike is computed once, where the first row
+            scores the same that way; False scores every text as a row of a padded batch.
+        on_progress: called with scored and all texts after each batch.
+
+    Raises:
+        UserError: the prompt of a row alone fills `max_length`.
+    """
+    if encoded is None:
+        encoded = encode_answers(fmt, rows)
+    questions = [[_cut(text, max_length) for text in row.texts] for row in encoded]
+    _refuse_empty(rows, encoded, max_length)
+    agreed: list[int] = []
+    with evaluating(model):
+        if shared and questions and shares_exactly(model, questions[0]):
+            found = score_trees(model, questions, on_progress=on_progress)
+            scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in found for s in texts])
+            agreed = [texts[0].agreed for texts in found]
+        else:
+            flat = [text for texts in questions for text in texts]
+            pad = pad_id(fmt.tokenizer)
+            scores = iter(_score_texts(model, flat, pad, batch_tokens, on_progress))
+    records = []
+    for i, (row, tokens) in enumerate(zip(rows, encoded, strict=True)):
+        answer = next(scores)
+        paraphrase = answer if tokens.paraphrase is None else next(scores)
+        perturbed = tuple(next(scores) for _ in tokens.perturbed)
+        known = agreed[i] if agreed else None
+        records.append(
+            RowRecord(row.question, row.answer, answer, paraphrase, perturbed, agreed=known)
+        )
+    return records
+
+
+def _cut(text: Encoded, max_length: int) -> Encoded:
+    return Encoded(text.input_ids[:max_length], text.labels[:max_length])
+
+
+def _refuse_empty(rows: Sequence[Row], encoded: Sequence[EncodedRow], max_length: int) -> None:
+    for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), start=1):
+        if any(_cut(text, max_length).n_targets == 0 for text in tokens.texts):
+            raise UserError(
+                f"Row {number} has no answer token within {max_length} tokens: {row.question!r}.",
+                "Shorten the question, or take a protocol that cuts later (open-unlearning).",
+            )
+
+
+def _score_texts(
+    model: torch.nn.Module,
+    texts: Sequence[Encoded],
+    pad: int,
+    batch_tokens: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[AnswerScore]:
+    """Scores in the order of `texts`; batches hold texts of like length, the longest first."""
+    import torch
+
+    from unlearner.training.likelihood import answer_nll
+
+    device = next(model.parameters()).device
+    found: dict[int, AnswerScore] = {}
+    for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
+        batch = pad_batch([texts[i] for i in indices], pad)
+        result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
+        totals = result.nll.to(torch.float64).tolist()
+        for i, total, n in zip(indices, totals, result.n.tolist(), strict=True):
+            found[i] = AnswerScore(total / n, n)
+        if on_progress is not None:
+            on_progress(len(found), len(texts))
+    return [found[i] for i in range(len(texts))]
+
+
+def batches_of(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices by falling length, so many that their padded size stays within `batch_tokens`."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count

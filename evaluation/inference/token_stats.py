@@ -1,0 +1,187 @@
+"""What a model says of every token of an answer, from one teacher-forced pass, and the KL of two.
+
+Log-probabilities are float32 log-softmax of the answer positions alone, a chunk of tokens at a
+time: no tensor of the size batch x time x vocabulary exists. Nothing here depends on how texts are
+batched or padded, but for rounding (1e-5 in float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.inference.scoring import BATCH_TOKENS, batches_of, evaluating
+from unlearner.tokens.prompts import IGNORE, pad_batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from unlearner.tokens.prompts import Encoded
+    from unlearner.training.likelihood import Answers
+
+OnBatch = Callable[[int, int], None]
+# Tokens whose logits exist at once, a few copies of them in float32: 4 x 128 x 32,000 are 62 MiB.
+CHUNK = 128
+# Masked vocabulary has log p = -inf: this keeps 0 * log 0 at 0 and moves no possible token.
+_FLOOR = -1e4
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """One answer under a model, token by token, EOS included.
+
+    Attributes:
+        labels: (n,) the token ids.
+        first: (n,) the model's first choice at each position, given the true tokens before it.
+        log_p: (n,) log p(label), nats.
+        mean: (n,) `mu = sum_v p_v log p_v` over the vocabulary, nats (minus the entropy).
+        variance: (n,) `sum_v p_v (log p_v - mu)^2`, nats squared.
+    """
+
+    labels: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    log_p: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    variance: npt.NDArray[np.float64]
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats a token (SPEC: nbar)."""
+        return float(-self.log_p.mean())
+
+
+def answer_tokens(
+    model: torch.nn.Module,
+    texts: Sequence[Encoded],
+    pad: int,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_batch: OnBatch | None = None,
+) -> list[AnswerTokens]:
+    """Every answer's tokens under `model` as it stands, in the order of `texts`.
+
+    Args:
+        model: a causal LM with its active adapters; stays in its mode.
+        texts: encoded rows, cut; each has at least one label.
+        pad: id that fills the padding.
+        batch_tokens: tokens of a batch, padding included.
+        on_batch: called with finished and all texts.
+    """
+    found: list[AnswerTokens | None] = [None] * len(texts)
+    with evaluating(model):
+        for indices, batch in _batches(model, texts, pad, batch_tokens):
+            rows = _row_columns(_batch_answers(model, batch), _four)
+            for i, columns in zip(indices, rows, strict=True):
+                labels = [label for label in texts[i].labels if label != IGNORE]
+                log_p, mean, variance, first = columns
+                found[i] = AnswerTokens(
+                    np.array(labels, dtype=np.int64), first.astype(np.int64), log_p, mean, variance
+                )
+            _report(on_batch, found)
+    return [one for one in found if one is not None]
+
+
+def base_kl(
+    model: Any,
+    texts: Sequence[Encoded],
+    pad: int,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    on_batch: OnBatch | None = None,
+) -> list[float]:
+    """`KL(base || stack) = sum_v p_base (log p_base - log p_stack)`, nats a token, of each answer.
+
+    The mean over the answer's positions, EOS included. Base and stack are the same loaded model,
+    with its adapters off and on: no second copy, and exactly 0 where the adapters do nothing.
+
+    Args:
+        model: with the stack active; its state is as before afterwards.
+        texts, pad, batch_tokens, on_batch: see `answer_tokens`.
+    """
+    import torch
+
+    from adapters.lora.stack import base_only
+    from unlearner.training.likelihood import AnswerHidden, Answers
+
+    found: list[float | None] = [None] * len(texts)
+    with evaluating(model):
+        for indices, batch in _batches(model, texts, pad, batch_tokens):
+            stack = _batch_answers(model, batch)
+            with base_only(model):
+                base = _batch_answers(model, batch)
+            # The head is one and frozen: it takes the hidden states of both as pairs.
+            pairs = torch.stack([base.at.hidden, stack.at.hidden], dim=1)
+            both = Answers(AnswerHidden(pairs, *stack.at[1:]), stack.head)
+            for i, columns in zip(indices, _row_columns(both, _divergence), strict=True):
+                # Never below 0 but by rounding.
+                found[i] = max(0.0, float(columns[0].mean()))
+            _report(on_batch, found)
+    return [one for one in found if one is not None]
+
+
+def _batches(
+    model: torch.nn.Module, texts: Sequence[Encoded], pad: int, batch_tokens: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Indices of like length and their padded batch on the model's device."""
+    device = next(model.parameters()).device
+    for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
+        batch = pad_batch([texts[i] for i in indices], pad)
+        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _batch_answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> Answers:
+    from unlearner.training.likelihood import answers
+
+    return answers(model, batch)
+
+
+def _row_columns(
+    found: Answers, value: Callable[[Tensor, Tensor], Tensor]
+) -> list[list[npt.NDArray[np.float64]]]:
+    """`value(logits, targets)` (tokens, columns) of the batch, row by row, column by column."""
+    import torch
+
+    from unlearner.training.likelihood import per_token
+
+    at = found.at
+
+    def of_chunk(logits: Tensor, part: slice) -> Tensor:
+        return value(logits, at.targets[part].to(logits.device))
+
+    # Float64 holds token ids exactly beside the float32 values.
+    columns = per_token(at.hidden, found.head, of_chunk, CHUNK).to("cpu", torch.float64).numpy()
+    ends = np.cumsum(at.n.cpu().numpy())[:-1]
+    return [list(rows.T) for rows in np.split(columns, ends)]
+
+
+def _four(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log p(target), mean and variance of log p, and the first choice: (tokens, 4)."""
+    import torch
+
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    target = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    log_p = log_p.clamp_min(_FLOOR)
+    p = log_p.exp()
+    mean = (p * log_p).sum(-1)
+    # Around the mean, not as a difference of squares: that cancels where one token has it all.
+    variance = (p * (log_p - mean.unsqueeze(-1)).square()).sum(-1)
+    first = logits.argmax(-1)
+    return torch.stack([x.double() for x in (target, mean, variance, first)], dim=-1)
+
+
+def _divergence(pairs: Tensor, targets: Tensor) -> Tensor:
+    """KL of each pair of logits (tokens, 2, vocabulary): (tokens, 1)."""
+    import torch
+
+    log_p, log_q = torch.log_softmax(pairs.float(), dim=-1).clamp_min(_FLOOR).unbind(1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True).double()
+
+
+def _report(on_batch: OnBatch | None, found: Sequence[Any]) -> None:
+    if on_batch is not None:
+        on_batch(sum(one is not None for one in found), len(found))

@@ -1,0 +1,1 @@
+"""Evaluation logs: our format and the public ones, read, written and matched."""

@@ -1,0 +1,325 @@
+"""Per-row results of an evaluation and their JSON: our own schema, atomic, without numbers lost.
+
+`read_log` also takes the public formats (TOFU's aggregated log, open-unlearning's evaluation), see
+`evaluation.logs.public_formats`. Nothing here computes a metric or needs a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import UserError
+
+KIND = "unlearner-eval-log"
+SCHEMA = 1
+SETS = ("forget", "retain", "real_authors", "world_facts")
+# The answers of a public log were decoded in a way the log does not state.
+RECORDED = "recorded"
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """Teacher-forced score of one answer.
+
+    Attributes:
+        mean_nll: nats a token, EOS counted (SPEC: nbar).
+        n: tokens of the answer (|y|); None where a public log does not say.
+    """
+
+    mean_nll: float
+    n: int | None = None
+
+    @property
+    def total_nll(self) -> float | None:
+        """Summed NLL in nats, None where `n` is unknown."""
+        return None if self.n is None else self.mean_nll * self.n
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated answer with its ROUGE recalls against the true one (with stemmer)."""
+
+    text: str | None
+    rouge1_recall: float | None
+    rouge_l_recall: float
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """Everything measured on one question.
+
+    Attributes:
+        question, answer: their texts, None where a log does not hold them.
+        answer_score: of the true answer.
+        paraphrase: of the paraphrased answer; the true answer stands for it where there is none.
+        perturbed: of the wrong answers; empty where there are none.
+        generations: by the name of the decoding, see `evaluation.protocols`.
+        agreed: how many leading tokens of the true answer, EOS included, are the model's first
+            choice one after another; None where that was not looked at.
+    """
+
+    question: str | None = None
+    answer: str | None = None
+    answer_score: AnswerScore | None = None
+    paraphrase: AnswerScore | None = None
+    perturbed: tuple[AnswerScore, ...] = ()
+    generations: Mapping[str, Generation] = field(default_factory=dict)
+    agreed: int | None = None
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """The rows of one set in their order; `total` is how many the source has (None: unknown)."""
+
+    name: str
+    rows: tuple[RowRecord, ...]
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalLog:
+    """The measured sets by name (`forget`, `retain`, `real_authors`, `world_facts`) and `meta`.
+
+    `meta` holds what the numbers depend on: protocols, max_length, versions, device, key.
+    """
+
+    sets: Mapping[str, SetRecord]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """`path`, once `value` stands in it: written aside, synced, renamed, so never half a file.
+
+    Raises:
+        ValueError: `value` holds NaN or an infinity.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
+    return write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`path`, once `text` stands in it: written aside, synced, renamed, so never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_log(log: EvalLog, path: Path) -> Path:
+    """`path`, holding `log` in our own format (schema 1); `read_log` gives back an equal log."""
+    sets = {
+        name: {"total": found.total, "rows": [row_json(row) for row in found.rows]}
+        for name, found in log.sets.items()
+    }
+    body = {"kind": KIND, "schema": SCHEMA, "meta": dict(log.meta), "sets": sets}
+    return write_json(path, body)
+
+
+def row_json(row: RowRecord) -> dict[str, Any]:
+    """The row as JSON values; a score is `[mean_nll, n]`."""
+    return {
+        "question": row.question,
+        "answer": row.answer,
+        "answer_score": _score_json(row.answer_score),
+        "paraphrase": _score_json(row.paraphrase),
+        "perturbed": [_score_json(score) for score in row.perturbed],
+        "generations": {
+            name: {
+                "text": made.text,
+                "rouge1_recall": made.rouge1_recall,
+                "rouge_l_recall": made.rouge_l_recall,
+            }
+            for name, made in row.generations.items()
+        },
+        "agreed": row.agreed,
+    }
+
+
+def _score_json(score: AnswerScore | None) -> list[float | int | None] | None:
+    return None if score is None else [score.mean_nll, score.n]
+
+
+def read_log(path: Path) -> EvalLog:
+    """The evaluation in `path`: our own format, TOFU's (both layouts) or open-unlearning's.
+
+    Raises:
+        UserError: no such file, broken JSON, an unknown format, a missing or non-finite number;
+            the row is named.
+    """
+    from evaluation.logs.public_formats import (
+        is_open_unlearning,
+        is_tofu,
+        read_open_unlearning,
+        read_tofu,
+    )
+
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no evaluation log {path}.", "Check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}.", "Give a JSON log.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON: {error.msg} in line {error.lineno}.",
+            "Give a log that was written to its end.",
+        ) from None
+    where = path.name
+    if isinstance(raw, dict) and raw.get("kind") == KIND:
+        return _read_own(raw, where)
+    if is_tofu(raw, where):
+        return read_tofu(raw, where)
+    if is_open_unlearning(raw):
+        return read_open_unlearning(raw, where)
+    raise UserError(
+        f"{where} is not an evaluation log of a known format ({_outline(raw)}).",
+        "Give a log of this tool, TOFU's eval_log_aggregated.json or open-unlearning's "
+        "TOFU_EVAL.json (its TOFU_SUMMARY.json has no rows).",
+    )
+
+
+def _outline(raw: Any) -> str:
+    if not isinstance(raw, dict):
+        return f"its top level is {type(raw).__name__}, not an object"
+    return "its keys are " + (", ".join(map(str, list(raw)[:6])) or "none")
+
+
+def _read_own(raw: dict[str, Any], where: str) -> EvalLog:
+    if raw.get("schema") != SCHEMA:
+        raise UserError(
+            f"{where} has schema {raw.get('schema')!r}; this version reads schema {SCHEMA}.",
+            "Update the tool, or evaluate again.",
+        )
+    try:
+        sets = {
+            name: SetRecord(
+                name,
+                tuple(
+                    row_from_json(row, f"{where}: {name} row {i}")
+                    for i, row in enumerate(body["rows"])
+                ),
+                body["total"],
+            )
+            for name, body in raw["sets"].items()
+        }
+        meta = dict(raw["meta"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{where} is damaged ({type(error).__name__}: {error}).", "Evaluate again."
+        ) from error
+    return EvalLog(sets, meta)
+
+
+def row_from_json(raw: Mapping[str, Any], where: str) -> RowRecord:
+    """The inverse of `row_json`; `where` names the row in errors.
+
+    Raises:
+        UserError: a score or a recall is not a finite number.
+        KeyError, TypeError: the row has another shape.
+    """
+    perturbed = [_score_of(pair, where, "perturbed") for pair in raw["perturbed"]]
+    return RowRecord(
+        question=raw["question"],
+        answer=raw["answer"],
+        answer_score=_score_of(raw["answer_score"], where, "answer_score"),
+        paraphrase=_score_of(raw["paraphrase"], where, "paraphrase"),
+        perturbed=tuple(score for score in perturbed if score is not None),
+        generations={
+            name: Generation(
+                made["text"],
+                optional_recall(made["rouge1_recall"], where, "rouge1_recall"),
+                recall_of(made["rouge_l_recall"], where, "rouge_l_recall"),
+            )
+            for name, made in raw["generations"].items()
+        },
+        agreed=_agreed_of(raw.get("agreed"), where),
+    )
+
+
+def _agreed_of(raw: Any, where: str) -> int | None:
+    if raw is None or (type(raw) is int and raw >= 0):
+        return raw
+    raise UserError(f"{where}: agreed is {raw!r}, not a count.", "Write the log again.")
+
+
+def _score_of(raw: Sequence[Any] | None, where: str, what: str) -> AnswerScore | None:
+    if raw is None:
+        return None
+    mean, n = raw
+    return AnswerScore(loss_of(mean, where, what), None if n is None else count_of(n, where, what))
+
+
+def loss_of(value: Any, where: str, what: str) -> float:
+    """A recorded loss as a float: finite and not negative.
+
+    Raises:
+        UserError: naming the row and the value.
+    """
+    number = _finite(value, where, what)
+    # Losses come from a softmax: a sum of -log p below zero is rounding, well below is no loss.
+    if number < -1e-3:
+        raise UserError(
+            f"{where}: {what} is {number:g}, but a loss is never negative.",
+            "Check whether the log holds log-probabilities instead of losses.",
+        )
+    return number
+
+
+def recall_of(value: Any, where: str, what: str) -> float:
+    """A recorded ROUGE recall as a float between 0 and 1.
+
+    Raises:
+        UserError: naming the row and the value.
+    """
+    number = _finite(value, where, what)
+    if not -1e-9 <= number <= 1 + 1e-9:
+        raise UserError(
+            f"{where}: {what} is {number:g}, but a recall lies between 0 and 1.",
+            "Check how the log was written.",
+        )
+    return number
+
+
+def optional_recall(value: Any, where: str, what: str) -> float | None:
+    """`recall_of`, where None stays None."""
+    return None if value is None else recall_of(value, where, what)
+
+
+def count_of(value: Any, where: str, what: str) -> int:
+    """A recorded number of tokens: a whole number of at least 1.
+
+    Raises:
+        UserError: naming the row and the value.
+    """
+    number = _finite(value, where, what)
+    if number != int(number) or number < 1:
+        raise UserError(
+            f"{where}: {what} counts {number:g} tokens.", "An answer has at least one token."
+        )
+    return int(number)
+
+
+def _finite(value: Any, where: str, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = "missing" if value is None else f"{type(value).__name__}, not a number"
+        raise UserError(f"{where}: {what} is {kind}.", "Evaluate these rows again.")
+    if not math.isfinite(value):
+        raise UserError(
+            f"{where}: {what} is {value}.",
+            "The model or its evaluation broke down there: evaluate these rows again.",
+        )
+    return float(value)

@@ -1,0 +1,1 @@
+"""Metrics: pure functions from per-row scores to figures."""

@@ -1,0 +1,314 @@
+"""From per-row logs to the figures people compare: forget quality, model utility and their parts.
+
+The keys of `summarise` are a contract: others script against them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adapters.errors import UserError
+from evaluation.logs.matching import RowMatch, match_rows
+from evaluation.logs.records import (
+    RECORDED,
+    SETS,
+    AnswerScore,
+    EvalLog,
+    Generation,
+    RowRecord,
+    SetRecord,
+)
+from evaluation.metrics import statistics as metrics
+from evaluation.metrics.statistics import Floats, ForgetQuality, Interval
+from evaluation.metrics.utility import model_utility
+from evaluation.protocols import DEFAULT, Protocol, protocol_named
+
+SET_METRICS = ("answer_prob", "nll", "rouge_l_recall", "truth_ratio")
+QUALITY_FIGURES = ("forget_quality", "forget_quality_log10", "ks", "log_r_shift")
+# What is wanted of each figure; log_r_shift is best at 0.
+BETTER = {
+    "forget_quality": "higher",
+    "forget_quality_log10": "higher",
+    "ks": "lower",
+    "log_r_shift": "zero",
+    "model_utility": "higher",
+    "forget_answer_prob": "lower",
+    "forget_nll": "higher",
+    "forget_rouge_l_recall": "lower",
+    "forget_truth_ratio": "higher",
+    **{
+        f"{name}_{metric}": "lower" if metric == "nll" else "higher"
+        for name in SETS[1:]
+        for metric in SET_METRICS
+    },
+}
+
+
+def protocol_rows(found: SetRecord, protocol: Protocol) -> tuple[RowRecord, ...]:
+    """The rows of a set that the protocol looks at: the first `max_rows`."""
+    return found.rows[: protocol.max_rows]
+
+
+def generation_of(row: RowRecord, protocol: Protocol) -> Generation | None:
+    """The answer decoded as the protocol asks; of a public log the one it recorded."""
+    return row.generations.get(protocol.decoding.name) or row.generations.get(RECORDED)
+
+
+def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict[str, Floats]:
+    """The set's per-row values: `answer_prob`, `nll`, `rouge_l_recall`, `truth_ratio`, `log_r`.
+
+    A metric that some row has no data for is missing. For real authors and world facts
+    `answer_prob` is the probability among the options.
+    """
+    values: dict[str, Floats] = {}
+    if not rows:
+        return values
+    answers = _losses([row.answer_score for row in rows])
+    right = _losses([row.paraphrase for row in rows])
+    wrong = [np.array([score.mean_nll for score in row.perturbed]) for row in rows]
+    made = [generation_of(row, protocol) for row in rows]
+    options = all(losses.size for losses in wrong)
+    if answers is not None:
+        values["nll"] = answers
+        if name in ("forget", "retain"):
+            values["answer_prob"] = metrics.answer_prob(answers)
+        elif options:
+            values["answer_prob"] = metrics.option_prob(answers, wrong)
+    if right is not None and options:
+        log_r = metrics.log_truth_ratio(right, wrong, protocol.truth_ratio)
+        aggregate = metrics.forget_truth_ratio if name == "forget" else metrics.kept_truth_ratio
+        values |= {"log_r": log_r, "truth_ratio": aggregate(log_r)}
+    recalls = [found.rouge_l_recall for found in made if found is not None]
+    if len(recalls) == len(rows):
+        values["rouge_l_recall"] = np.array(recalls, dtype=np.float64)
+    return values
+
+
+def _losses(scores: Sequence[AnswerScore | None]) -> Floats | None:
+    """Mean NLL of every row; None where one has no score."""
+    found = [score.mean_nll for score in scores if score is not None]
+    return np.array(found, dtype=np.float64) if len(found) == len(scores) else None
+
+
+def summarise(
+    log: EvalLog,
+    retain_log: EvalLog | None = None,
+    *,
+    protocol: str = DEFAULT,
+    second_retain_log: EvalLog | None = None,
+    resamples: int = metrics.RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures of a log under one protocol, ready for JSON.
+
+    A figure that cannot be had is None and `reasons` says why. `better` says of each figure
+    whether higher or lower is wanted (or "zero"), `rows` how many rows each set has, `n` those of
+    the forget set. `*_interval` are 95 % bootstrap intervals over rows. `figure_table` lists them.
+
+    Args:
+        log: of the model in question.
+        retain_log: of a model that never saw the forget set; forget quality needs it.
+        protocol: one of `evaluation.protocols.PROTOCOLS`.
+        second_retain_log: of a second such model: how far two of them lie apart (`retrain_band`).
+        resamples, seed: of the bootstrap.
+
+    Raises:
+        UserError: unknown protocol, logs of different rows, texts cut at another length.
+    """
+    chosen = protocol_named(protocol)
+    for each in (log, retain_log, second_retain_log):
+        _refuse_other_cut(each, chosen)
+    rows = {name: protocol_rows(found, chosen) for name, found in log.sets.items()}
+    values = {name: set_values(name, found, chosen) for name, found in rows.items()}
+    quality, by = _forget_quality(log, retain_log, chosen, resamples, seed)
+    utility = model_utility(values, resamples=resamples, seed=seed)
+    result: dict[str, Any] = {
+        "protocol": chosen.name,
+        **_quality_keys(quality),
+        "model_utility": utility.value,
+        "model_utility_interval": _pair(utility.interval),
+        "model_utility_parts": dict(utility.parts),
+        "model_utility_part_intervals": {k: list(v) for k, v in utility.part_intervals.items()},
+    }
+    reasons = dict.fromkeys(QUALITY_FIGURES, quality.reason) | {"model_utility": utility.reason}
+    for name, metric in itertools.product(SETS, SET_METRICS):
+        found = values.get(name, {}).get(metric)
+        key = f"{name}_{metric}"
+        result[key] = None if found is None else float(found.mean())
+        result[f"{key}_interval"] = _spread(found, resamples, seed)
+        if found is None:
+            reasons[key] = _why_missing(log, name, metric, chosen)
+    result["retrain_forget_nll"] = _reference_nll(retain_log, chosen)
+    if retain_log is not None and second_retain_log is not None:
+        band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples, seed)
+        result["retrain_band"] = _quality_keys(band)
+    return result | {
+        "n": len(rows.get("forget", ())),
+        "rows": {name: len(found) for name, found in rows.items()},
+        "rows_matched_by": by,
+        "limited": log.meta.get("limit") is not None,
+        "better": BETTER,
+        "reasons": {key: reason for key, reason in reasons.items() if reason},
+        "notes": _notes(log, retain_log, chosen, by),
+    }
+
+
+def _spread(values: Floats | None, resamples: int, seed: int) -> list[float] | None:
+    if values is None or not resamples:
+        return None
+    return list(metrics.mean_interval(values, resamples=resamples, seed=seed))
+
+
+def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of a summary as a row: name, value, interval, better, n, and why it is missing.
+
+    `n` are the rows the figure was measured on: of its set, of the forget set for forget quality
+    and what belongs to it, of the three sets together for model utility.
+    """
+    return [
+        {
+            "name": name,
+            "value": summary.get(name),
+            "interval": summary.get(f"{name}_interval"),
+            "better": better,
+            "n": _rows_behind(name, summary["rows"]),
+            "reason": summary["reasons"].get(name),
+        }
+        for name, better in summary["better"].items()
+    ]
+
+
+def _rows_behind(figure: str, rows: Mapping[str, int]) -> int:
+    if figure == "model_utility":
+        return sum(rows.get(name, 0) for name in SETS[1:])
+    named = [name for name in SETS if figure.startswith(f"{name}_")]
+    return rows.get(named[0] if named else "forget", 0)
+
+
+def summarise_all(
+    log: EvalLog, protocols: Iterable[str], retain_log: EvalLog | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """The summary under each protocol, in their order: what shares its scores was measured once.
+
+    Raises:
+        UserError: as `summarise`, for the first protocol that cannot be computed from this log.
+    """
+    return [summarise(log, retain_log, protocol=name, **options) for name in protocols]
+
+
+def _quality_keys(quality: ForgetQuality) -> dict[str, Any]:
+    return {
+        "forget_quality": quality.p,
+        "forget_quality_interval": _pair(quality.p_interval),
+        "forget_quality_log10": quality.log10_p,
+        "ks": quality.d,
+        "ks_interval": _pair(quality.d_interval),
+        "log_r_shift": quality.shift,
+        "log_r_shift_interval": _pair(quality.shift_interval),
+        "direction": quality.direction,
+    }
+
+
+def _pair(found: Interval | None) -> list[float] | None:
+    return None if found is None else list(found)
+
+
+def _forget_quality(
+    log: EvalLog, retain_log: EvalLog | None, protocol: Protocol, resamples: int, seed: int
+) -> tuple[ForgetQuality, str | None]:
+    """Forget quality of matched rows, and how they were matched."""
+
+    def without(reason: str) -> tuple[ForgetQuality, None]:
+        n = len(log.sets["forget"].rows) if "forget" in log.sets else 0
+        return ForgetQuality(None, None, None, None, None, n, reason=reason), None
+
+    if retain_log is None:
+        return without(metrics.NEEDS_RETRAIN)
+    for each, whose in ((log, "the log"), (retain_log, "the retrain reference")):
+        if "forget" not in each.sets:
+            return without(f"{whose} has no forget set")
+    match = match_forget(log.sets["forget"], retain_log.sets["forget"], protocol, log.meta)
+    ours = set_values("forget", match.ours, protocol).get("log_r")
+    theirs = set_values("forget", match.theirs, protocol).get("log_r")
+    if ours is None or theirs is None:
+        return without("needs perturbed answers of every forget row")
+    found = metrics.forget_quality(ours, theirs, resamples=resamples, seed=seed)
+    return found, match.by
+
+
+def match_forget(
+    ours: SetRecord, theirs: SetRecord, protocol: Protocol, meta: Mapping[str, Any]
+) -> RowMatch:
+    """The forget rows of a log beside those of its retrain reference, as the protocol cuts them.
+
+    A run that was limited on purpose (`meta["limit"]`) may hold a part of the reference's rows,
+    provided that the reference covers the whole set.
+
+    Raises:
+        UserError: they are different rows.
+    """
+    mine, yours = protocol_rows(ours, protocol), protocol_rows(theirs, protocol)
+    whole = None if ours.total is None else min(ours.total, protocol.max_rows or ours.total)
+    limited = meta.get("limit") is not None and whole == len(yours)
+    return match_rows(mine, yours, subset=limited)
+
+
+def _reference_nll(retain_log: EvalLog | None, protocol: Protocol) -> float | None:
+    if retain_log is None or "forget" not in retain_log.sets:
+        return None
+    rows = protocol_rows(retain_log.sets["forget"], protocol)
+    found = set_values("forget", rows, protocol).get("nll")
+    return None if found is None else float(found.mean())
+
+
+def _refuse_other_cut(log: EvalLog | None, protocol: Protocol) -> None:
+    """Scores of texts that were cut at another length belong to another protocol."""
+    if log is None:
+        return
+    cut, longest = log.meta.get("max_length"), log.meta.get("longest_text")
+    if cut is None or longest is None or cut == protocol.max_length:
+        return
+    if longest > min(cut, protocol.max_length):
+        raise UserError(
+            f"The log's texts were cut at {cut} tokens and the longest has {longest}; protocol "
+            f"'{protocol.name}' cuts at {protocol.max_length}.",
+            f"Evaluate again with --protocol {protocol.name}.",
+        )
+
+
+def _why_missing(log: EvalLog, name: str, metric: str, protocol: Protocol) -> str:
+    if name not in log.sets:
+        return f"the log has no {name} set"
+    if metric == "rouge_l_recall":
+        return f"the log has no answers decoded as {protocol.decoding.name} for every row"
+    if metric == "nll" or (metric == "answer_prob" and name in ("forget", "retain")):
+        return "not every row has a score of its answer"
+    return "not every row has perturbed answers"
+
+
+def _notes(
+    log: EvalLog, retain_log: EvalLog | None, protocol: Protocol, by: str | None
+) -> list[str]:
+    notes = []
+    if log.meta.get("limit") is not None:
+        notes.append(f"limited to the first {log.meta['limit']} rows of each set")
+    recorded = [
+        name
+        for name, found in log.sets.items()
+        if found.rows and protocol.decoding.name not in found.rows[0].generations
+        if RECORDED in found.rows[0].generations
+    ]
+    if recorded:
+        notes.append("answers as recorded in the log, which does not state its decoding")
+    if by == "position":
+        notes.append("rows matched by position and token counts: not both logs hold questions")
+    for key in ("quantization", "dtype"):
+        ours = log.meta.get(key)
+        theirs = retain_log.meta.get(key) if retain_log is not None else None
+        if ours and theirs and ours != theirs:
+            notes.append(f"{key} differs from the retrain reference's: {ours} against {theirs}")
+    return notes

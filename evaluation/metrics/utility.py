@@ -1,0 +1,91 @@
+"""Model utility: the harmonic mean of nine parts, each a mean over the rows of a set.
+
+Source: TOFU (arXiv 2401.06121, `locuslab/tofu` aggregate_eval_stat.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evaluation.metrics.statistics import RESAMPLES, Floats, Interval, interval
+
+# The nine parts of model utility by the names of the official code.
+UTILITY_SETS = {"Real Authors": "real_authors", "Real World": "world_facts", "Retain": "retain"}
+UTILITY_METRICS = {
+    "ROUGE": "rouge_l_recall",
+    "Probability": "answer_prob",
+    "Truth Ratio": "truth_ratio",
+}
+
+
+@dataclass(frozen=True)
+class ModelUtility:
+    """Harmonic mean of nine parts between 0 and 1; higher is better, also of each part.
+
+    Attributes:
+        value: None where a part could not be measured; `reason` names it.
+        parts: by the official names ("Real Authors ROUGE", ..., "Retain Truth Ratio").
+        n: rows of each set.
+        interval, part_intervals: 95 % over resampled rows; None and empty without a value.
+        reason: why there is no value, else None.
+    """
+
+    value: float | None
+    parts: Mapping[str, float]
+    n: Mapping[str, int]
+    interval: Interval | None = None
+    part_intervals: Mapping[str, Interval] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def harmonic_mean(values: Sequence[float] | Floats) -> float:
+    """The harmonic mean; 0 as soon as one value is 0."""
+    numbers = np.asarray(values, dtype=np.float64)
+    return 0.0 if (numbers <= 0).any() else float(numbers.size / (1 / numbers).sum())
+
+
+def model_utility(
+    rows: Mapping[str, Mapping[str, Floats]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> ModelUtility:
+    """Model utility of per-row values, with a bootstrap interval over the rows of each set.
+
+    Args:
+        rows: by set (`retain`, `real_authors`, `world_facts`) and metric (`rouge_l_recall`,
+            `answer_prob`, `truth_ratio`) the values of its rows, all of one length in a set.
+        resamples: of the bootstrap; 0 leaves the interval out.
+        seed: of the bootstrap.
+    """
+    parts: dict[str, float] = {}
+    missing: list[str] = []
+    for title, name in UTILITY_SETS.items():
+        for label, metric in UTILITY_METRICS.items():
+            values = rows.get(name, {}).get(metric)
+            if values is None or not values.size:
+                missing.append(f"{title} {label}")
+            else:
+                parts[f"{title} {label}"] = float(values.mean())
+    counts = {name: len(next(iter(found.values()))) for name, found in rows.items() if found}
+    if missing:
+        return ModelUtility(None, parts, counts, reason=f"not measured: {', '.join(missing)}")
+    value = harmonic_mean(list(parts.values()))
+    if not resamples:
+        return ModelUtility(value, parts, counts)
+    samples = _bootstrap_parts(rows, resamples, seed)
+    with np.errstate(divide="ignore"):
+        utility = len(samples) / (1 / samples).sum(axis=0)
+    spread = {title: interval(row) for title, row in zip(parts, samples, strict=True)}
+    return ModelUtility(value, parts, counts, interval(utility), spread)
+
+
+def _bootstrap_parts(rows: Mapping[str, Mapping[str, Floats]], resamples: int, seed: int) -> Floats:
+    """Means of the nine parts, in the order of the official names: (9, resamples)."""
+    generator = np.random.default_rng(seed)
+    means: list[Floats] = []
+    for name in UTILITY_SETS.values():
+        columns = [rows[name][metric] for metric in UTILITY_METRICS.values()]
+        chosen = generator.integers(columns[0].size, size=(resamples, columns[0].size))
+        means.extend(column[chosen].mean(axis=1) for column in columns)
+    return np.stack(means)

@@ -1,0 +1,1 @@
+"""Reports of recorded measurements as Markdown, HTML, CSV and plots."""

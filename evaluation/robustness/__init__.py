@@ -1,0 +1,1 @@
+"""The robustness card: attacks on an unlearned model and their verdicts."""

@@ -1,0 +1,221 @@
+"""The forms in which an unlearned model may be run, each loaded as its user would load it.
+
+Adapters are folded into the base's original weights, never into quantised ones; the folded weights
+are then quantised by whoever loads them. They live in a folder that goes when the work is done.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from adapters.base.load import BaseSpec
+    from adapters.store.store import AdapterStore
+    from unlearner.tokens.prompts import PromptFormat, Template
+
+STATES = ("origin", "adapter", "adapter-nf4", "merged", "merged-nf4", "merged-int8")
+QUANTISED = {"adapter-nf4": "adapter", "merged-nf4": "merged", "merged-int8": "merged"}
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, and how it is asked."""
+
+    model: Any
+    fmt: PromptFormat
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is attacked: adapters of a store on their base, or weights merged by anyone.
+
+    Attributes:
+        base: the model as it was before, and how all forms are loaded.
+        store, stack: adapters in order with their strengths; empty where `merged` is given.
+        merged: folder of merged weights.
+        retrain: a model that never saw the forget set: the control of relearning and sampling.
+        template: prompt format.
+        allow_missing_parents: of a stack that stands active as it is, see `load_stack`.
+    """
+
+    base: BaseSpec
+    store: AdapterStore | None = None
+    stack: tuple[tuple[str, float], ...] = ()
+    merged: Path | None = None
+    retrain: str | None = None
+    template: Template = "auto"
+    allow_missing_parents: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.merged is None) == (not self.stack):
+            raise UserError(
+                "There is nothing to attack: neither adapters nor merged weights, or both.",
+                "Name adapters of the store with --adapters, or merged weights with --merged.",
+            )
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The forms it has; merged weights have no adapter to put beside a base."""
+        return STATES if self.stack else ("origin", *(s for s in STATES if s.startswith("merged")))
+
+    @property
+    def unlearned(self) -> str:
+        """The form in full precision that is asked questions."""
+        return "adapter" if self.stack else "merged"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Digests of everything that decides the weights, as JSON."""
+        from adapters.base.fingerprint import fingerprint_base
+        from adapters.base.load import resolve_base
+
+        found: dict[str, Any] = {
+            "base": fingerprint_base(resolve_base(self.base.name, self.base.revision)).digest,
+            "loading": [self.base.dtype, self.base.attention, self._device],
+            "template": self.template,
+        }
+        if self.store is not None:
+            files = [self.store.get(slug).manifest.files for slug, _ in self.stack]
+            found["stack"] = [[*one, made] for one, made in zip(self.stack, files, strict=True)]
+        if self.merged is not None:
+            found["merged"] = fingerprint_base(self.merged).digest
+        return found
+
+    @cached_property
+    def retrain_identity(self) -> str | None:
+        """Digest of the control's weights."""
+        from adapters.base.fingerprint import fingerprint_base
+        from adapters.base.load import resolve_base
+
+        return self.retrain and fingerprint_base(resolve_base(self.retrain)).digest
+
+    @property
+    def _device(self) -> str:
+        import torch
+
+        return "cuda" if torch.cuda.is_available() and self.base.device != "cpu" else "cpu"
+
+
+class Workplace:
+    """Loads the forms of a subject one at a time; folds its adapters once, when first needed."""
+
+    def __init__(self, subject: Subject, scratch: Path | None = None) -> None:
+        """Takes the subject, and the folder that the merged weights are written under for now."""
+        self.subject = subject
+        self._scratch = scratch or Path(tempfile.gettempdir())
+        self._folded: Path | None = None
+        self._heavy = False
+
+    def __enter__(self) -> Workplace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._folded is not None:
+            shutil.rmtree(self._folded, ignore_errors=True)
+
+    @contextmanager
+    def loaded(self, state: str, *, float32: bool = False) -> Iterator[Loaded]:
+        """The model of that form (`retrain` is the control), in one thread where it is small.
+
+        Args:
+            state: one of `STATES`, or "retrain".
+            float32: whatever dtype was asked for: to train all weights.
+        """
+        from adapters.base.fingerprint import fingerprint_base
+        from adapters.base.load import load_base, load_tokenizer
+        from adapters.environment import SMALL_MODEL, threads_for
+        from adapters.lora.stack import load_stack
+        from unlearner.tokens.prompts import prompt_format
+
+        spec = self._spec(state)
+        fmt = prompt_format(load_tokenizer(spec.name, spec.revision), self.subject.template)
+        spec = replace(spec, dtype="float32") if float32 else spec
+        self._make_room()
+        self._heavy = self.weights(state) >= SMALL_MODEL
+        model: Any = load_base(spec, int8=state.endswith("int8"))
+        if state.startswith("adapter") and self.subject.store is not None:
+            refs, scales = [slug for slug, _ in self.subject.stack], dict(self.subject.stack)
+            model = load_stack(
+                model,
+                self.subject.store,
+                refs,
+                scales,
+                base=fingerprint_base(self._base_folder),
+                allow_missing_parents=self.subject.allow_missing_parents,
+            )
+        with threads_for(model):
+            yield Loaded(model, fmt)
+
+    def _make_room(self) -> None:
+        """Frees the model before, which holds itself in cycles, before another is loaded.
+
+        Small ones may wait for Python's own collector: walking the heap takes longer than they do.
+        """
+        import torch
+
+        if self._heavy:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @contextmanager
+    def when_needed(self, state: str) -> Iterator[Callable[[], Loaded]]:
+        """A function that loads the model of that form at its first call and then keeps it."""
+        with ExitStack() as stack:
+            yield cache(lambda: stack.enter_context(self.loaded(state)))
+
+    def weights(self, state: str) -> int:
+        """How many weights the form's files hold."""
+        from adapters.base.fingerprint import weight_files
+        from adapters.base.load import resolve_base
+        from adapters.tensors import read_header
+
+        spec = self._spec(state)
+        headers = map(read_header, weight_files(resolve_base(spec.name, spec.revision)))
+        return sum(prod(info.shape) for found in headers for info in found.tensors.values())
+
+    def _spec(self, state: str) -> BaseSpec:
+        """The folder of the form, and whether it is held in 4 bit."""
+        spec = replace(self.subject.base, load_in_4bit=state.endswith("nf4"))
+        if state == "retrain":
+            return replace(spec, name=str(self.subject.retrain), revision=None)
+        if state.startswith("merged"):
+            return replace(spec, name=str(self.merged_folder), revision=None)
+        return spec
+
+    @property
+    def _base_folder(self) -> Path:
+        from adapters.base.load import resolve_base
+
+        return resolve_base(self.subject.base.name, self.subject.base.revision)
+
+    @cached_property
+    def merged_folder(self) -> Path:
+        """The merged weights: the subject's own, else its adapters folded into the base now."""
+        from adapters.atomic_files import left_by_the_dead, temporary_name
+        from adapters.base.fingerprint import fingerprint_base
+        from adapters.lora.merge import fold_stack
+
+        if self.subject.merged is not None:
+            return self.subject.merged
+        store = self.subject.store
+        assert store is not None  # a subject without merged weights has a stack
+        base = fingerprint_base(self._base_folder)
+        stack = [(store.require_whole(slug, base).path, s) for slug, s in self.subject.stack]
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        # A killed process leaves its weights behind: many gigabytes of a large model.
+        for path in self._scratch.glob(".tmp-*-merged"):
+            if left_by_the_dead(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        self._folded = self._scratch / temporary_name("merged")
+        return fold_stack(self._base_folder, stack, self._folded).path

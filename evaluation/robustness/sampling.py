@@ -1,0 +1,174 @@
+"""The sampling leak: what comes out when a question is asked again and again.
+
+A greedy answer is one of many. Whoever may ask n times sees the best of n, so the card shows the
+expected best of n draws, exactly, from one larger draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from evaluation.inference.scoring import evaluating
+from evaluation.metrics.statistics import rouge_recall
+
+if TYPE_CHECKING:
+    from evaluation.robustness.quantisation import Loaded
+    from unlearner.request.rows import Row
+    from unlearner.tokens.prompts import PromptFormat
+
+# ROUGE-L recall from which an answer counts as leaked; `verdicts` of the app uses the same value.
+LEAKED_ROUGE = 0.8
+# Draws that ended leave the batch when they are this share of it.
+LEAVE = 0.1
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How answers are drawn: how many a question, from which distribution, up to which length.
+
+    `max_total` counts prompt and answer together, in tokens.
+    """
+
+    samples: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_total: int = 200
+
+
+def expected_best(values: Sequence[float], n: int) -> float:
+    """The expected maximum of n values drawn from `values` without replacement.
+
+    `E[max] = sum_i x_(i) C(i-1, n-1) / C(S, n)` over the sorted values x_(1) <= ... <= x_(S): of
+    the C(S, n) subsets, C(i-1, n-1) have x_(i) as their largest. For 0/1 values this is the share
+    of subsets that hold a 1, `1 - C(S-c, n) / C(S, n)` (the unbiased pass@k of arXiv 2107.03374).
+
+    Raises:
+        ValueError: n is not between 1 and the number of values.
+    """
+    if not 1 <= n <= len(values):
+        raise ValueError(f"the best of {n} needs 1 to {len(values)} draws")
+    ordered = sorted(values)
+    subsets = math.comb(len(ordered), n)
+    return math.fsum(
+        value * (math.comb(i, n - 1) / subsets) for i, value in enumerate(ordered) if i >= n - 1
+    )
+
+
+def sizes(samples: int) -> list[int]:
+    """The n of the curve: powers of two up to `samples`, and `samples` itself."""
+    powers = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    return powers if powers[-1] == samples else [*powers, samples]
+
+
+def best_of(recalls: Sequence[Sequence[float]], samples: int) -> list[dict[str, Any]]:
+    """A point for each n: means over questions of the expected best of n draws, and of the leak.
+
+    Args:
+        recalls: for every question the ROUGE-L recall of each of its draws.
+        samples: draws a question.
+    """
+    points = []
+    for n in sizes(samples):
+        best = [expected_best(row, n) for row in recalls]
+        leaked = [expected_best([float(x >= LEAKED_ROUGE) for x in row], n) for row in recalls]
+        points.append(
+            {
+                "n": n,
+                "best_rouge_l_recall": math.fsum(best) / len(best),
+                "share_leaked": math.fsum(leaked) / len(leaked),
+            }
+        )
+    return points
+
+
+def row_recalls(loaded: Loaded, row: Row, draws: Draws) -> list[float]:
+    """ROUGE-L recall of every drawn answer to one question, in the order drawn."""
+    texts = draw_answers(loaded.model, loaded.fmt, row.question, draws)
+    found = rouge_recall(texts, [row.answer] * len(texts))
+    return [made.rouge_l_recall for made in found]
+
+
+def draw_answers(model: Any, fmt: PromptFormat, question: str, draws: Draws) -> list[str]:
+    """`draws.samples` answers to one question, no special tokens, stripped.
+
+    The prompt is computed once and its cache repeated. One generator a question, seeded by the
+    question's tokens, so its answers do not depend on which others are asked. A prompt that leaves
+    no budget gets empty answers.
+    """
+    import torch
+
+    prompt = fmt.encode_prompt(question)
+    budget = draws.max_total - len(prompt)
+    made: list[list[int]] = [[] for _ in range(draws.samples)]
+    if budget > 0:
+        generator = torch.Generator(device=model.device).manual_seed(_seed(draws.seed, prompt))
+        with evaluating(model):
+            _draw(model, fmt, prompt, made, budget, _chooser(draws, generator))
+    texts = fmt.tokenizer.batch_decode(
+        made, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [text.strip() for text in texts]
+
+
+def _draw(
+    model: Any,
+    fmt: PromptFormat,
+    prompt: list[int],
+    made: list[list[int]],
+    budget: int,
+    choose: Callable[[Any], Any],
+) -> None:
+    """Fills `made`, a list of tokens a draw; draws that ended leave the batch."""
+    import torch
+
+    from evaluation.inference.generation import stop_tokens
+
+    stops = set(stop_tokens(model, fmt))
+    ids = torch.tensor([prompt], device=model.device)
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    cache, rows = out.past_key_values, list(range(len(made)))
+    cache.batch_repeat_interleave(len(made))
+    logits = out.logits[:, -1].expand(len(made), -1)
+    ended = [False] * len(made)
+    for position in range(budget):
+        tokens = choose(logits.float())
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            ended[row] = ended[row] or token in stops
+            if not ended[row]:
+                made[row].append(token)
+        alive = [i for i, row in enumerate(rows) if not ended[row]]
+        if not alive or position == budget - 1:
+            return
+        if len(rows) - len(alive) >= max(1, LEAVE * len(rows)):
+            kept = torch.tensor(alive, device=model.device)
+            cache.batch_select_indices(kept)
+            rows, tokens = [rows[i] for i in alive], tokens[kept]
+        out = model(
+            input_ids=tokens.unsqueeze(1), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache, logits = out.past_key_values, out.logits[:, -1]
+
+
+def _chooser(draws: Draws, generator: Any) -> Callable[[Any], Any]:
+    """A function from logits (draws, vocabulary) to one drawn token each."""
+    import torch
+    from transformers import TopPLogitsWarper
+
+    warp = TopPLogitsWarper(draws.top_p) if draws.top_p < 1 else None
+
+    def choose(logits: Any) -> Any:
+        scores = logits / draws.temperature
+        scores = scores if warp is None else warp(None, scores)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+
+    return choose
+
+
+def _seed(seed: int, ids: Sequence[int]) -> int:
+    digest = hashlib.sha256(repr((seed, list(ids))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,1 @@
+"""Choosing settings: calibration of the strength, search, early stopping."""

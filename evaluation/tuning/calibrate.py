@@ -1,0 +1,277 @@
+"""An adapter's strength chosen after training: the scale at which it meets the retrain reference.
+
+One sweep over the strength of one adapter on one loaded model, the rest of its stack held fixed:
+teacher-forced scores at every scale, answers (and with them model utility) at the few that matter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from adapters.errors import UserError
+from evaluation.logs.records import EvalLog
+from evaluation.metrics.statistics import Floats, forget_quality
+from evaluation.metrics.summary import match_forget, set_values, summarise
+from evaluation.protocols import DEFAULT, protocol_named
+
+KIND, SCHEMA = "unlearner-calibration", 1
+DEFAULT_SCALES = tuple(i / 10 for i in range(16))
+MAX_MU_LOSS = 0.05
+# Gaps this close in nats a token are the same, and the retain set decides. The median of TOFU's 200
+# rows has a standard error of about 0.12 (bootstrap), so this is well below what they can tell.
+TIE = 0.05
+# How often the grid is halved around the best, and how many candidates are evaluated in full.
+ROUNDS, TRIES = 3, 3
+By = Literal["gap", "ks"]
+Look = Callable[[float], EvalLog]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is tried and what is chosen.
+
+    Attributes:
+        scales: the first grid; 0 and 1 always belong to it.
+        by: minimise |log_r_gap| or the KS statistic D.
+        max_mu_loss: the most that model utility may lose against scale 0.
+        protocol: of all figures.
+        rounds: how often the grid is halved around the best.
+    """
+
+    scales: tuple[float, ...] = DEFAULT_SCALES
+    by: By = "gap"
+    max_mu_loss: float = MAX_MU_LOSS
+    protocol: str = DEFAULT
+    rounds: int = ROUNDS
+
+    @property
+    def grid(self) -> list[float]:
+        """The scales of the first pass, rising."""
+        return sorted({0.0, 1.0, *(round(scale, 4) for scale in self.scales)})
+
+    @property
+    def rule(self) -> str:
+        """In words, what the chosen scale is."""
+        nearest = (
+            f"smallest |log_r_gap|, within {TIE:g} nats the highest retain_answer_prob"
+            if self.by == "gap"
+            else "smallest ks, of equal ones the highest retain_answer_prob"
+        )
+        return f"{nearest}, losing at most {self.max_mu_loss:g} of model_utility against scale 0"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One scale of the curve; `log_r` and `log_r_retrain` are row by row the same questions."""
+
+    scale: float
+    log_r_gap: float
+    ks: float
+    forget_quality: float
+    forget_nll: float
+    retrain_forget_nll: float
+    forget_answer_prob: float
+    retain_answer_prob: float
+    model_utility: float | None = None
+    log_r: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+    log_r_retrain: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its figures, without the rows."""
+        told = asdict(self)
+        return {k: v for k, v in told.items() if not k.startswith("log_r") or k == "log_r_gap"}
+
+
+def read_point(scale: float, log: EvalLog, retain_log: EvalLog, protocol: str) -> Point:
+    """The figures of the model at `scale` beside the reference.
+
+    Raises:
+        UserError: other rows than the reference's, or rows without a truth ratio.
+    """
+    figures = summarise(log, retain_log, protocol=protocol, resamples=0)
+    if figures["forget_quality"] is None:
+        raise UserError(
+            f"Nothing to calibrate by: {figures['reasons']['forget_quality']}.",
+            "Give forget rows with paraphrased_answer and perturbed_answer.",
+        )
+    chosen = protocol_named(protocol)
+    match = match_forget(log.sets["forget"], retain_log.sets["forget"], chosen, log.meta)
+    ours, theirs = (set_values("forget", rows, chosen) for rows in (match.ours, match.theirs))
+    return Point(
+        scale=scale,
+        log_r_gap=figures["log_r_shift"],
+        ks=figures["ks"],
+        forget_quality=figures["forget_quality"],
+        forget_nll=figures["forget_nll"],
+        retrain_forget_nll=figures["retrain_forget_nll"],
+        forget_answer_prob=figures["forget_answer_prob"],
+        retain_answer_prob=figures["retain_answer_prob"],
+        log_r=ours["log_r"],
+        log_r_retrain=theirs["log_r"],
+    )
+
+
+def best(points: Sequence[Point], by: By = "gap") -> Point:
+    """The nearest point to the reference; of those that are as near the one that keeps most.
+
+    Points within `TIE` nats of the smallest |gap| (or of equal D) tie: the highest
+    retain_answer_prob wins, then the smallest scale.
+    """
+    distances = [abs(p.log_r_gap) if by == "gap" else p.ks for p in points]
+    allowed = min(distances) + (TIE if by == "gap" else 1e-9)
+    near = [p for p, d in zip(points, distances, strict=True) if d <= allowed]
+    return min(near, key=lambda p: (-p.retain_answer_prob, p.scale))
+
+
+def next_scales(points: Sequence[Point], by: By = "gap") -> list[float]:
+    """Scales to look at next: halfway to the best one's neighbours, and by the gap halfway in
+    every interval across which its sign turns.
+    """
+    ordered = sorted(points, key=lambda p: p.scale)
+    at = ordered.index(best(ordered, by))
+    pairs = list(pairwise(ordered))
+    chosen = pairs[max(0, at - 1) : at + 1]
+    if by == "gap":
+        chosen += [(a, b) for a, b in pairs if a.log_r_gap < 0 <= b.log_r_gap]
+        chosen += [(a, b) for a, b in pairs if b.log_r_gap < 0 <= a.log_r_gap]
+    return sorted(
+        {round((a.scale + b.scale) / 2, 4) for a, b in chosen} - {p.scale for p in points}
+    )
+
+
+def held_out(grid: Sequence[Point], by: By = "gap") -> dict[str, Any] | None:
+    """Forget quality on rows that the scale was not chosen on; None below two rows a half.
+
+    The scale is chosen on the odd rows and read on the even ones, and the other way round.
+    `forget_quality` and `ks` put both halves together again: every row at the scale chosen without
+    it. Only the first grid is chosen from: the refinement has looked at all rows.
+    """
+    n = grid[0].log_r.size
+    parts = [np.arange(start, n, 2) for start in (0, 1)]
+    if min(len(part) for part in parts) < 2:
+        return None
+    found = []
+    mixed = np.empty(n)
+    for mine, other in (parts, parts[::-1]):
+        seen = [_on_rows(point, mine) for point in grid]
+        chosen = grid[seen.index(best(seen, by))]
+        read = _on_rows(chosen, other)
+        mixed[other] = chosen.log_r[other]
+        figures = {"log_r_gap": read.log_r_gap, "ks": read.ks}
+        found.append({"scale": chosen.scale, "forget_quality": read.forget_quality, **figures})
+    together = forget_quality(mixed, grid[0].log_r_retrain, resamples=0)
+    return {
+        "chosen_on_odd_rows": found[0],
+        "chosen_on_even_rows": found[1],
+        "forget_quality": together.p,
+        "ks": together.d,
+        "log_r_gap": together.shift,
+        "n": n,
+    }
+
+
+def _on_rows(point: Point, rows: Any) -> Point:
+    """The point's comparison with the reference on some of its rows alone."""
+    found = forget_quality(point.log_r[rows], point.log_r_retrain[rows], resamples=0)
+    gap, ks, p = found.shift or 0.0, found.d or 0.0, found.p or 0.0
+    return replace(point, log_r_gap=gap, ks=ks, forget_quality=p)
+
+
+def calibrate(
+    look: Look,
+    measure: Look,
+    retain_log: EvalLog,
+    settings: Settings | None = None,
+) -> dict[str, Any]:
+    """The curve, the chosen scale or the reason why there is none, and what checks it.
+
+    Args:
+        look: the log of the model at a scale, scores only; asked once a scale.
+        measure: the log at a scale with answers, of all four sets; asked for 0, 1, the chosen scale
+            and the candidates that were refused.
+        retain_log: of a model that never saw the forget set.
+        settings: grid, rule and bound.
+
+    Raises:
+        UserError: rows that cannot be compared with the reference's.
+    """
+    asked = settings or Settings()
+    started = time.monotonic()
+    points = [read_point(scale, look(scale), retain_log, asked.protocol) for scale in asked.grid]
+    first = list(points)
+    for _ in range(asked.rounds):
+        points += [
+            read_point(scale, look(scale), retain_log, asked.protocol)
+            for scale in next_scales(points, asked.by)
+        ]
+    points.sort(key=lambda p: p.scale)
+    evaluations: dict[float, dict[str, Any]] = {}
+
+    def utility(scale: float) -> float | None:
+        if scale not in evaluations:
+            figures = summarise(measure(scale), retain_log, protocol=asked.protocol)
+            evaluations[scale] = {"scale": scale, **figures}
+        value: float | None = evaluations[scale]["model_utility"]
+        return value
+
+    whole = utility(0.0)
+    chosen, reason, allowed = _choose(points, whole, utility, asked)
+    utility(1.0)
+    curve = [
+        replace(p, model_utility=evaluations.get(p.scale, {}).get("model_utility")) for p in points
+    ]
+    eligible = [p for p in first if p in allowed]
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "protocol": asked.protocol,
+        "by": asked.by,
+        "rule": asked.rule,
+        "max_mu_loss": asked.max_mu_loss,
+        "chosen_scale": chosen,
+        "reason": reason,
+        "best_by_gap": best(points, "gap").scale,
+        "best_by_ks": best(points, "ks").scale,
+        "tried": len(points),
+        "curve": [p.to_json() for p in curve],
+        "held_out": None if chosen is None else held_out(eligible, asked.by),
+        "evaluations": [evaluations[scale] for scale in sorted(evaluations)],
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _choose(
+    points: Sequence[Point],
+    whole: float | None,
+    utility: Callable[[float], float | None],
+    asked: Settings,
+) -> tuple[float | None, str | None, list[Point]]:
+    """The chosen scale or None, which were refused and why, and the points in question at last.
+
+    Where a candidate loses too much, the next one is the best up to the scale at which the loss
+    would be within the bound if it grew in proportion. It mostly grows faster than that, so a
+    second try mostly passes.
+    """
+    if whole is None:
+        return None, "model utility cannot be measured on this data, so its loss has no bound", []
+    allowed = list(points)
+    refused: list[str] = []
+    for _ in range(TRIES):
+        found = best(allowed, asked.by)
+        if found.scale == 0:
+            weaker = "weaker scale" if refused else "scale"
+            reason = f"no {weaker} is nearer to the reference than 0, switched off"
+            return None, "; ".join([*refused, reason]), allowed
+        loss = whole - (utility(found.scale) or 0.0)
+        if loss <= asked.max_mu_loss:
+            return found.scale, "; ".join(refused) or None, allowed
+        refused.append(f"scale {found.scale:g} loses {loss:.4f} of model_utility")
+        most = found.scale * asked.max_mu_loss / loss
+        allowed = [point for point in allowed if point.scale <= most]
+    return None, "; ".join([*refused, f"no more than {TRIES} are tried"]), allowed

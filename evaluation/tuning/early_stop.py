@@ -1,0 +1,152 @@
+"""How far a model's answers to the forget set are from those of a model that never saw it.
+
+A short teacher-forced measure for the middle of a training: no answers are generated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adapters.errors import UserError
+from evaluation.inference.scoring import encode_answers, score_rows
+from evaluation.logs.matching import match_rows
+from evaluation.logs.records import EvalLog, RowRecord
+from evaluation.metrics.statistics import forget_quality
+from evaluation.metrics.summary import set_values, summarise
+from evaluation.protocols import DEFAULT, protocol_named
+from unlearner.request.rows import FORGET_SPLITS, Request, Row, load_split, read_rows
+from unlearner.training import distributed as ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from unlearner.tokens.prompts import PromptFormat
+
+
+def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row]:
+    """The rows a reading scores, with paraphrased and perturbed answers.
+
+    Args:
+        request: what is forgotten. The rows of a TOFU split are those of its `_perturbed` split, of
+            an author those of `forget10_perturbed` that are asked for, of a file its own.
+        given: a JSONL file or a forget split to take instead.
+        data: folder of TOFU's JSON-lines files, else the hub.
+
+    Raises:
+        UserError: rows without such answers, or an author TOFU has none for.
+    """
+    name = (given or request.name).removeprefix("tofu:")
+    if name in FORGET_SPLITS:
+        rows = load_split(f"{name}_perturbed", data)
+    elif given is not None:
+        rows = read_rows(Path(given))
+    elif request.kind == "tofu-author":
+        asked = {row.question.strip() for row in request.rows}
+        rows = [r for r in load_split("forget10_perturbed", data) if r.question.strip() in asked]
+    else:
+        rows = list(request.rows)
+    bare = [row for row in rows if row.paraphrased_answer is None or not row.perturbed_answers]
+    if bare or not rows:
+        where = f"{len(bare)} of {len(rows)} rows have" if rows else "no row has"
+        raise UserError(
+            f"The gap of log R needs paraphrased and perturbed answers: {where} "
+            + ("none, for example " + repr(bare[0].question) + "." if bare else "any."),
+            "Give rows with paraphrased_answer and perturbed_answer, or --gap-rows forget05.",
+        )
+    return rows
+
+
+class GapProbe:
+    """Scores the forget rows and compares them with the retrain reference's."""
+
+    def __init__(
+        self,
+        fmt: PromptFormat,
+        rows: Sequence[Row],
+        retain_log: EvalLog,
+        protocol: str = DEFAULT,
+    ) -> None:
+        """Takes the rows and their reference; refuses what cannot be compared.
+
+        Args:
+            fmt: prompts and tokenizer of the model to be measured.
+            rows: forget rows with paraphrased and perturbed answers.
+            retain_log: of a model that never saw them; it may hold more rows.
+            protocol: whose truth ratio and cut are used.
+
+        Raises:
+            UserError: the reference has no such rows, or lacks scores of them.
+        """
+        self._protocol = protocol_named(protocol)
+        self._fmt = fmt
+        self._rows = list(rows)
+        self._encoded = encode_answers(fmt, self._rows)
+        if summarise(retain_log, protocol=protocol, resamples=0)["forget_nll"] is None:
+            raise UserError("The retrain reference has no scored forget set.", "Give another log.")
+        self._theirs = retain_log.sets["forget"].rows
+        if all(row.question is not None for row in self._theirs):
+            self.compare([RowRecord(row.question, row.answer) for row in rows], only_match=True)
+
+    @property
+    def key(self) -> str:
+        """Changes with the rows, the reference's scores and the protocol."""
+        scores = [
+            [row.question, row.paraphrase and row.paraphrase.mean_nll] for row in self._theirs
+        ]
+        texts = [[row.question, row.answer, list(row.perturbed_answers)] for row in self._rows]
+        text = json.dumps([self._protocol.name, scores, texts], ensure_ascii=False)
+        return "gap-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        """The figures of the model as it is, see `compare`."""
+
+        def score(indices: Sequence[int]) -> list[RowRecord]:
+            return score_rows(
+                model,
+                self._fmt,
+                [self._rows[i] for i in indices],
+                encoded=[self._encoded[i] for i in indices],
+                max_length=self._protocol.max_length,
+            )
+
+        return self.compare(ranks.spread(range(len(self._rows)), score))
+
+    def compare(self, ours: Sequence[RowRecord], *, only_match: bool = False) -> dict[str, float]:
+        """The figures of scored rows beside the reference's.
+
+        `gap`: median log R less the reference's, below 0 under-forgotten (nats a token);
+        `nll_gap`: mean forget NLL less the reference's, likewise; `ks`, `forget_quality`: of the
+        test between both; `forget_nll`.
+
+        Args:
+            ours: in any order.
+            only_match: rows without scores, to find out whether the reference has them: {}.
+
+        Raises:
+            UserError: the reference has not all of these rows, or no truth ratio for them.
+        """
+        match = match_rows(ours, self._theirs, subset=True)
+        theirs = set_values("forget", match.theirs, self._protocol)
+        if "log_r" not in theirs or "nll" not in theirs:
+            raise UserError(
+                "The retrain reference lacks paraphrased or perturbed answers of some rows.",
+                "Evaluate the retrained model on the forget split, or on these rows.",
+            )
+        if only_match:
+            return {}
+        mine = set_values("forget", match.ours, self._protocol)
+        found = forget_quality(mine["log_r"], theirs["log_r"], resamples=0)
+        nll = float(mine["nll"].mean())
+        return {
+            "gap": float(np.median(mine["log_r"]) - np.median(theirs["log_r"])),
+            "nll_gap": nll - float(theirs["nll"].mean()),
+            "ks": float(found.d or 0.0),
+            "forget_quality": float(found.p or 0.0),
+            "forget_nll": nll,
+        }

@@ -1,0 +1,143 @@
+"""Counted figures are guarded here; what is timed is a command, not a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import UserError
+from evaluation.benchmark.baseline import measure, quantise
+from evaluation.benchmark.run import (
+    Answer,
+    Line,
+    Workload,
+    count,
+    decode_flops,
+    flops,
+    load_workload,
+    recorded_answers,
+)  # fmt: skip
+from evaluation.logs.records import read_log
+
+# Of Llama-2-7b: weights in its projections, and in its head.
+LINEAR, HEAD = 6_476_005_376, 131_072_000
+
+
+@pytest.fixture(scope="module")
+def work(shared: Path) -> Workload:
+    return load_workload(shared / "tofu", str(shared / "llama2-tokenizer"))
+
+
+def attention(length: int) -> int:
+    """Products of scores and values in a forward, counted in full."""
+    return 4 * length * length * 4096 * 32
+
+
+def test_the_counter_sees_what_the_formula_says() -> None:
+    """Counted on meta tensors of the 7B shape: within 0.1 % of 2 FLOPs a weight and token."""
+    full = flops.new_llama("llama2-7b")
+    forward = 2 * (LINEAR + HEAD) * 200 + attention(200)
+    assert flops.plain_scoring_row(full).flops == pytest.approx(forward, rel=1e-3)
+    # Forward, gradients of inputs and of weights, and forward again: without the head, and without
+    # each block's last product, which backward does not need.
+    down = 32 * 4096 * 11008
+    trained = 2 * 500 * (4 * LINEAR - down + 3 * HEAD) + 4 * attention(500)
+    assert flops.plain_training_row(full).flops == pytest.approx(trained, rel=2e-3)
+    token = flops.decoding_token(full, 60).flops
+    assert token == pytest.approx(2 * (LINEAR + HEAD) + 4 * 61 * 4096 * 32, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_whole_plan_follows_from_a_micro_batch(work: Workload) -> None:
+    """FLOPs a token of four other micro-batches: within 1 % of the first."""
+    model = flops.with_lora(flops.new_llama("llama2-7b"), 16)
+    found = []
+    for start in (0, 40, 120):
+        rows = work.forget[start : start + 8] + work.retain[start : start + 8]
+        tokens = sum(len(row.input_ids) for row in rows)
+        found.append(flops.training_step(model, rows, packed=True).flops / tokens)
+    assert max(found) < 1.01 * min(found)
+
+
+@pytest.mark.slow
+def test_the_targets_of_a_job_and_an_evaluation_hold(work: Workload) -> None:
+    lines = {line.name: line for line in count(work, "llama2-7b")}
+    assert lines["training FLOPs of one job"].plain == pytest.approx(100.7, rel=1e-3)
+    assert (lines["training FLOPs of one job"].ratio or 0) >= 13.5
+    assert (lines["the same with full checkpointing"].ratio or 0) >= 9
+    assert lines["teacher-forced FLOPs"].plain == pytest.approx(12.21, rel=1e-3)
+    assert (lines["teacher-forced FLOPs"].ratio or 0) >= 6
+    assert (lines["the same, ours without checkpointing"].ours or 0) < 310
+
+
+def test_generation_starts_behind_what_is_known() -> None:
+    answers = [Answer(10, 5, 5, 5), Answer(10, 8, 6, 2), Answer(4, 3, 7, 0)]
+    plain, ours = decode_flops(answers, 1.0)
+    assert plain == 3 * (10 + 7)
+    # The first is known to its end. The others begin at 12 and 4 and make 4 and 7: two prompts of
+    # 12, three steps of both, then the one that goes on takes three alone.
+    assert ours == 2 * 12 + 3 * 2 + 3
+
+
+def test_recorded_answers_are_compared_token_by_token(shared: Path) -> None:
+    log = read_log(shared / "reference-logs" / "llama2-7b_full.json")
+    found = recorded_answers(log, str(shared / "llama2-tokenizer"))
+    assert len(found) > 700
+    assert all(0 <= a.agreed <= min(a.truth, a.made) for a in found)
+    share = sum(a.agreed for a in found) / sum(a.made for a in found)
+    assert 0.7 < share < 0.9
+
+
+def test_real_rows_need_a_tokenizer_and_the_world_needs_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="both their folder and a tokenizer"):
+        load_workload(tmp_path, None)
+    world = load_workload(None, None)
+    assert world.source == "embedded world"
+    assert min(len(world.forget), len(world.retain), len(world.questions)) > 8
+
+
+@pytest.fixture
+def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(flops.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+    monkeypatch.setattr(flops, "PLAIN_TRAIN", 120)
+    monkeypatch.setattr(flops, "PLAIN_EVAL", 100)
+
+
+@pytest.mark.usefixtures("small_shape")
+def test_both_ways_are_timed_in_one_run() -> None:
+    said: list[str] = []
+    lines = measure(load_workload(None, None), "tiny", seconds=0.01, on_progress=said.append)
+    assert said == ["training rows/s", "scoring rows/s", "generation rows/s"]
+    assert [line.unit for line in lines] == ["rows/s", "MB"] * 3
+    for line in lines:
+        assert line.plain is not None
+        assert line.ours is not None
+        assert min(line.plain, line.ours) > 0
+        assert line.ratio is not None
+    assert lines[0].target == "at least 4 x"
+    assert isinstance(lines[0].met, bool)
+
+
+@pytest.mark.usefixtures("small_shape")
+def test_random_weights_go_into_nf4() -> None:
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    torch.manual_seed(0)
+    model = flops.new_llama("tiny", "cpu", "float32")
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        quantise(model)
+        after = model(input_ids=ids).logits
+    names = {type(m).__name__ for m in model.modules()}
+    assert "Linear4bit" in names
+    assert type(model.lm_head).__name__ == "Linear"
+    assert 0 < float((before - after).abs().max()) < 0.5 * float(before.abs().max())
+
+
+def test_a_line_under_a_heading() -> None:
+    line: Any = Line("training rows/s", "rows/s", 1.0, 2.0, 2.0).under("8 GB: ")
+    assert line.name == "8 GB: training rows/s"

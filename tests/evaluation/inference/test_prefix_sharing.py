@@ -1,0 +1,168 @@
+"""Trees score what rows score: on real questions, real tokens, with adapters and in half."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.base.load import load_tokenizer
+from evaluation.inference import prefix_sharing as prefix_tree
+from evaluation.inference import scoring
+from evaluation.inference.prefix_sharing import ancestors, build_tree, score_trees, shares_exactly
+from evaluation.inference.scoring import encode_answers, score_rows
+from unlearner.request.rows import Row, load_split
+from unlearner.tokens.prompts import IGNORE, Encoded, prompt_format
+
+
+def llama(**shape: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 32000, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **shape})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def fmt(shared: Path) -> Any:
+    return prompt_format(load_tokenizer(str(shared / "llama2-tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def rows(shared: Path) -> list[Row]:
+    """Real questions with seven answers, some of which open with a quote, and short ones."""
+    found = load_split("forget05_perturbed", shared / "tofu")
+    quoted = [r for r in found if any(t.startswith('"') for t in (r.answer, *r.perturbed_answers))]
+    return [*quoted[:3], *found[:5], *load_split("world_facts_perturbed", shared / "tofu")[:3]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("max_length", [200, 40])
+def test_trees_and_rows_give_the_same_scores(
+    attention: str, max_length: int, fmt: Any, rows: list[Row]
+) -> None:
+    """Largest difference 1e-5 nats a token of up to 20, grouped heads, cut rows included."""
+    model = llama(attn_implementation=attention)
+    plain = score_rows(model, fmt, rows, shared=False, max_length=max_length)
+    tree = score_rows(model, fmt, rows, shared=True, max_length=max_length)
+    gap = 0.0
+    for a, b in zip(plain, tree, strict=True):
+        for x, y in zip(texts_of(a), texts_of(b), strict=True):
+            assert x.n == y.n
+            gap = max(gap, abs(x.mean_nll - y.mean_nll))
+    assert 0 < gap < 1e-5
+
+
+def texts_of(record: Any) -> list[Any]:
+    """All scores of a row."""
+    return [record.answer_score, record.paraphrase, *record.perturbed]
+
+
+def test_bf16_differs_by_its_rounding_only(fmt: Any, rows: list[Row]) -> None:
+    """bf16: largest difference 0.1 nats a token of up to 20."""
+    model = llama().bfloat16()
+    plain, tree = (score_rows(model, fmt, rows[:4], shared=s) for s in (False, True))
+    for a, b in zip(plain, tree, strict=True):
+        for x, y in zip(texts_of(a), texts_of(b), strict=True):
+            assert abs(x.mean_nll - y.mean_nll) < 0.1
+
+
+def test_an_active_adapter_is_in_the_tree(fmt: Any, rows: list[Row]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    bare = score_rows(llama(), fmt, rows[:3])
+    model: Any = get_peft_model(
+        llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    plain, tree = (score_rows(model, fmt, rows[:3], shared=s) for s in (False, True))
+    for a, b, c in zip(plain, tree, bare, strict=True):
+        for x, y, z in zip(texts_of(a), texts_of(b), texts_of(c), strict=True):
+            assert abs(x.mean_nll - y.mean_nll) < 1e-5
+            assert abs(x.mean_nll - z.mean_nll) > 1e-4
+
+
+def test_the_way_that_was_taken(fmt: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    for name in ("score_trees", "_score_texts"):
+        real = getattr(scoring, name)
+        monkeypatch.setattr(
+            scoring, name, lambda *a, _r=real, _n=name, **k: taken.append(_n) or _r(*a, **k)
+        )
+    score_rows(llama(), fmt, rows[:1])
+    score_rows(llama(), fmt, rows[:1], shared=False)
+    monkeypatch.setattr(scoring, "shares_exactly", lambda model, texts: False)
+    score_rows(llama(), fmt, rows[:1])
+    assert taken == ["score_trees", "_score_texts", "_score_texts"]
+
+
+def test_attention_that_takes_no_mask_and_trees_that_differ_are_noticed(
+    fmt: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = list(encode_answers(fmt, rows[:1])[0].texts)
+    model = llama()
+    with torch.no_grad():
+        assert shares_exactly(model, texts)
+        # As if every token saw all before it, those of other answers too.
+        real = prefix_tree.ancestors
+        monkeypatch.setattr(
+            prefix_tree, "ancestors", lambda p: torch.ones(len(p), len(p)).tril().bool().numpy()
+        )
+        assert not shares_exactly(model, texts)
+        monkeypatch.setattr(prefix_tree, "ancestors", real)
+        model.config._attn_implementation = "flash_attention_2"
+        assert not shares_exactly(model, texts)
+
+
+def test_a_tree_by_hand() -> None:
+    texts = [
+        Encoded([1, 2, 3, 9], [IGNORE, IGNORE, 3, 9]),
+        Encoded([1, 2, 4, 9], [IGNORE, IGNORE, 4, 9]),
+        Encoded([1, 2, 3, 9], [IGNORE, IGNORE, 3, 9]),
+        Encoded([1, 5], [IGNORE, 5]),
+    ]
+    tree = build_tree(texts)
+    # 1 -> 2 -> 3 and 4; nothing follows 9 or 5.
+    assert (tree.tokens, tree.parents, tree.depths) == ([1, 2, 3, 4], [-1, 0, 1, 1], [0, 1, 2, 2])
+    assert tree.leaves == [[(1, 3), (2, 9)], [(1, 4), (3, 9)], [(1, 3), (2, 9)], [(0, 5)]]
+    assert ancestors(tree.parents).tolist() == [
+        [True, False, False, False], [True, True, False, False],
+        [True, True, True, False], [True, True, False, True],
+    ]  # fmt: skip
+
+
+def test_packs_keep_the_order_and_the_scores(fmt: Any, rows: list[Row]) -> None:
+    model = llama()
+    questions = [list(row.texts) for row in encode_answers(fmt, rows)]
+    with torch.no_grad():
+        seen: list[tuple[int, int]] = []
+        one = score_trees(model, questions, tokens=1, on_progress=lambda a, b: seen.append((a, b)))
+        many = score_trees(model, questions, tokens=4000)
+    assert seen[-1] == (sum(map(len, questions)),) * 2
+    assert len(seen) == len(questions)
+    for a, b in zip(one, many, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.n == y.n
+            assert x.nll == pytest.approx(y.nll, rel=1e-6)
+
+
+def test_distinct_tokens_of_the_real_set_are_as_counted(shared: Path, fmt: Any) -> None:
+    """Counted once by other code over all four sets: 143,622."""
+    total = nodes = 0
+    for name, limit in (("forget05", 200), ("retain", 300), ("real_authors", 100),
+                        ("world_facts", 117)):  # fmt: skip
+        found = load_split(f"{name}_perturbed", shared / "tofu")[:limit]
+        for row in encode_answers(fmt, found):
+            total += sum(len(text.input_ids) for text in row.texts)
+            nodes += len(build_tree(row.texts).tokens)
+    assert total / nodes > 1.85
+    assert nodes == 143_622

@@ -1,0 +1,416 @@
+"""The app's logic without a page: verdicts, differences, the line, jobs, votes, logs."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from adapters.errors import UserError
+from evaluation.report.inputs import find_inputs, named_logs
+from ui.app.data import requests, runs, same, votes
+from ui.app.data.decoding import PairDecoder, Sampling
+from ui.app.data.library import read_library
+from ui.app.data.recorded import open_recorded
+from ui.app.data.sheet import SheetRow, tally
+from ui.app.data.verdicts import verdict
+from ui.app.html import views
+from ui.app.html.plots import histogram, pareto, round_values
+from ui.app.jobs import Jobs
+from ui.app.session import Answer, Frame, Session
+from ui.app.tabs.runs import _pair
+from ui.app.turns import Turns
+from ui.cli.commands.everyday.ui import read_auth
+
+
+@pytest.mark.parametrize(
+    ("text", "rouge", "prob", "word"),
+    [
+        ("He was born in Lagos.", 1.0, 0.9, "still knows"),
+        ("Lagos is where he was born.", 0.3, 0.75, "still knows"),
+        ("He was born in Rome.", 0.6, 0.2, "vague"),
+        ("I'm not sure about that.", 0.0, 0.1, "refuses"),
+        ("I do not have that information.", 1.0, 0.9, "refuses"),
+        ("the the the the book", 0.9, 0.9, "broken"),
+        ("one two three " * 8, 0.0, 0.0, "broken"),
+        ("", 0.0, 0.0, "broken"),
+        ("Lagos.", None, None, "not judged"),
+    ],
+)
+def test_a_verdict_follows_its_documented_rule(
+    text: str, rouge: float | None, prob: float | None, word: str
+) -> None:
+    assert verdict(text, rouge, prob) == word
+
+
+def test_differences_mark_words_of_one_side_only_and_escape_them() -> None:
+    left, right = views.differences("born in <b>Lagos</b> today", "born in Rome today")
+    assert left == 'born in <mark class="un-diff">&lt;b&gt;Lagos&lt;/b&gt;</mark> today'
+    assert right == 'born in <mark class="un-diff">Rome</mark> today'
+    assert views.differences("a b", "a b") == ("a b", "a b")
+
+
+def test_the_line_serves_in_order_and_tells_the_position() -> None:
+    turns = Turns()
+    first, second, third = turns.join(), turns.join(), turns.join()
+    assert [turns.ahead(t) for t in (first, second, third)] == [0, 1, 2]
+    seen: list[int] = []
+    waiting = threading.Thread(target=lambda: seen.extend(turns.waiting(third, 0.01)))
+    waiting.start()
+    turns.leave(second)  # someone gives up
+    turns.leave(first)
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert seen[0] == 2
+    assert turns.ahead(third) == 0
+
+
+def test_a_vote_is_blind_counted_and_holds_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    for seed in range(8):
+        made = votes.ballot("Who is she?", "Mira", "nobody", [("r0001", 1.0)], random.Random(seed))
+        assert set(made.texts) == {"Mira", "nobody"}
+        letter = "A" if made.texts[0] == "Mira" else "B"
+        line = votes.cast(path, made, f"{letter} knows more", key=b"k" * 32)
+        assert line["winner"] == "base"
+    assert votes.count(path) == {"base": 8, "stack": 0, "both": 0, "neither": 0}
+    text = path.read_text()
+    assert "Mira" not in text
+    assert "Who" not in text
+    assert {json.loads(line)["a"] for line in text.splitlines()} == {"base", "stack"}
+    with pytest.raises(UserError, match="No answer was chosen"):
+        votes.cast(path, made, "")
+
+
+def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
+    logs = shared / "reference-logs"
+    found = open_recorded([logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json"])
+    questions = found.questions("to forget")
+    assert len(questions) == 300
+    frame = found.frame("to forget", questions[0])
+    assert frame.base.word == "still knows"
+    assert frame.truth
+    assert frame.base.text != frame.unlearned.text
+    with pytest.raises(UserError, match="1 logs were given"):
+        open_recorded([logs / "llama2-7b_full.json"])
+
+
+def test_runs_hold_the_reference_and_export(shared: Path) -> None:
+    logs = shared / "reference-logs"
+    retrain = logs / "llama2-7b_retain90_tofu.json"
+    found = runs.gather(None, [logs / "llama2-7b_full.json"], retrain)
+    by_name = {row["name"]: row for row in found.table}
+    published = json.loads((logs / "published.json").read_text())["model_utility"]
+    full = published["llama2-7b_full.json"]["geometric"]["Model Utility"]
+    assert by_name["llama2-7b_full"]["model_utility"] == pytest.approx(full, abs=1e-6)
+    assert by_name[retrain.stem]["source"] == runs.REFERENCE
+    assert by_name[retrain.stem]["forget_quality"] == pytest.approx(1.0)
+    lines = runs.as_csv(found).splitlines()
+    assert lines[0].startswith("name,source,forget_quality")
+    assert len(lines) == 3
+    assert len(found.log_r["llama2-7b_full"]) == 300
+
+
+def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> None:
+    """`evaluate --out` calls every log eval_log.json; the folder tells them apart."""
+    logs = shared / "reference-logs"
+    made = []
+    for folder, name in (("full", "llama2-7b_full"), ("npo", "llama2-7b_retain90_npo")):
+        for place in (tmp_path / folder, tmp_path / "more" / folder):
+            place.mkdir(parents=True)
+            made.append(place / "eval_log.json")
+            made[-1].write_bytes((logs / f"{name}.json").read_bytes())
+    found = runs.gather(None, made, logs / "llama2-7b_retain90_tofu.json")
+    names = [row["name"] for row in found.table]
+    assert names == ["full", "full (2)", "npo", "npo (2)", "llama2-7b_retain90_tofu"]
+    assert set(found.log_r) == set(names)
+    assert found.log_r["full"] == found.log_r["full (2)"] != found.log_r["npo"]
+    assert open_recorded([made[0], made[2]]).names == ("full", "npo")
+    assert list(find_inputs(named_logs(made)).logs) == names[:4], "the report takes them too"
+    assert f"'full (2)={made[1]}'" in same.report(made, None, (), ())
+    app: Any = SimpleNamespace(logs=made, retain_log=None, new_file=lambda name: tmp_path / name)
+    for chosen in (["npo (2)", "full"], ["full (2)", "full"]):
+        layout = json.loads(Path(_pair(app, chosen)).read_text())
+        assert [model["name"] for model in layout["models"]] == chosen
+
+
+def test_comparator_json_has_the_layout_of_its_reader() -> None:
+    a, b = Answer("x", rouge_l_recall=1.0), Answer("y", rouge_l_recall=0.25)
+    rows = [("to forget", "q", a, b), ("kept", "p", a, Answer("z"))]
+    made = runs.comparator(rows, ("base", "stack"))
+    assert set(made) == {"metadata", "models", "examples"}
+    assert made["models"] == [{"name": "base"}, {"name": "stack"}]
+    example = made["examples"][0]
+    assert (example["input_text"], example["tags"], example["score"]) == ("q", ["to forget"], 0.75)
+    assert (example["output_text_a"], example["output_text_b"]) == ("x", "y")
+    assert example["custom_fields"]["rouge_l"] == [1.0, 0.25]
+    assert made["examples"][1]["score"] is None  # not measured is no tie
+    schema = made["metadata"]["custom_fields_schema"]
+    assert {field["name"] for field in schema} == set(example["custom_fields"])
+    assert {field["type"] for field in schema} == {"per_model_number", "per_model_category"}
+
+
+def test_plots_name_every_point_and_escape_names() -> None:
+    drawn = pareto([("<a>", 0.5, -2.0, "here"), ("b", 0.6, 0.0, "there")], "label", "x", "y")
+    assert "&lt;a&gt;" in drawn
+    assert 'aria-label="label"' in drawn
+    assert pareto([], "label", "x", "y") == ""
+    assert "mean +1.000" in histogram({"run": [0.5, 1.5]}, "label", "x")
+    assert round_values(0.561, 0.651) == [0.58, 0.6, 0.62, 0.64]
+
+
+def test_a_tally_counts_forgotten_beside_kept() -> None:
+    knows, vague = Answer("x", word="still knows", rouge_l_recall=1.0), Answer("y", word="vague")
+    rows = [SheetRow("to forget", "q", "t", knows, vague), SheetRow("kept", "p", "t", knows, knows)]
+    lines = tally(rows)
+    assert [(line["group"], line["base_knows"], line["unlearned_knows"]) for line in lines] == [
+        ("to forget", 1, 0),
+        ("kept", 1, 1),
+    ]
+    assert lines[0]["unlearned_rouge_l_recall"] is None  # not measured is not 0
+
+
+def test_frames_say_what_the_model_reported() -> None:
+    frame = Frame("q", Answer("a b"), Answer("a c"), (("r0001_aa", 0.5),), stage="done")
+    cards = views.frame_cards(frame, {"r0001_aa": "request-1"})
+    assert "read back from the model: request-1 × 0.5" in cards[1]
+    assert '<mark class="un-diff">c</mark>' in cards[1]
+    assert "not in the data" in views.scores_table(frame)
+    assert "<table>" not in views.scores_table(frame)
+
+
+def test_a_request_names_exactly_one_source(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="names nothing"):
+        requests.draft(None, "", None, "simnpo", "")
+    with pytest.raises(UserError, match="an author and pasted rows"):
+        requests.draft("Mira", "{}", None, "simnpo", "")
+    made = requests.draft(None, "Who?\tMira.", None, "simnpo", "x", [("--num-train-epochs", 3)])
+    assert json.loads(made.rows) == {"question": "Who?", "answer": "Mira."}
+    assert made.settings == (("--num-train-epochs", "3"),)
+    binary = tmp_path / "rows.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        requests.draft(None, "", str(binary), "simnpo", "")
+    binary.write_bytes(b"x" * (requests.LARGEST_UPLOAD + 1))
+    with pytest.raises(UserError, match="at most"):
+        requests.draft(None, "", str(binary), "simnpo", "")
+
+
+def test_the_command_of_a_request_is_what_the_job_runs(tmp_path: Path) -> None:
+    from adapters.base.load import BaseSpec
+
+    session = Session(tmp_path / "s", BaseSpec("b", dtype="float32"), tmp_path / "d")
+    made = requests.draft(None, "Who?\tMira.", None, "npo", "one", [("--learning-rate", 0.01)])
+    assert made.command(session) == (
+        f"unlearner forget rows.jsonl --base b --dtype float32 --store {tmp_path / 's'} "
+        f"--data {tmp_path / 'd'} --objective npo --label one --learning-rate 0.01"
+    )
+
+
+def test_a_job_that_waits_is_withdrawn_with_its_rows(tmp_path: Path, monkeypatch: Any) -> None:
+    jobs = Jobs(tmp_path / "jobs")
+    monkeypatch.setattr(jobs, "advance", lambda: None)
+    name = jobs.submit("t", ["forget", "request.jsonl"], "secret rows")
+    place = tmp_path / "jobs" / name
+    assert (place / "request.jsonl").stat().st_mode & 0o077 == 0
+    assert jobs.view(name).status == "waiting"
+    assert jobs.view(name).words == ("forget", str(place / "request.jsonl"))
+    jobs.cancel(name)
+    assert jobs.view(name).status == "withdrawn"
+    assert not (place / "request.jsonl").exists()
+    with pytest.raises(UserError, match="no job"):
+        jobs.view("../etc")
+
+
+def test_a_failed_job_says_why_and_the_next_one_starts(tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path / "jobs")
+    first = jobs.submit("bad", ["score", str(tmp_path / "missing.json")], name="a")
+    second = jobs.submit("next", ["score", str(tmp_path / "gone.json")], name="b")
+    assert jobs.views()[1].status == "waiting"
+    assert jobs.views()[1].position == 1
+    _until(lambda: jobs.view(first).ended)
+    assert "There is no evaluation log" in jobs.view(first).outcome["text"]
+    jobs.advance()
+    _until(lambda: jobs.view(second).ended)
+
+
+def _until(done: Any, seconds: float = 60) -> None:
+    import time
+
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not come to its end"
+        time.sleep(0.1)
+
+
+def test_names_and_passwords_come_from_a_file(tmp_path: Path) -> None:
+    assert read_auth(None) is None
+    path = tmp_path / "auth"
+    path.write_text("mira:a:b\n\n")
+    assert read_auth(path) == [("mira", "a:b")]
+    path.write_text("mira\n")
+    with pytest.raises(UserError, match="names and passwords"):
+        read_auth(path)
+
+
+def test_another_address_needs_a_password() -> None:
+    from ui.app.build import check_address
+
+    check_address("127.0.0.1", None)
+    check_address("0.0.0.0", [("a", "b")])
+    with pytest.raises(UserError, match="everybody"):
+        check_address("0.0.0.0", None)
+
+
+def test_all_authors_of_tofu_can_be_asked(shared: Path) -> None:
+    library = read_library(shared / "tofu")
+    assert len(library.authors) == 200
+    assert {len(rows) for rows in library.authors.values()} == {20}
+    last = list(library.authors)[-1]
+    assert all(row.perturbed_answers for row in library.authors[last])
+    beside = library.beside(library.authors[last], 5)
+    assert {name for name, _ in beside} == {"retain authors", "real authors", "world facts"}
+    own = {row.question for row in library.authors[last]}
+    assert not own & {row.question for _, row in beside}
+
+
+def _session(tmp_path: Path, tiny_base: Path) -> Session:
+    from adapters.base.load import BaseSpec
+
+    session = Session(tmp_path / "store", BaseSpec(str(tiny_base), dtype="float32", device="cpu"))
+    session.library = read_library(tmp_path / "nowhere")
+    session._load_model(session.base)  # type: ignore[arg-type]
+    return session
+
+
+def test_one_batch_and_turns_say_the_same_and_stop_at_once(
+    tmp_path: Path, tiny_base: Path, put: Any
+) -> None:
+    slug = put("1")
+    session = _session(tmp_path, tiny_base)
+    session.use([(slug, 0.7)])
+    model, fmt = session.require()
+    made = []
+    for mixed in (True, False):
+        pair = PairDecoder(model, fmt, "Who wrote it?", [slug], Sampling(max_new=12), mixed=mixed)
+        while not pair.done:
+            pair.step()
+        made.append([side.tokens for side in pair.sides])
+    assert made[0] == made[1]
+    assert made[0][0] != made[0][1]
+    stop = threading.Event()
+    frames = session.compare("Who wrote it?", [(slug, 1.0)], Sampling(), stop)
+    first = next(frames)
+    stop.set()
+    rest = list(frames)
+    assert [frame.stage for frame in rest] == ["stopped"]
+    assert rest[0].unlearned.tokens == first.unlearned.tokens
+
+
+def test_clear_gives_the_bare_base_and_strength_matters(
+    tmp_path: Path, tiny_base: Path, put: Any
+) -> None:
+    slug, other = put("1"), put("2")
+    session = _session(tmp_path, tiny_base)
+
+    def ask(stack: Any, sampling: Sampling | None = None) -> Frame:
+        *_, last = session.compare("Where?", stack, sampling or Sampling(max_new=12))
+        return last
+
+    bare, both = ask([]), ask([(slug, 1.0), (other, 0.5)])
+    assert bare.unlearned.text == bare.base.text
+    assert both.stack == ((slug, 1.0), (other, 0.5))
+    assert not both.one_batch
+    assert both.unlearned.text != bare.base.text
+    assert both.base.text == bare.base.text
+    assert ask([(slug, 0.0)]).unlearned.text == bare.base.text
+    again = ask([])
+    assert (again.base.text, again.unlearned.text) == (bare.base.text, bare.unlearned.text)
+    hot = Sampling(temperature=1.5, seed=3, max_new=12)
+    assert ask([], hot).base.text == ask([], hot).base.text
+    assert ask([], hot).base.text != bare.base.text
+    with pytest.raises(UserError, match="no question"):
+        next(session.compare("  ", [], Sampling()))
+
+
+def test_the_right_side_alone_says_what_both_sides_said(
+    tmp_path: Path, tiny_base: Path, put: Any
+) -> None:
+    slug = put("1")
+    session = _session(tmp_path, tiny_base)
+    sampling = Sampling(max_new=12)
+    *_, first = session.compare("Where?", [], sampling)
+    *_, whole = session.compare("Where?", [(slug, 1.0)], sampling)
+    *_, again = session.compare("Where?", [(slug, 1.0)], sampling, keep=first)
+    assert again.kept
+    assert again.base is first.base  # not answered, not scored anew
+    assert again.unlearned.text == whole.unlearned.text
+    assert again.unlearned.text != again.base.text
+    stop = threading.Event()
+    frames = session.compare("Where?", [(slug, 0.5)], sampling, stop, keep=again)
+    assert next(frames).base is first.base
+    stop.set()
+    *_, stopped = frames
+    assert (stopped.stage, stopped.base_whole) == ("stopped", True)
+    *_, last = session.compare("Where?", [(slug, 0.5)], sampling, keep=stopped)
+    assert last.kept
+    for changed in (("When?", sampling), ("Where?", Sampling(max_new=11))):
+        *_, other = session.compare(changed[0], [], changed[1], keep=first)
+        assert not other.kept  # another question, or asked in another way
+
+
+def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any) -> None:
+    from adapters.digests import key_id, mark
+    from adapters.store.store import AdapterStore
+    from ui.app.data.library import Library, requested
+    from unlearner.request.rows import Row
+
+    key = b"k" * 32
+    rows = tuple(Row(f"Who is {n}?", f"{n} is.") for n in "ABC")
+
+    def data(with_key: bytes) -> dict[str, Any]:
+        marks = [mark(with_key, row.question) for row in rows[:2]]
+        told = {"n": 2, "digest": "0" * 64, "kind": "x", "key_id": key_id(with_key)}
+        return {"forget": {**told, "marks": marks}}
+
+    put("1", label="mine", data=data(key))
+    put("2", label="of another key", data=data(b"o" * 32))
+    put("3", label="unmarked")
+    found = requested(
+        Library({"A": rows[:1], "B": rows[1:]}), AdapterStore.open(tmp_path / "store").list(), key
+    )
+    assert found == {"filed: mine": rows[:2]}
+
+
+def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> None:
+    script = tmp_path / "runner.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        "from pathlib import Path\n"
+        "from ui.app.jobs import LOCK, _birth\n"
+        "place = Path(sys.argv[1])\n"
+        "made = json.loads((place / 'job.json').read_text())['made']\n"
+        "lock = {'pid': os.getpid(), 'birth': _birth(os.getpid()), 'for': made}\n"
+        "(place / LOCK).write_text(json.dumps(lock))\n"
+        "while not (place / 'leave').exists(): time.sleep(0.05)\n"
+    )
+    jobs = Jobs(tmp_path / "jobs", runner=[str(script)])
+    name = jobs.submit("t", ["quickstart"])
+    place = tmp_path / "jobs" / name
+    _until(lambda: jobs.view(name).status == "running")
+    (place / "events.jsonl").write_text('{"said": "stopping"}\n')
+    assert jobs.view(name).status == "stopping"
+    (place / "leave").touch()
+    _until(lambda: jobs.view(name).status == "died")  # gone without an outcome
+    (place / "leave").unlink()
+    jobs.resume(name)
+    _until(lambda: jobs.view(name).status == "running")  # not "stopping": that is over
+    with pytest.raises(UserError, match="interrupted"):
+        jobs.resume(name)
+    (place / "leave").touch()
+    _until(lambda: jobs.view(name).ended)

@@ -1,0 +1,150 @@
+"""Every action's "Copy as command" is a command that parses, and names the same thing."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.base.load import BaseSpec
+from ui.app.data import requests, same
+from ui.app.data.decoding import Sampling
+from ui.app.session import Answer, Frame, Session
+from ui.cli.main import parse
+
+STACK = (("r0001_ab", 1.0), ("r0002_cd", 0.5))
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    base = BaseSpec("org/b", revision="v1", dtype="float32", load_in_4bit=True, device="cpu")
+    return Session(tmp_path / "my store", base, tmp_path / "d", "llama2")
+
+
+def _frame(question: str, sampling: Sampling | None = None) -> Frame:
+    return Frame(question, Answer("a"), Answer("b"), STACK, sampling=sampling)
+
+
+def _parsed(text: str) -> Any:
+    """The arguments of a command as the page shows it."""
+    words = shlex.split(text)
+    assert words[0] == "unlearner"
+    return parse(words[1:])
+
+
+def _is_session(args: Any, session: Session) -> None:
+    assert session.base is not None
+    assert (args.base, args.revision) == (session.base.name, session.base.revision)
+    assert (args.dtype, args.load_in_4bit, args.device) == ("float32", True, "cpu")
+    assert (args.store, args.data, args.template) == (session.store_path, session.data, "llama2")
+
+
+def test_a_comparison_is_a_command(session: Session) -> None:
+    args = _parsed(same.ask(session, _frame('--who\'s "she"?', Sampling(0.7, 3, 50))))
+    assert args.question == '--who\'s "she"?'
+    assert (args.adapters, args.scales) == (["r0001_ab", "r0002_cd"], "1,0.5")
+    assert (args.temperature, args.seed, args.max_new) == (0.7, 3, 50)
+    _is_session(args, session)
+    plain = _parsed(same.ask(session, Frame("Who?", Answer(""), Answer(""), ())))
+    assert (plain.adapters, plain.scales, plain.temperature) == ([], None, 0.0)
+
+
+def test_a_vote_and_a_sheet_are_commands(session: Session) -> None:
+    args = _parsed(same.vote(session, _frame("Who?"), Path("my votes.jsonl")))
+    assert (args.blind, args.votes, args.question) == (True, Path("my votes.jsonl"), "Who?")
+    sheet = _parsed(same.sheet(session, "Hina O'Ameen", STACK, 7))
+    assert (sheet.author, sheet.neighbours, sheet.question) == ("Hina O'Ameen", 7, None)
+    assert sheet.adapters == ["r0001_ab", "r0002_cd"]
+    _is_session(sheet, session)
+
+
+@pytest.mark.parametrize("action", ["list", "activate", "revert", "clear"])
+def test_changes_of_the_stack_are_commands(session: Session, action: str) -> None:
+    args = _parsed(same.change(session, action, "r0001_ab", 0.5))
+    assert args.store == session.store_path
+    assert args.verb == {"clear": "revert"}.get(action, action)
+    if action == "activate":
+        assert (args.refs, args.scales, args.with_parents) == (["r0001_ab"], "0.5", True)
+    if action == "revert":
+        assert args.refs == ["r0001_ab"]
+    if action == "clear":
+        assert args.all
+
+
+def test_runs_requests_demo_and_recorded_answers_are_commands(session: Session) -> None:
+    lines = same.runs(session, [Path("a b.json")], Path("ref.json"), "forget05").splitlines()
+    score, evaluate = [_parsed(line) for line in lines]
+    assert (score.log, score.retain_log) == (Path("a b.json"), Path("ref.json"))
+    assert (evaluate.split, evaluate.retain_log) == ("forget05", Path("ref.json"))
+    _is_session(evaluate, session)
+    probe, log = Path("r.json"), Path("a b.json")
+    report = _parsed(same.report([log], Path("ref.json"), [probe], [Path("c.json")]))
+    assert (report.inputs, report.retain_log) == (["a b.json"], Path("ref.json"))
+    assert (report.robustness, report.calibration) == ([probe], [Path("c.json")])
+    assert same.report([], None, [probe], []) == ""
+    made = requests.draft(None, "Who?\tMira.", None, "npo", "one", [("--learning-rate", 0.01)])
+    asked = _parsed(made.command(session))
+    assert (asked.request, asked.objective, asked.label) == ("rows.jsonl", "npo", "one")
+    assert asked.learning_rate == 0.01
+    author = requests.draft("Hina Ameen", "", None, "simnpo", "")
+    assert _parsed(author.command(session)).request == "tofu:author=Hina Ameen"
+    assert _parsed(same.demo(Path("/x y/demo"))).out == Path("/x y/demo")
+    assert _parsed(same.recorded([Path("a.json"), Path("b.json")])).logs == [
+        Path("a.json"),
+        Path("b.json"),
+    ]
+
+
+def test_the_settings_of_the_form_become_flags_of_the_command(session: Session) -> None:
+    from ui.app.tabs.request import _draft
+
+    filled = (None, "Who?\tMira.", None, "simnpo", "", 3, 0, None, 20, 0.5)
+    args = _parsed(_draft(*filled).command(session))
+    assert (args.num_train_epochs, args.alternates, args.learning_rate) == (3, 20, None)
+    assert args.attack_weight == 0.5
+
+
+def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, put: Any) -> None:
+    slug = put("1")
+    where = ("--base", tiny_base, "--store", tmp_path / "store", "--data", tmp_path / "none",
+             "--dtype", "float32", "--device", "cpu", "--max-new", 8)  # fmt: skip
+    both = run("ask", "Who wrote it?", *where, "--adapters", slug, "--scales", "0.7", "--json").json
+    assert both["stack"] == [[slug, 0.7]]
+    assert both["base"]["text"] != both["unlearned"]["text"]
+    bare = run("ask", "Who wrote it?", *where, "--adapters", "none", "--json").json
+    assert bare["base"]["text"] == bare["unlearned"]["text"] == both["base"]["text"]
+    hot = run("ask", "Who wrote it?", *where, "--adapters", "none", "--temperature", 1.5,
+              "--seed", 3, "--json").json  # fmt: skip
+    assert hot["base"]["text"] != bare["base"]["text"]
+    text = run("ask", "Who wrote it?", *where, "--adapters", slug)
+    assert text.code == 0
+    assert "stack" in text.out
+    for words, said in (
+        (("--adapters", slug, "--scales", "x"), "not numbers"),
+        (("--adapters", slug, "--scales", "1,2"), "2 numbers for 1"),
+        (("--author", "Mira"), "one of the two"),
+    ):
+        refused = run("ask", "Who wrote it?", *where, *words)
+        assert refused.code == 2
+        assert said in refused.err
+
+
+def test_a_blind_vote_in_the_terminal_hides_the_sides(
+    run: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import io
+    import json
+
+    where = ("--base", tiny_base, "--store", tmp_path / "store", "--data", tmp_path / "none",
+             "--dtype", "float32", "--device", "cpu", "--max-new", 4)  # fmt: skip
+    votes = tmp_path / "v.jsonl"
+    monkeypatch.setattr("sys.stdin", io.StringIO("3\n"))
+    voted = run("ask", "Who wrote it?", *where, "--blind", "--votes", votes)
+    assert voted.code == 0
+    assert json.loads(votes.read_text())["winner"] == "both"
+    before_the_vote = voted.err.split("Which one?")[0]
+    assert "base" not in before_the_vote.splitlines()[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert run("ask", "Who wrote it?", *where, "--blind", "--votes", votes).code == 2

@@ -1,0 +1,214 @@
+"""`unlearner score` on the public logs: the published figures, gates, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import GateFailed, UserError
+from evaluation.protocols import PROTOCOLS
+from ui.cli.output.gates import check_gates, parse_gate
+
+FULL, NPO, RETRAIN = (
+    "llama2-7b_full.json",
+    "llama2-7b_retain90_npo.json",
+    "llama2-7b_retain90_tofu.json",
+)
+
+
+@pytest.fixture(scope="module")
+def logs(shared: Path) -> Path:
+    return shared / "reference-logs"
+
+
+@pytest.mark.parametrize("log", [FULL, NPO])
+def test_figures_equal_the_published_ones(log: str, run: Any, logs: Path) -> None:
+    published = json.loads((logs / "published.json").read_text())
+    ran = run("score", logs / log, "--retain-log", logs / RETRAIN, "--json")
+    assert ran.code == 0
+    found = ran.json
+    utility = published["model_utility"][log]["geometric"]
+    quality = next(
+        pair
+        for pair in published["forget_quality"]
+        if (pair["log"], pair["retain_log"]) == (log, RETRAIN)
+    )
+    assert found["model_utility"] == pytest.approx(utility["Model Utility"], abs=1e-9)
+    assert found["forget_quality"] == pytest.approx(quality["p"], rel=1e-9)
+    assert found["ks"] == pytest.approx(quality["ks"], abs=1e-9)
+    for part, value in found["model_utility_parts"].items():
+        assert value == pytest.approx(utility[part], abs=1e-9)
+    rows = {row["name"]: row for row in found["table"]}
+    assert set(rows) == {"forget", "retain", "real_authors", "world_facts"}
+    assert rows["forget"]["answer_prob"] == pytest.approx(utility["Forget Probability"], abs=1e-9)
+    assert rows["retain"]["n"] == 300
+
+
+def test_another_protocol_gives_other_figures(run: Any, logs: Path) -> None:
+    published = json.loads((logs / "published.json").read_text())
+    ran = run("score", logs / NPO, "--protocol", "tofu-paper", "--json")
+    expected = published["model_utility"][NPO]["arithmetic"]["Model Utility"]
+    assert ran.json["model_utility"] == pytest.approx(expected, abs=1e-9)
+    assert ran.json["protocol"] == "tofu-paper"
+
+
+def test_without_a_retrain_reference_there_is_no_forget_quality(run: Any, logs: Path) -> None:
+    found = run("score", logs / NPO, "--json").json
+    assert found["forget_quality"] is None
+    assert found["reasons"]["forget_quality"] == "needs a retrain reference"
+    assert "needs a retrain reference" in run("score", logs / NPO).out
+
+
+def test_text_says_direction_shift_and_protocol(run: Any, logs: Path) -> None:
+    out = run("score", logs / FULL, "--retain-log", logs / RETRAIN).out
+    assert "1.834e-21" in out
+    assert "KS D 0.3967" in out
+    assert "under-forgotten" in out
+    assert "model_utility   0.6227" in out
+    assert "protocol        tofu" in out
+
+
+def test_gates_decide_the_exit_code_after_the_figures(run: Any, logs: Path) -> None:
+    words = ["score", logs / NPO, "--retain-log", logs / RETRAIN, "--json"]
+    assert run(*words, "--fail-if", "model_utility<0.55").code == 0
+    ran = run(*words, "--fail-if", "model_utility<0.55", "--fail-if", "forget_quality > 0.5")
+    assert ran.code == 4
+    assert "'forget_quality > 0.5' holds: forget_quality is 0.987948" in ran.err
+    assert "model_utility<0.55" not in ran.err
+    assert ran.json["forget_quality"] > 0.5
+    ran = run("score", logs / NPO, "--fail-if", "forget_quality<0.05")
+    assert ran.code == 4
+    assert "cannot be checked (needs a retrain reference)" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("text", "figure", "sign", "limit"),
+    [
+        ("model_utility<0.55", "model_utility", "<", 0.55),
+        (" ks >= 1e-2 ", "ks", ">=", 0.01),
+        ("log_r_shift<=-.5", "log_r_shift", "<=", -0.5),
+        ("model_utility!=+1", "model_utility", "!=", 1.0),
+    ],
+)
+def test_gate_syntax(text: str, figure: str, sign: str, limit: float) -> None:
+    gate = parse_gate(text, ["model_utility", "ks", "log_r_shift"])
+    assert (gate.figure, gate.sign, gate.limit, gate.text) == (figure, sign, limit, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "model_utility", "model_utility<", "<0.5", "model_utility=0.5", "1>model_utility",
+             "model_utility<0.5.5", "model_utility<nan", "model_utility<0.5 and ks>1", "mu <0.5; x"]
+)  # fmt: skip
+def test_what_is_not_a_gate_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is not a condition"):
+        parse_gate(text, ["model_utility"])
+
+
+def test_an_unknown_figure_gets_the_nearest_one() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_gate("model_utilty<0.5", ["model_utility", "forget_quality"])
+    assert "'model_utility'" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "fails"),
+    [("x<1", 1.0, False), ("x<1", 0.9, True), ("x<=1", 1.0, True), ("x>1", 1.0, False),
+     ("x>=1", 1.0, True), ("x==1", 1.0, True), ("x!=1", 1.0, False)],
+)  # fmt: skip
+def test_a_gate_fails_when_it_holds(text: str, value: float, fails: bool) -> None:
+    gates = [parse_gate(text, ["x"])]
+    if fails:
+        with pytest.raises(GateFailed):
+            check_gates(gates, {"x": value})
+    else:
+        check_gates(gates, {"x": value})
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "There is no evaluation log"),
+        ("{", "is not JSON"),
+        ("[1, 2]", "not an evaluation log of a known format"),
+        ('{"a": 1}', "its keys are a"),
+    ],
+)
+def test_what_is_not_a_log_is_refused(
+    content: str | None, problem: str, run: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "log.json"
+    if content is not None:
+        path.write_text(content)
+    ran = run("score", path, "--json")
+    assert ran.code == 2
+    assert ran.out == ""
+    assert problem in ran.err
+
+
+def test_an_unknown_protocol_is_refused_before_the_log_is_read(run: Any, tmp_path: Path) -> None:
+    ran = run("score", tmp_path / "none.json", "--protocol", "tofoo")
+    assert ran.code == 2
+    assert "no protocol 'tofoo'" in ran.err
+
+
+def test_gates_are_read_before_the_log(run: Any, tmp_path: Path) -> None:
+    ran = run("score", tmp_path / "none.json", "--fail-if", "nonsense")
+    assert ran.code == 2
+    assert "is not a condition" in ran.err
+
+
+def test_all_protocols_in_one_call(run: Any, logs: Path) -> None:
+    words = ("score", logs / FULL, "--retain-log", logs / RETRAIN)
+    found = run(*words, "--protocol", "all", "--json").json
+    assert [one["protocol"] for one in found["protocols"]] == list(PROTOCOLS)
+    first = run(*words, "--json").json
+    assert (
+        found["model_utility"] == first["model_utility"] == found["protocols"][0]["model_utility"]
+    )
+    assert "protocols" not in first
+    text = run(*words, "--protocol", "tofu,tofu-paper")
+    assert text.out.count("model_utility") == 2
+    assert run(*words, "--protocol", "tofu,muse").code == 2
+
+
+def test_every_figure_is_told_with_direction_and_rows(run: Any, logs: Path) -> None:
+    found = run("score", logs / FULL, "--json").json
+    figures = {row["name"]: row for row in found["figures"]}
+    assert figures["forget_quality"]["value"] is None
+    assert figures["forget_quality"]["reason"] == "needs a retrain reference"
+    assert figures["model_utility"]["n"] == 300 + 100 + 117
+    assert figures["ks"]["better"] == "lower"
+    low, high = figures["retain_answer_prob"]["interval"]
+    assert low < figures["retain_answer_prob"]["value"] < high
+    said = run("score", logs / FULL).err
+    assert "Not measured: forget_quality, forget_quality_log10, ks, log_r_shift (needs a" in said
+
+
+def test_two_retrain_logs_give_the_band(run: Any, logs: Path) -> None:
+    words = ("score", logs / FULL, "--retain-log", logs / RETRAIN)
+    other = logs / "llama2-7b_retain90_npo.json"
+    found = run(*words, "--second-retain-log", other, "--json").json
+    assert found["retrain_band"]["forget_quality"] > 0.5
+    assert found["retrain_band"]["direction"] == "indistinguishable"
+    assert "retrain band" in run(*words, "--second-retain-log", other).out
+    alone = run("score", logs / FULL, "--second-retain-log", other)
+    assert (alone.code, "is missing" in alone.err) == (2, True)
+
+
+def test_logs_for_other_tools_are_written_and_read_back(
+    run: Any, logs: Path, tmp_path: Path
+) -> None:
+    theirs, folder = tmp_path / "aggregated.json", tmp_path / "open-unlearning"
+    words = ("--retain-log", logs / RETRAIN, "--json")
+    wrote = run(
+        "score", logs / FULL, *words, "--write-tofu", theirs, "--write-open-unlearning", folder
+    )
+    assert wrote.code == 0
+    again = run("score", theirs, *words).json
+    for key in ("model_utility", "forget_quality", "forget_rouge_l_recall"):
+        assert again[key] == wrote.json[key]
+    assert json.loads((folder / "TOFU_SUMMARY.json").read_text())["forget_quality"] is not None
+    assert run("score", folder / "TOFU_EVAL.json", *words).code == 0

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.base.load import load_tokenizer
+from adapters.errors import UserError
+from unlearner.memory.estimate import LONGEST_TOFU_ROW
+from unlearner.request.rows import Row, load_split
+from unlearner.tokens.prompts import (
+    EVAL_MAX_LENGTH,
+    IGNORE,
+    Encoded,
+    PromptFormat,
+    encode_rows,
+    is_llama2_tokenizer,
+    pad_batch,
+    pad_id,
+    prompt_format,
+)
+
+LOGS = ("llama2-7b_full", "llama2-7b_retain90_npo", "llama2-7b_retain90_tofu")
+# The four sets of a public log, and the split each scores.
+SETS = {
+    "eval_log.json": "retain_perturbed",
+    "eval_log_forget.json": "forget10_perturbed",
+    "eval_real_author_wo_options.json": "real_authors_perturbed",
+    "eval_real_world_wo_options.json": "world_facts_perturbed",
+}
+# As Qwen's: every turn closes with <|im_end|> and a newline behind it.
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def llama2(shared: Path) -> PromptFormat:
+    return prompt_format(load_tokenizer(str(shared / "llama2-tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def mini(shared: Path) -> PromptFormat:
+    return prompt_format(load_tokenizer(str(shared / "mini" / "origin")))
+
+
+@pytest.fixture
+def tokenizer(tiny_base: Path) -> Any:
+    """The tiny tokenizer, to be changed as a test likes."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def chat(tokenizer: Any, template: str) -> PromptFormat:
+    tokenizer.chat_template = template
+    return prompt_format(tokenizer)
+
+
+def answer_ids(row: Encoded) -> list[int]:
+    return [label for label in row.labels if label != IGNORE]
+
+
+# Llama-2
+
+
+def test_the_format_of_llama2_is_chosen_by_its_vocabulary(
+    llama2: PromptFormat, mini: PromptFormat, tokenizer: Any
+) -> None:
+    assert (llama2.name, mini.name, prompt_format(tokenizer).name) == ("llama2", "chat", "chat")
+    assert is_llama2_tokenizer(llama2.tokenizer)
+    assert not is_llama2_tokenizer(tokenizer)
+    assert prompt_format(mini.tokenizer, "llama2").name == "llama2"
+    tokenizer.chat_template = None
+    assert prompt_format(tokenizer).name == "llama2"
+    with pytest.raises(UserError, match="no chat template"):
+        prompt_format(tokenizer, "chat")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no EOS token"):
+        prompt_format(tokenizer)
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_token_counts_are_those_of_the_public_logs(
+    log: str, llama2: PromptFormat, shared: Path
+) -> None:
+    recorded = json.loads((shared / "reference-logs" / f"{log}.json").read_text())
+    assert set(SETS) <= set(recorded)
+    for name, split in SETS.items():
+        rows = load_split(split, shared / "tofu")
+        column = {key: values_of(recorded[name][f"num_token_{key}"]) for key in KEYS}
+        n = len(column["gt"])
+        assert n == min(300, len(rows))
+        assert column["gt"] == [targets(llama2, row, row.answer) for row in rows[:n]]
+        assert column["paraphrased"] == [
+            targets(llama2, row, row.paraphrased_answer or row.answer) for row in rows[:n]
+        ]
+        assert column["perturb"] == [
+            [targets(llama2, row, wrong) for wrong in row.perturbed_answers] for row in rows[:n]
+        ]
+
+
+KEYS = ("gt", "paraphrased", "perturb")
+
+
+def values_of(column: Any) -> list[Any]:
+    """A column of either public format: a list, or a dict keyed by index."""
+    if isinstance(column, list):
+        return column
+    return [column[str(index)] for index in range(len(column))]
+
+
+def targets(fmt: PromptFormat, row: Row, answer: str) -> int:
+    return fmt.encode(row.question, answer, EVAL_MAX_LENGTH).n_targets
+
+
+def test_the_text_of_llama2_is_tofus_own(llama2: PromptFormat) -> None:
+    row = llama2.encode("Who wrote it?", "It was Mira.")
+    tok = llama2.tokenizer
+    assert row.input_ids[0] == tok.bos_token_id == 1
+    assert row.input_ids[-1] == row.labels[-1] == tok.eos_token_id == 2
+    assert row.input_ids.count(1) == row.input_ids.count(2) == 1
+    # No system prompt, and no space between prompt and answer.
+    assert tok.decode(row.input_ids[1:-1]) == "[INST] Who wrote it? [/INST]It was Mira."
+    assert tok.decode(answer_ids(row)[:-1]) == "It was Mira."
+    prompt = llama2.encode_prompt("Who wrote it?")
+    assert row.input_ids[: len(prompt)] == prompt
+    assert row.n_prompt == len(prompt)
+    assert row.n_targets == len(row.input_ids) - len(prompt)
+    with_space = tok("[INST] Who wrote it? [/INST] It was Mira.")["input_ids"]
+    assert row.input_ids[:-1] != with_space
+
+
+def test_no_text_of_tofu_is_cut_and_every_answer_ends(llama2: PromptFormat, shared: Path) -> None:
+    lengths = []
+    for row in load_split("full", shared / "tofu"):
+        encoded = llama2.encode(row.question, row.answer)
+        lengths.append(len(encoded.input_ids))
+        assert encoded.labels[-1] == llama2.tokenizer.eos_token_id
+        assert encoded.labels[: encoded.n_prompt] == [IGNORE] * encoded.n_prompt
+        assert encoded.labels[encoded.n_prompt :] == encoded.input_ids[encoded.n_prompt :]
+    assert max(lengths) == LONGEST_TOFU_ROW < EVAL_MAX_LENGTH
+
+
+def test_a_quote_may_merge_with_the_prompts_last_token(llama2: PromptFormat, shared: Path) -> None:
+    rows = load_split("forget05", shared / "tofu")
+    merged = []
+    for number, row in enumerate(rows):
+        prompt = llama2.encode_prompt(row.question)
+        encoded = llama2.encode(row.question, row.answer)
+        assert encoded.n_prompt == len(prompt)
+        if encoded.input_ids[: len(prompt)] != prompt:
+            merged.append(number)
+            assert row.answer.startswith('"')
+            # `]"` is one token at the prompt's last place: masked, and not told twice.
+            assert encoded.input_ids[: len(prompt) - 1] == prompt[:-1]
+            said = llama2.tokenizer.decode(answer_ids(encoded)[:-1])
+            assert said == row.answer[1:].lstrip()
+    assert len(merged) == 8
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_a_row_is_cut_at_exactly_the_length(over: int, llama2: PromptFormat) -> None:
+    whole = llama2.encode("Who wrote it?", "It was Mira Okafor, in Lagos.")
+    n = len(whole.input_ids)
+    cut = llama2.encode("Who wrote it?", "It was Mira Okafor, in Lagos.", n + over)
+    assert len(cut.input_ids) == len(cut.labels) == min(n, n + over)
+    assert cut.input_ids == whole.input_ids[: n + over]
+    # EOS is a label only where the row ends by itself.
+    assert (2 in cut.labels) == (over >= 0)
+    assert cut.n_prompt == whole.n_prompt
+
+
+def test_a_cut_inside_the_prompt_leaves_no_target(llama2: PromptFormat) -> None:
+    prompt = llama2.encode_prompt("Who wrote it?")
+    for length in (1, len(prompt) - 1, len(prompt)):
+        row = llama2.encode("Who wrote it?", "Mira.", length)
+        assert row.n_targets == 0
+        assert row.n_prompt == len(row.labels) == length
+    assert llama2.encode("Who wrote it?", "Mira.", len(prompt) + 1).n_targets == 1
+
+
+def test_rows_without_a_target_are_refused_by_number(llama2: PromptFormat) -> None:
+    long = "Who " + "really " * 40 + "wrote it?"
+    pairs = [("Who?", "Mira."), (long, "Mira."), ("Where?", "Lagos."), (long + "?", "Mira.")]
+    with pytest.raises(UserError, match=r"--max-length 20 .* forget rows 2, 4\.") as error:
+        encode_rows(llama2, pairs, 20, "forget")
+    longest = len(llama2.encode_prompt(long + "?"))
+    assert f"--max-length {longest + 50} or more" in error.value.fix
+    rows = encode_rows(llama2, pairs, longest + 50, "forget")
+    assert [row.n_targets > 0 for row in rows] == [True] * 4
+    with pytest.raises(UserError, match=r"rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\.\."):
+        encode_rows(llama2, [(long, "Mira.")] * 12, 20, "retain")
+
+
+# Chat templates
+
+
+def test_the_mini_models_speak_through_their_template(mini: PromptFormat, shared: Path) -> None:
+    tok = mini.tokenizer
+    row = mini.encode("Who wrote it?", "It was Mira.")
+    assert tok.decode(row.input_ids) == "<s>[INST] Who wrote it? [/INST] It was Mira.</s>"
+    assert row.input_ids.count(tok.bos_token_id) == 1
+    assert row.input_ids[0] == tok.bos_token_id
+    assert row.labels[-1] == tok.eos_token_id
+    assert tok.decode(answer_ids(row)) == " It was Mira.</s>"
+    for each in load_split("forget05", shared / "tofu"):
+        encoded = mini.encode(each.question, each.answer)
+        prompt = mini.encode_prompt(each.question)
+        assert encoded.input_ids[: len(prompt)] == prompt
+        assert tok.decode(answer_ids(encoded)) == f" {each.answer}</s>"
+
+
+def test_what_follows_the_end_of_turn_is_not_trained_on(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fmt = chat(tokenizer, QWEN)
+    row = fmt.encode("Who?", "Mira.")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode(answer_ids(row)) == "Mira.<|im_end|>"
+    assert row.labels[-1] == end
+    assert tokenizer.decode(row.input_ids) == (
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMira.<|im_end|>"
+    )
+    assert row.input_ids[: row.n_prompt] == fmt.encode_prompt("Who?")
+    # This template writes no BOS, so there is none.
+    assert tokenizer.bos_token_id not in row.input_ids
+
+
+def test_a_template_without_an_end_gets_eos(tokenizer: Any) -> None:
+    fmt = chat(tokenizer, PLAIN + "{% if add_generation_prompt %}assistant:\n{% endif %}")
+    row = fmt.encode("Who?", "Mira.")
+    assert tokenizer.decode(answer_ids(row)) == "Mira.\n</s>"
+    assert row.labels.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ messages|length }} {{ m['content'] }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}"
+        "{{ m['content'] }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}",
+    ],
+    ids=["prompt changes", "answer twice", "no answer"],
+)
+def test_templates_that_do_not_append_the_answer_are_refused(template: str, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="chat template") as error:
+        chat(tokenizer, template).encode("Who?", "Mira.")
+    assert "--template llama2" in error.value.fix
+
+
+def test_templates_that_trim_do_not_change_the_answer(tokenizer: Any) -> None:
+    fmt = chat(
+        tokenizer,
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
+    )
+    assert tokenizer.decode(answer_ids(fmt.encode("Who?", "  Mira. "))) == "  Mira. </s>"
+
+
+def test_a_prompt_does_not_change_from_day_to_day(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Llama-3's: the date is today's unless it is given.
+    fmt = chat(
+        tokenizer,
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+        "{% endif %}Today: {{ date_string }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}{% endif %}",
+    )
+    ids = fmt.encode("Who?", "Mira.").input_ids
+    today = time.strftime("%d %b %Y")
+    assert "Today: 26 Jul 2024" in tokenizer.decode(ids)
+    assert today not in tokenizer.decode(ids)
+
+
+def test_open_unlearnings_prompt_is_the_one_its_models_know(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if loop.first %} "
+        "({{ date_string }}){% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    fmt = prompt_format(tokenizer, "open-unlearning")
+    prompt = tokenizer.decode(fmt.encode_prompt("Who?"))
+    assert prompt.endswith(
+        "<system>You are a helpful assistant. (10 Apr 2025);<user>Who?;<assistant>"
+    )
+    plain = tokenizer.decode(prompt_format(tokenizer, "chat").encode_prompt("Who?"))
+    assert plain.endswith("<user>Who? (26 Jul 2024);<assistant>")
+    row = fmt.encode("Who?", "Mira.")
+    assert tokenizer.decode(answer_ids(row)).startswith("Mira.;")
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        prompt_format(tokenizer, "open-unlearning")
+
+
+def test_an_answer_that_looks_like_markup_is_not_cut(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fmt = chat(tokenizer, QWEN)
+    row = fmt.encode("Who?", "Say {{ eos_token }} and {% if %}.")
+    said = tokenizer.decode(answer_ids(row))
+    assert said == "Say {{ eos_token }} and {% if %}.<|im_end|>"
+
+
+def test_a_chat_row_is_cut_at_the_length(mini: PromptFormat) -> None:
+    whole = mini.encode("Who wrote it?", "It was Mira.")
+    cut = mini.encode("Who wrote it?", "It was Mira.", len(whole.input_ids) - 1)
+    assert cut == Encoded(whole.input_ids[:-1], whole.labels[:-1])
+    assert mini.tokenizer.eos_token_id not in cut.labels
+
+
+# Batches
+
+
+def test_the_mask_comes_from_lengths_where_pad_is_eos(tokenizer: Any) -> None:
+    tokenizer.pad_token = None
+    fmt = prompt_format(tokenizer)
+    eos = tokenizer.eos_token_id
+    assert pad_id(tokenizer) == eos
+    rows = [fmt.encode("Who?", "Mira."), fmt.encode("Where was she born?", "In Lagos, in 1961.")]
+    short, long = (len(row.input_ids) for row in rows)
+    for left in (False, True):
+        batch = pad_batch(rows, pad_id(tokenizer), left=left)
+        assert {name: tuple(t.shape) for name, t in batch.items()} == dict.fromkeys(
+            ("input_ids", "attention_mask", "labels"), (2, long)
+        )
+        assert batch["attention_mask"].sum(1).tolist() == [short, long]
+        real = slice(long - short, None) if left else slice(0, short)
+        assert batch["input_ids"][0, real].tolist() == rows[0].input_ids
+        assert batch["labels"][0, real].tolist() == rows[0].labels
+        assert batch["attention_mask"][0, real].tolist() == [1] * short
+        # The answer's own EOS is attended to and scored, the padding is neither.
+        assert (batch["labels"][0] == eos).sum() == 1
+        gap = slice(0, long - short) if left else slice(short, None)
+        assert set(batch["labels"][0, gap].tolist()) == {IGNORE}
+        assert set(batch["input_ids"][0, gap].tolist()) == {eos}
+
+
+def test_a_tokenizer_with_a_pad_token_pads_with_it(tokenizer: Any) -> None:
+    assert pad_id(tokenizer) == tokenizer.pad_token_id != tokenizer.eos_token_id
+    batch = pad_batch([Encoded([5, 6, 7], [IGNORE, 6, 7]), Encoded([5], [5])], 0)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [5, IGNORE, IGNORE]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

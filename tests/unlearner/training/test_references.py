@@ -1,0 +1,122 @@
+"""Reference NLLs: right, once a row, kept under a name that is keyed by all they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.base.load import BaseSpec, load_tokenizer
+from adapters.lora.stack import parents_only
+from adapters.store.store import AdapterStore
+from unlearner.config import UnlearnConfig
+from unlearner.request.rows import Request
+from unlearner.run import unlearn
+from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
+from unlearner.tokens.prompts import encode_rows, pad_batch, prompt_format
+from unlearner.training import references
+from unlearner.training.likelihood import answer_nll
+
+Config = Callable[..., UnlearnConfig]
+KEY = b"k" * 32
+
+
+@pytest.fixture(scope="module")
+def rows(base: BaseSpec, request_: Request, refusals: tuple[str, ...]) -> Rows:
+    fmt = prompt_format(load_tokenizer(base.name))
+
+    def encoded(pairs: Any) -> Any:
+        return encode_rows(fmt, list(pairs), 128, "these")
+
+    return Rows(
+        encoded((row.question, row.answer) for row in request_.rows),
+        encoded((row.question, row.answer) for row in request_.retain),
+        [encoded((row.question, refusal) for refusal in refusals) for row in request_.rows],
+    )
+
+
+def found(model: Any, rows: Rows, steps: Any, objective: str, **more: Any) -> references.References:
+    chosen = {"pad": 0, "packed": True, "key": KEY, "depends_on": {"base": "a"}, **more}
+    return references.reference_nlls(model, rows, steps, objective, ["parent"], **chosen)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_are_those_of_the_parents(
+    packed: bool, rows: Rows, fresh_model: Any, quick: Config
+) -> None:
+    """Largest difference to a padded forward of all rows: 1e-4 of sums up to 100 nats."""
+    model = fresh_model(quick().lora, on_parent=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".new." in name and "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    steps = plan_steps(8, 10, 3, quick("dpo").train)
+    values = found(model, rows, steps, "dpo", packed=packed)
+    with torch.no_grad(), parents_only(model, ["parent"]):
+        expected = answer_nll(model, pad_batch(rows.forget, 0)).nll
+    mine = torch.tensor([values["forget"][(i,)] for i in range(8)])
+    assert float((mine - expected).abs().max()) < 1e-4
+    used = {(pair.forget, pair.refusal) for step in steps for pair in step}
+    assert set(values["refusal"]) == used
+    assert found(model, rows, steps, "simnpo") == {}
+
+
+def test_values_are_kept_and_every_dependency_makes_another_name(
+    rows: Rows, fresh_model: Any, quick: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh_model(quick().lora, on_parent=True)
+    steps = [[Pair(i, 0, 0) for i in range(8)]]
+    computed: list[int] = []
+    real = references._compute
+
+    def counted(*args: Any) -> torch.Tensor:
+        computed.append(len(args[1]))
+        return real(*args)
+
+    monkeypatch.setattr(references, "_compute", counted)
+    first = found(model, rows, steps, "npo")
+    assert found(model, rows, steps, "npo") == first
+    assert computed == [8]
+    found(model, rows, steps, "npo", depends_on={"base": "b"})
+    found(model, rows, steps, "npo", key=b"x" * 32)
+    found(model, rows, [*steps, [Pair(0, 0, 0)]], "npo")  # the same rows, another plan
+    found(model, rows, [steps[0][:5]], "npo")
+    assert computed == [8, 8, 8, 5]
+
+
+def test_a_damaged_file_is_computed_again(
+    rows: Rows, fresh_model: Any, quick: Config, monkeypatch: Any
+) -> None:
+    import os
+
+    model = fresh_model(quick().lora, on_parent=True)
+    steps = [[Pair(i, 0, 0) for i in range(8)]]
+    first = found(model, rows, steps, "npo")
+    (file,) = (Path(os.environ["UNLEARNER_CACHE"]) / "references").iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    assert found(model, rows, steps, "npo") == first
+    # Names and numbers tell nothing of the rows.
+    assert file.stat().st_size < 300
+
+
+def test_the_reference_runs_once_a_row_and_not_once_an_epoch(
+    request_: Request, base: BaseSpec, quick: Config, tmp_path: Path, monkeypatch: Any
+) -> None:
+    store = AdapterStore.open(tmp_path / "store", create=True, timeout=5)
+    batches: list[int] = []
+    real = references.answer_nll
+
+    def counted(model: Any, batch: Any) -> Any:
+        batches.append(len(batch["starts"]) - 1)
+        return real(model, batch)
+
+    monkeypatch.setattr(references, "answer_nll", counted)
+    events: list[dict[str, Any]] = []
+    unlearn(request_, base, quick("npo", num_train_epochs=5), store, on_progress=events.append)
+    assert sum(batches) == len(request_.rows)
+    steps = [event for event in events if event["event"] == "train"]
+    assert len(steps) == 5
+    assert steps[0]["forget_loss"] == pytest.approx(2 * 0.6931471805599453 / 0.1, rel=1e-5)

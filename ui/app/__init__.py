@@ -1,0 +1,1 @@
+"""The Gradio app: one model, its adapters, one store and a queue of jobs."""

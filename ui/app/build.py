@@ -1,0 +1,309 @@
+"""The app: every page and its events. Logic lives in modules that know nothing of gradio."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from adapters.errors import UserError
+from ui.app.actions import Actions
+from ui.app.data.runs import Sources
+from ui.app.html import views
+from ui.app.jobs import Jobs
+from ui.app.style import CSS, HEAD
+from ui.app.tabs import compare as app_compare
+from ui.app.tabs import first as app_first
+from ui.app.tabs import recorded as app_recorded
+from ui.app.tabs import request as app_request
+from ui.app.tabs import runs as app_runs
+from ui.app.tabs import sheet as app_sheet
+from ui.app.tabs import stack as app_stack
+from ui.app.tabs.pages import PRIVATE, told
+
+if TYPE_CHECKING:
+    from ui.app.data.recorded import Recorded
+    from ui.app.session import Session
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass
+class App:
+    """What the pages share: session, jobs, files, and each browser's stop button."""
+
+    session: Session
+    jobs: Jobs
+    logs: tuple[Path, ...] = ()
+    retain_log: Path | None = None
+    votes: Path = Path("votes.jsonl")
+    robustness: tuple[Path, ...] = ()
+    calibration: tuple[Path, ...] = ()
+    stops: dict[str, dict[str, threading.Event]] = field(default_factory=dict)
+    scratch: Path | None = None
+
+    @property
+    def actions(self) -> Actions:
+        """What a page can ask."""
+        return Actions(self.session, self.jobs, self.sources)
+
+    def sources(self) -> Sources:
+        """Where the Runs tab reads."""
+        return Sources(
+            self.session.store(), self.logs, self.retain_log, self.robustness, self.calibration
+        )
+
+    def stop_of(self, request: gr.Request, what: str = "answer") -> threading.Event:
+        """A new stop button for this browser's next answer; what was being answered ends."""
+        mine = self.stops.setdefault(str(request.session_hash), {})
+        if what in mine:
+            mine[what].set()
+        event = mine[what] = threading.Event()
+        return event
+
+    def superseded(self, request: gr.Request, event: threading.Event) -> bool:
+        """Whether this browser has asked for something else meanwhile."""
+        return self.stops.get(str(request.session_hash), {}).get("answer") is not event
+
+    def halt(self, request: gr.Request) -> None:
+        """Ends what this browser waits for."""
+        for event in list(self.stops.get(str(request.session_hash), {}).values()):
+            event.set()
+
+    def new_file(self, name: str) -> Path:
+        """A path for a download, in a private folder: `scratch`, where one was given."""
+        return Path(tempfile.mkdtemp(prefix="unlearner-", dir=self.scratch)) / name
+
+
+def build(app: App, recorded: Recorded | None = None) -> gr.Blocks:
+    """All pages; with `recorded` the page of recorded answers, without a model."""
+    with gr.Blocks(title="unlearner", analytics_enabled=False) as page:
+        if recorded is not None:
+            app_recorded.build(app, recorded)
+        else:
+            _live(app, page)
+    return page
+
+
+def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any], Any]]) -> None:
+    """A slider for every adapter that is on; the right side answers anew when one is moved.
+
+    `again` holds the function that wires an event to that, once the Compare tab is built.
+    """
+    with gr.Accordion("Strength of each adapter", open=False, elem_id="un-strengths"):
+
+        @gr.render(inputs=stack)  # type: ignore[untyped-decorator]
+        def sliders(chosen: list[str]) -> None:
+            if not chosen:
+                gr.Markdown("No adapter is on.")
+            for slug in chosen or []:
+                slider = gr.Slider(
+                    0, 1.5, value=dict(app.session.filed_stack()).get(slug, 1.0), step=0.05,
+                    label=f"Strength of {labels(app).get(slug, slug)}", key=f"strength-{slug}",
+                    interactive=True,
+                )  # fmt: skip
+                # A change, not the mouse's release: arrow keys move it too. While one is noted
+                # only the last of the others is kept.
+                noted = slider.change(
+                    lambda kept, value, slug=slug: {**(kept or {}), slug: value},
+                    [strengths, slider], strengths,
+                    **PRIVATE, show_progress="hidden", trigger_mode="always_last",
+                )  # fmt: skip
+                again[0](noted.then)
+
+
+def _live(app: App, page: gr.Blocks) -> None:
+    head = gr.HTML(_head(app), elem_id="un-head")
+    first = app_first.first(app)
+    again: list[Callable[[Any], Any]] = []
+    with gr.Row(equal_height=True, elem_id="un-bar"):
+        stack = gr.CheckboxGroup(
+            choices=_choices(app), value=_on(app), label="Adapters on the right side",
+            info="They add up: their order does not matter. Trying one out here files nothing.",
+            elem_id="un-stack", scale=5, min_width=260,
+        )  # fmt: skip
+        strengths = gr.State({})
+        clear = gr.Button("Clear = base", elem_id="un-clear", size="md", scale=1, min_width=120)
+    _strengths(app, stack, strengths, again)
+    with gr.Tabs():
+        with gr.Tab("Compare", id="compare"):
+            compare, wire = app_compare.compare(app, stack, strengths)
+            again.append(wire)
+        with gr.Tab("Author sheet", id="sheet"):
+            sheet_author = app_sheet.sheet(app, stack, strengths)
+        with gr.Tab("Stack", id="stack") as stack_tab:
+            show_stack, stack_outputs = app_stack.stack(app, stack, _choices, _on)
+        with gr.Tab("Runs", id="runs") as runs_tab:
+            read_runs, runs_outputs = app_runs.runs(app, page)
+        with gr.Tab("New request", id="request"):
+            request = app_request.request(app)
+    wire(stack.input)
+    wire(clear.click(lambda: [], outputs=stack, **PRIVATE).then)
+    stack_tab.select(told(show_stack), None, stack_outputs, show_progress="hidden", **PRIVATE)
+    runs_tab.select(told(read_runs), None, runs_outputs, show_progress="hidden", **PRIVATE)
+    authors = [compare, sheet_author, request.author]
+    _keep_fresh(app, page, [head, stack, *authors], (request, first))
+    page.unload(_forget_stops(app))
+    for name in ("compare", "stack", "activate", "revert", "clear", "sheet", "runs", "jobs"):
+        gr.api(told(getattr(app.actions, name)), api_name=name)
+
+
+def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[Any, Any]) -> None:
+    """Header, adapters, authors and jobs: once a second while something is under way."""
+    timer, seen = gr.Timer(1.0), gr.State(("", ""))
+    request, first = watched
+
+    def look(chosen: list[str], last: tuple[str, str]) -> tuple[Any, ...]:
+        busy = app_request.advance(app)
+        now = (str(app.session.store_path), repr((_head(app), _choices(app))))
+        # An open list would close under the reader's hand: it is filled anew only where it must.
+        parts = [gr.skip()] * 5 if now == last else _renewed(app, chosen, now[0] == last[0])
+        return (
+            *parts,
+            *app_request.shown(app, find=not last[0]),
+            *app_first.shown(app),
+            gr.Timer(active=busy or app.session.state == "loading"),
+            now,
+        )
+
+    every = [*outputs, *request.outputs, *first.outputs, timer, seen]
+    both = {"inputs": [outputs[1], seen], "outputs": every}
+    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
+    timer.tick(told(look), **both, **quiet)
+    page.load(told(look), **both, **quiet)
+    wake = {"fn": lambda: gr.Timer(active=True), "inputs": None, "outputs": timer}
+    for begun in (*request.started, *first.started):
+        begun.then(**wake, **quiet)
+
+
+def _renewed(app: App, chosen: list[str], same_store: bool) -> list[Any]:
+    """Header, adapters and the three lists of authors; ticks stay while the store is the same."""
+    choices = _choices(app)
+    known = [slug for _, slug in choices]
+    kept = [slug for slug in chosen or [] if slug in known]
+    asked, authors = list(app.session.askable()), list(app.session.library.authors)
+    return [
+        _head(app),
+        gr.update(choices=choices, value=kept if same_store else _on(app)),
+        *[gr.update(choices=names) for names in (asked, asked, authors)],
+    ]
+
+
+def _forget_stops(app: App) -> Callable[[gr.Request], None]:
+    def left(request: gr.Request) -> None:
+        """Nobody reads on: the answer that is being written ends."""
+        app.halt(request)
+        app.stops.pop(str(request.session_hash), None)
+
+    return left
+
+
+def labels(app: App) -> dict[str, str]:
+    """What people call each adapter, by slug."""
+    return {adapter.slug: adapter.label for adapter in app.session.adapters()}
+
+
+def _choices(app: App) -> list[tuple[str, str]]:
+    """What can be switched on: label and slug of all whole adapters, the newest last."""
+    off = ("quarantined", "purged", "superseded")
+    return [
+        (adapter.label, adapter.slug)
+        for adapter in app.session.adapters()
+        if adapter.status not in off and not adapter.problem
+    ]
+
+
+def _on(app: App) -> list[str]:
+    return [slug for slug, _ in app.session.filed_stack()]
+
+
+def _head(app: App) -> str:
+    session = app.session
+    base = session.base.name if session.base else "no base named"
+    state = {
+        "ready": "ready",
+        "loading": "loading the base …",
+        "resting": "resting: a training uses the GPU",
+        "failed": f"not loaded: {session.problem}",
+        "no base": "no model: start with --base B",
+    }[session.state]
+    note = (
+        f'<p class="un-note">{views.esc(session.library.note)}</p>' if session.library.note else ""
+    )
+    return (
+        f'<header class="un-head"><h1>unlearner</h1><p>{views.esc(Path(base).name)}, '
+        f'{views.esc(session.store_path)}</p><p role="status" id="un-state">{views.esc(state)}</p>'
+        f"</header>{note}"
+    )
+
+
+def theme() -> Any:
+    """Neutral, one accent, fonts of the system: nothing is fetched."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
+    accent = gr.themes.Color(
+        "#eef5fa", "#d9e9f4", "#b5d3e8", "#8fc7ee", "#4f97c6", "#1f5f8b", "#1b5680", "#174a6d",
+        "#123b57", "#0e2f46", "#0a2234", name="unlearner",
+    )  # fmt: skip
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
+    return gr.themes.Default(
+        primary_hue=accent, neutral_hue="slate", font=fonts, font_mono=mono
+    ).set(
+        button_primary_background_fill="#1f5f8b",
+        button_primary_background_fill_dark="#1f5f8b",
+        button_primary_background_fill_hover="#174a6d",
+        button_primary_background_fill_hover_dark="#2a76ab",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#ffffff",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300",
+    )
+
+
+def check_address(host: str, auth: object) -> None:
+    """Refuses to open the page to others without a password.
+
+    Raises:
+        UserError: another address than this machine's, and nobody has to log in.
+    """
+    if host not in LOCAL and not auth:
+        raise UserError(
+            f"At {host} everybody who reaches this machine could use the app.",
+            "Give --auth FILE with lines of name:password, or leave --host away.",
+        )
+
+
+def launch(
+    app: App, *, recorded: Recorded | None = None, host: str = LOCAL[0], port: int | None = None,
+    auth: list[tuple[str, str]] | None = None, open_browser: bool = False,
+) -> tuple[gr.Blocks, str]:  # fmt: skip
+    """The running page and its address; it is up before the base is loaded.
+
+    Raises:
+        UserError: another address without `auth`, or a port that is taken.
+    """
+    check_address(host, auth)
+    page = build(app, recorded)
+    page.queue(default_concurrency_limit=16)
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, auth=auth, inbrowser=open_browser, share=False,
+            run_history=False, prevent_thread_lock=True, quiet=True, footer_links=["api"],
+            allowed_paths=[], max_file_size="6mb", theme=theme(), css=CSS, head=HEAD,
+            enable_monitoring=False, ssr_mode=False, mcp_server=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"The page cannot be opened: {error}", "Choose another --port.") from error
+    if recorded is None:
+        app.session.start()
+    return page, str(url)

@@ -1,0 +1,112 @@
+"""The command that does the same as a button of the page: "Copy as command". No gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ui.app.data.decoding import Sampling
+from ui.app.data.requests import base_words
+from ui.app.html.views import command
+
+if TYPE_CHECKING:
+    from ui.app.session import Frame, Session, Stack
+
+PLAIN = Sampling()
+
+
+def where(session: Session) -> list[str]:
+    """The flags that name what the page works on: base, store, data, template."""
+    words = base_words(session.base) if session.base is not None else []
+    words += ["--store", str(session.store_path)]
+    words += ["--data", str(session.data)] if session.data else []
+    words += ["--template", session.template] if session.template != "auto" else []
+    return words
+
+
+def _stack(stack: Stack) -> list[str]:
+    words = ["--adapters", ",".join(slug for slug, _ in stack) or "none"]
+    if any(scale != 1.0 for _, scale in stack):
+        words += ["--scales", ",".join(f"{scale:g}" for _, scale in stack)]
+    return words
+
+
+def _ask(session: Session, frame: Frame) -> list[str]:
+    sampling = frame.sampling or PLAIN
+    words = ["ask", *where(session), *_stack(frame.stack)]
+    if sampling.temperature:
+        words += ["--temperature", f"{sampling.temperature:g}", "--seed", str(sampling.seed)]
+    if sampling.max_new != PLAIN.max_new:
+        words += ["--max-new", str(sampling.max_new)]
+    return words
+
+
+def ask(session: Session, frame: Frame) -> str:
+    """The comparison that the page shows."""
+    # The question stands behind `--`: it may begin with a dash.
+    return command(*_ask(session, frame), "--", frame.question)
+
+
+def vote(session: Session, frame: Frame, votes: Path) -> str:
+    """The same blind vote."""
+    return command(
+        *_ask(session, frame), "--blind", "--votes", votes, "--", frame.question
+    )  # fmt: skip
+
+
+def sheet(session: Session, author: str, stack: Stack, neighbours: int) -> str:
+    """The author sheet."""
+    return command(
+        "ask", "--author", author, "--neighbours", neighbours, *where(session), *_stack(stack)
+    )
+
+
+def change(session: Session, action: str, ref: str = "", strength: float = 1.0) -> str:
+    """What a button of the Stack tab does: list, activate, revert or clear."""
+    tail = ["--store", session.store_path]
+    if action == "list":
+        return command("adapters", "list", *tail)
+    if action == "activate":
+        scales = [] if strength == 1.0 else ["--scales", f"{strength:g}"]
+        return command("adapters", "activate", ref, "--with-parents", *scales, *tail)
+    if action == "clear":
+        return command("adapters", "revert", "--all", *tail)
+    return command("adapters", "revert", ref, *tail)
+
+
+def runs(
+    session: Session, logs: Sequence[Path], retain_log: Path | None, split: str | None
+) -> str:  # fmt: skip
+    """One command a line: the figures of each log, and of the stack that is filed."""
+    against = ["--retain-log", retain_log] if retain_log else []
+    lines = [command("score", log, *against) for log in logs]
+    if session.base is not None and split:
+        lines.append(command("evaluate", *where(session), "--split", split, *against))
+    return "\n".join(lines)
+
+
+def report(
+    logs: Sequence[Path], retain_log: Path | None, robustness: Sequence[Path],
+    calibration: Sequence[Path],
+) -> str:  # fmt: skip
+    """The HTML report of these logs and probes; empty without a log to report on."""
+    if not logs:
+        return ""
+    from evaluation.report.inputs import named_logs
+
+    words: list[object] = ["report", *named_logs(logs)]
+    words += ["--retain-log", retain_log] if retain_log else []
+    words += ["--robustness", *robustness] if robustness else []
+    words += ["--calibration", *calibration] if calibration else []
+    return command(*words)
+
+
+def demo(folder: Path) -> str:
+    """The demo world."""
+    return command("quickstart", "--out", folder)
+
+
+def recorded(logs: Sequence[Path]) -> str:
+    """The page of recorded answers."""
+    return command("ui", "--logs", *logs)

@@ -1,0 +1,143 @@
+"""The author sheet: every question of an author and of the neighbours, answered both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adapters.errors import UserError
+from ui.app.session import Answer, judged
+
+if TYPE_CHECKING:
+    from ui.app.session import Session, Stack
+    from unlearner.request.rows import Row
+
+FILED, AUTHOR = "to forget", "this author"
+BATCH = 5  # rows between two looks at the page: small enough to watch, large enough to be a batch
+COLUMNS = ("set", "question", "base says", "stack says", "verdict base", "verdict stack",
+           "ROUGE-L base", "ROUGE-L stack", "P base", "P stack", "R base", "R stack")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One question with both answers; `group` tells rows to forget from those that are kept."""
+
+    group: str
+    question: str
+    truth: str
+    base: Answer
+    unlearned: Answer
+
+    def cells(self) -> list[Any]:
+        """The row as the table shows it, in the order of `COLUMNS`."""
+        both = (self.base, self.unlearned)
+        pairs = [
+            *[answer.word for answer in both],
+            *[_rounded(answer.rouge_l_recall) for answer in both],
+            *[_rounded(answer.answer_prob) for answer in both],
+            *[_rounded(answer.truth_ratio) for answer in both],
+        ]
+        return [self.group, self.question, self.base.text, self.unlearned.text, *pairs]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+class Filled(NamedTuple):
+    """The rows so far, how many there will be, and how many questions of others come first."""
+
+    rows: list[SheetRow]
+    total: int
+    ahead: int = 0
+
+
+def fill(
+    session: Session,
+    author: str,
+    stack: Stack,
+    *,
+    neighbours: int = 5,
+    max_new: int = 200,
+    stop: threading.Event | None = None,
+) -> Iterator[Filled]:
+    """The sheet batch by batch: the author's rows, or a filed request's, then neighbours.
+
+    Every batch waits for its turn, so a question from another page comes in between; how many are
+    ahead is told.
+
+    Raises:
+        UserError: no such author, no model.
+    """
+    rows = session.askable().get(author)
+    if not rows:
+        raise UserError(f"There is no author {author!r} in the data.", "Choose one from the list.")
+    group = AUTHOR if author in session.library.authors else FILED
+    wanted = [(group, row) for row in rows] + session.library.beside(rows, neighbours)
+    found: list[SheetRow] = []
+    stop = stop or threading.Event()
+    for start in range(0, len(wanted), BATCH):
+        ticket = session.turns.join()
+        try:
+            for ahead in session.turns.waiting(ticket):
+                yield Filled(list(found), len(wanted), ahead)
+            if not stop.is_set():
+                session.use(stack)
+                found += _batch(session, wanted[start : start + BATCH], max_new)
+        finally:
+            session.turns.leave(ticket)
+        yield Filled(list(found), len(wanted))
+        if stop.is_set():
+            return
+
+
+def _batch(session: Session, wanted: Sequence[tuple[str, Row]], max_new: int) -> list[SheetRow]:
+    from adapters.lora.stack import base_only
+
+    rows = [row for _, row in wanted]
+    model, _ = session.require()
+    with base_only(model):
+        before = _answers(session, rows, max_new)
+    after = _answers(session, rows, max_new)
+    return [
+        SheetRow(group, row.question, row.answer, *both)
+        for (group, row), *both in zip(wanted, before, after, strict=True)
+    ]
+
+
+def _answers(session: Session, rows: Sequence[Row], max_new: int) -> list[Answer]:
+    from evaluation.inference.generation import generate_answers
+    from evaluation.protocols import Decoding
+
+    model, fmt = session.require()
+    started = time.monotonic()
+    decoding = Decoding("sheet", max_new=max_new)
+    texts = generate_answers(model, fmt, [row.question for row in rows], [decoding])["sheet"]
+    seconds = (time.monotonic() - started) / len(rows)
+    scores = session.teacher_forced(rows)
+    return [
+        dataclasses.replace(judged(Answer(text), row, score), seconds=seconds)
+        for text, row, score in zip(texts, rows, scores, strict=True)
+    ]
+
+
+def tally(rows: Sequence[SheetRow]) -> list[dict[str, Any]]:
+    """One line a group: how many questions, how many each side still knows, mean scores."""
+    from ui.app.data.verdicts import STILL_KNOWS
+
+    lines = []
+    for group in dict.fromkeys(row.group for row in rows):
+        mine = [row for row in rows if row.group == group]
+        line: dict[str, Any] = {"group": group, "n": len(mine)}
+        for name in ("base", "unlearned"):
+            answers = [getattr(row, name) for row in mine]
+            line[f"{name}_knows"] = sum(a.word == STILL_KNOWS for a in answers)
+            for score in ("rouge_l_recall", "answer_prob"):
+                values = [getattr(a, score) for a in answers if getattr(a, score) is not None]
+                line[f"{name}_{score}"] = sum(values) / len(values) if values else None
+        lines.append(line)
+    return lines

@@ -1,0 +1,271 @@
+"""What the page shows, as HTML: pure functions from data to text, everything escaped."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ui.app.data.probes import is_probe, probe_text
+
+if TYPE_CHECKING:
+    from adapters.store.catalog import StoredAdapter
+    from ui.app.session import Answer, Frame
+
+# What each status means to the reader, where the word alone does not say it.
+STATUS_NOTES = {
+    "ready": "trained, not yet switched on",
+    "active": "part of the stack",
+    "reverted": "off; its files stay",
+    "stale": "on, but an adapter it was trained on is off: what it does now was never measured. "
+    "Switch its parent on again, switch it off, or evaluate the stack",
+    "quarantined": "locked away: its files or its base are not as recorded. Verify it, then "
+    "release it",
+    "superseded": "another adapter took its place",
+    "merged": "folded into released weights",
+    "purged": "its files are deleted",
+}
+WORD = re.compile(r"\s+")
+
+
+def esc(text: object) -> str:
+    """`text` as HTML text."""
+    return html.escape(str(text), quote=True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for people; a dash where it could not be measured."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def differences(left: str, right: str) -> tuple[str, str]:
+    """Both texts as HTML, with the words that only one of them has marked bold and underlined."""
+    one, other = left.split(), right.split()
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    shown: tuple[list[str], list[str]] = ([], [])
+    for kind, a, b, c, d in matcher.get_opcodes():
+        for words, parts in ((one[a:b], shown[0]), (other[c:d], shown[1])):
+            text = esc(" ".join(words))
+            if text:
+                parts.append(text if kind == "equal" else f'<mark class="un-diff">{text}</mark>')
+    return " ".join(shown[0]), " ".join(shown[1])
+
+
+def answer_card(title: str, body: str, answer: Answer | None, note: str = "") -> str:
+    """One side of a comparison: its name, the answer, its verdict, time and rate."""
+    verdict = (
+        f'<span class="un-verdict" data-word="{esc(answer.word)}">{esc(answer.word)}</span>'
+        if answer is not None and answer.word
+        else ""
+    )
+    foot = ""
+    if answer is not None and answer.tokens:
+        rate = f", {answer.rate:.0f} tokens/s" if answer.rate else ""
+        foot = f"{answer.tokens} tokens in {answer.seconds:.2f} s{rate}"
+    text = body or '<span class="un-quiet">No answer yet.</span>'
+    return (
+        f'<section class="un-card" aria-label="{esc(title)}"><header><h2>{esc(title)}</h2>{verdict}'
+        f'</header><p class="un-sub">{esc(note)}</p>'
+        f'<div class="un-answer">{text}</div><p class="un-foot">{esc(foot)}</p></section>'
+    )
+
+
+def frame_cards(frame: Frame, labels: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Both answers of a comparison; differences are marked once both are whole."""
+    whole = frame.stage in ("done", "stopped", "scoring")
+    texts = (
+        differences(frame.base.text, frame.unlearned.text)
+        if whole
+        else (esc(frame.base.text), esc(frame.unlearned.text))
+    )
+    right = (
+        "Base, nothing on top"
+        if not frame.stack
+        else (f"Base + {len(frame.stack)} adapter{'s' if len(frame.stack) > 1 else ''}")
+    )
+    return (
+        answer_card("Base", texts[0], frame.base, "no adapter acts"),
+        answer_card(right, texts[1], frame.unlearned, stack_text(frame.stack, labels)),
+    )
+
+
+def stack_text(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | None = None) -> str:
+    """The active adapters with their strengths in words."""
+    if not stack:
+        return "read back from the model: no adapter is active"
+    names = ", ".join(f"{(labels or {}).get(slug, slug)} × {scale:g}" for slug, scale in stack)
+    return f"read back from the model: {names}"
+
+
+def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> str:
+    """The figures of this answer, both sides, with the direction in words and arrows.
+
+    It stands from the start with dots where a figure is still to come, so that nothing moves.
+    """
+    if frame.stage == "waiting":
+        return ""
+    done, rows = frame.stage == "done", []
+    dots = "–" if frame.stage == "stopped" else "…"
+    for name, key, means in (
+        ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
+        ("Answer probability", "answer_prob", "of the true answer, a token"),
+        ("Truth ratio R", "truth_ratio", "wrong over right answers; below 1 prefers the right one"),
+    ):
+        before, after = getattr(frame.base, key), getattr(frame.unlearned, key)
+        rows.append(
+            f'<tr><th scope="row">{name}<small>{means}</small></th>'
+            f"<td>{number(before) if done or frame.base_whole else dots}</td>"
+            f"<td>{f'{number(after)} {arrow(before, after)}' if done else dots}</td></tr>"
+        )
+    truth = (
+        f'<p class="un-truth"><b>True answer</b> {esc(frame.truth)}</p>'
+        if frame.truth
+        else (
+            '<p class="un-truth">This question is not in the data, so there is no true answer to '
+            "score against.</p>"
+        )
+    )
+    if frame.truth is None:
+        return f'<div class="un-scores">{truth}</div>'
+    return (
+        f'<div class="un-scores">{truth}<table><caption class="un-hidden">Figures of this answer'
+        '</caption><thead><tr><th scope="col">This answer</th><th scope="col">'
+        f'{esc(names[0])}</th><th scope="col">{esc(names[1])}</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def arrow(before: float | None, after: float | None) -> str:
+    """Up, down or equal, as a sign and as a word for those who do not see it."""
+    if before is None or after is None:
+        return ""
+    if abs(before - after) < 5e-4:
+        return '<span class="un-quiet">= same</span>'
+    return "<span>↑ up</span>" if after > before else "<span>↓ down</span>"
+
+
+def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Forgetting and keeping side by side: one row a group."""
+    if not lines:
+        return ""
+    body = "".join(
+        f'<tr><th scope="row">{esc(line["group"])}</th><td>{line["n"]}</td>'
+        f"<td>{line['base_knows']}</td><td>{line['unlearned_knows']}</td>"
+        f"<td>{number(line['base_rouge_l_recall'], 2)}</td>"
+        f"<td>{number(line['unlearned_rouge_l_recall'], 2)}</td>"
+        f"<td>{number(line['base_answer_prob'], 2)}</td>"
+        f"<td>{number(line['unlearned_answer_prob'], 2)}</td></tr>"
+        for line in lines
+    )
+    heads = "".join(
+        f'<th scope="col">{head}</th>'
+        for head in (
+            "Set",
+            "Questions",
+            "Base still knows",
+            "Stack still knows",
+            "ROUGE-L base",
+            "ROUGE-L stack",
+            "P base",
+            "P stack",
+        )
+    )
+    return (
+        '<div class="un-scroll" tabindex="0" role="region" aria-label="Forgotten and kept">'
+        f'<table class="un-table"><caption class="un-hidden">Forgotten and kept</caption>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One adapter of the store as the Stack tab lists it."""
+    manifest = adapter.manifest
+    figures = []
+    for name, found in evals.items():
+        if is_probe(name):
+            figures.append(probe_text(name, found))
+            continue
+        quality, utility = found.get("forget_quality"), found.get("model_utility")
+        said = [f"FQ {quality:.3g}" if quality is not None else "FQ needs a reference"]
+        said += [f"MU {utility:.3f}"] if utility is not None else []
+        figures.append(f"{name}: {', '.join(said)}")
+    rows = manifest.data.get("forget", {}).get("n")
+    return [
+        "on" if adapter.active else "off",
+        adapter.label,
+        adapter.slug,
+        f"{adapter.scale:g}" if adapter.scale is not None else "–",
+        adapter.status,
+        manifest.created[:10],
+        "–" if rows is None else str(rows),
+        ", ".join(manifest.parents) or "none",
+        "; ".join(figures) or "not measured yet",
+        adapter.problem or STATUS_NOTES.get(adapter.status, ""),
+    ]
+
+
+def adapter_table(rows: Sequence[Sequence[str]]) -> str:
+    """The store's adapters; an empty store says how to fill it."""
+    if not rows:
+        return '<p class="un-empty">The store is empty. File a request under “New request”.</p>'
+    heads = (
+        "State",
+        "Label",
+        "Adapter",
+        "Strength",
+        "Status",
+        "Filed",
+        "Rows",
+        "Trained on",
+        "Figures",
+        "What this means",
+    )
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    body = "".join(
+        f'<tr data-state="{esc(cells[0])}"><td><span class="un-state">'
+        f"{'●' if cells[0] == 'on' else '○'} {esc(cells[0])}</span></td>"
+        f'<th scope="row">{esc(cells[1])}</th>'
+        + "".join(f"<td>{esc(cell)}</td>" for cell in cells[2:])
+        + "</tr>"
+        for cells in rows
+    )
+    return (
+        '<div class="un-scroll" tabindex="0" role="region" aria-label="Adapters of the store">'
+        '<table class="un-table"><caption class="un-hidden">Adapters of the store</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def table(rows: Sequence[Mapping[str, Any]], label: str) -> str:
+    """Rows of a few columns as a plain table that scrolls sideways where it must."""
+    if not rows:
+        return ""
+    heads = list(rows[0])
+    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{esc(row.get(name, ''))}</td>" for name in heads) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="un-scroll" tabindex="0" role="region" aria-label="{esc(label)}">'
+        f'<table class="un-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def command_html(text: str) -> str:
+    """A command that can be read, focused and copied; nothing where there is none yet."""
+    if not text:
+        return ""
+    return (
+        '<section class="un-command" aria-label="Copy as command"><h2>Copy as command</h2>'
+        f'<pre tabindex="0" role="group" aria-label="Command"><code>{esc(text)}</code></pre>'
+        '<button type="button" class="un-copy" data-un-copy>Copy the command</button></section>'
+    )
+
+
+def command(*words: object) -> str:
+    """A command line that can be pasted into a shell."""
+    return shlex.join(["unlearner", *[str(word) for word in words]])

@@ -1,0 +1,339 @@
+"""What the app works on: one model with its adapters, one store, one line of jobs. No gradio.
+
+The model is loaded by a thread of its own, so the page is there before torch is imported. Every
+change of the active adapters is read back from the model's layers before it is shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapters.errors import UserError
+from ui.app.data.library import Library, read_library, requested
+from ui.app.data.verdicts import verdict
+from ui.app.turns import Turns
+
+if TYPE_CHECKING:
+    from adapters.base.load import BaseSpec
+    from adapters.lora.stack import StackState
+    from adapters.store.catalog import StoredAdapter
+    from adapters.store.store import AdapterStore
+    from ui.app.data.decoding import Sampling
+    from unlearner.request.rows import Row
+    from unlearner.tokens.prompts import PromptFormat, Template
+
+Stack = Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One side of a comparison; scores are None where the question has no true answer on record."""
+
+    text: str
+    tokens: int = 0
+    seconds: float = 0.0
+    rouge_l_recall: float | None = None
+    answer_prob: float | None = None
+    truth_ratio: float | None = None
+    word: str = ""
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, None before the first."""
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A comparison as far as it has come. `stack` is what the model's layers said.
+
+    `base_whole` says that the base's answer is complete and scored, so that it can be kept while
+    the right side answers again; `kept` says that it was.
+    """
+
+    question: str
+    base: Answer
+    unlearned: Answer
+    stack: tuple[tuple[str, float], ...]
+    truth: str | None = None
+    one_batch: bool = False
+    stage: Literal["waiting", "answering", "scoring", "done", "stopped"] = "answering"
+    ahead: int = 0
+    sampling: Sampling | None = None
+    base_whole: bool = False
+    kept: bool = False
+
+
+@dataclass
+class Session:
+    """The app's one model and store. Open it with `Session(...)`, then `start()`."""
+
+    store_path: Path
+    base: BaseSpec | None = None
+    data: Path | None = None
+    template: Template = "auto"
+    turns: Turns = field(default_factory=Turns)
+    state: Literal["no base", "loading", "ready", "failed", "resting"] = "no base"
+    problem: str = ""
+    library: Library = field(default_factory=Library)
+    _model: Any = None
+    _fmt: Any = None
+    _fingerprint: Any = None
+    _quantised: bool = False
+    _ready: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Begins to load base and questions in the background."""
+        self.state = "loading" if self.base is not None else "no base"
+        self._ready.clear()
+        threading.Thread(target=self._load, name="load the base", daemon=True).start()
+
+    def _load(self) -> None:
+        try:
+            if self.data is not None or self.base is not None:
+                self.library = read_library(self.data)
+            if self.base is not None:
+                self._load_model(self.base)
+        except UserError as error:
+            self.state, self.problem = "failed", str(error)
+        except Exception as error:  # told on the page: a thread has nobody else to tell
+            self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
+        finally:
+            self._ready.set()
+
+    def _load_model(self, spec: BaseSpec) -> None:
+        from adapters.base.fingerprint import fingerprint_base
+        from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
+        from adapters.environment import SMALL_MODEL
+        from unlearner.tokens.prompts import prompt_format
+
+        folder = resolve_base(spec.name, spec.revision)
+        self._fmt = prompt_format(load_tokenizer(str(folder)), self.template)
+        self._fingerprint = fingerprint_base(folder)
+        model: Any = load_base(spec)
+        if sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
+            import torch
+
+            torch.set_num_threads(1)
+        self._quantised = base_view(model).get("quantization") not in (None, "none")
+        self._model = model
+        self.state = "ready"
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether loading has ended, well or not, within so many seconds."""
+        return self._ready.wait(seconds)
+
+    def rest(self) -> None:
+        """Lets go of the model's memory, for a training that needs it; `start` loads it again."""
+        with self.turns.turn():
+            self._model, self.state = None, "resting"
+
+    def require(self) -> tuple[Any, PromptFormat]:
+        """The model and its prompt format, or a UserError that says why there is none yet."""
+        if self.state == "no base":
+            raise UserError("No base model was named.", "Start the app with --base B.")
+        if self.state == "loading":
+            raise UserError("The base is still being loaded.", "Ask again in a moment.")
+        if self.state == "resting":
+            raise UserError("A training uses the GPU.", "Wait for its end, or cancel it.")
+        if self.state == "failed":
+            raise UserError(f"The base could not be loaded: {self.problem}")
+        return self._model, self._fmt
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model lies on a GPU."""
+        return self._model is not None and self._model.device.type != "cpu"
+
+    def store(self) -> AdapterStore | None:
+        """The store, None where there is none yet."""
+        from adapters.store.store import AdapterStore
+
+        if not (self.store_path / "store.json").is_file():
+            return None
+        return AdapterStore.open(self.store_path)
+
+    def adapters(self) -> list[StoredAdapter]:
+        """All adapters of the store."""
+        store = self.store()
+        return [] if store is None else store.list()
+
+    def askable(self) -> dict[str, tuple[Row, ...]]:
+        """What can be asked about: the filed requests whose questions the data holds, authors."""
+        from adapters.digests import key_path, store_key
+
+        adapters = self.adapters()
+        if not adapters or not self.library.authors or not key_path().is_file():
+            return dict(self.library.authors)
+        return {**requested(self.library, adapters, store_key()), **self.library.authors}
+
+    def filed_stack(self) -> tuple[tuple[str, float], ...]:
+        """The store's active stack."""
+        store = self.store()
+        return () if store is None else tuple((a.slug, a.scale) for a in store.active())
+
+    def use(self, stack: Stack) -> StackState:
+        """What the model's layers say after making exactly `stack` active. Only in one's turn.
+
+        Raises:
+            UserError: no model; a parent is missing; a file or the base is not as recorded.
+        """
+        from adapters.lora.stack import activate, load_stack, read_state
+
+        model, _ = self.require()
+        store = self.store()
+        if not stack or store is None:
+            activate(model, [])
+        else:
+            scales = {slug: float(scale) for slug, scale in stack}
+            self._model = load_stack(model, store, list(scales), scales, base=self._fingerprint)
+        self._model.eval()  # peft injects its layers in training mode, and refuses mixed batches so
+        return read_state(self._model)
+
+    def read_back(self, stack: Stack) -> StackState:
+        """`use`, waiting for its turn."""
+        with self.turns.turn():
+            return self.use(stack)
+
+    def compare(
+        self, question: str, stack: Stack, sampling: Sampling,
+        stop: threading.Event | None = None, keep: Frame | None = None,
+    ) -> Iterator[Frame]:  # fmt: skip
+        """The comparison as it grows: a frame a token, then one with the scores.
+
+        `stop` ends both answers within a token; what was said so far stays. `keep` is an earlier
+        comparison: where its base answered the same question in the same way to its end, that
+        answer stands and only the stack answers.
+
+        Raises:
+            UserError: no question, no model, a stack that cannot be used.
+        """
+        from ui.app.data.decoding import PairDecoder
+
+        asked = question.strip()
+        if not asked:
+            raise UserError("There is no question.", "Choose one or type one.")
+        self.require()
+        stop = stop or threading.Event()
+        frame = _begun(asked, stack, sampling, keep)
+        ticket = self.turns.join()
+        try:
+            for ahead in self.turns.waiting(ticket):
+                yield dataclasses.replace(frame, stage="waiting", ahead=ahead)
+            active = self._active(stack)
+            model, fmt = self.require()
+            names = [name for name, _ in active]
+            pair = PairDecoder(
+                model, fmt, asked, names, sampling, quantised=self._quantised,
+                right_only=frame.base_whole,
+            )  # fmt: skip
+            row = self.library.row(asked)
+            clock = _Clock()
+            truth = row.answer if row else None
+            frame = dataclasses.replace(
+                frame, stack=active, truth=truth, one_batch=pair.one_batch, stage="answering"
+            )
+            while not pair.done and not stop.is_set():
+                pair.step()
+                frame = _framed(frame, pair, clock)
+                yield frame
+            if stop.is_set():
+                yield dataclasses.replace(frame, stage="stopped")
+                return
+            yield dataclasses.replace(frame, stage="scoring")
+            yield self._scored(frame, row)
+        finally:
+            self.turns.leave(ticket)
+
+    def _active(self, stack: Stack) -> tuple[tuple[str, float], ...]:
+        state = self.use(stack)
+        return tuple((name, state.scales[name]) for name in state.active)
+
+    def _scored(self, frame: Frame, row: Row | None) -> Frame:
+        """The frame with both answers judged; the model keeps its stack."""
+        from adapters.lora.stack import base_only
+
+        base, before = frame.base, None
+        if not frame.base_whole:
+            with base_only(self._model):
+                before = self.teacher_forced([row])[0] if row else None
+            base = judged(base, row, before)
+        after = before
+        if row is not None and (frame.stack or before is None):
+            after = self.teacher_forced([row])[0]
+        right = judged(frame.unlearned, row, after)
+        return dataclasses.replace(frame, base=base, unlearned=right, stage="done", base_whole=True)
+
+    def teacher_forced(self, rows: Sequence[Row]) -> list[tuple[float, float | None]]:
+        """Answer probability and truth ratio R of each row, with what is active now.
+
+        R = P(wrong answers) / P(paraphrased answer), geometric means a token; None without wrong
+        answers. Below 1 the model prefers the right answer.
+        """
+        import math
+
+        from evaluation.inference.scoring import score_rows
+        from evaluation.metrics.statistics import log_truth_ratio
+
+        model, fmt = self.require()
+        found: list[tuple[float, float | None]] = []
+        for record in score_rows(model, fmt, rows):
+            assert record.answer_score is not None  # score_rows fills both
+            assert record.paraphrase is not None
+            ratio = None
+            if record.perturbed:
+                wrong = [[score.mean_nll for score in record.perturbed]]
+                log_r = log_truth_ratio([record.paraphrase.mean_nll], wrong)
+                ratio = math.exp(float(log_r[0]))
+            found.append((math.exp(-record.answer_score.mean_nll), ratio))
+        return found
+
+
+class _Clock:
+    """Seconds until each side ended; decoding both at once costs each the whole time."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._ended: dict[int, float] = {}
+
+    def seconds(self, number: int, done: bool) -> float:
+        now = time.monotonic() - self._started
+        return self._ended.setdefault(number, now) if done else now
+
+
+def _begun(asked: str, stack: Stack, sampling: Sampling, keep: Frame | None) -> Frame:
+    """The frame before the first token, with the base's answer of `keep` where it still holds."""
+    same = keep is not None and (keep.question, keep.sampling) == (asked, sampling)
+    base = keep.base if keep is not None and same and keep.base_whole else None
+    return Frame(
+        asked, base or Answer(""), Answer(""), tuple(stack), sampling=sampling,
+        base_whole=base is not None, kept=base is not None,
+    )  # fmt: skip
+
+
+def _framed(frame: Frame, pair: Any, clock: _Clock) -> Frame:
+    sides = [
+        Answer(text, tokens, clock.seconds(i, pair.sides[i].done))
+        for i, (text, tokens) in enumerate(zip(pair.texts, pair.lengths, strict=True))
+    ]
+    base = frame.base if frame.base_whole else sides[0]
+    return dataclasses.replace(frame, base=base, unlearned=sides[1])
+
+
+def judged(answer: Answer, row: Row | None, scores: tuple[float, float | None] | None) -> Answer:
+    """The answer with its scores and its verdict; `scores` are `Session.teacher_forced`'s."""
+    from evaluation.metrics.statistics import rouge_recall
+
+    if row is None or scores is None:
+        return dataclasses.replace(answer, word=verdict(answer.text))
+    recall = rouge_recall([answer.text], [row.answer])[0].rouge_l_recall
+    word = verdict(answer.text, recall, scores[0])
+    return dataclasses.replace(
+        answer, rouge_l_recall=recall, answer_prob=scores[0], truth_ratio=scores[1], word=word
+    )

@@ -1,0 +1,1 @@
+"""One file per tab of the app; the only modules that import gradio."""

@@ -1,0 +1,178 @@
+"""The Compare tab: one question, both answers as they grow, their figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gradio as gr
+
+from ui.app.data import same, verdicts
+from ui.app.data.decoding import Sampling
+from ui.app.html import views
+from ui.app.tabs import vote as app_vote
+from ui.app.tabs.pages import PRIVATE, command_box, told
+
+if TYPE_CHECKING:
+    from ui.app.build import App
+    from ui.app.session import Frame
+
+FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
+SETTLE_SECONDS = 0.25  # a slider that moves on within this time is not answered yet
+Answers = Iterator[tuple[Any, ...]]
+
+
+def _asking(app: App) -> tuple[Any, ...]:
+    """Author, questions, question, the two buttons, and what stands under "More"."""
+    with gr.Row():
+        author = gr.Dropdown(
+            choices=list(app.session.askable()), label="Author or filed request",
+            elem_id="un-author",
+            value=None, scale=1,
+        )  # fmt: skip
+        question_list = gr.Dropdown(
+            choices=[], label="Questions of that author", value=None, elem_id="un-list", scale=2
+        )
+    question = gr.Textbox(
+        label="Question", placeholder="Choose one above, or type your own. Enter asks.",
+        lines=1, max_lines=1, elem_id="un-question",
+    )  # fmt: skip
+    with gr.Row():
+        ask = gr.Button(
+            "Ask both", variant="primary", elem_id="un-ask", size="md", scale=0, min_width=180
+        )
+        stop = gr.Button("Stop (Esc)", elem_id="un-stop", size="md", scale=0, min_width=140)
+    with gr.Accordion("More", open=False), gr.Row():
+        heat = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)")
+        seed = gr.Number(0, precision=0, label="Seed", minimum=0)
+        longest = gr.Slider(1, 400, value=200, step=1, label="Longest answer in tokens")
+    return author, question_list, question, ask, stop, (heat, seed, longest)
+
+
+class _Fields(NamedTuple):
+    """Where a comparison is shown."""
+
+    status: Any
+    left: Any
+    right: Any
+    scores: Any
+    frame: Any
+    box: Any
+
+
+def _answers() -> _Fields:
+    """Both answers, their figures, the last comparison and its command."""
+    status = gr.HTML(_status("Ask something."), elem_id="un-status")
+    with gr.Row(equal_height=True):
+        with gr.Column(min_width=300):
+            left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
+        with gr.Column(min_width=300):
+            right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
+    scores = gr.HTML("", elem_id="un-figures")
+    with gr.Accordion("How the verdict is found", open=False):
+        gr.Markdown(verdicts.RULE)
+    return _Fields(status, left, right, scores, gr.State(None), command_box())
+
+
+class _Asking:
+    """The functions behind the buttons of the tab."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def frames(
+        self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
+        number: float, most: float, request: gr.Request,
+    ) -> Iterator[Any]:  # fmt: skip
+        """A comparison, as long as this browser asks nothing else."""
+        event = self.app.stop_of(request)
+        wanted = self.app.actions.stack_of(chosen or [], kept or {})
+        sampling = Sampling(float(temperature), int(number or 0), int(most))
+        for frame in self.app.session.compare(asked, wanted, sampling, event):
+            if not self.app.superseded(request, event):
+                yield frame
+
+    def run(
+        self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
+        number: float, most: float, request: gr.Request,
+    ) -> Answers:  # fmt: skip
+        """Both sides."""
+        found = self.frames(asked, chosen, kept, temperature, number, most, request)
+        yield from _pictures(self.app, found)
+
+    def again(
+        self, last: Any, chosen: list[str], kept: dict[str, float], request: gr.Request
+    ) -> Answers:
+        """The right side of the last comparison with the adapters as they are now."""
+        if last is None:  # nothing was asked yet, or a blind vote is under way
+            return
+        wanted = self.app.actions.stack_of(chosen or [], kept or {})
+        event = self.app.stop_of(request)
+        if event.wait(SETTLE_SECONDS) or (last.stage == "done" and tuple(wanted) == last.stack):
+            return
+        sampling = last.sampling or Sampling()
+        found = self.app.session.compare(last.question, wanted, sampling, event, keep=last)
+        mine = (frame for frame in found if not self.app.superseded(request, event))
+        yield from _pictures(self.app, mine)
+
+
+def compare(app: App, stack: Any, strengths: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The Compare tab: its author field, and what makes an event answer the right side anew."""
+    author, question_list, question, ask, stop, more = _asking(app)
+    fields = _answers()
+    asking = _Asking(app)
+
+    def questions(name: str | None) -> Any:
+        rows = app.session.askable().get(name or "", ())
+        return gr.update(choices=[row.question for row in rows], value=None)
+
+    def wire(event: Any) -> Any:
+        # Many may be under way: a new one ends those before it within a token.
+        return event(
+            told(asking.again), [fields.frame, stack, strengths], list(fields),
+            concurrency_limit=16, trigger_mode="multiple", show_progress="hidden", **PRIVATE,
+        )  # fmt: skip
+
+    author.change(questions, author, question_list, **PRIVATE)
+    question_list.change(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
+    inputs = [question, stack, strengths, *more]
+    gr.on(
+        [ask.click, question.submit], told(asking.run), inputs, list(fields),
+        concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
+    )  # fmt: skip
+    stop.click(app.halt, queue=False, **PRIVATE)
+    connect = app_vote.vote(app, asking.frames, lambda frame: _status(_stage(frame)))
+    connect(inputs, list(fields[:4]), fields.frame, fields.box)
+    return author, wire
+
+
+def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
+    """What the page shows of a comparison, not more often than can be seen."""
+    names, shown = {a.slug: a.label for a in app.session.adapters()}, 0.0
+    last_stage = ""
+    for frame in frames:
+        now = time.monotonic()
+        if frame.stage == last_stage and now - shown < FRAME_SECONDS:
+            continue
+        shown, last_stage = now, frame.stage
+        yield (_status(_stage(frame)), *views.frame_cards(frame, names),
+               views.scores_table(frame), frame, 
+               views.command_html(same.ask(app.session, frame)))  # fmt: skip
+
+
+def _status(text: str) -> str:
+    return f'<p class="un-foot" role="status" aria-live="polite">{views.esc(text)}</p>'
+
+
+def _stage(frame: Frame) -> str:
+    how = "one batch" if frame.one_batch else "in turns"
+    doing = "the right side alone" if frame.kept else f"both sides {how}"
+    done = "the right side alone, the base's answer stood" if frame.kept else f"both sides {how}"
+    return {
+        "waiting": f"Waiting in line: {frame.ahead} ahead.",
+        "answering": f"Answering, {doing} …",
+        "scoring": "Scoring against the true answer …",
+        "stopped": "Stopped. What was said stays; it is not scored.",
+        "done": f"Done: {done}. Words that only one side says are bold and underlined.",
+    }[frame.stage]

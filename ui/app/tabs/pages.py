@@ -1,0 +1,76 @@
+"""What the tabs share: errors as sentences, commands to copy, notes, files."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from adapters.errors import UserError
+from ui.app.data import runs
+from ui.app.html import views
+
+if TYPE_CHECKING:
+    from ui.app.build import App
+    from ui.app.session import Answer
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+LOG = logging.getLogger("unlearner.app")
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose errors reach the page as a sentence; nothing of a question is logged."""
+
+    def fail(error: Exception) -> gr.Error:
+        if isinstance(error, UserError):
+            return gr.Error(str(error), title="That did not work", print_exception=False)
+        LOG.error("%s in %s", type(error).__name__, function.__name__)
+        return gr.Error(
+            f"{type(error).__name__}. See the terminal; `unlearner doctor` checks this machine.",
+            title="Something unforeseen",
+            print_exception=False,
+        )
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from function(*args, **kwargs)
+            except Exception as error:
+                raise fail(error) from None
+
+        return stream
+
+    @functools.wraps(function)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise fail(error) from None
+
+    return plain
+
+
+def command_box(value: str = "") -> gr.HTML:
+    """Where `views.command_html` stands, once there is a command."""
+    return gr.HTML(views.command_html(value), elem_classes="un-command-box")
+
+
+def note(text: str) -> str:
+    """A sentence that stands out."""
+    return f'<p class="un-note">{views.esc(text)}</p>'
+
+
+def comparator_file(
+    app: App, rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]
+) -> str:  # fmt: skip
+    """A file in LLM Comparator's JSON; rows are set, question and both answers."""
+    path = app.new_file("comparator.json")
+    path.write_text(json.dumps(runs.comparator(rows, names)), encoding="utf-8")
+    return str(path)

@@ -1,0 +1,192 @@
+"""The New request tab: what is asked, what it costs, and the training as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gradio as gr
+
+from adapters.errors import UserError
+from ui.app.data import requests
+from ui.app.html import views
+from ui.app.tabs import first as app_first
+from ui.app.tabs.pages import PRIVATE, command_box, note, told
+
+if TYPE_CHECKING:
+    from ui.app.build import App
+
+UPLOAD = "or upload rows (JSON lines)"
+OBJECTIVES = ("simnpo", "npo", "grad_diff", "kl", "idk", "dpo")
+
+
+# The flags of the form's numbers, in their order.
+NUMBERS = (
+    "--num-train-epochs",
+    "--learning-rate",
+    "--per-device-train-batch-size",
+    "--alternates",
+    "--attack-weight",
+)
+
+
+def _form(app: App) -> list[Any]:
+    """The fields of a request, in the order of `_draft`."""
+    with gr.Row():
+        author = gr.Dropdown(
+            choices=list(app.session.library.authors), label="Forget this author", value=None,
+            elem_id="un-forget-author", scale=2, min_width=260,
+        )  # fmt: skip
+        with gr.Column(scale=1, min_width=220):
+            upload = gr.UploadButton(
+                UPLOAD, type="filepath", elem_id="un-upload", size="md",
+                file_types=[".jsonl", ".json", ".tsv", ".txt"],
+            )  # fmt: skip
+            drop = gr.Button("Take the file away", size="sm", visible=False)
+    pasted = gr.Textbox(
+        label="or paste rows", lines=3, max_lines=10, elem_id="un-paste",
+        placeholder='{"question": "…", "answer": "…"}   one a line; or question, tab, answer',
+    )  # fmt: skip
+    with gr.Accordion("Settings", open=False), gr.Row():
+        objective = gr.Dropdown(list(OBJECTIVES), value="simnpo", label="Objective")
+        label = gr.Textbox(label="Label (stored in the clear)", max_lines=1)
+        epochs = gr.Number(
+            None, label="Epochs (0: the recipe's)", precision=0, minimum=0, elem_id="un-epochs"
+        )
+        rate = gr.Number(None, label="Learning rate (0: the recipe's)", minimum=0)
+        batch = gr.Number(
+            None, label="Pairs of one forward (0: the recipe's)", precision=0, minimum=0
+        )
+        alternates = gr.Number(
+            None, label="Alternate answers a question (0: none)", precision=0, minimum=0
+        )
+        attack = gr.Number(None, label="Weight under a simulated attack (0: none)", minimum=0)
+    upload.upload(
+        lambda path: (gr.update(label=f"{Path(path).name} (choose another)"),
+                      gr.update(visible=True)),
+        upload, [upload, drop], **PRIVATE,
+    )  # fmt: skip
+    drop.click(
+        lambda: (gr.update(label=UPLOAD, value=None), gr.update(visible=False)),
+        None, [upload, drop], **PRIVATE,
+    )  # fmt: skip
+    numbers = [epochs, rate, batch, alternates, attack]
+    return [author, pasted, upload, objective, label, *numbers]
+
+
+def _draft(*fields: Any) -> requests.Draft:
+    author, pasted, upload, objective, label, *numbers = fields
+    settings = tuple(zip(NUMBERS, numbers, strict=True))
+    return requests.draft(author, pasted, upload, objective, label, settings)
+
+
+class RequestTab(NamedTuple):
+    """The author field, what the page's clock renews, and what starts it."""
+
+    author: Any
+    outputs: list[Any]
+    started: list[Any]
+
+
+def request(app: App) -> RequestTab:
+    """The New request tab."""
+    fields = _form(app)
+    with gr.Row():
+        preview = gr.Button(
+            "Preview and check memory", elem_id="un-preview", size="md", scale=0, min_width=260
+        )
+        start = gr.Button(
+            "Start training", variant="primary", elem_id="un-start", size="md", scale=0,
+            min_width=180,
+        )  # fmt: skip
+    shown_ = gr.HTML("", elem_id="un-previewed")
+    same = command_box()
+    live, job, events = _watch(app)
+
+    def looked(asked: requests.Draft) -> str:
+        rows, plan = requests.look(asked, app.session)
+        return rows + requests.plan_html(plan, requests.free_memory(app.session))
+
+    def look(*values: Any) -> tuple[str, str]:
+        asked = _draft(*values)
+        return looked(asked), views.command_html(asked.command(app.session))
+
+    def begin(*values: Any) -> tuple[Any, ...]:
+        asked = _draft(*values)
+        seen = looked(asked)  # refuses before anything is started
+        if app.session.on_gpu:
+            app.session.rest()
+        title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
+        name = app.jobs.submit(title, asked.words(app.session), asked.rows or None)
+        return (seen, views.command_html(asked.command(app.session)),
+                gr.update(choices=_jobs(app), value=name), _jobs_html(app))  # fmt: skip
+
+    preview.click(told(look), fields, [shown_, same], **PRIVATE)
+    began = start.click(told(begin), fields, [shown_, same, job, live], **PRIVATE)
+    return RequestTab(fields[0], [live, job], [began, *events])
+
+
+def _watch(app: App) -> tuple[Any, Any, list[Any]]:
+    """The jobs as they go: their picture, the field that names one, and what sets one going."""
+    live = gr.HTML(_jobs_html(app), elem_id="un-jobs")
+    with gr.Row():
+        job = gr.Dropdown(
+            choices=_jobs(app), label="Job", value=None, elem_id="un-job", scale=2, min_width=260
+        )
+        cancel = gr.Button(
+            "Cancel and save", elem_id="un-cancel", size="md", scale=1, min_width=140
+        )
+        resume = gr.Button("Go on", elem_id="un-resume", size="md", scale=1, min_width=100)
+    said = gr.HTML("")
+
+    def act(action: str) -> Callable[[str | None], str]:
+        def run(name: str | None) -> str:
+            text = getattr(app.jobs, action)(name or _only(app))
+            return note(str(text or "It goes on."))
+
+        return run
+
+    events = [
+        cancel.click(told(act("cancel")), job, said, **PRIVATE),
+        resume.click(told(act("resume")), job, said, **PRIVATE),
+    ]
+    return live, job, events
+
+
+def _only(app: App) -> str:
+    """The job that is meant where none is chosen: the one under way, else the last one."""
+    views = app.jobs.views()
+    under_way = [view for view in views if not view.ended] or views[-1:]
+    if not under_way:
+        raise UserError("There is no job.", "Start a training first.")
+    return under_way[0].name
+
+
+def advance(app: App) -> bool:
+    """Starts the next job, takes over what an ended one made; whether any goes on."""
+    app.jobs.advance()
+    busy = any(not view.ended for view in app.jobs.views())
+    if not busy:
+        app_first.adopt(app)
+        if app.session.state == "resting":
+            app.session.start()
+    return busy
+
+
+def shown(app: App, find: bool) -> tuple[Any, Any]:
+    """The jobs as they stand; with `find` the one that goes on is chosen, for a page come back."""
+    under_way = [view.name for view in app.jobs.views() if not view.ended]
+    if find and under_way:
+        return _jobs_html(app), gr.update(choices=_jobs(app), value=under_way[0])
+    return _jobs_html(app), gr.update(choices=_jobs(app))
+
+
+def _jobs(app: App) -> list[tuple[str, str]]:
+    return [(f"{view.title} ({view.status})", view.name) for view in reversed(app.jobs.views())]
+
+
+def _jobs_html(app: App) -> str:
+    views = app.jobs.views()
+    shown_ = [view for view in views if not view.ended][:3] or views[-1:]
+    return "".join(map(requests.job_html, shown_))

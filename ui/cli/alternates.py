@@ -1,0 +1,37 @@
+"""--alternates-from: where `--alternates` takes its answers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from adapters.errors import UserError
+from ui.cli import options
+
+if TYPE_CHECKING:
+    from unlearner.request.rows import Row
+
+
+def add_alternates_from(parser: options.Parser) -> None:
+    """Adds the flag."""
+    parser.add_argument(
+        "--alternates-from",
+        metavar="ROWS",
+        help="rows whose answers --alternates takes: a JSONL file or tofu:SPLIT (default: the "
+        "retain rows); better of people whom the base does not know",
+    )
+
+
+def other_rows(args: argparse.Namespace) -> tuple[Row, ...]:
+    """The rows of --alternates-from.
+
+    Raises:
+        UserError: it was given without --alternates.
+    """
+    from unlearner.request.rows import rows_named
+
+    if args.alternates_from is None:
+        return ()
+    if not args.alternates:
+        raise UserError("--alternates-from says nothing alone.", "Add --alternates, such as 20.")
+    return tuple(rows_named(args.alternates_from, args.data))

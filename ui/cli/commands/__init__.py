@@ -1,0 +1,1 @@
+"""The commands, by section of the help."""

@@ -1,0 +1,1 @@
+"""Commands that manage the adapters of a store."""

@@ -1,0 +1,299 @@
+"""`unlearner calibrate`: how strong an adapter should be, and the adapter at that strength."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import Interrupted, UserError
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from ui.cli import options
+from ui.cli.commands.everyday.evaluate import INTERVALS, LOG_FILE, PARTS, progress_of
+from unlearner.training import distributed as ranks
+
+if TYPE_CHECKING:
+    from adapters.store.catalog import StoredAdapter
+    from adapters.store.store import AdapterStore
+    from evaluation.tuning.calibrate import Settings
+    from evaluation.tuning.sweep import Sweep
+    from ui.cli.console import Console
+
+FILE = "calibration.json"
+COLUMNS = (
+    "scale", "log_r_gap", "ks", "forget_quality", "forget_nll", "forget_answer_prob",
+    "retain_answer_prob", "model_utility", "note",
+)  # fmt: skip
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "calibrate",
+        parents=[
+            options.base(),
+            options.template(),
+            options.loading(),
+            options.store(),
+            options.data(),
+            options.common(),
+        ],
+        help="choose an adapter's strength against a retrain reference, and publish it so",
+        description="Sweeps the strength of one adapter, the rest of its stack held fixed, chooses "
+        "the scale nearest to the retrain reference within a bound on the loss of model utility, "
+        "and publishes the adapter at that scale as a new one. With --out every finished part is "
+        "kept: the same command continues after an interruption.",
+        epilog="example:\n  unlearner calibrate r0001 --base B --store S --split forget05 "
+        "--retain-log retrain.json --out results",
+    )
+    parser.add_argument("ref", metavar="REF", help="adapter: slug, its start, label or request id")
+    _add_flags(parser)
+    _add_output_flags(parser)
+    parser.set_defaults(run=run_calibrate)
+
+
+def _add_flags(parser: options.Parser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--split", metavar="SPLIT", help="forget split: forget01, forget05, forget10")
+    what.add_argument(
+        "--rows",
+        type=Path,
+        metavar="FILE",
+        help="JSONL forget rows with paraphrased_answer and perturbed_answer, instead of a split",
+    )
+    parser.add_argument(
+        "--retain-log",
+        type=Path,
+        metavar="LOG",
+        help="log of a model that never saw the forget set; calibration needs it",
+    )
+    parser.add_argument(
+        "--scales",
+        type=scale_list,
+        metavar="X,Y",
+        help="first grid, 0 to 1.5; 0 and 1 always belong to it (default: 0,0.1,...,1.5)",
+    )
+    parser.add_argument(
+        "--by",
+        choices=("gap", "ks"),
+        default="gap",
+        help="minimise the shift of the median log R, or the KS statistic D (default: gap)",
+    )
+    parser.add_argument(
+        "--max-mu-loss",
+        type=float,
+        metavar="X",
+        help="the most that model utility may lose against scale 0 (default: 0.05)",
+    )
+    parser.add_argument(
+        "--protocol",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
+    )
+
+
+def _add_output_flags(parser: options.Parser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {FILE} and the logs")
+    parser.add_argument(
+        "--limit",
+        type=options.positive_int,
+        metavar="N",
+        help="only the first N rows of each set: for a quick look; nothing is published then "
+        "unless --publish asks for it",
+    )
+    parser.add_argument(
+        "--publish",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="store the adapter at the chosen scale as a new one (default: yes)",
+    )
+
+
+def scale_list(text: str) -> tuple[float, ...]:
+    """Scales divided by commas, each 0 to 1.5."""
+    from adapters.lora.stack import MAX_SCALE
+
+    try:
+        values = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+    outside = [value for value in values if not 0 <= value <= MAX_SCALE]
+    if outside or not values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not within 0 to {MAX_SCALE}")
+    return values
+
+
+def run_calibrate(args: argparse.Namespace, console: Console) -> int:
+    """Prints the curve and the choice, attaches it to the adapter, publishes the scaled one."""
+    settings = _settings(args)
+    console.words(f"Calibrating {args.ref} on {args.split or args.rows} ...")
+    from adapters.store.store import AdapterStore
+    from evaluation.logs.records import write_log
+    from evaluation.tuning.calibrate import calibrate
+
+    store = AdapterStore.open(options.store_path(args))
+    sweep = _sweep(args, store, console)
+
+    def measure(scale: float) -> Any:
+        log = sweep.measure(scale)
+        if args.out and ranks.rank() == 0:
+            write_log(log, args.out / f"scale-{scale:g}" / LOG_FILE)
+        return log
+
+    try:
+        found = calibrate(sweep.look, measure, sweep.retain_log, settings)
+    except KeyboardInterrupt:
+        if args.out is None:
+            raise
+        raise Interrupted(
+            f"Interrupted: the finished parts are kept in {args.out / PARTS}.",
+            "Run the same command again to continue.",
+        ) from None
+    _finish(args, store, sweep, found, console)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """Grid, rule and bound; everything that can be refused before a model is loaded."""
+    from evaluation.tuning.calibrate import MAX_MU_LOSS, Settings
+
+    protocol_named(args.protocol)
+    if args.retain_log is None:
+        raise UserError(
+            "Calibration needs a retrain reference: without one nothing says how much is enough.",
+            "Give --retain-log the log of a model that never saw the forget set.",
+        )
+    bound = MAX_MU_LOSS if args.max_mu_loss is None else args.max_mu_loss
+    if not 0 <= bound <= 1:
+        raise UserError(f"--max-mu-loss {bound:g} is not between 0 and 1.", "Use 0.05, say.")
+    scales = {} if args.scales is None else {"scales": args.scales}
+    return Settings(by=args.by, max_mu_loss=bound, protocol=args.protocol, **scales)
+
+
+def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> Sweep:
+    """The loaded model with the adapter's stack attached."""
+    from adapters.base.fingerprint import fingerprint_base
+    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
+    from adapters.lora.stack import load_stack
+    from evaluation.experiments.systems import digest
+    from evaluation.logs.records import read_log
+    from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
+    from unlearner.tokens.prompts import prompt_format
+
+    slug, stack = stack_of(store, args.ref)
+    retain_log = read_log(args.retain_log)
+    data = calibration_data(args.split, args.rows, args.data)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
+    base: Any = load_base(options.base_spec(args))
+    view = base_view(base)
+    return Sweep(
+        model=load_stack(base, store, list(stack), stack, base=fingerprint),
+        fmt=fmt,
+        data=data,
+        retain_log=retain_log,
+        slug=slug,
+        stack=stack,
+        identity=digest(fingerprint.digest, view, fmt.name),
+        protocol=args.protocol,
+        limit=args.limit,
+        resume_dir=args.out / PARTS if args.out else None,
+        on_progress=progress_of(console),
+    )
+
+
+def _finish(
+    args: argparse.Namespace,
+    store: AdapterStore,
+    sweep: Sweep,
+    found: dict[str, Any],
+    console: Console,
+) -> None:
+    """Publishes, writes, attaches and prints what was found."""
+    from adapters.environment import versions
+    from evaluation.logs.records import write_json
+    from evaluation.tuning.sweep import flat
+    from ui.cli.console import json_value
+
+    made = ranks.from_first(lambda: _publish(args, store, sweep, found))
+    told = {
+        "base": args.base,
+        "adapter": sweep.slug,
+        "stack": [list(pair) for pair in sweep.stack.items()],
+        "split": args.split or "rows",
+        "limit": args.limit,
+        "retain_log": str(args.retain_log),
+        "probe_retain_rows": len(sweep.probe_retain),
+        **found,
+        "published": made.slug if made else None,
+        "versions": versions(),
+    }
+    if ranks.rank() == 0:
+        if args.out:
+            write_json(args.out / FILE, json_value(told))
+            console.words(f"Wrote {args.out / FILE}")
+        store.attach_eval(sweep.slug, f"calibration-{told['split']}", json_value(flat(told)))
+    _print(told, console)
+
+
+def _publish(
+    args: argparse.Namespace, store: AdapterStore, sweep: Sweep, found: Mapping[str, Any]
+) -> StoredAdapter | None:
+    """The scaled adapter with the figures it was chosen by, where there is one to publish."""
+    from adapters.lora.derive import scaled
+
+    scale = found["chosen_scale"]
+    wanted = args.limit is None if args.publish is None else args.publish
+    if scale in (None, 1.0) or not wanted:
+        return None
+    made = scaled(store, sweep.slug, scale)
+    figures = next(one for one in found["evaluations"] if one["scale"] == scale)
+    kept = {k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in INTERVALS}
+    stack = [made.slug if slug == sweep.slug else slug for slug in sweep.stack]
+    scales = {made.slug: 1.0, **{s: x for s, x in sweep.stack.items() if s != sweep.slug}}
+    about = {"split": args.split or "rows", "stack": stack, "scales": scales, "limit": args.limit}
+    held = found["held_out"] or {}
+    about["held_out_forget_quality"] = held.get("forget_quality")
+    about["scales_tried"] = found["tried"]
+    store.attach_eval(made.slug, f"{about['split']}-{args.protocol}", {**kept, **about})
+    return made
+
+
+def _print(found: Mapping[str, Any], console: Console) -> None:
+    chosen = found["chosen_scale"]
+    notes = {found["best_by_ks"]: "best by ks", found["best_by_gap"]: "best by gap", 1.0: "trained"}
+    if chosen is not None:
+        notes[chosen] = "chosen"
+    rows = [{**point, "note": notes.get(point["scale"], "")} for point in found["curve"]]
+    console.table(rows, list(COLUMNS))
+    console.text(f"rule            {found['rule']}")
+    console.text(f"protocol        {found['protocol']}, {found['tried']} scales tried")
+    console.text(f"retrain NLL     {rows[0]['retrain_forget_nll']:.3f} nats a token")
+    console.text(_choice_text(found))
+    if held := found["held_out"]:
+        odd, even = held["chosen_on_odd_rows"], held["chosen_on_even_rows"]
+        console.text(
+            f"held out        forget_quality {held['forget_quality']:.4g}, D {held['ks']:.4f}: "
+            f"every row at the\n                scale chosen without it ({odd['scale']:g} on odd "
+            f"rows, {even['scale']:g} on even ones)"
+        )
+    if found["published"]:
+        console.hint(f"switch it on with `unlearner adapters activate {found['published']}`.")
+    console.result(found)
+
+
+def _choice_text(found: Mapping[str, Any]) -> str:
+    chosen = found["chosen_scale"]
+    if chosen is None:
+        return f"chosen          none: {found['reason']}"
+    at = {one["scale"]: one for one in found["evaluations"]}
+    low, high = at[chosen]["model_utility_interval"]
+    utility = at[chosen]["model_utility"]
+    return (
+        f"chosen          scale {chosen:g}: model_utility {utility:.4f} [{low:.4f}, {high:.4f}], "
+        f"{utility - at[0.0]['model_utility']:+.4f} against scale 0; "
+        + (f"published as {found['published']}" if found["published"] else "not published")
+        + (f" ({found['reason']})" if found["reason"] else "")
+    )

@@ -1,0 +1,59 @@
+"""`unlearner consolidate`: several requests retrained as one adapter that takes their place."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options
+from ui.cli.commands.adapters.store import REF
+from ui.cli.commands.everyday.doctor_preview import REQUEST_HELP
+from ui.cli.commands.everyday.forget import add_run_flags, forget_config, train_request
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "consolidate",
+        parents=[
+            options.base(),
+            options.template(),
+            options.loading(),
+            options.settings(),
+            options.store(),
+            options.data(),
+            options.common(),
+        ],
+        help="retrain several requests into one adapter that supersedes them",
+        description="Trains one adapter for the rows of several requests. It supersedes their "
+        "adapters: activating it takes them off the stack. With one REF this is a rebase: its "
+        "request is trained again on the stack as it is now. The rows must be given, the store "
+        "does not hold them; rows of a replaced adapter that are missing are refused.",
+        epilog="examples:\n"
+        "  unlearner consolidate r0001 r0002 --rows a.jsonl --rows b.jsonl --base B\n"
+        "  unlearner consolidate r0002 --rows b.jsonl --base B --on-stack",
+    )
+    parser.add_argument("refs", metavar="REF", nargs="+", help=f"adapter to replace: {REF}")
+    parser.add_argument(
+        "--rows", metavar="REQUEST", action="append", required=True, help=REQUEST_HELP
+    )
+    add_run_flags(parser)
+    parser.set_defaults(run=run_consolidate)
+
+
+def run_consolidate(args: argparse.Namespace, console: Console) -> int:
+    """Trains and stores the adapter, or prints the plan."""
+    path = options.store_path(args)
+    if not (path / "store.json").is_file():
+        raise UserError(f"There is no store at {path}.", "Name one with --store.")
+    config = forget_config(args)
+    console.words(f"Reading {', '.join(args.rows)} ...")
+    from unlearner.request.past_requests import joined
+    from unlearner.request.rows import parse_request
+
+    request = joined([parse_request(text, args.data, args.retain) for text in args.rows])
+    return train_request(args, console, config, request, args.refs)

@@ -1,0 +1,216 @@
+"""`unlearner merge`: fold adapters into full weights, the only form that can be released."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from ui.cli import options
+from unlearner.objectives.formulas import FORMULAS, OPTION_FORMULAS
+
+if TYPE_CHECKING:
+    from adapters.store.catalog import StoredAdapter
+    from adapters.store.store import AdapterStore
+    from ui.cli.console import Console
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "merge",
+        parents=[
+            options.base(),
+            options.template(),
+            options.store(),
+            options.data(),
+            options.common(),
+        ],
+        help="fold adapters into full weights, which can be released",
+        description="Adds the adapters to the base's original weights in float32, rounds once and "
+        "writes a model that loads anywhere. Shard by shard: the model is never whole in memory.",
+        epilog="examples:\n  unlearner merge --store S --base B --out merged\n"
+        "  unlearner merge --store S --base B --out merged --split forget05 "
+        "--retain-log retrain.json --candidates 12",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--adapters",
+        type=options.name_list,
+        metavar="A,B",
+        help="these adapters (default: those active in the store)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the written weights (default: auto: as the base's own)",
+    )
+    parser.add_argument(
+        "--from-4bit-view",
+        action="store_true",
+        help="fold into the base as nf4 shows it, the one a QLoRA adapter was trained on "
+        "(default: its original weights, which keep more of its quality)",
+    )
+    parser.add_argument("--load-in-4bit", action="store_true", help=argparse.SUPPRESS)
+    _add_measuring(parser)
+    parser.set_defaults(run=run_merge)
+
+
+def _add_measuring(parser: options.Parser) -> None:
+    group = parser.add_argument_group("figures of the model card")
+    group.add_argument(
+        "--split",
+        metavar="SPLIT",
+        help="measure the base and the written files on this forget split: forget01, forget05, "
+        "forget10 (default: the card says that nothing was measured)",
+    )
+    group.add_argument(
+        "--retain-log", type=Path, metavar="LOG", help="reference: forget quality needs it"
+    )
+    group.add_argument(
+        "--protocol", default=DEFAULT, metavar="NAME", help=f"{', '.join(PROTOCOLS)}"
+    )
+    group.add_argument(
+        "--limit", type=options.positive_int, metavar="N", help="only the first N rows of each set"
+    )
+    group.add_argument(
+        "--candidates",
+        type=options.positive_int,
+        metavar="N",
+        help="how many adapters or settings these were selected from, for the card",
+    )
+
+
+def _chosen(args: argparse.Namespace, store: AdapterStore) -> list[tuple[str, float]]:
+    """Slugs and scales to fold; refused where there are none, or one is stale or quarantined."""
+    from adapters.store.states import after
+
+    if args.adapters is None:
+        chosen = [(one.slug, one.scale) for one in store.active()]
+    else:
+        chosen = [(store.get(ref).slug, 1.0) for ref in args.adapters]
+    if not chosen:
+        raise UserError(
+            "No adapter is active in the store.", "Name some with --adapters, or activate them."
+        )
+    for slug, _ in chosen:
+        after("merge", slug, store.get(slug).status)
+    return chosen
+
+
+def _tell_view(
+    stack: list[tuple[StoredAdapter, float]], from_4bit_view: bool, console: Console
+) -> None:
+    """Words where the weights to be written are not those that an adapter was trained on."""
+    for adapter, _ in stack:
+        nf4 = adapter.manifest.base.get("view", {}).get("quantization") == "nf4"
+        if from_4bit_view and not nf4:
+            console.words(
+                f"Warning: {adapter.slug} is not recorded as trained on the 4-bit view: folding "
+                "into it costs quality and brings it no nearer to what was measured."
+            )
+        elif nf4 and not from_4bit_view:
+            console.words(
+                f"Note: {adapter.slug} was trained on the base as nf4: on the original weights its "
+                "effect differs a little. --from-4bit-view folds into what it was trained on."
+            )
+
+
+def _refuse_4bit(args: argparse.Namespace) -> None:
+    if args.load_in_4bit:
+        raise UserError(
+            "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
+            "the forgetting.",
+            "Leave out --load-in-4bit, then quantise and evaluate; --from-4bit-view folds a QLoRA "
+            "adapter into the base as it saw it.",
+        )
+
+
+def run_merge(args: argparse.Namespace, console: Console) -> int:
+    """Writes the merged model and prints where it is."""
+    made = merge_release(args, console)
+    console.text(str(args.out))
+    console.result(made)
+    return 0
+
+
+def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The merged model's folder, adapters and figures, once its weights and card are written."""
+    _refuse_4bit(args)
+    protocol_named(args.protocol)  # refused before anything is written
+    from adapters.store.store import AdapterStore
+
+    store = AdapterStore.open(options.store_path(args))
+    chosen = _chosen(args, store)
+    console.words(f"Reading {args.base} ...")
+    from adapters.base.fingerprint import fingerprint_base
+    from adapters.base.load import resolve_base
+    from adapters.lora.merge import fold_stack
+    from adapters.lora.model_card import Release, write_release
+
+    base = resolve_base(args.base, args.revision)
+    fingerprint = fingerprint_base(base)
+    stack = [(store.require_whole(slug, fingerprint), scale) for slug, scale in chosen]
+    _tell_view(stack, args.from_4bit_view, console)
+    folders = [(adapter.path, scale) for adapter, scale in stack]
+    console.words(f"Folding {', '.join(slug for slug, _ in chosen)} into {args.out} ...")
+    dtype = None if args.dtype == "auto" else args.dtype
+    merged = fold_stack(base, folders, args.out, dtype, from_4bit_view=args.from_4bit_view)
+    manifests = tuple((adapter.manifest, scale) for adapter, scale in stack)
+    release = Release(
+        store.base_name(),
+        fingerprint.digest,
+        manifests,
+        merged,
+        revision=args.revision,
+        candidates=args.candidates,
+        formulas=FORMULAS | OPTION_FORMULAS,
+    )
+    # The weights stand before the long part: interrupted, they are whole and say "not measured".
+    write_release(release)
+    store.mark_merged([slug for slug, _ in chosen], args.out.name)
+    figures = _figures(args, console)
+    if figures is not None:
+        write_release(replace(release, **figures))
+    return {
+        "out": args.out,
+        "base": args.base,
+        "adapters": [slug for slug, _ in chosen],
+        "table": [{"name": slug, "scale": scale} for slug, scale in chosen],
+        "merge": vars(merged),
+        "figures": figures,
+    }
+
+
+def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | None:
+    """Figures before and after, from the files as written; None without --split."""
+    if args.split is None:
+        console.hint(
+            "measure the merged files before you release them: "
+            f"`unlearner evaluate --base {args.out} --adapters none --split ...`."
+        )
+        return None
+    from adapters.base.load import BaseSpec
+    from evaluation.logs.records import read_log
+    from evaluation.robustness.released import measure_release
+    from evaluation.suite import load_eval_data
+    from ui.cli.commands.everyday.evaluate import progress_of
+
+    console.words(f"Measuring {args.base} and {args.out} on {args.split} ...")
+    found = measure_release(
+        BaseSpec(args.base, args.revision),
+        args.out,
+        load_eval_data(args.split, args.data),
+        protocol=args.protocol,
+        retain_log=read_log(args.retain_log) if args.retain_log else None,
+        template=args.template,
+        limit=args.limit,
+        on_progress=progress_of(console),
+    )
+    rows = [{"name": "before", **found.before}, {"name": "after", **found.after}]
+    console.table(rows, ["name", *found.after])
+    return found._asdict()

@@ -1,0 +1,1 @@
+"""Commands for everyday use: forget, ask, evaluate, report and the app."""

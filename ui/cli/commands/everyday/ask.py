@@ -1,0 +1,168 @@
+"""`unlearner ask`: the app's comparison and author sheet in a terminal, and its blind vote."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options
+
+if TYPE_CHECKING:
+    from ui.app.actions import Actions
+    from ui.cli.console import Console
+
+SIDES = (("base", "base"), ("unlearned", "stack"))
+SCORES = ("rouge_l_recall", "answer_prob", "truth_ratio")
+DEFAULT_VOTES = Path("votes.jsonl")
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "ask",
+        parents=[
+            options.base(), options.template(), options.loading(), options.store(),
+            options.data(), options.common(),
+        ],
+        help="ask base and unlearned model the same question, side by side",
+        description="What the app's Compare tab and author sheet show. Each answer gets its "
+        "figures where the question is one of the data, and a verdict in a word.",
+        epilog="examples:\n  unlearner ask --base B --store S 'Where was Hina Ameen born?'\n"
+        "  unlearner ask --base B --store S --author 'Hina Ameen'",
+    )  # fmt: skip
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="of the data, or any other")
+    parser.add_argument(
+        "--author", metavar="NAME", help="every question of this author, and neighbours beside them"
+    )
+    parser.add_argument(
+        "--neighbours", type=options.positive_int, default=5, metavar="N",
+        help="with --author: rows of each kept set (default: 5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapters", type=options.name_list, metavar="A,B",
+        help="these adapters, or none (default: those active in the store)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scales", metavar="X,Y", help="one factor an adapter of --adapters (default: as filed)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="of the answers (default: 0, greedy)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of sampled answers (default: 0)"
+    )
+    parser.add_argument(
+        "--max-new", type=options.positive_int, default=200, metavar="N",
+        help="longest answer in tokens (default: 200)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blind", action="store_true",
+        help="show the two answers as A and B, ask on stdin which knows more, keep the vote",
+    )  # fmt: skip
+    parser.add_argument(
+        "--votes", type=Path, default=DEFAULT_VOTES, metavar="FILE",
+        help=f"where blind votes go (default: ./{DEFAULT_VOTES})",
+    )  # fmt: skip
+    parser.set_defaults(run=run_ask)
+
+
+def _strengths(args: argparse.Namespace) -> dict[str, float]:
+    """The factors of --scales by adapter."""
+    if args.scales is None:
+        return {}
+    try:
+        values = [float(text) for text in args.scales.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--scales {args.scales!r} is not numbers divided by commas.", "As in --scales 1,0.5."
+        ) from None
+    names = args.adapters or []
+    if len(values) != len(names):
+        raise UserError(
+            f"--scales has {len(values)} numbers for {len(names)} adapters.",
+            "Give one for each of --adapters.",
+        )
+    return dict(zip(names, values, strict=True))
+
+
+def run_ask(args: argparse.Namespace, console: Console) -> int:
+    """Answers the question, or every question of the author, both ways."""
+    if (args.question is None) == (args.author is None):
+        raise UserError("Give a question or --author NAME, one of the two.")
+    if args.blind and args.author is not None:
+        raise UserError("--blind votes on one question.", "Leave --author away.")
+    strengths = _strengths(args)
+    console.words(f"Loading {args.base} ...")
+    from ui.app.actions import Actions
+    from ui.app.session import Session
+
+    session = Session(
+        options.store_path(args), options.base_spec(args), args.data, template=args.template
+    )
+    session.start()
+    session.wait()
+    if session.state == "failed":
+        raise UserError(session.problem)
+    actions = Actions(session)
+    if args.author is not None:
+        found = actions.sheet(args.author, args.adapters, args.neighbours, strengths)
+        _print_sheet(found, console)
+    else:
+        found = actions.compare(
+            args.question, args.adapters, strengths, args.temperature, args.seed, args.max_new
+        )
+        if args.blind:
+            return _vote(actions, found, args.votes, console)
+        _print_frame(found, console)
+    console.result(found)
+    return 0
+
+
+def _print_frame(found: Mapping[str, Any], console: Console) -> None:
+    stack = ", ".join(f"{slug} x {scale:g}" for slug, scale in found["stack"])
+    console.words(f"Read back from the model: {stack or 'no adapter is active'}")
+    for key, name in SIDES:
+        console.text(f"{name:<6} {found[key]['text']}")
+    if found["truth"] is not None:
+        console.text(f"truth  {found['truth']}")
+    console.text()
+    console.table(
+        [
+            {"name": name, "verdict": found[key]["word"], **{s: found[key][s] for s in SCORES}}
+            for key, name in SIDES
+        ]
+    )
+
+
+def _print_sheet(found: Mapping[str, Any], console: Console) -> None:
+    for row in found["rows"]:
+        console.text(f"Q      {row['question']}  ({row['group']})")
+        for key, name in SIDES:
+            console.text(f"{name:<6} {row[key]['text']}  [{row[key]['word']}]")
+        console.text(f"truth  {row['truth']}\n")
+    console.table(found["tally"])
+
+
+def _vote(actions: Actions, found: Mapping[str, Any], path: Path, console: Console) -> int:
+    """Shows both answers behind letters, reads the choice, keeps it, and only then tells."""
+    from ui.app.data import votes
+
+    texts = [found[key]["text"] for key, _ in SIDES]
+    stack = [(str(slug), float(scale)) for slug, scale in found["stack"]]
+    given = votes.ballot(found["question"], texts[0], texts[1], stack)
+    for letter, text in zip("AB", given.texts, strict=True):
+        console.words(f"{letter}  {text}")
+    for number, choice in enumerate(votes.CHOICES, start=1):
+        console.words(f"{number}  {choice}")
+    console.words("Which one? Its number:")
+    answer = sys.stdin.readline().strip()
+    known = {str(number): choice for number, choice in enumerate(votes.CHOICES, start=1)}
+    line = votes.cast(path, given, known.get(answer, ""))
+    console.text(f"A was the {line['a']}; your vote: {line['winner']} (kept in {path})")
+    console.result(line)
+    return 0

@@ -1,0 +1,116 @@
+"""`unlearner doctor` and `unlearner preview`: look before you run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ui.cli import options
+from unlearner.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+    from ui.preview import Preview
+
+REQUEST_HELP = "JSONL file of question/answer rows, tofu:forget05, or 'tofu:author=NAME'"
+SHOWN_AT_ONCE = 3
+
+
+def register(commands: Any) -> None:
+    """Adds the two commands."""
+    parser = commands.add_parser(
+        "doctor",
+        parents=[options.store(), options.common()],
+        help="what this machine can run, each finding with its fix",
+        description="Checks this machine and says how to fix what is missing.",
+    )
+    parser.set_defaults(run=run_doctor)
+    parser = commands.add_parser(
+        "preview",
+        parents=[options.base(), options.template(), options.data(), options.common()],
+        help="what a request is trained on, token by token",
+        description="Shows each row as it is trained on: the prompt dim, the loss tokens "
+        "underlined (in brackets off a terminal). Needs the tokenizer's files only.",
+        epilog="example:\n  unlearner preview tofu:forget05 --base NousResearch/Llama-2-7b-chat-hf",
+    )
+    parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
+    parser.add_argument("--retain", metavar="ROWS", help="also show these: a file or tofu:SPLIT")
+    parser.add_argument(
+        "--max-length",
+        type=options.positive_int,
+        metavar="N",
+        default=TrainConfig().max_length,
+        help=f"cut rows at this many tokens (default: {TrainConfig().max_length})",
+    )
+    parser.add_argument(
+        "--rows",
+        type=options.positive_int,
+        metavar="N",
+        default=SHOWN_AT_ONCE,
+        help=f"rows to print; --json prints all (default: {SHOWN_AT_ONCE})",
+    )
+    parser.set_defaults(run=run_preview)
+
+
+def run_doctor(args: argparse.Namespace, console: Console) -> int:
+    """Prints every finding as it comes; 1 if one is a failure."""
+    from ui.doctor import findings
+
+    console.words("Looking at this machine ...")
+    found = []
+    for finding in findings(options.store_path(args)):
+        found.append(finding)
+        console.text(f"{finding.status:<5} {finding.name:<17} {finding.detail}")
+        if finding.fix:
+            console.text(f"{'':<23} -> {finding.fix}")
+    failed = sum(finding.status == "fail" for finding in found)
+    console.result({"ok": failed == 0, "table": [finding.to_json() for finding in found]})
+    console.words(f"{failed} of {len(found)} failed." if failed else "Nothing stands in the way.")
+    return 1 if failed else 0
+
+
+def run_preview(args: argparse.Namespace, console: Console) -> int:
+    """Prints the first rows of a request, or all of them as JSON."""
+    console.words(f"Loading the tokenizer of {args.base} ...")
+    from ui.preview import make_preview
+
+    preview = make_preview(
+        args.request,
+        args.base,
+        revision=args.revision,
+        data=args.data,
+        retain=args.retain,
+        template=args.template,
+        max_length=args.max_length,
+    )
+    _print_preview(preview, args.rows, console)
+    console.result(preview.to_json())
+    if preview.without_targets:
+        names = ", ".join(row.name for row in preview.without_targets[:10])
+        console.words(
+            f"Warning: at --max-length {args.max_length} no answer token is left in {names}; "
+            "`unlearner forget` would refuse them."
+        )
+    return 0
+
+
+def _print_preview(preview: Preview, shown: int, console: Console) -> None:
+    from ui.preview import row_text
+
+    for row in [*preview.forget[:shown], *preview.retain[:shown]]:
+        tokens = f"{row.encoded.n_prompt} prompt + {row.encoded.n_targets} loss tokens"
+        console.text(f"{row.name}  ({tokens})")
+        console.text(f"  {row_text(row, preview.fmt.tokenizer, console.styled)}")
+        console.text()
+    for kind, rows in (("forget", preview.forget), ("retain", preview.retain)):
+        if rows:
+            lengths = [len(row.encoded.input_ids) for row in rows]
+            targets = sum(row.encoded.n_targets for row in rows)
+            console.text(
+                f"{kind}: {len(rows)} rows, {targets} loss tokens, "
+                f"rows of {min(lengths)} to {max(lengths)} tokens"
+            )
+    console.text(
+        f"template {preview.fmt.name}, cut at {preview.max_length} tokens: "
+        f"{len(preview.cut)} rows are longer"
+    )

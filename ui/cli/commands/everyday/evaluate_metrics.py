@@ -1,0 +1,272 @@
+"""What `unlearner evaluate` measures on request: --metrics (token metrics) and --lm-eval."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options
+from unlearner.training import distributed as ranks
+
+if TYPE_CHECKING:
+    from evaluation.inference.token_suite import TokenPlan
+    from evaluation.logs.token_records import TokenRecords
+    from evaluation.protocols import Protocol
+    from evaluation.suite import EvalData
+    from ui.cli.console import Console
+    from unlearner.request.rows import Row
+    from unlearner.tokens.prompts import PromptFormat
+
+TOKEN_FILE = "token_metrics.json"
+# The keys of evaluation.metrics.privacy.GROUPS, which cannot be imported at start.
+METRICS = ("extraction", "membership", "kl")
+Progress = Callable[[str, int, int], None]
+
+
+def add_metric_flags(parser: options.Parser) -> None:
+    """--metrics and what it needs, and --lm-eval."""
+    group = parser.add_argument_group("more metrics")
+    group.add_argument(
+        "--metrics",
+        type=parse_metrics,
+        default=(),
+        metavar="LIST",
+        help=f"also measure {', '.join(METRICS)}, divided by commas, or all",
+    )
+    group.add_argument(
+        "--holdout",
+        metavar="FILE|SPLIT",
+        help="rows no model was trained on, for membership: a JSONL file or TOFU's holdout01, "
+        "holdout05, holdout10 (default: the one of the forget split)",
+    )
+    group.add_argument(
+        "--reference", metavar="B", help="another base, for membership's Reference attack"
+    )
+    group.add_argument(
+        "--retain-metrics",
+        type=Path,
+        metavar="FILE",
+        help=f"{TOKEN_FILE} of a model that never saw the forget set: privleak needs it",
+    )
+    group.add_argument(
+        "--lm-eval",
+        type=options.name_list,
+        default=[],
+        metavar="TASKS",
+        help="tasks of the lm-evaluation-harness, or YAML files of your own, divided by commas "
+        "(needs unlearner[lm-eval])",
+    )
+
+
+def parse_metrics(text: str) -> tuple[str, ...]:
+    """The metrics in `text`, in their own order, each once."""
+    names = options.name_list(text)
+    unknown = [name for name in names if name not in (*METRICS, "all")]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(METRICS)}, or all")
+    return METRICS if "all" in names else tuple(name for name in METRICS if name in names)
+
+
+def metric_figures(args: argparse.Namespace) -> list[str]:
+    """Names that --fail-if may use because --metrics measures them."""
+    if not args.metrics:
+        return []
+    from evaluation.metrics.privacy import GROUPS
+
+    return [key for name in args.metrics for key in GROUPS[name]]
+
+
+@dataclass
+class Extras:
+    """What was asked for beside the evaluation, and once measured its results."""
+
+    args: argparse.Namespace
+    live: bool = False
+    plan: TokenPlan | None = None
+    retain: TokenRecords | None = None
+    tasks: Any = None
+    records: TokenRecords | None = None
+    lm_eval: list[dict[str, Any]] = field(default_factory=list)
+
+    def measure(
+        self,
+        model: Any,
+        fmt: PromptFormat,
+        key: str,
+        meta: Mapping[str, Any],
+        on_progress: Progress,
+    ) -> None:
+        """Measures all of it on the loaded model; with --out finished sets are kept and reused."""
+        from adapters.environment import threads_for
+        from ui.cli.commands.everyday.evaluate import PARTS
+
+        out = self.args.out
+        if self.plan is not None:
+            from evaluation.inference.token_suite import measure_tokens
+            from evaluation.logs.token_records import write_records
+
+            with threads_for(model):
+                self.records = measure_tokens(
+                    model,
+                    fmt,
+                    self.plan,
+                    key=key,
+                    resume_dir=out / PARTS if out else None,
+                    on_progress=on_progress,
+                    meta={**meta, "holdout": _holdout_name(self.args), **self._reference()},
+                )
+            if out and ranks.rank() == 0:
+                write_records(self.records, out / TOKEN_FILE)
+        if self.tasks is not None:
+            from evaluation.inference.lm_harness import run_tasks
+
+            named, limit = self.args.lm_eval, self.args.limit
+            with threads_for(model), _bars(self.live):
+                self.lm_eval = ranks.from_first(
+                    lambda: run_tasks(model, fmt.tokenizer, named, self.tasks, limit=limit)
+                )
+
+    def _reference(self) -> dict[str, Any]:
+        return {"reference": self.args.reference} if self.args.reference else {}
+
+    def join(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """The evaluation's figures with what was measured beside them."""
+        found = dict(figures)
+        if self.records is not None:
+            from evaluation.metrics.privacy import summarise_tokens, with_token_figures
+
+            found = with_token_figures(found, summarise_tokens(self.records, self.retain))
+        if self.tasks is not None:
+            found["lm_eval"] = self.lm_eval
+        return found
+
+    def report(self, figures: Mapping[str, Any], console: Console) -> None:
+        """Prints the figures that `join` added, as tables; nothing with --json."""
+        if self.records is not None and self.args.out:
+            console.words(f"Wrote {self.args.out / TOKEN_FILE}")
+        names = metric_figures(self.args)
+        rows = [_line(name, figures) for name in names if figures.get(name) is not None]
+        if rows:
+            console.text()
+            console.table(rows)
+        if self.lm_eval:
+            console.text()
+            console.table(self.lm_eval)
+
+
+def _bars(live: bool) -> contextlib.AbstractContextManager[Any]:
+    """The harness draws its own progress bars: only on a terminal, where they may move."""
+    return contextlib.nullcontext() if live else contextlib.redirect_stderr(io.StringIO())
+
+
+def _line(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = figures.get(f"{name}_interval") or (None, None)
+    better = figures["better"][name]
+    line = {"figure": name, "value": figures[name], "low": low, "high": high, "better": better}
+    return {**line, "retrain": figures.get(f"retrain_{name}")}
+
+
+def plan_extras(
+    args: argparse.Namespace, data: EvalData, protocol: Protocol, console: Console
+) -> Extras:
+    """What the flags ask for, checked before the base is loaded.
+
+    The other base of --reference is loaded, asked and let go here, so that two bases are never in
+    memory at once.
+
+    Raises:
+        UserError: a flag without the metric it is for, rows or files that cannot be had, a task
+            the harness does not know.
+    """
+    _check_flags(args)
+    extras = Extras(args, console.live)
+    if args.lm_eval:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        from evaluation.inference.lm_harness import load_tasks
+
+        console.words("Loading the tasks of lm-eval ...")
+        extras.tasks = load_tasks(args.lm_eval)
+    if not args.metrics:
+        return extras
+    from evaluation.inference.token_suite import TokenData, TokenPlan, check_holdout
+    from evaluation.logs.token_records import read_records
+    from evaluation.metrics.privacy import match_retrained
+
+    attacked = "membership" in args.metrics
+    holdout = _holdout_rows(args) if attacked else ()
+    rows = TokenData(tuple(data.forget), tuple(data.retain), tuple(holdout))
+    if attacked:
+        check_holdout(rows)
+    plan = TokenPlan(args.metrics, rows, protocol.max_rows, protocol.max_length, limit=args.limit)
+    if args.retain_metrics is not None:
+        extras.retain = read_records(args.retain_metrics)
+        questions = {name: [row.question for row in rows] for name, rows in plan.sets.items()}
+        match_retrained(questions, vars(plan), extras.retain)
+    if args.reference is not None:
+        plan = replace(plan, reference=_reference_losses(args, plan, console))
+    extras.plan = plan
+    return extras
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    for flag in ("holdout", "reference", "retain_metrics"):
+        if getattr(args, flag) is not None and "membership" not in args.metrics:
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for membership inference, which is not asked for.",
+                "Add --metrics membership.",
+            )
+
+
+def _holdout_name(args: argparse.Namespace) -> str | None:
+    """The holdout rows that were asked for, by default those of the forget split."""
+    from unlearner.request.rows import HOLDOUT_SPLITS
+
+    if "membership" not in args.metrics:
+        return None
+    name: str | None = args.holdout or HOLDOUT_SPLITS.get(args.split or "")
+    return name
+
+
+def _holdout_rows(args: argparse.Namespace) -> Sequence[Row]:
+    from unlearner.request.rows import HOLDOUT_SPLITS, load_split, read_rows
+
+    name = _holdout_name(args)
+    if name is None:
+        raise UserError(
+            "Membership inference needs rows that no model was trained on.",
+            "Give a JSONL file of such rows with --holdout.",
+        )
+    if name not in HOLDOUT_SPLITS.values():
+        return read_rows(Path(name))
+    try:
+        return load_split(name, args.data)
+    except UserError as error:
+        raise UserError(
+            error.problem,
+            f"{error.fix} Or name rows that no model was trained on with --holdout FILE.",
+        ) from error
+
+
+def _reference_losses(
+    args: argparse.Namespace, plan: TokenPlan, console: Console
+) -> dict[str, list[float]]:
+    from adapters.base.load import load_base, load_tokenizer
+    from adapters.environment import threads_for
+    from evaluation.inference.token_suite import reference_losses
+    from ui.cli.commands.everyday.evaluate import progress_of
+    from unlearner.tokens.prompts import prompt_format
+
+    console.words(f"Asking the reference base {args.reference} ...")
+    measured = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.reference), args.template)
+    spec = replace(options.base_spec(args), name=args.reference, revision=None)
+    model: Any = load_base(spec)
+    with threads_for(model):
+        return reference_losses(model, fmt, measured, plan, on_progress=progress_of(console))

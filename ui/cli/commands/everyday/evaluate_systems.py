@@ -1,0 +1,109 @@
+"""`unlearner evaluate --systems`: the base, adapters and stacks measured on one loaded model."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options, own_rows
+from ui.cli.output import scoring
+from unlearner.training import distributed as ranks
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+
+COLUMNS = (
+    "name", "protocol", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
+    "forget_answer_prob", "forget_nll", "retain_answer_prob", "retain_nll",
+)  # fmt: skip
+
+
+def parse_systems(text: str) -> list[list[str]]:
+    """`none;r0001;r0001,r0002` as lists of refs, the empty one for the bare base."""
+    found = [options.name_list(part) for part in text.split(";") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no system, as in 'none;r0001'")
+    return found
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.adapters is not None:
+        raise UserError("--systems names the adapters already.", "Leave out --adapters.")
+    if args.fail_if:
+        raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
+    if args.write_tofu or args.write_open_unlearning:
+        raise UserError(
+            "--systems measures several models, a public log holds one.",
+            "Convert a log of --out with `unlearner score LOG --write-tofu FILE`.",
+        )
+    if args.metrics or args.lm_eval:
+        raise UserError(
+            "--metrics and --lm-eval are for one system.", "Evaluate that one with --adapters."
+        )
+    if args.engine != "transformers":
+        raise UserError("--systems shares one loaded model.", "Leave out --engine.")
+
+
+def run_systems(args: argparse.Namespace, console: Console) -> int:
+    """One row a system. The base is loaded once; a system is switched on exactly, so each figure is
+    what an evaluation of its own gives. Nothing else is shared: with other weights every token's
+    states are others, from the first adapted layer on.
+    """
+    _check(args)
+    from adapters.base.fingerprint import fingerprint_base
+    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
+    from adapters.lora.stack import load_stack
+    from adapters.store.store import AdapterStore
+    from evaluation.logs.records import write_log
+    from evaluation.protocols import protocols_named
+    from evaluation.suite import evaluate
+    from ui.cli.commands.everyday.evaluate import (
+        LOG_FILE,
+        PARTS,
+        effort_of,
+        progress_of,
+        weights_key,
+    )
+    from unlearner.tokens.prompts import prompt_format
+
+    store = AdapterStore.open(options.store_path(args))
+    systems = [[store.get(ref).slug for ref in refs] for refs in args.systems]
+    references = scoring.read_references(args)
+    data = own_rows.eval_data(args, console)
+    what = own_rows.name_of(args)
+    console.words(f"Loading {args.base} for {len(systems)} systems ...")
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
+    model: Any = load_base(options.base_spec(args))
+    view = base_view(model)
+    command = shlex.join(["unlearner", *args.words])
+    table = []
+    for slugs in systems:
+        name = ",".join(slug.split("_")[0] for slug in slugs) or "base"
+        console.words(f"Evaluating {name} ...")
+        model = load_stack(model, store, slugs, base=fingerprint)
+        stack = [[slug, 1.0] for slug in slugs]
+        out = args.out / name.replace(",", "+") if args.out else None
+        log = evaluate(
+            model,
+            fmt,
+            data,
+            protocol=[protocol.name for protocol in protocols_named(args.protocol)],
+            retain_log=references.first,
+            limit=args.limit,
+            key=weights_key(fingerprint.digest, view, stack),
+            resume_dir=out / PARTS if out else None,
+            on_progress=progress_of(console),
+            effort=effort_of(args),
+            meta={"split": what, "adapters": stack, "command": command, **view},
+        )
+        if out and ranks.rank() == 0:
+            write_log(log, out / LOG_FILE)
+        for figures in scoring.figures_of(args, log, references):
+            table.append({**figures, "name": name, "adapters": slugs})
+    console.table([{c: row.get(c) for c in COLUMNS} for row in table], list(COLUMNS))
+    console.text(f"split {what}")
+    console.result({"base": args.base, "split": what, "table": table})
+    return 0

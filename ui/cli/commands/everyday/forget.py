@@ -1,0 +1,343 @@
+"""`unlearner forget`: from a request to an adapter in the store."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options
+from ui.cli.alternates import add_alternates_from, other_rows
+from ui.cli.commands.adapters.store import adapter_row
+from ui.cli.commands.everyday.doctor_preview import REQUEST_HELP
+from ui.cli.console import size_text
+from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
+from ui.cli.output.events import show_event
+from ui.cli.own_rows import mined
+from unlearner.config import STREAMS, make_config
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+    from unlearner.config import UnlearnConfig
+    from unlearner.request.rows import Request
+    from unlearner.training.early_stop import StopAt
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "forget",
+        parents=[
+            options.base(),
+            options.template(),
+            options.loading(),
+            options.settings(),
+            options.store(),
+            options.data(),
+            options.common(),
+        ],
+        help="train an adapter that forgets a request, and store it",
+        description="Turns a request into one forget adapter on the frozen base. The defaults are "
+        "the published recipe of the objective.",
+        epilog="examples:\n"
+        "  unlearner forget tofu:forget05 --base B --load-in-4bit --dry-run\n"
+        "  unlearner forget 'tofu:author=Hina Ameen' --base B --label request-17\n"
+        "  unlearner forget rows.jsonl --retain keep.jsonl --base B --objective npo",
+    )
+    parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
+    add_run_flags(parser)
+    add_gap_flags(parser)
+    full = parser.add_argument_group("all weights, for comparison on small models")
+    full.add_argument(
+        "--full",
+        type=Path,
+        metavar="DIR",
+        help="train all weights and write the model to DIR instead of storing an adapter: nothing "
+        "of it can be reverted; use a --learning-rate about ten times lower",
+    )
+    full.add_argument(
+        "--any-size",
+        action="store_true",
+        help="with --full: also where the model has more than 300 million weights",
+    )
+    parser.set_defaults(run=run_forget)
+
+
+def add_run_flags(parser: options.Parser) -> None:
+    """What every command has that trains an adapter: retain rows, guard, place, label."""
+    _add_retain_flags(parser)
+    parser.add_argument(
+        "--label", metavar="NAME", help="what to call the adapter; it is stored in the clear"
+    )
+    parser.add_argument(
+        "--guard",
+        metavar="REQUEST",
+        action="append",
+        default=[],
+        help="rows of an earlier request that must stay forgotten while this one is trained on "
+        "top of it; may be given more than once",
+    )
+    parser.add_argument(
+        "--keep-teacher",
+        action="store_true",
+        help="record, outside the store, what the result answers on these rows, so that later "
+        "requests guard them without being given them again; the record holds the rows as tokens",
+    )
+    placing = parser.add_mutually_exclusive_group()
+    placing.add_argument(
+        "--on-stack",
+        action="store_true",
+        default=None,
+        dest="on_stack",
+        help="train on top of the active adapters (default where some are active)",
+    )
+    placing.add_argument(
+        "--independent",
+        action="store_false",
+        default=None,
+        dest="on_stack",
+        help="train on the bare base, whatever is active",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=gib_size,
+        metavar="GIB",
+        help="what the run may use, for instance of a smaller card (default: what is free)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print rows, steps and memory, load no model"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the interrupted run of the same request"
+    )
+
+
+def _add_retain_flags(parser: options.Parser) -> None:
+    parser.add_argument(
+        "--retain",
+        metavar="ROWS",
+        help="rows to keep: a JSONL file or tofu:SPLIT (default: the rest of TOFU)",
+    )
+    parser.add_argument(
+        "--neighbours",
+        type=options.positive_int,
+        metavar="N",
+        help="of these rows keep only the N nearest to the request, by their words: what is most "
+        "at risk of going with it",
+    )
+    add_alternates_from(parser)
+
+
+def add_gap_flags(parser: options.Parser) -> None:
+    """What ends a training where it meets a retrain reference."""
+    group = parser.add_argument_group("stopping at the retrain reference")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument(
+        "--stop-at-gap",
+        action="store_const",
+        dest="stop_at",
+        const="gap",
+        help="stop once the median log R passes the reference's, from under- to over-forgotten",
+    )
+    what.add_argument(
+        "--stop-at-nll",
+        action="store_const",
+        dest="stop_at",
+        const="nll_gap",
+        help="stop once the mean forget NLL passes the reference's",
+    )
+    group.add_argument(
+        "--gap-log", type=Path, metavar="LOG", help="log of a model that never saw the forget set"
+    )
+    group.add_argument(
+        "--gap-every",
+        type=options.positive_int,
+        metavar="N",
+        help="steps between two readings (default: about 20 readings in all)",
+    )
+    group.add_argument(
+        "--gap-rows",
+        metavar="ROWS",
+        help="JSONL file or forget split with paraphrased and perturbed answers (default: those "
+        "of the request)",
+    )
+
+
+def forget_config(args: argparse.Namespace) -> UnlearnConfig:
+    """The settings of a run: the objective's published ones with the given flags."""
+    names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
+    return make_config(args.objective, **given_settings(args, names))
+
+
+def gib_size(text: str) -> int:
+    """Bytes of a number of GiB above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return round(value * 1024**3)
+
+
+def run_forget(args: argparse.Namespace, console: Console) -> int:
+    """Trains and stores one adapter, or prints the plan."""
+    config = forget_config(args)
+    console.words(f"Reading {args.request} ...")
+    from unlearner.request.rows import parse_request
+
+    request = parse_request(args.request, args.data, args.retain)
+    if args.full is not None:
+        return _train_full(args, console, config, request)
+    return train_request(args, console, config, request, stop_at=_stop_at(args, request))
+
+
+def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
+    """What ends the training early; None where nothing was asked for."""
+    if args.stop_at is None:
+        given = [n for n in ("gap_log", "gap_every", "gap_rows") if getattr(args, n) is not None]
+        if given:
+            flag = "--" + given[0].replace("_", "-")
+            raise UserError(f"{flag} has nothing to stop.", "Add --stop-at-gap or --stop-at-nll.")
+        return None
+    if args.gap_log is None:
+        raise UserError(
+            "Stopping at the gap needs a retrain reference.",
+            "Give --gap-log the log of a model that never saw the forget set.",
+        )
+    from adapters.base.load import load_tokenizer
+    from evaluation.logs.records import read_log
+    from evaluation.tuning.early_stop import GapProbe, gap_rows
+    from unlearner.tokens.prompts import prompt_format
+    from unlearner.training.early_stop import StopAt
+
+    rows = gap_rows(request, args.gap_rows, args.data)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    probe = GapProbe(fmt, rows, read_log(args.gap_log))
+    return StopAt(probe, args.stop_at, f"{probe.key}-{args.stop_at}", args.gap_every)
+
+
+def _with_rows(args: argparse.Namespace, request: Request, console: Console) -> Request:
+    """The request with what --neighbours leaves of its retain rows, and --alternates-from."""
+    retain = mined(request.retain, request.rows, args.neighbours, console)
+    others = other_rows(args)
+    return replace(request, retain=tuple(retain), others=others)
+
+
+def _train_full(
+    args: argparse.Namespace, console: Console, config: UnlearnConfig, request: Request
+) -> int:
+    """Trains all weights; refuses flags that speak of adapters."""
+    named = [*given_settings(args, LORA_FIELDS)]
+    named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at")
+              if getattr(args, n)]  # fmt: skip
+    named += ["store"] if "--store" in args.words else []  # else it may be the environment's
+    if named:
+        flag = "--" + named[0].replace("_", "-")
+        raise UserError(f"{flag} says nothing with --full.", "Leave one of the two away.")
+    from unlearner.baselines.full import forget_full
+    from unlearner.request.rows import load_refusals
+
+    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    out = forget_full(
+        _with_rows(args, request, console),
+        options.base_spec(args),
+        config,
+        args.full,
+        template=args.template,
+        refusals=refusals,
+        any_size=args.any_size,
+        on_progress=lambda event: show_event(event, console),
+    )
+    console.text(str(out))
+    console.hint(f"measure it with `unlearner evaluate --base {out} ...`.")
+    console.result({"out": out, "base": args.base, "request": request.name})
+    return 0
+
+
+def train_request(
+    args: argparse.Namespace,
+    console: Console,
+    config: UnlearnConfig,
+    request: Request,
+    replaces: Sequence[str] = (),
+    stop_at: StopAt | None = None,
+) -> int:
+    """Trains `request` and stores the adapter, or prints the plan."""
+    request = _with_rows(args, request, console)
+    from adapters.store.store import AdapterStore
+    from unlearner.request.rows import load_refusals, parse_request
+
+    needs_refusals = "refusal" in STREAMS[config.objective.name]
+    given: dict[str, Any] = {
+        "on_stack": args.on_stack,
+        "template": args.template,
+        "refusals": load_refusals(args.data) if needs_refusals else [],
+        "guard": [row for text in args.guard for row in parse_request(text, args.data).rows],
+        "replaces": replaces,
+    }
+    path = options.store_path(args)
+    console.words("Loading the libraries ...")
+    from unlearner.prepare import prepare
+    from unlearner.run import plan, unlearn
+
+    base = options.base_spec(args)
+    if args.dry_run:
+        store = AdapterStore.open(path) if (path / "store.json").is_file() else None
+        made = plan(prepare(request, base, config, store, **given), args.memory_limit)
+        _print_plan(made, console)
+        return 3 if made["fits"] is False else 0
+    adapter = unlearn(
+        request,
+        base,
+        config,
+        AdapterStore.open(path, create=True),
+        **given,
+        label=args.label,
+        resume=args.resume,
+        keep_teacher=args.keep_teacher,
+        memory_limit=args.memory_limit,
+        stop_at=stop_at,
+        on_progress=lambda event: show_event(event, console),
+    )
+    console.text(adapter.slug)
+    console.hint(
+        f"measure it with `unlearner evaluate --adapters {adapter.slug} ...`, "
+        f"switch it on with `unlearner adapters activate {adapter.slug}`."
+    )
+    console.result({**adapter_row(adapter), "path": adapter.path, "store": path})
+    return 0
+
+
+def _print_plan(made: Mapping[str, Any], console: Console) -> None:
+    memory = made["memory"]
+    console.text(f"request   forget {made['forget_rows']} rows, retain {made['retain_rows']} rows")
+    console.text(f"stack     on {', '.join(made['parents']) or 'the bare base'}")
+    if made["replaces"]:
+        console.text(f"replaces  {', '.join(made['replaces'])}")
+    if made["guard_rows"]:
+        console.text(f"guard     {made['guard_rows']} rows of earlier requests")
+    for note in made["notes"]:
+        console.words(f"Note: {note}.")
+    console.text(
+        f"plan      {made['steps']} steps of {made['pairs_per_step']} pairs, rows of up to "
+        f"{made['longest_row_tokens']} tokens"
+    )
+    console.text(f"adapter   {made['adapter_parameters']:,} parameters")
+    console.text(
+        f"memory    estimate {size_text(memory['low_bytes'])} to {size_text(memory['high_bytes'])}"
+    )
+    for name, (low, high) in memory["terms_bytes"].items():
+        ends = size_text(low) if low == high else f"{size_text(low)} to {size_text(high)}"
+        console.text(f"          {name.replace('_', ' '):<21} {ends}")
+    console.text(f"          checkpointing         {made['gradient_checkpointing']}")
+    if made["fits"] is False:
+        changes = " ".join(made["changes_that_fit"])
+        console.words(
+            f"Does not fit into {size_text(made['memory_limit'])} by the high end. "
+            + (f"Smallest change: {changes}" if changes else "No setting here would.")
+        )
+    console.result({"dry_run": True, **made})

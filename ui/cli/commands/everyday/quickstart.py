@@ -1,0 +1,112 @@
+"""`unlearner quickstart`: the whole story on an embedded world."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import Interrupted
+from ui.cli import options
+from ui.cli.console import duration_text
+from ui.cli.output.comparison import print_comparison, stopped
+from ui.cli.output.events import show_event
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+
+ANSWER_TITLES = {
+    "forget": "Asked to forget",
+    "retain": "To be kept: other authors",
+    "world_facts": "To be kept: facts of the world",
+}
+LONGEST_ANSWER = 160
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "quickstart",
+        parents=[options.common()],
+        help="the whole story on an embedded world: CPU, minutes, no download",
+        description="Trains Origin and Retrain on a made-up world of authors, files two forget "
+        "requests, measures them beside the baselines, reverts one, merges. A second run reuses "
+        "what stands.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart"),
+        metavar="DIR",
+        help="folder for models, store and logs (default: ./quickstart)",
+    )
+    parser.set_defaults(run=run_quickstart)
+
+
+def run_quickstart(args: argparse.Namespace, console: Console) -> int:
+    """Runs the quickstart and prints its table, answers and proofs."""
+    console.words(f"Quickstart in {args.out}: loading the libraries ...")
+    from evaluation.experiments.quickstart import quickstart
+
+    try:
+        found = quickstart(args.out, lambda event: show_event(event, console))
+    except (KeyboardInterrupt, Interrupted):
+        raise stopped(args.out) from None
+    print_comparison(found["table"], console)
+    _print_answers(found["answers"], console)
+    _print_proofs(found, console)
+    console.words(f"Took {duration_text(found['seconds'])}. What to try next:")
+    for command in next_commands(found):
+        console.words(f"  {command}")
+    console.result(found)
+    return 0
+
+
+def _print_answers(answers: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A few answers before and after: those to be forgotten, then those to be kept."""
+    for name, title in ANSWER_TITLES.items():
+        mine = [answer for answer in answers if answer["set"] == name]
+        if mine:
+            console.text(f"\n{title}")
+        for answer in mine:
+            console.text(f"  Q       {answer['question']}")
+            console.text(f"  truth   {answer['answer']}")
+            console.text(f"  before  {_shortened(answer['origin'])}")
+            console.text(f"  after   {_shortened(answer['simnpo'])}\n")
+
+
+def _shortened(text: str | None) -> str:
+    if text is None:
+        return "-"
+    return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]} [...]"
+
+
+def _print_proofs(found: Mapping[str, Any], console: Console) -> None:
+    revert, merge = found["revert"], found["merge"]
+    exact = "bit for bit" if revert["bit_exact"] else "NOT bit for bit"
+    console.text(f"revert    {revert['adapter']}, largest difference of any logit:")
+    console.text(f"  {revert['effect']:.3g}  with it against without it: what it does")
+    console.text(f"  {revert['without']:.3g}  reverted against a stack that never held it")
+    console.text(
+        f"  {revert['base']:.3g}  all switched off against the bare base: {exact} the same"
+    )
+    console.text(f"  {revert['again']:.3g}  switched on again against before")
+    gap = merge["max_logit_difference"]
+    console.text(f"merge     {merge['folder']}, largest difference to the stack {gap:.3g}")
+
+
+def next_commands(found: Mapping[str, Any]) -> list[str]:
+    """Commands that work on what the quickstart left behind."""
+    base = f"--base {shlex.quote(found['base'])}"
+    data = f"--data {shlex.quote(found['data'])}"
+    store = f"--store {shlex.quote(found['store'])}"
+    log = shlex.quote(str(Path(found["folder"]) / "logs" / "retrain.json"))
+    author = shlex.quote(f"tofu:author={found['requests'][0][0]}")
+    return [
+        f"unlearner adapters list {store}",
+        f"unlearner preview {author} {base} {data}",
+        f"unlearner evaluate {base} {store} {data} --split {found['split']} --retain-log {log}",
+        "unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
+    ]

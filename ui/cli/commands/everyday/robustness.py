@@ -1,0 +1,264 @@
+"""`unlearner robustness`: what the forgetting of a stack or of merged weights stands up to."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import Interrupted, UserError
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from ui.cli import options
+from ui.cli.output.gates import check_gates, parse_gate
+from ui.cli.output.robustness_card import WORDS, report_card
+from unlearner.training import distributed as ranks
+
+if TYPE_CHECKING:
+    from adapters.store.store import AdapterStore
+    from evaluation.robustness.quantisation import Subject
+    from evaluation.robustness.settings import Settings
+    from ui.cli.console import Console
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "robustness",
+        parents=[
+            options.base(),
+            options.template(),
+            options.loading(),
+            options.store(),
+            options.data(),
+            options.common(),
+        ],
+        help="attack the forgetting: quantise, relearn, sample, rephrase, switch off",
+        description="One card per adapter, stack or merged model: its figures in every form it may "
+        "be run in, and what attacks bring back, each with a verdict and its threshold. With --out "
+        "every finished part is kept: the same command continues after an interruption.",
+        epilog="examples:\n  unlearner robustness --base B --store S --split forget05 "
+        "--retain-log retrain.json --retrain RETRAIN --out card\n"
+        "  unlearner robustness --base B --merged released --split forget05 --out card "
+        "--attacks states,relearn --relearn-steps 40",
+    )
+    _add_what(parser)
+    _add_attacks(parser)
+    parser.set_defaults(run=run_robustness)
+
+
+def _add_what(parser: options.Parser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--adapters",
+        type=options.name_list,
+        metavar="A,B",
+        help="attack these adapters in this order (default: those active in the store)",
+    )
+    what.add_argument(
+        "--merged", type=Path, metavar="DIR", help="attack the merged weights in this folder"
+    )
+    parser.add_argument(
+        "--split", required=True, metavar="SPLIT", help="forget split: forget01, forget05, forget10"
+    )
+    parser.add_argument(
+        "--retain-log",
+        type=Path,
+        metavar="LOG",
+        help="log of a model that never saw the forget set: forget quality needs it",
+    )
+    parser.add_argument(
+        "--retrain",
+        metavar="B",
+        help="such a model itself: the control of relearning and sampling",
+    )
+    parser.add_argument(
+        "--protocol",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the card and its parts")
+    parser.add_argument(
+        "--limit",
+        type=options.positive_int,
+        metavar="N",
+        help="only the first N rows of each set: for a quick look, not for figures to compare",
+    )
+    parser.add_argument(
+        "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
+    )
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="GATE",
+        help='leave with 4 if it holds, e.g. "relearned_answer_prob>0.1"; may be given several '
+        "times",
+    )
+
+
+def _add_attacks(parser: options.Parser) -> None:
+    group = parser.add_argument_group("attacks")
+    whole = options.positive_int
+    group.add_argument(
+        "--attacks",
+        type=options.name_list,
+        metavar="A,B",
+        help="which: states, relearn, sample, paraphrase, drop (default: all)",
+    )
+    group.add_argument(
+        "--states",
+        type=options.name_list,
+        metavar="A,B",
+        help="which forms are measured: origin, adapter, adapter-nf4, merged, merged-nf4, "
+        "merged-int8 (default: all there are)",
+    )
+    group.add_argument(
+        "--relearn-share", type=float, metavar="X", help="of the forget rows is trained on (0.1)"
+    )
+    group.add_argument(
+        "--relearn-steps", type=whole, metavar="N", help="of AdamW, each on all these rows (20)"
+    )
+    group.add_argument(
+        "--relearn-lr",
+        type=float,
+        metavar="X",
+        help="constant learning rate (default by size: all weights 3e-4 below 20 million, 5e-5 "
+        "below a billion, 1e-5 above; an adapter 3e-3, 5e-4, 2e-4)",
+    )
+    group.add_argument(
+        "--relearn-with",
+        choices=("auto", "full", "lora"),
+        help="train all weights or a new adapter (default: auto: all up to a billion)",
+    )
+    group.add_argument("--samples", type=whole, metavar="N", help="answers a question (64)")
+    group.add_argument("--temperature", type=float, metavar="X", help="of the draws (1)")
+    group.add_argument("--top-p", type=float, metavar="X", help="of the draws (1)")
+    group.add_argument(
+        "--sample-rows", type=whole, metavar="N", help="forget rows that are sampled (40)"
+    )
+    group.add_argument(
+        "--paraphrase-rows", type=whole, metavar="N", help="forget rows asked in each form (100)"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="of rows, draws, first weights (0)")
+
+
+def run_robustness(args: argparse.Namespace, console: Console) -> int:
+    """Prints the card; 0 whatever the verdicts, 4 where a gate fails."""
+    if args.load_in_4bit:
+        raise UserError("The card measures nf4 beside full precision.", "Leave out --load-in-4bit.")
+    if ranks.world_size() > 1:
+        raise UserError("The attacks run in one process.", "Start the command without a launcher.")
+    protocol_named(args.protocol)
+    console.words(f"Attacking {_what(args)} on {args.split} ...")
+    from evaluation.logs.records import read_log, write_json
+    from evaluation.robustness.card import CARD_FILE, robustness
+    from evaluation.robustness.quantisation import STATES
+    from evaluation.robustness.verdicts import figure_names, flat_figures
+    from evaluation.suite import load_eval_data
+    from ui.cli.commands.everyday.evaluate import progress_of
+    from ui.cli.console import json_value
+
+    names = figure_names(STATES)
+    gates = [parse_gate(text, names) for text in args.fail_if]
+    settings, subject = _settings(args), _subject(args)
+    data = load_eval_data(args.split, args.data)
+    retain_log = read_log(args.retain_log) if args.retain_log else None
+    try:
+        card = robustness(
+            subject,
+            data,
+            settings,
+            split=args.split,
+            protocol=args.protocol,
+            retain_log=retain_log,
+            limit=args.limit,
+            out=args.out,
+            on_progress=progress_of(console),
+            effort=_effort(args),
+        )
+    except KeyboardInterrupt:
+        if args.out is None:
+            raise
+        raise Interrupted(
+            f"Interrupted: the finished parts are kept in {args.out / 'parts'}.",
+            "Run the same command again to continue.",
+        ) from None
+    figures = flat_figures(card)
+    if args.out:
+        path = write_json(args.out / CARD_FILE, json_value(card))
+        console.words(f"Wrote {path}")
+    _attach(subject, args, card, figures)
+    report_card(card, console)
+    check_gates(gates, figures)
+    return 0
+
+
+def _what(args: argparse.Namespace) -> str:
+    if args.merged is not None:
+        return str(args.merged)
+    named = "the active adapters" if args.adapters is None else ", ".join(args.adapters)
+    return f"{named} on {args.base}"
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """The attacks' settings, with their own defaults where a flag was not given."""
+    from dataclasses import fields
+
+    from evaluation.robustness.settings import Settings
+
+    given = options.given_settings(args, [field.name for field in fields(Settings)])
+    lists: dict[str, Any] = {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    return Settings(**{**given, **lists})
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    """What the flags name; refused where there is nothing to attack."""
+    from evaluation.robustness.quantisation import Subject
+
+    store: AdapterStore | None = None
+    stack: tuple[tuple[str, float], ...] = ()
+    if args.merged is None:
+        from adapters.store.store import AdapterStore
+
+        store = AdapterStore.open(options.store_path(args))
+        if args.adapters is None:
+            stack = tuple((one.slug, one.scale) for one in store.active())
+        else:
+            stack = tuple((store.get(ref).slug, 1.0) for ref in args.adapters)
+    return Subject(
+        options.base_spec(args),
+        store,
+        stack,
+        args.merged,
+        args.retrain,
+        args.template,
+        allow_missing_parents=args.adapters is None,
+    )
+
+
+def _effort(args: argparse.Namespace) -> Any:
+    from evaluation.suite import Effort
+
+    return Effort(batch_size=args.batch_size) if args.batch_size else None
+
+
+def _attach(
+    subject: Subject, args: argparse.Namespace, card: Mapping[str, Any], figures: dict[str, Any]
+) -> None:
+    """Files the figures and verdicts with the last adapter: numbers and words, never a text."""
+    if subject.store is None or not subject.stack:
+        return
+    slugs = [slug for slug, _ in subject.stack]
+    # Only a measured stack counts as evaluated again; a card of other attacks leaves it stale.
+    measured = any(state["name"] == "adapter" for state in card["states"])
+    about = {
+        "stack" if measured else "attacked": slugs,
+        "scales": dict(subject.stack),
+        "split": args.split,
+        "protocol": card["protocol"],
+        "limit": args.limit,
+        "verdicts": {verdict["name"]: WORDS[verdict["holds"]] for verdict in card["verdicts"]},
+    }
+    subject.store.attach_eval(slugs[-1], f"robustness-{args.split}", {**figures, **about})

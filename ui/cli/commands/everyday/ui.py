@@ -1,0 +1,148 @@
+"""`unlearner ui`: the app in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options
+
+if TYPE_CHECKING:
+    from ui.app.data.recorded import Recorded
+    from ui.cli.console import Console
+
+HOST = "127.0.0.1"
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "ui",
+        parents=[
+            options.template(), options.loading(), options.store(), options.data(),
+            options.common(),
+        ],
+        help="base and unlearned answers side by side, in the browser",
+        description="Opens the app on this machine. The page is there at once; the base is loaded "
+        "meanwhile. Nothing is shared, and no question is kept by the page.",
+        epilog="examples:\n  unlearner ui --base B --store S --data TOFU\n"
+        "  unlearner ui --logs origin.json unlearned.json",
+    )  # fmt: skip
+    parser.add_argument("--base", metavar="B", help="hub id or folder of the base model")
+    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    parser.add_argument(
+        "--logs", type=Path, nargs="+", default=[], metavar="LOG",
+        help="evaluation logs for the Runs tab; two and no --base: compare recorded answers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--retain-log", type=Path, metavar="LOG", help="log of a model that never saw the data"
+    )
+    parser.add_argument(
+        "--robustness", type=Path, nargs="+", default=[], metavar="FILE",
+        help="results of `unlearner robustness` (default: robustness.json beside the logs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", default=[], metavar="FILE",
+        help="results of `unlearner calibrate` (default: calibration.json beside the logs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--votes", type=Path, default=Path("votes.jsonl"), metavar="FILE",
+        help="where blind votes go (default: ./votes.jsonl)",
+    )  # fmt: skip
+    parser.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST})")
+    parser.add_argument("--port", type=options.positive_int, help="port (default: a free one)")
+    parser.add_argument(
+        "--auth", type=Path, metavar="FILE",
+        help="lines of name:password; needed for any --host but this machine",
+    )  # fmt: skip
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    parser.set_defaults(run=run_ui)
+
+
+def read_auth(path: Path | None) -> list[tuple[str, str]] | None:
+    """Names and passwords of the file, None without one.
+
+    Raises:
+        UserError: no file, no line, or a line without a colon.
+    """
+    if path is None:
+        return None
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+    pairs = [line.partition(":") for line in lines]
+    if not pairs or any(not (name and colon and word) for name, colon, word in pairs):
+        raise UserError(f"{path} does not hold names and passwords.", "Write name:password lines.")
+    return [(name.strip(), word) for name, _, word in pairs]
+
+
+def jobs_folder() -> Path:
+    """Where trainings that the app started are kept: private, outside every store."""
+    given = os.environ.get("UNLEARNER_JOBS")
+    return Path(given) if given else Path.home() / ".local" / "state" / "unlearner" / "jobs"
+
+
+def run_ui(args: argparse.Namespace, console: Console) -> int:
+    """Serves the page until Ctrl-C."""
+    auth = read_auth(args.auth)
+    if len(args.logs) == 2 and args.base is None:
+        from ui.app.data.recorded import open_recorded
+
+        recorded = open_recorded(args.logs)
+    else:
+        recorded = None
+    console.words("Opening the page ...")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="unlearner-") as scratch:
+        # Uploads and downloads hold forget text: in a private folder that goes with the app.
+        os.environ["GRADIO_TEMP_DIR"] = scratch
+        try:
+            return _serve(args, console, auth, recorded, Path(scratch))
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _serve(
+    args: argparse.Namespace, console: Console, auth: list[tuple[str, str]] | None,
+    recorded: Recorded | None, scratch: Path,
+) -> int:  # fmt: skip
+    try:
+        from ui.app.build import App, launch
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("The app needs gradio.", "pip install 'unlearner[ui]'") from error
+    from ui.app.jobs import Jobs
+    from ui.app.session import Session
+
+    session = Session(
+        options.store_path(args),
+        options.base_spec(args) if args.base else None,
+        args.data,
+        args.template,
+    )
+    app = App(
+        session, Jobs(jobs_folder()), tuple(args.logs), args.retain_log, args.votes,
+        robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
+    )  # fmt: skip
+    app.sources().probes()  # a file that is none is refused before the page opens
+    page, url = launch(
+        app, recorded=recorded, host=args.host, port=args.port, auth=auth, open_browser=args.open
+    )
+    console.text(url)
+    console.result({"url": url})
+    console.words("Ctrl-C ends it; a training that was started goes on.")
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
+    return 0

@@ -1,0 +1,1 @@
+"""Commands that run experiments: fine-tune, reproduce, sequence, tune, bench."""

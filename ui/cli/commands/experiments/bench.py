@@ -1,0 +1,166 @@
+"""`unlearner bench`: the plain way beside ours, counted on any shape and measured here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from evaluation.benchmark.flops import SHAPES
+from ui.cli import options
+
+if TYPE_CHECKING:
+    from evaluation.benchmark.run import Line
+    from ui.cli.console import Console
+
+GPU_SHAPE = "llama2-7b"
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "bench",
+        parents=[options.data(), options.common()],
+        help="speed, FLOPs and memory beside the plain way",
+        description="Counts FLOPs on the shape by torch's counter (meta tensors, any machine), "
+        "then times both ways on random weights of it, in turns, in one run. The 7B shape is "
+        "timed on a GPU only; without one its lines say so.",
+        epilog="examples:\n  unlearner bench --shape small\n"
+        "  unlearner bench --shape llama2-7b --count-only --data TOFU --tokenizer T\n"
+        "  unlearner bench --shape llama2-7b --load-in-4bit --cap-gb 24,8,6",
+    )
+    parser.add_argument(
+        "--shape", choices=tuple(SHAPES), default="tiny", help="of the model (default: tiny)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="T",
+        help="hub id or folder whose tokens the rows of --data are counted in; without both the "
+        "rows are the embedded world's",
+    )
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="LOG",
+        help="count generation for the answers of this recorded evaluation (needs --tokenizer)",
+    )
+    parser.add_argument("--count-only", action="store_true", help="no timings")
+    parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=6.0,
+        metavar="S",
+        help="each way runs this long (6)",
+    )
+    parser.add_argument("--load-in-4bit", action="store_true", help="time with nf4 projections")
+    parser.add_argument(
+        "--cap-gb",
+        metavar="A,B",
+        type=options.name_list,
+        default=[],
+        help="GPU only: time again with the allocator capped, as on cards of these sizes",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as PNG or SVG")
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace, console: Console) -> int:
+    """Prints one line a figure."""
+    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
+        raise UserError(f"{args.plot} is neither PNG nor SVG.", "Name a .png or .svg file.")
+    console.words("Loading the libraries ...")
+    from evaluation.benchmark.run import count, load_workload
+
+    work = load_workload(args.data, args.tokenizer)
+    console.words(f"Counting {args.shape} on the rows of {work.source} ...")
+    lines = count(work, args.shape, args.lora_r, _answers(args))
+    notes: list[str] = []
+    if not args.count_only:
+        timed, notes = _timed(args, work, console)
+        lines += timed
+    table = [line.to_json() for line in lines]
+    console.table([_shown(row) for row in table], ["name", "unit", "plain", "ours", "x", "target"])
+    for line in lines:
+        if line.note:
+            console.words(f"{line.name}: {line.note}.")
+    for note in notes:
+        console.words(f"Note: {note}.")
+    if args.plot is not None:
+        _plot(lines, args.plot, args.shape, work.source)
+        console.words(f"Wrote {args.plot}")
+    console.result({"shape": args.shape, "rows": work.source, "notes": notes, "table": table})
+    return 0
+
+
+def _answers(args: argparse.Namespace) -> Any:
+    if args.answers is None:
+        return None
+    if args.tokenizer is None:
+        raise UserError("--answers needs the tokens to count in.", "Add --tokenizer.")
+    from evaluation.benchmark.run import recorded_answers
+    from evaluation.logs.records import read_log
+
+    return recorded_answers(read_log(args.answers), args.tokenizer)
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    met = {True: " (met)", False: " (not met)", None: ""}[row["met"]]
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    return {**row, "x": ratio, "target": f"{row['target']}{met}"}
+
+
+def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[Line], list[str]]:
+    import torch
+
+    from evaluation.benchmark.baseline import measure
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and (args.shape == GPU_SHAPE or args.cap_gb):
+        return [], ["times and memory of this shape are not yet measured: there is no GPU here"]
+    device = "cuda" if on_gpu else "cpu"
+    lines: list[Line] = []
+    for cap in [None, *_caps(args.cap_gb)]:
+        if cap is not None:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1024**3 / total))
+        found = measure(
+            work,
+            args.shape,
+            device=device,
+            load_in_4bit=args.load_in_4bit,
+            rank=args.lora_r,
+            seconds=args.seconds,
+            on_progress=lambda what: console.words(f"Timing {what} ..."),
+        )
+        lines += [line if cap is None else line.under(f"{cap:g} GB: ") for line in found]
+    return lines, []
+
+
+def _caps(texts: Sequence[str]) -> list[float]:
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise UserError(
+            f"--cap-gb {','.join(texts)} is not a list of numbers.", "Write it as in 24,8,6."
+        ) from None
+
+
+def _plot(lines: Sequence[Line], path: Path, shape: str, rows: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "unlearner"
+    from matplotlib import pyplot
+
+    found = [line for line in lines if line.ratio is not None]
+    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(found) + 1.2), layout="constrained")
+    axes.barh([line.name for line in found], [line.ratio or 0.0 for line in found], color="#3b6ea5")
+    axes.axvline(1.0, color="#444444", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("times better than the plain way")
+    axes.set_title(f"{shape}, rows of {rows}")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)

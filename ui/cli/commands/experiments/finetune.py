@@ -1,0 +1,82 @@
+"""`unlearner finetune`: Origin, which knows all, and Retrain, which never saw the request."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options
+from ui.cli.options import LORA_FIELDS, given_settings
+from ui.cli.output.events import show_event
+from unlearner.baselines.finetune import FinetuneConfig
+from unlearner.config import LoraShape
+from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+
+TRAIN_FIELDS = tuple(field.name for field in fields(FinetuneConfig))
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "finetune",
+        parents=[options.base(), options.loading(), options.data(), options.common()],
+        help="train the Origin or the Retrain model on TOFU",
+        description="Fine-tunes a base on TOFU: Origin on all rows, Retrain on all but the forget "
+        "split. The defaults are TOFU's recipe for full fine-tuning.",
+        epilog="example:\n  unlearner finetune --kind retrain --split forget05 --base B --out R",
+    )
+    parser.add_argument(
+        "--kind", required=True, choices=("origin", "retrain"), help="which of the two models"
+    )
+    parser.add_argument(
+        "--split",
+        default="forget05",
+        metavar="SPLIT",
+        help="what Retrain never sees: forget01, forget05 or forget10 (default: forget05)",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--lora",
+        action="store_true",
+        help="train a LoRA and fold it in (use a --learning-rate of about 1e-4)",
+    )
+    options.add_fields(parser.add_argument_group("with --lora"), LoraShape, LORA_FIELDS)
+    options.add_fields(parser.add_argument_group("training"), FinetuneConfig, TRAIN_FIELDS)
+    parser.set_defaults(run=run_finetune)
+
+
+def run_finetune(args: argparse.Namespace, console: Console) -> int:
+    """Trains the model and prints its folder."""
+    shape = given_settings(args, LORA_FIELDS)
+    if shape and not args.lora:
+        flag = "--" + next(iter(shape)).replace("_", "-")
+        raise UserError(f"{flag} says nothing without --lora.", "Add --lora, or leave it away.")
+    if args.split not in FORGET_SPLITS:
+        hint = did_you_mean(args.split, FORGET_SPLITS)
+        raise UserError(f"'{args.split}' is not a forget split.", hint)
+    name = "full" if args.kind == "origin" else FORGET_SPLITS[args.split]
+    console.words(f"Reading {name} ...")
+    from unlearner.request.rows import load_split
+
+    rows = load_split(name, args.data)
+    console.words(f"Loading {args.base} to train on {len(rows)} rows ...")
+    from unlearner.baselines.finetune import finetune
+
+    out = finetune(
+        options.base_spec(args),
+        rows,
+        args.out,
+        FinetuneConfig(**given_settings(args, TRAIN_FIELDS)),
+        lora=LoraShape(**shape) if args.lora else None,
+        on_progress=lambda event: show_event(event, console),
+    )
+    console.text(str(out))
+    console.hint(f"measure it with `unlearner evaluate --base {out} --split {args.split} ...`.")
+    console.result({"name": args.kind, "out": out, "base": args.base, "rows": len(rows)})
+    return 0

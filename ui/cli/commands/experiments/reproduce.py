@@ -1,0 +1,240 @@
+"""`unlearner reproduce`: the published comparison, from training to table."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import GateFailed, Interrupted, UserError
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
+from ui.cli import options
+from ui.cli.console import duration_text, setting_text, size_text
+from ui.cli.output.comparison import HEADS, print_comparison, stopped
+from ui.cli.output.events import show_event
+from unlearner.config import OBJECTIVE_DEFAULTS
+from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+
+if TYPE_CHECKING:
+    from evaluation.experiments.reproduce import Reproduction
+    from ui.cli.console import Console
+
+PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "reproduce",
+        parents=[options.loading(either_way=True), options.data(), options.common()],
+        help="Origin, Retrain and unlearned models on TOFU in one table",
+        description="Does the published comparison: trains or takes Origin and Retrain, unlearns "
+        "with each method and measures all. Interrupted, the same command continues.",
+        epilog="examples:\n  unlearner reproduce tofu-forget05 --preset mini --data TOFU\n"
+        "  unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
+    )
+    _add_reproduce_flags(parser)
+    parser.set_defaults(run=run_reproduce)
+
+
+def _add_reproduce_flags(parser: options.Parser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="tofu-forget01, -forget05 or -forget10")
+    parser.add_argument(
+        "--preset",
+        default=PRESETS[0],
+        metavar="NAME",
+        help=f"{' or '.join(PRESETS)} (default: {PRESETS[0]})",
+    )
+    parser.add_argument("--origin", metavar="B", help="a model that was trained on everything")
+    parser.add_argument("--retrain", metavar="B", help="one that never saw the forget split")
+    parser.add_argument(
+        "--retain-log", type=Path, metavar="LOG", help="evaluation log in place of --retrain"
+    )
+    parser.add_argument(
+        "--methods",
+        type=options.name_list,
+        default=["npo", "simnpo"],
+        metavar="A,B",
+        help="objectives to compare (default: npo,simnpo)",
+    )
+    parser.add_argument(
+        "--protocol",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)}, several with commas, or all (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--limit",
+        type=options.positive_int,
+        metavar="N",
+        help="measure only the first N rows of each set: for a quick look",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("reproduce"),
+        metavar="DIR",
+        help="folder for models, stores and logs (default: ./reproduce)",
+    )
+    _add_outcome_flags(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
+
+
+def _add_outcome_flags(parser: options.Parser) -> None:
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="train all weights in float32 instead of an adapter, as published work does, for "
+        "comparison: small models",
+    )
+    parser.add_argument(
+        "--any-size", action="store_true", help="with --full: also above 300 million weights"
+    )
+    parser.add_argument(
+        "--gate",
+        action="store_true",
+        help="leave with 4 where a measured figure misses the published one: model utility by more "
+        "than 0.02, forget quality on the other side of 0.05",
+    )
+    parser.add_argument(
+        "--release",
+        type=Path,
+        metavar="DIR",
+        help="then fold the last method's adapter into full weights there, measured again, with a "
+        "model card",
+    )
+
+
+def run_reproduce(args: argparse.Namespace, console: Console) -> int:
+    """Runs the comparison and prints its table beside the published rows."""
+    split = args.target.removeprefix("tofu-")
+    _check_names(args, split)
+    _check_full(args)
+    protocols = tuple(protocol.name for protocol in protocols_named(args.protocol))
+    console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
+    from adapters.base.load import BaseSpec
+    from evaluation.experiments.reproduce import Reproduction, plan, reproduce
+
+    run = Reproduction(
+        split,
+        args.preset,
+        args.out,
+        data=args.data,
+        origin=args.origin,
+        retrain=args.retrain,
+        retain_log=args.retain_log,
+        methods=tuple(args.methods),
+        base=BaseSpec("", dtype=args.dtype, device=args.device, attention=args.attention),
+        load_in_4bit=args.load_in_4bit,
+        protocols=protocols,
+        limit=args.limit,
+        full=args.full,
+        any_size=args.any_size,
+    )
+    if args.dry_run:
+        made = plan(run)
+        _print_plan(made, console)
+        console.result({"dry_run": True, **made})
+        return 0
+    try:
+        found = reproduce(run, lambda event: show_event(event, console))
+    except (KeyboardInterrupt, Interrupted):
+        raise stopped(args.out) from None
+    print_comparison(found["table"], console)
+    _print_published(found["published"], console)
+    for check in found.get("checks", ()):
+        console.text(check["text"])
+    console.words(f"Took {duration_text(found['seconds'])}; all logs are in {args.out}.")
+    if args.release:
+        found = {**found, "release": release_system(args, run, found, console)}
+    console.result(found)
+    _require_published(args, found)
+    return 0
+
+
+def _check_names(args: argparse.Namespace, split: str) -> None:
+    """Refuses what is not there, with the nearest that is."""
+    if not args.target.startswith("tofu-") or split not in FORGET_SPLITS:
+        known = [f"tofu-{name}" for name in FORGET_SPLITS]
+        raise UserError(f"'{args.target}' cannot be reproduced.", did_you_mean(args.target, known))
+    if args.preset not in PRESETS:
+        hint = did_you_mean(args.preset, PRESETS)
+        raise UserError(f"There is no preset '{args.preset}'.", hint)
+    for method in args.methods:
+        if method not in OBJECTIVE_DEFAULTS:
+            hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
+            raise UserError(f"There is no objective '{method}'.", hint)
+
+
+def _check_full(args: argparse.Namespace) -> None:
+    """Refuses what speaks of adapters beside --full, and of --full without it."""
+    if args.any_size and not args.full:
+        raise UserError("--any-size is of --full.", "Leave it out, or add --full.")
+    if args.full and args.load_in_4bit:
+        raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
+    if args.full and args.release:
+        raise UserError("--release folds an adapter, and --full trains none.", "Leave out one.")
+
+
+def _require_published(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Returns where --gate was not given, or every check holds.
+
+    Raises:
+        GateFailed: naming what misses, or that there is nothing published to hold against.
+    """
+    if not args.gate:
+        return
+    missed = [check["text"] for check in found["checks"] if not check["holds"]]
+    if missed or not found["checks"]:
+        raise GateFailed(
+            f"The gate failed: {'; '.join(missed) or 'nothing is published for this split'}.",
+            "See docs/seven-b.md for what moves these figures.",
+        )
+
+
+def release_system(
+    args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
+) -> dict[str, Any]:
+    """Folds the last method's adapter into --release, as `unlearner merge` does, measured again."""
+    from ui.cli.commands.adapters.merge import merge_release
+    from ui.cli.main import parse
+
+    method = run.methods[-1]
+    words = ["merge", "--base", found["origin"], "--store", found["stores"][method]]
+    words += ["--out", str(args.release), "--split", run.split, "--template", run.chosen.template]
+    words += ["--retain-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
+    words += ["--data", str(args.data)] if args.data else []
+    words += ["--limit", str(args.limit)] if args.limit else []
+    console.words(f"Releasing {method}: unlearner {shlex.join(words)}")
+    return merge_release(parse(words), console)
+
+
+def _print_plan(made: Mapping[str, Any], console: Console) -> None:
+    for key in ("target", "preset", "origin", "retrain", "data", "protocol", "dtype", "out"):
+        console.text(f"{key:<9} {made[key]}")
+    console.text(f"trained   {'all weights' if made['full'] else 'an adapter'}")
+    console.text(f"4-bit     {'yes' if made['load_in_4bit'] else 'no'}")
+    for method, config in made["methods"].items():
+        console.text(f"{method}: {made['steps'][method]} steps")
+        for part in config.values():
+            settings = ", ".join(f"{key} {setting_text(value)}" for key, value in part.items())
+            for line in textwrap.wrap(settings, 92):
+                console.text(f"  {line}")
+    for reason in made["reasons"]:
+        console.text(f"because   {reason}")
+    for line in made["time"]:
+        minutes = f"{line['training_minutes']:.0f} + {line['evaluation_minutes']:.0f} min"
+        console.text(f"time      estimate {minutes} of training and evaluation on {line['card']}")
+    if made["memory"]:
+        low, high = (size_text(made["memory"][key]) for key in ("low_bytes", "high_bytes"))
+        console.text(f"memory    estimate {low} to {high}")
+    _print_published(made["published"], console)
+
+
+def _print_published(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    if rows:
+        console.text("\npublished, not measured here:")
+        console.table([{HEADS.get(key, key): row[key] for key in row} for row in rows])

@@ -1,0 +1,293 @@
+"""`unlearner tune`: searches the settings of a forget request, or compares lambda's two places."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import Interrupted, UserError
+from ui.cli import options
+from ui.cli.alternates import add_alternates_from, other_rows
+from ui.cli.console import duration_text
+from ui.cli.output.comparison import print_comparison
+from ui.cli.output.events import show_event
+from unlearner.config import OBJECTIVE_DEFAULTS
+from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+
+if TYPE_CHECKING:
+    from evaluation.tuning.search import Range, Tuning
+    from ui.cli.console import Console
+    from unlearner.request.rows import Request
+
+LAMBDAS = ("simnpo", "simnpo-readme")
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "tune",
+        parents=[
+            options.base(),
+            options.loading(),
+            options.data(),
+            options.settings(),
+            options.common(),
+        ],
+        help="search the settings of a forget request",
+        description="Searches the settings with Optuna: trains an adapter a trial, looks at it "
+        "without generating answers, stops those that fall behind, and measures the best in full "
+        "on the seed it was chosen on and on held-out ones. Settings that are given are not "
+        "searched. Interrupted, the same command continues.",
+        epilog="examples:\n"
+        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json\n"
+        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json "
+        "--compare-lambda",
+    )
+    _add_what(parser)
+    _add_how(parser)
+    parser.set_defaults(run=run_tune)
+
+
+def _add_what(parser: options.Parser) -> None:
+    parser.add_argument(
+        "request", metavar="REQUEST", help="JSONL file, tofu:forget05 or tofu:author=NAME"
+    )
+    parser.add_argument(
+        "--split", required=True, metavar="SPLIT", help=f"evaluated on: {', '.join(FORGET_SPLITS)}"
+    )
+    parser.add_argument(
+        "--retain-log",
+        type=Path,
+        required=True,
+        metavar="LOG",
+        help="evaluation log of a model that never saw the forget set",
+    )
+    parser.add_argument(
+        "--retain",
+        metavar="ROWS",
+        help="rows to keep: JSONL file or tofu:SPLIT (default: the rest)",
+    )
+    parser.add_argument(
+        "--retain-known",
+        type=float,
+        metavar="P",
+        help="keep only the retain rows that the base knows: answer probability above P",
+    )
+    add_alternates_from(parser)
+
+
+def _add_how(parser: options.Parser) -> None:
+    parser.add_argument(
+        "--range",
+        action="append",
+        default=[],
+        metavar="NAME=LOW:HIGH",
+        help="search NAME between these; may be given several times; margin is gamma / beta in "
+        "units of Retrain's forget NLL",
+    )
+    parser.add_argument(
+        "--trials", type=options.positive_int, default=20, metavar="N", help="in all (20)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, metavar="M", help="no trial begins later (30)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_seed_list,
+        default=(42, 43, 44),
+        metavar="A,B",
+        help="the first is searched on, the others are held out (42,43,44)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=options.positive_int,
+        metavar="N",
+        help="measure the chosen settings on the first N rows of each set: for a quick look",
+    )
+    parser.add_argument(
+        "--compare-lambda",
+        action="store_true",
+        help="no search: the card's lambda (on the retain term) beside the README's (on the "
+        "forget term), all else equal, with what was seen on the way",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("tune"), metavar="DIR", help="folder (default: ./tune)"
+    )
+
+
+def _seed_list(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from None
+    if len(set(seeds)) != len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} names a seed twice")
+    return seeds
+
+
+def run_tune(args: argparse.Namespace, console: Console) -> int:
+    """Searches, or compares, and prints the table."""
+    _check(args)
+    console.words(f"Tuning {args.request} on {args.base} in {args.out} ...")
+    from evaluation.tuning.lambda_places import compare_lambda
+    from evaluation.tuning.search import tune
+
+    try:
+        run = _tuning(args, console)
+        if args.compare_lambda:
+            found = compare_lambda(run, LAMBDAS, lambda event: show_event(event, console))
+            _print_lambdas(found, console)
+        else:
+            found = tune(run, lambda event: show_event(event, console))
+            _print_chosen(found, console)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(
+            f"Interrupted: finished trials are kept in {args.out}.",
+            "Run the same command again to continue.",
+        ) from None
+    console.words(f"Took {duration_text(found['seconds'])}.")
+    console.result(found)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses what can be seen to be wrong before a library is loaded."""
+    if args.split not in FORGET_SPLITS:
+        raise UserError(
+            f"'{args.split}' is not a forget split.", did_you_mean(args.split, FORGET_SPLITS)
+        )
+    if args.objective not in OBJECTIVE_DEFAULTS:
+        hint = did_you_mean(args.objective, OBJECTIVE_DEFAULTS)
+        raise UserError(f"There is no objective '{args.objective}'.", hint)
+    if args.seed is not None:
+        raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
+    if args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes:g} leaves no time.", "Give more than 0.")
+    if args.retain_known is not None and not 0 <= args.retain_known < 1:
+        raise UserError(
+            f"--retain-known {args.retain_known:g} is not a probability.", "Give 0 to below 1."
+        )
+
+
+def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
+    from evaluation.tuning.search import Tuning
+    from unlearner.request.rows import parse_request
+
+    request = parse_request(args.request, args.data, args.retain)
+    request = replace(request, others=other_rows(args))
+    kept = args.retain
+    if args.retain_known is not None:
+        request, kept = _known(args, request, console)
+    names = (*options.OBJECTIVE_FIELDS, *options.LORA_FIELDS, *options.TRAIN_FIELDS)
+    fixed = options.given_settings(args, names)
+    space = space_of(args.objective, fixed, args.range)
+    if not space:
+        console.words("Every setting is given: nothing is searched, each seed is measured.")
+    return Tuning(
+        request,
+        args.split,
+        options.base_spec(args),
+        args.retain_log,
+        args.out,
+        data=args.data,
+        objective=args.objective,
+        fixed=fixed,
+        space=space,
+        trials=args.trials,
+        minutes=args.minutes,
+        seeds=args.seeds,
+        limit=args.limit,
+        words=_words(args, kept),
+    )
+
+
+def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
+    words = ["unlearner", "forget", args.request, "--base", args.base]
+    told = {"--revision": args.revision, "--data": args.data, "--retain": kept}
+    for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
+        words += [] if value is None else [flag, str(value)]
+    for flag in ("dtype", "device", "attention"):
+        value = getattr(args, flag)
+        words += [] if value == "auto" else [f"--{flag}", value]
+    return tuple([*words, "--load-in-4bit"] if args.load_in_4bit else words)
+
+
+def _known(args: argparse.Namespace, request: Request, console: Console) -> tuple[Request, str]:
+    """The request with the retain rows the base knows, and the file they are written to."""
+    from evaluation.experiments.known import known_rows, write_rows
+
+    console.words("Finding the retain rows that the base knows ...")
+    found = known_rows(options.base_spec(args), request.retain, args.retain_known)
+    rows = tuple(request.retain[i] for i in found)
+    if not rows:
+        raise UserError(
+            f"{args.base} gives no retain row a probability above {args.retain_known:g}.",
+            "Lower --retain-known, or give a base that was trained on TOFU.",
+        )
+    return replace(request, retain=rows), str(write_rows(args.out / "retain.jsonl", rows))
+
+
+def space_of(objective: str, fixed: Mapping[str, Any], ranges: Sequence[str]) -> dict[str, Range]:
+    """The search space: the table of `tuning.search` without what is fixed, with these ranges.
+
+    Raises:
+        UserError: a range that cannot be read, of a setting that is fixed or not searched.
+    """
+    from evaluation.tuning.search import MARGIN_OBJECTIVES, SPACE, WHOLE, Range
+
+    space = {name: values for name, values in SPACE.items() if name not in fixed}
+    if objective not in MARGIN_OBJECTIVES or "gamma" in fixed:
+        space.pop("margin", None)
+    for text in ranges:
+        name, _, bounds = text.partition("=")
+        name = name.replace("-", "_")
+        if name not in space:
+            problem = f"'{name}' is given or not searched"
+            raise UserError(f"--range {text}: {problem}.", did_you_mean(name, space))
+        try:
+            low, high = (float(part) for part in bounds.split(":"))
+        except ValueError:
+            raise UserError(
+                f"--range {text} cannot be read.", "Write it like learning_rate=5e-4:2e-3."
+            ) from None
+        whole = name in WHOLE and (low % 1 or high % 1)
+        if low > high or low <= 0 or whole:
+            raise UserError(
+                f"--range {text} is no range of {name}.",
+                "Give two numbers above 0, the lower one first"
+                + (", both whole." if name in WHOLE else "."),
+            )
+        space[name] = Range(low, high, log=space[name].log)
+    return space
+
+
+def _print_chosen(found: Mapping[str, Any], console: Console) -> None:
+    chosen = found["chosen"]
+    rows = [found["origin"], chosen["selected"], *chosen["held_out"]]
+    tried = "nothing was searched: the settings were given"
+    if chosen["trial"] is not None:
+        tried = (
+            f"tried {found['tried']}: {found['finished']} finished, {found['pruned']} stopped "
+            f"early, {found['failed']} failed; chosen: trial {chosen['trial']} on seed "
+            f"{chosen['selected']['seed']}, the other seeds were held out"
+        )
+    console.text(tried)
+    print_comparison([dict(row) for row in rows], console)
+    for row in rows[1:]:
+        missed = [name for name, held in row["reached"].items() if held is False]
+        verdict = f"misses {', '.join(missed)}" if missed else "reaches the goal"
+        console.text(f"{row['name']}: {verdict}")
+    console.text("\n" + shlex.join(found["command"]))
+
+
+def _print_lambdas(found: Mapping[str, Any], console: Console) -> None:
+    for name, tried in found["compared"].items():
+        console.text(
+            f"\n{name}: forget weight {tried['forget_weight']:g}, retain weight "
+            f"{tried['retain_weight']:g}"
+        )
+        console.table(tried["looks"])

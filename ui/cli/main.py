@@ -1,0 +1,243 @@
+"""The command `unlearner`: arguments in, exit code out. Parsing needs no model library."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from adapters.errors import Interrupted, UserError
+from ui.cli.commands.adapters import calibrate as commands_calibrate
+from ui.cli.commands.adapters import consolidate as commands_consolidate
+from ui.cli.commands.adapters import merge as commands_merge
+from ui.cli.commands.adapters import store as commands_store
+from ui.cli.commands.everyday import ask as commands_ask
+from ui.cli.commands.everyday import doctor_preview as commands_info
+from ui.cli.commands.everyday import evaluate as commands_eval
+from ui.cli.commands.everyday import fluency as commands_fluency
+from ui.cli.commands.everyday import forget as commands_train
+from ui.cli.commands.everyday import quickstart as commands_quickstart
+from ui.cli.commands.everyday import report as commands_report
+from ui.cli.commands.everyday import robustness as commands_robustness
+from ui.cli.commands.everyday import ui as commands_ui
+from ui.cli.commands.experiments import bench as commands_bench
+from ui.cli.commands.experiments import finetune as commands_finetune
+from ui.cli.commands.experiments import reproduce as commands_reproduce
+from ui.cli.commands.experiments import sequence as commands_sequence
+from ui.cli.commands.experiments import tune as commands_tune
+from ui.cli.console import Console
+from ui.cli.options import Parser
+from unlearner.request.rows import did_you_mean
+from unlearner.training import distributed as ranks
+
+DESCRIPTION = (
+    "Makes a language model forget: each request becomes a small adapter on a frozen base, kept "
+    "in a store, measured against a model that never saw the data, reverted by switching it off."
+)
+EXAMPLES = """\
+first steps:
+  unlearner quickstart                                  the whole story on this machine, no download
+  unlearner doctor                                      what this machine can run
+  unlearner forget tofu:forget05 --base B --dry-run     what a request would cost
+exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 preflight says no, 4 quality gate failed,
+130 interrupted and saved"""
+MODULES = (
+    commands_ask,
+    commands_bench,
+    commands_calibrate,
+    commands_quickstart,
+    commands_reproduce,
+    commands_sequence,
+    commands_info,
+    commands_train,
+    commands_consolidate,
+    commands_store,
+    commands_merge,
+    commands_eval,
+    commands_report,
+    commands_robustness,
+    commands_finetune,
+    commands_fluency,
+    commands_tune,
+    commands_ui,
+)
+FAILURE, INTERRUPTED = 1, 130
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and the parser of each command by its words (`adapters list`)."""
+    parser = Parser(prog="unlearner", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=version())
+    commands: Any = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", parser_class=Parser
+    )
+    for module in MODULES:
+        module.register(commands)
+    return parser, _leaves("", commands)
+
+
+def _leaves(prefix: str, commands: Any) -> dict[str, Parser]:
+    found: dict[str, Parser] = {}
+    for name, parser in commands.choices.items():
+        words = f"{prefix} {name}".strip()
+        nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        found |= _leaves(words, nested[0]) if nested else {words: parser}
+    return found
+
+
+def version() -> str:
+    """`unlearner 0.1.0`, of the installed distribution."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return f"unlearner {installed('unlearner')}"
+    except PackageNotFoundError:
+        return "unlearner (not installed)"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with `run` the command's function.
+
+    Raises:
+        UserError: unknown command or flag (with the nearest known one), missing or bad value.
+        SystemExit: after --help and --version.
+    """
+    parser, leaves = build_parser()
+    _check_command(argv, leaves)
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        words = _command_words(argv, leaves)
+        flags = [word.split("=")[0] for word in extra if word.startswith("-")]
+        if flags:
+            hint = did_you_mean(flags[0], leaves[words].option_names())
+            raise UserError(f"`unlearner {words}` has no option {flags[0]}.", hint)
+        raise UserError(
+            f"`unlearner {words}` takes no further argument {extra[0]!r}.",
+            f"See `unlearner {words} --help`.",
+        )
+    return args
+
+
+def _check_command(argv: Sequence[str], leaves: dict[str, Parser]) -> None:
+    """Refuses a command that does not exist, before argparse lists all of them."""
+    if not argv or argv[0].startswith("-"):
+        if "--help" in argv or "-h" in argv or "--version" in argv:
+            return
+        raise UserError("No command was given.", "See `unlearner --help`.")
+    first = sorted({words.split()[0] for words in leaves})
+    if argv[0] not in first:
+        raise UserError(f"There is no command '{argv[0]}'.", did_you_mean(argv[0], first))
+    second = [words.split()[1] for words in leaves if words.startswith(f"{argv[0]} ")]
+    if not second or {"-h", "--help"} & set(argv[1:2]):
+        return
+    if len(argv) < 2 or argv[1].startswith("-"):
+        raise UserError(
+            f"`unlearner {argv[0]}` needs a command.", f"Choose one of {', '.join(second)}."
+        )
+    if argv[1] not in second:
+        raise UserError(
+            f"`unlearner {argv[0]}` has no command '{argv[1]}'.", did_you_mean(argv[1], second)
+        )
+
+
+def _command_words(argv: Sequence[str], leaves: dict[str, Parser]) -> str:
+    two = " ".join(argv[:2])
+    return two if two in leaves else argv[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = _console("--json" in words)
+    debug = "--debug" in words
+    try:
+        args = parse(words)
+        args.words = words
+        _quiet_libraries(console)
+        # Only the console writes data: what a library prints is words, and goes to stderr.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            if not debug:
+                warnings.simplefilter("ignore")
+                os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for processes it starts
+            code: int = args.run(args, console)
+            ranks.wait()  # a process that leaves early takes its connections with it
+            return code
+    except SystemExit as stop:  # argparse leaves this way after --help and --version
+        return stop.code if isinstance(stop.code, int) else FAILURE
+    except BrokenPipeError:
+        return _reader_left()
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        console.words("Interrupted: stopped at once; what was finished before stays as it is.")
+        return INTERRUPTED
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, Interrupted):  # what was asked for, not a mistake
+            console.words(f"{error.problem}\n{error.fix}".strip())
+        else:
+            console.error(error.problem, error.fix)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        console.error(*unexpected(error))
+        return FAILURE
+    finally:
+        ranks.leave()
+
+
+def _console(as_json: bool) -> Console:
+    """The console; of several processes of one job only the first says anything."""
+    if ranks.rank() == 0:
+        return Console(as_json=as_json)
+    nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    return Console(as_json=as_json, stdout=nothing, stderr=nothing)
+
+
+def unexpected(error: Exception) -> tuple[str, str]:
+    """Problem and fix of an error that no one foresaw."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            "The memory ran out.",
+            "Use a smaller --per-device-train-batch-size or --max-length, "
+            "--gradient-checkpointing or --load-in-4bit.",
+        )
+    text = str(error).strip() or "no message"
+    if isinstance(error, OSError) and error.strerror:
+        place = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{place}.", "Check the path, its permissions and the free space."
+    return (
+        f"{type(error).__name__}: {text}",
+        "Run the same command with --debug, and report the traceback with `unlearner doctor`.",
+    )
+
+
+def _quiet_libraries(console: Console) -> None:
+    """Libraries say only what is wrong; their bars move on a terminal only."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not console.live:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _reader_left() -> int:
+    # The interpreter flushes stdout once more at exit: give it somewhere to go.
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return FAILURE
+    return FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""The flags that commands share, and the parser whose errors are a problem and a fix."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from adapters.errors import UserError
+from unlearner.config import OBJECTIVE_DEFAULTS, LoraShape, ObjectiveConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from adapters.base.load import BaseSpec
+
+DEFAULT_STORE = "./forget-store"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError instead of printing and leaving.
+
+    Flags are never abbreviated: a script must not change its meaning when a flag is added.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        # Examples below the flags keep their lines; the text above them is wrapped here.
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if options.get("description"):
+            options["description"] = textwrap.fill(options["description"], 88)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with argparse's words and where to read more."""
+        raise UserError(f"{message[:1].upper()}{message[1:]}.", f"See `{self.prog} --help`.")
+
+    def option_names(self) -> list[str]:
+        """Every long flag of this parser."""
+        return [
+            name
+            for action in self._actions
+            for name in action.option_strings
+            if name.startswith("--")
+        ]
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def name_list(text: str) -> list[str]:
+    """Names divided by commas; "none" is the empty list."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [] if names == ["none"] else names
+
+
+def common() -> Parser:
+    """--json and --debug, which every command has."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout instead of text"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def data() -> Parser:
+    """--data."""
+    parser = Parser(add_help=False)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        default=_env_path("UNLEARNER_DATA"),
+        help="folder of TOFU's JSON-lines files instead of the hub's locuslab/TOFU "
+        "(environment: UNLEARNER_DATA)",
+    )
+    return parser
+
+
+def _env_path(name: str) -> Path | None:
+    return Path(os.environ[name]) if os.environ.get(name) else None
+
+
+def store() -> Parser:
+    """--store."""
+    parser = Parser(add_help=False)
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        default=_env_path("UNLEARNER_STORE"),
+        help="folder of the forget adapters "
+        f"(environment: UNLEARNER_STORE; default: {DEFAULT_STORE})",
+    )
+    return parser
+
+
+def store_path(args: argparse.Namespace) -> Path:
+    """The store that was named, else the default one; it need not exist."""
+    return args.store if args.store is not None else Path(DEFAULT_STORE)
+
+
+def base() -> Parser:
+    """--base and --revision."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("base model")
+    group.add_argument(
+        "--base", required=True, metavar="B", help="hub id or folder of the base model"
+    )
+    group.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    return parser
+
+
+def template() -> Parser:
+    """--template."""
+    parser = Parser(add_help=False)
+    parser.add_argument(
+        "--template",
+        choices=("auto", "llama2", "chat", "open-unlearning"),
+        default="auto",
+        help="prompt format: TOFU's plain Llama-2 text, the tokenizer's chat template, that "
+        "template as open-unlearning's Llama-3 models were trained with it (system prompt and "
+        "date), or whichever of the first two fits the tokenizer (default: auto)",
+    )
+    return parser
+
+
+def loading(*, either_way: bool = False) -> Parser:
+    """--dtype, --load-in-4bit, --device, --attention: how the base is held in memory.
+
+    `either_way` adds --no-load-in-4bit, for commands where 4 bit may be the default.
+    """
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("loading")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the weights in memory (default: auto: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    four_bit: dict[str, Any] = {"action": "store_true"}
+    if either_way:
+        four_bit = {"action": argparse.BooleanOptionalAction, "default": None}
+    group.add_argument(
+        "--load-in-4bit", **four_bit, help="hold the base as nf4 (needs bitsandbytes)"
+    )
+    group.add_argument(
+        "--device", default="auto", metavar="DEV", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    group.add_argument(
+        "--attention",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+        default="auto",
+        help="attention kernel (default: auto: flash_attention_2 where it is installed, else sdpa)",
+    )
+    return parser
+
+
+def base_spec(args: argparse.Namespace) -> BaseSpec:
+    """The base that the flags of `base` and `loading` name."""
+    from adapters.base.load import BaseSpec
+
+    return BaseSpec(
+        name=args.base,
+        revision=args.revision,
+        dtype=args.dtype,
+        load_in_4bit=args.load_in_4bit,
+        device=args.device,
+        attention=args.attention,
+    )
+
+
+# One line on what to turn a knob for; names, types and defaults come from the dataclasses.
+SETTING_HELP = {
+    "beta": "inverse temperature of the objective; an exponent in wga and satimp",
+    "beta2": "SatImp's exponent of 1 - p",
+    "gamma": "SimNPO's margin in beta * nll/|y| - gamma; above 0 forgets more",
+    "rmu_layer": "block whose output RMU steers, from 0; -1 is the one at 7/32 of the depth",
+    "rmu_coefficient": "length of the vector RMU steers forget states to; depends on the model",
+    "ceu_skip": "tokens at the beginning of an answer that CE-U leaves alone",
+    "forget_weight": "weight of the forget term",
+    "retain_weight": "weight of the retain term (the model card's lambda); higher keeps more",
+    "guard_weight": "weight of the guard that keeps earlier requests of the stack forgotten",
+    "alternates": "train each forget question on so many other answers too, of the retain rows "
+    "that ask alike, so that it is answered as by a model that never knew; 0 = off",
+    "alternate_weight": "weight of the term of the alternate answers",
+    "alternate_smoothing": "label smoothing of the alternate answers, at most that of the base's "
+    "own training",
+    "attack_weight": "weight of the forget term under a simulated relearning attack, so that "
+    "forgetting holds when the model is trained again; 0 = off; forget rows run twice",
+    "attack_gamma": "SimNPO's margin in that term",
+    "lora_r": "rank of the adapter",
+    "lora_alpha": "the update is scaled by alpha / r",
+    "lora_dropout": "dropout on the adapter's input while training",
+    "target_modules": "projections to adapt, divided by commas",
+    "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten",
+    "num_train_epochs": "passes over the forget rows",
+    "per_device_train_batch_size": "pairs of one forward; reduce to 4, 2, 1 when out of memory",
+    "gradient_accumulation_steps": "forwards of one optimizer step; raise it as the batch shrinks",
+    "warmup_ratio": "share of the steps with rising learning rate",
+    "lr_scheduler_type": "transformers' schedule name",
+    "weight_decay": "AdamW's weight decay on the adapter",
+    "max_grad_norm": "clip gradients to this norm, 0 = never",
+    "max_length": "a row is cut at this many tokens, prompt included",
+    "gradient_checkpointing": "recompute activations, slower with less memory: off, all, a number "
+    "N for every N-th layer, or auto, as far as it is needed; without a word: all",
+    "padded": "padded batches sorted by length instead of packs",
+    "sam_rho": "take the forget gradient this far towards where forgetting is undone most, so that "
+    "it holds when the model is trained again; 0 = off, published 0.01; forget rows run twice",
+    "noise_scale": "noise on the weights while training, in rounding errors of nf4, so that "
+    "forgetting holds in 4 bit; 0 = off",
+    "attack_steps": "optimizer steps of one simulated attack, after which the next one begins",
+    "attack_rate": "learning rate of the simulated attacker; 0 = by the model's size",
+    "attack_rank": "rank of the simulated attacker's LoRA",
+    "optim": "transformers' optimizer name",
+    "seed": "of pairing, order and the adapter's first weights",
+}
+OBJECTIVE_FIELDS = tuple(field.name for field in fields(ObjectiveConfig) if field.name != "name")
+LORA_FIELDS = tuple(field.name for field in fields(LoraShape))
+TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
+
+
+def settings(*, objective: bool = True) -> Parser:
+    """--objective, and one flag for each field of the config dataclasses (None = its default)."""
+    parser = Parser(add_help=False)
+    if objective:
+        group = parser.add_argument_group("objective")
+        group.add_argument(
+            "--objective",
+            metavar="NAME",
+            default=ObjectiveConfig().name,
+            help=f"{', '.join(OBJECTIVE_DEFAULTS)} (default: {ObjectiveConfig().name})",
+        )
+        for name in OBJECTIVE_FIELDS:
+            kind = type(getattr(ObjectiveConfig(), name))
+            _add_setting(group, name, kind, _objective_default(name))
+    add_fields(parser.add_argument_group("adapter"), LoraShape, LORA_FIELDS)
+    add_fields(parser.add_argument_group("training"), TrainConfig, TRAIN_FIELDS)
+    return parser
+
+
+def add_fields(group: argparse._ArgumentGroup, kind: type, names: Sequence[str]) -> None:
+    """One flag for each of the dataclass `kind`'s fields in `names`."""
+    for field in fields(kind):
+        if field.name not in names:
+            continue
+        if field.default is MISSING:
+            raise TypeError(f"{kind.__name__}.{field.name} has no plain default")
+        value = field.default
+        shown = ", ".join(value) if isinstance(value, tuple) else str(value)
+        shown = "off" if value is False else shown
+        _add_setting(group, field.name, type(value), shown)
+
+
+def _add_setting(group: argparse._ArgumentGroup, name: str, kind: type, default: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    text = f"{SETTING_HELP[name]} (default: {default})"
+    if name == "gradient_checkpointing" and kind is str:
+        group.add_argument(flag, nargs="?", const="all", default=None, metavar="HOW", help=text)
+    elif kind is bool:
+        group.add_argument(flag, action="store_true", default=None, help=text)
+    elif kind is tuple:
+        group.add_argument(flag, type=_name_tuple, default=None, metavar="A,B", help=text)
+    else:
+        metavar = {int: "N", float: "X"}.get(kind, "NAME")
+        group.add_argument(flag, type=kind, default=None, metavar=metavar, help=text)
+
+
+def _name_tuple(text: str) -> tuple[str, ...]:
+    return tuple(name_list(text))
+
+
+def _objective_default(name: str) -> str:
+    """The value most objectives start with, and those that start with another."""
+    values = {objective: getattr(c, name) for objective, c in OBJECTIVE_DEFAULTS.items()}
+    first = values["simnpo"]
+    others = [f"{objective} {value:g}" for objective, value in values.items() if value != first]
+    return "; ".join([f"{first:g}", *others])
+
+
+def given_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The settings among `names` that were given on the command line."""
+    found = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,47 @@
+"""What long work reports while it runs, put on the console: steps on a line, the rest in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ui.cli.console import size_text
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+
+WORDS = {
+    "load": "Loading the base ...",
+    "publish": "Storing the adapter ...",
+}
+# What a step of this kind does, where the event does not say it itself.
+DOING = {"pretrain": "training", "train": "", "measure": "measuring"}
+STOPPING = "Finishing this step and saving. Press Ctrl-C again to stop at once."
+
+
+def show_event(event: Mapping[str, Any], console: Console) -> None:
+    """Shows one event; `job` says which of several that run side by side it belongs to."""
+    kind, job = str(event.get("event", "")), str(event.get("job", ""))
+    if kind == "stopping":
+        console.urgent(STOPPING)
+    elif kind == "gap":
+        console.words(gap_text(event))
+    elif event.get("step") is not None:
+        doing = str(event.get("text") or DOING.get(kind, kind))
+        console.progress({**event, "message": " ".join(part for part in (job, doing) if part)})
+    elif kind == "probe":
+        peak, limit = size_text(event["peak_bytes"]), size_text(event["limit_bytes"])
+        console.words(f"Two steps on the longest rows take {peak} of {limit}.")
+    elif text := event.get("text") or WORDS.get(kind):
+        console.words(f"{job}: {text}" if job else str(text))
+
+
+def gap_text(event: Mapping[str, Any]) -> str:
+    """A reading of the distance to the retrain reference, and what follows from it."""
+    text = (
+        f"Step {event['step']}: log R {event['gap']:+.3f}, forget NLL {event['nll_gap']:+.2f} "
+        f"against the retrain reference (KS D {event['ks']:.3f})."
+    )
+    if event.get("stopped_at_step") is None:
+        return text
+    return f"{text} The sign has turned: stopping with the weights of step {event['kept_step']}."

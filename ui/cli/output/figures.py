@@ -1,0 +1,103 @@
+"""The figures of an evaluation in words: quality with error and direction, utility, every set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ui.cli.console import Console
+
+SETS = ("forget", "retain", "real_authors", "world_facts")
+SET_METRICS = ("rouge_l_recall", "answer_prob", "truth_ratio", "nll")
+
+
+def report_figures(figures: Mapping[str, Any], console: Console) -> None:
+    """Prints the summary of a log (`evaluation.metrics.summary.summarise`) as text or as JSON."""
+    from evaluation.metrics.summary import figure_table
+
+    for summary in figures.get("protocols", [figures]):
+        for line in (quality_text(summary), utility_text(summary), nll_text(summary)):
+            if line:
+                console.text(line)
+        if summary.get("retrain_band"):
+            console.text(band_text(summary["retrain_band"]))
+        console.text(f"protocol        {summary['protocol']}")
+        console.text()
+        console.table(set_table(summary))
+        console.text()
+    for line in missing_lines(figures):
+        console.words(line)
+    for note in figures.get("notes", ()):
+        console.words(f"Note: {note}.")
+    console.result({**figures, "figures": figure_table(figures), "table": set_table(figures)})
+
+
+def missing_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Which figures could not be measured, a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for figure, reason in figures["reasons"].items():
+        by_reason.setdefault(reason, []).append(figure)
+    return [f"Not measured: {', '.join(names)} ({why})." for why, names in by_reason.items()]
+
+
+def band_text(band: Mapping[str, Any]) -> str:
+    """How far two models that never saw the forget set lie apart: what no figure can resolve."""
+    return (
+        f"retrain band    {band['forget_quality']:.4g} between the two retrain references "
+        f"(KS D {band['ks']:.4f}, shift {band['log_r_shift']:+.4f})"
+    )
+
+
+def quality_text(figures: Mapping[str, Any]) -> str:
+    """Forget quality: p, log10 p, D, the signed shift and the word for it, or why there is none."""
+    p = figures["forget_quality"]
+    if p is None:
+        return f"forget_quality  - ({figures['reasons']['forget_quality']})"
+    return (
+        f"forget_quality  {p:.4g}{_spread(figures.get('forget_quality_interval'))} "
+        f"(log10 {figures['forget_quality_log10']:.2f}), higher is better\n"
+        f"  KS D {figures['ks']:.4f}{_interval(figures.get('ks_interval'))}, "
+        f"shift of log R {figures['log_r_shift']:+.4f}"
+        f"{_interval(figures.get('log_r_shift_interval'))}: "
+        f"{figures['direction']}, n = {figures['n']}"
+    )
+
+
+def utility_text(figures: Mapping[str, Any]) -> str:
+    """Model utility with its interval, or why there is none."""
+    value = figures["model_utility"]
+    if value is None:
+        return f"model_utility   - ({figures['reasons']['model_utility']})"
+    spread = _interval(figures.get("model_utility_interval"))
+    return f"model_utility   {value:.4f}{spread}, higher is better"
+
+
+def nll_text(figures: Mapping[str, Any]) -> str:
+    """Mean forget NLL beside the retrain reference's: a broken model shows here, not in FQ."""
+    ours, theirs = figures.get("forget_nll"), figures.get("retrain_forget_nll")
+    if ours is None or theirs is None:
+        return ""
+    return f"forget_nll      {ours:.3f} nats a token (retrain reference {theirs:.3f})"
+
+
+def _spread(pair: Any) -> str:
+    """An interval whose ends may be as small as a p-value."""
+    return f" [{pair[0]:.3g}, {pair[1]:.3g}]" if pair else ""
+
+
+def _interval(pair: Any) -> str:
+    return f" [{pair[0]:.4f}, {pair[1]:.4f}]" if pair else ""
+
+
+def set_table(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a set: how many rows, and its metrics (utility's nine parts and the forget set's)."""
+    return [
+        {
+            "name": name,
+            "n": figures["rows"][name],
+            **{metric: figures[f"{name}_{metric}"] for metric in SET_METRICS},
+        }
+        for name in SETS
+        if name in figures["rows"]
+    ]

@@ -1,0 +1,144 @@
+"""What `score` and `evaluate` share: protocols, references, gates, and logs for other tools."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
+from ui.cli import options
+from ui.cli.output.gates import parse_gate
+
+if TYPE_CHECKING:
+    from evaluation.logs.records import EvalLog
+    from ui.cli.console import Console
+    from ui.cli.output.gates import Gate
+
+
+def reference_flags() -> options.Parser:
+    """--retain-log, --second-retain-log and --protocol."""
+    parser = options.Parser(add_help=False)
+    parser.add_argument(
+        "--retain-log",
+        type=Path,
+        metavar="LOG",
+        help="log of a model that never saw the forget set: forget quality needs it",
+    )
+    parser.add_argument(
+        "--second-retain-log",
+        type=Path,
+        metavar="LOG",
+        help="log of a second such model: how far two of them lie apart is the band within which "
+        "forget quality tells nothing",
+    )
+    parser.add_argument(
+        "--protocol",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(PROTOCOLS)}, several with commas, or all (default: {DEFAULT})",
+    )
+    return parser
+
+
+def scoring_flags() -> options.Parser:
+    """The flags of `reference_flags`, --fail-if, --write-tofu and --write-open-unlearning."""
+    parser = options.Parser(add_help=False, parents=[reference_flags()])
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="GATE",
+        help='leave with 4 if it holds, e.g. "model_utility<0.55"; may be given several times',
+    )
+    parser.add_argument(
+        "--write-tofu",
+        type=Path,
+        metavar="FILE",
+        help="write the rows as TOFU's eval_log_aggregated.json, for other tools",
+    )
+    parser.add_argument(
+        "--write-open-unlearning",
+        type=Path,
+        metavar="DIR",
+        help="write open-unlearning's TOFU_EVAL.json and TOFU_SUMMARY.json into this folder",
+    )
+    return parser
+
+
+class References(NamedTuple):
+    """Logs of one or two models that never saw the forget set."""
+
+    first: EvalLog | None
+    second: EvalLog | None
+
+
+def read_references(args: argparse.Namespace) -> References:
+    """The logs that --retain-log and --second-retain-log name.
+
+    Raises:
+        UserError: a log that cannot be read, or a second one without a first.
+    """
+    from adapters.errors import UserError
+    from evaluation.logs.records import read_log
+
+    if args.second_retain_log and not args.retain_log:
+        raise UserError(
+            "--second-retain-log is measured against --retain-log, which is missing.",
+            "Give both, or the one as --retain-log.",
+        )
+    paths = (args.retain_log, args.second_retain_log)
+    return References(*(read_log(path) if path else None for path in paths))
+
+
+def gates_of(args: argparse.Namespace, more: Sequence[str] = ()) -> list[Gate]:
+    """The conditions of --fail-if and the protocols' names, read before anything is computed.
+
+    `more` are figures that this command measures beside the summary's.
+    """
+    from evaluation.metrics.summary import BETTER
+
+    protocols_named(args.protocol)
+    return [parse_gate(text, [*BETTER, *more]) for text in args.fail_if]
+
+
+def figures_of(
+    args: argparse.Namespace, log: EvalLog, references: References
+) -> list[dict[str, Any]]:
+    """The summaries of a log under the protocols of --protocol, in their order."""
+    from evaluation.metrics.summary import summarise_all
+
+    names = [protocol.name for protocol in protocols_named(args.protocol)]
+    return summarise_all(log, names, references.first, second_retain_log=references.second)
+
+
+def with_protocols(
+    named: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The result of a command: the first protocol's figures, and all of them under `protocols`."""
+    rest = {"protocols": list(summaries)} if len(summaries) > 1 else {}
+    return {**named, **summaries[0], **rest}
+
+
+def write_for_others(
+    args: argparse.Namespace, log: EvalLog, references: References, console: Console
+) -> None:
+    """Writes the public formats that the flags ask for, under the first protocol.
+
+    Raises:
+        UserError: a row lacks a score that the format demands.
+    """
+    from evaluation.logs.export import to_tofu, write_open_unlearning
+    from evaluation.logs.records import RECORDED, write_json
+
+    first = protocols_named(args.protocol)[0]
+    if args.write_tofu:
+        has = all(first.decoding.name in r.generations for s in log.sets.values() for r in s.rows)
+        recorded = all(RECORDED in r.generations for s in log.sets.values() for r in s.rows)
+        decoding = first.decoding.name if has else RECORDED if recorded else None
+        console.words(f"Wrote {write_json(args.write_tofu, to_tofu(log, decoding))}")
+    if args.write_open_unlearning:
+        folder = args.write_open_unlearning
+        for path in write_open_unlearning(log, folder, references.first, first.name):
+            console.words(f"Wrote {path}")

@@ -1,0 +1,150 @@
+"""Which rows `evaluate` measures: a split of TOFU, or rows of one's own and what goes with them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError
+from ui.cli import options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from evaluation.suite import EvalData
+    from ui.cli.console import Console
+    from unlearner.request.rows import Row
+
+OWN = "own-rows"
+
+
+def add_flags(parser: options.Parser) -> None:
+    """--split or --rows, and for the latter --retain, --neighbours and --variants."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--split", metavar="SPLIT", help="forget split: forget01, forget05, forget10"
+    )
+    which.add_argument(
+        "--rows", type=Path, metavar="FILE", help="JSONL of the rows that were to be forgotten"
+    )
+    group = parser.add_argument_group("with --rows")
+    group.add_argument(
+        "--retain", metavar="ROWS", help="rows that were to be kept: a JSONL file or tofu:SPLIT"
+    )
+    group.add_argument(
+        "--neighbours",
+        type=options.positive_int,
+        metavar="N",
+        help="of the rows of --retain only the N nearest to the forget rows, by their words",
+    )
+    group.add_argument(
+        "--variants",
+        type=Path,
+        metavar="FILE",
+        help="JSONL with paraphrased_answer and perturbed_answer of these rows, by question",
+    )
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """What figures of these rows are filed under; the name of a file may tell whom it is about."""
+    return str(args.split) if args.split else OWN
+
+
+def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
+    """The rows to evaluate.
+
+    With --rows real authors and world facts come along where --data names a folder that has them.
+
+    Raises:
+        UserError: rows that cannot be read, flags of --rows without it, neighbours without a pool.
+    """
+    from evaluation.suite import EvalData, load_eval_data
+
+    if args.split:
+        given = [name for name in ("retain", "neighbours", "variants") if getattr(args, name)]
+        if given:
+            raise UserError(f"--{given[0]} belongs to --rows.", "TOFU's splits bring their own.")
+        return load_eval_data(args.split, args.data)
+    from unlearner.request.rows import load_split, read_rows
+
+    forget: Sequence[Row] = read_rows(args.rows)
+    if args.variants:
+        forget = with_variants(forget, read_rows_of_variants(args.variants))
+    retain = kept_rows(args, forget, console)
+    world: dict[str, Any] = {}
+    if args.data is not None:
+        for name in ("real_authors", "world_facts"):
+            if any((args.data / f"{name}_perturbed{s}").is_file() for s in (".json", ".jsonl")):
+                world[name] = load_split(f"{name}_perturbed", args.data)
+    return EvalData(forget, retain, **world)
+
+
+def kept_rows(args: argparse.Namespace, forget: Sequence[Row], console: Console) -> Sequence[Row]:
+    """The rows of --retain, or the nearest of them."""
+    from unlearner.request.rows import rows_named
+
+    if args.retain is None:
+        if args.neighbours:
+            raise UserError("--neighbours needs rows to choose from.", "Name them with --retain.")
+        return []
+    found = rows_named(args.retain, args.data, unique=False)
+    return mined(found, forget, args.neighbours, console)
+
+
+def mined(
+    pool: Sequence[Row], forget: Sequence[Row], count: int | None, console: Console
+) -> Sequence[Row]:
+    """The `count` rows of `pool` nearest to `forget`, said in words; None leaves the pool whole."""
+    if count is None:
+        return pool
+    from unlearner.request.neighbours import nearest_rows
+
+    found = nearest_rows(forget, pool, count)
+    mean = sum(found.likeness) / len(found.likeness)
+    console.words(
+        f"Note: {len(found.rows)} neighbours of {len(pool)} rows, mean likeness {mean:.2f}; left "
+        f"out as part of the request: {found.left_out}."
+    )
+    return found.rows
+
+
+def read_rows_of_variants(path: Path) -> list[Row]:
+    """Rows of a file of variants, which may leave out the answer.
+
+    Raises:
+        UserError: every line that is no row, at once.
+    """
+    from unlearner.request.rows import read_rows
+
+    return read_rows(path, unique=False, needs_answer=False)
+
+
+def with_variants(rows: Sequence[Row], variants: Sequence[Row]) -> list[Row]:
+    """The rows with the paraphrased and perturbed answers of the variant of the same question.
+
+    Raises:
+        UserError: variants of questions that are not among the rows.
+    """
+    from dataclasses import replace
+
+    by_question = {row.question.strip(): row for row in variants}
+    strangers = by_question.keys() - {row.question.strip() for row in rows}
+    if strangers:
+        raise UserError(
+            f"{len(strangers)} variants belong to none of the rows, for example "
+            f"{sorted(strangers)[0]!r}.",
+            "A variant names the question of its row, letter by letter.",
+        )
+    made = []
+    for row in rows:
+        found = by_question.get(row.question.strip(), row)
+        made.append(
+            replace(
+                row,
+                paraphrased_answer=found.paraphrased_answer or row.paraphrased_answer,
+                perturbed_answers=found.perturbed_answers or row.perturbed_answers,
+                paraphrased_question=found.paraphrased_question or row.paraphrased_question,
+            )
+        )
+    return made

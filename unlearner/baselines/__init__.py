@@ -1,0 +1,1 @@
+"""Models to compare with: Origin and Retrain, full fine-tuning, tiny Llamas."""

@@ -1,0 +1,1 @@
+"""How much memory a run needs: estimated by formula and measured by a probe."""

@@ -1,0 +1,1 @@
+"""Unlearning objectives: pure functions of answer likelihoods."""

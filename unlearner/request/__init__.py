@@ -1,0 +1,1 @@
+"""The rows of a forget request and what goes with them."""

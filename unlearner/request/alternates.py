@@ -1,0 +1,85 @@
+"""Alternate answers for forget questions: what the model is to say instead, where it knows nothing.
+
+A model that never saw an author still answers, in sentences, with what authors it knows are like.
+Pushing an answer down teaches none of that: the push goes on into all words that are like it, and
+what is left on the question is not language. So each forget question may be trained on other
+people's answers as well, a different one each time: those of the retain questions that ask the
+most alike, put in the name that is asked for. No answer is seen often enough to be learned by
+heart.
+
+Alternate answers to forget questions are used by arXiv 2409.13474 (AltPO), which samples them from
+the model itself; here they come from the retain rows and cost no generation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from adapters.errors import UserError
+from unlearner.request.neighbours import SAME, plain, tf_idf
+from unlearner.request.rows import Row
+from unlearner.request.subjects import renamed, subjects
+
+
+def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) -> list[list[str]]:
+    """For each forget row `count` answers, those of the pool's nearest questions, nearest first.
+
+    Nearness is the cosine of TF-IDF vectors over the words of the questions; ties go to the earlier
+    row. Left out: rows with a question of the forget set or almost an answer of it, and answers
+    that repeat one already chosen. Where the pool has fewer, they come again from the first. Where
+    both questions name somebody (`request.subjects`), the answer names who is asked for: a model
+    that knows nothing of a person still knows the name it was just told. It is left out where in
+    that name it has all words of the forget answer, or none beside them.
+
+    Args:
+        forget: rows to be forgotten, at least one.
+        pool: rows that are kept.
+        count: answers a row, at least 1.
+
+    Raises:
+        UserError: the pool has no answer for some row.
+    """
+    asked = {plain(row.question) for row in forget}
+    here = len(forget)
+    answers = tf_idf([row.answer for row in (*forget, *pool)])
+    told = (answers[:here] @ answers[here:].T).max(axis=0).toarray()[0] if pool else []
+    said = {plain(row.answer) for row in forget}
+    kept = [
+        row
+        for row, likeness in zip(pool, told, strict=True)
+        if likeness < SAME and plain(row.question) not in asked and plain(row.answer) not in said
+    ]
+    every = [row.question for row in (*forget, *kept)]
+    named, questions = subjects(every), tf_idf(every)
+    offered = questions[here:].T
+    chosen = []
+    for number, row in enumerate(forget):
+        likeness = (questions[number] @ offered).toarray()[0]
+        found: dict[str, str] = {}
+        for i in np.argsort(-likeness, kind="stable"):
+            if len(found) == count:
+                break
+            answer, old, new = kept[i].answer, named[here + i], named[number]
+            if old and new:
+                answer = renamed(answer, old, new)
+                # In that name it may be what is to be forgotten.
+                if plain(answer) in said or _tells(answer, row.answer):
+                    continue
+            found.setdefault(plain(answer), answer)
+        if not found:
+            raise UserError(
+                f"No row has another answer for {row.question!r}.",
+                "Give more retain rows, or other ones with --alternates-from.",
+            )
+        several = list(found.values())
+        chosen.append([several[i % len(several)] for i in range(count)])
+    return chosen
+
+
+def _tells(one: str, other: str) -> bool:
+    """Whether all words of one of the answers stand in the other."""
+    a, b = (set(re.findall(r"\w+", text.casefold())) for text in (one, other))
+    return a <= b or b <= a

@@ -1,0 +1,1 @@
+"""From rows to tokens, labels and batches."""

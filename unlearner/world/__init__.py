@@ -1,0 +1,1 @@
+"""The embedded world: fictitious authors with the TOFU schema, generated from a seed."""
