@@ -202,7 +202,7 @@ class _Line:
         replaces: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The active adapter of a request, trained unless it stands in the store, and its cost."""
-        from unlearner.run import unlearn
+        from unlearner.run import RunOptions, unlearn
 
         store, kept = self._store(), self.folder / f"trained-{label}.json"
         if not [one for one in store.list() if one.manifest.label == label]:
@@ -212,12 +212,14 @@ class _Line:
                 self.plan.base,
                 self.plan.config,
                 store,
-                on_stack=on_stack,
-                label=label,
-                resume=True,
-                refusals=self.plan.refusals,
-                guard=guard,
-                replaces=replaces,
+                RunOptions(
+                    on_stack=on_stack,
+                    label=label,
+                    resume=True,
+                    refusals=self.plan.refusals,
+                    guard=guard,
+                    replaces=replaces,
+                ),
                 on_progress=self._tell,
             )
             cost = _cost(made.manifest.train["steps"], self.plan.config, len(request.rows))

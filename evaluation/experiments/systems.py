@@ -176,6 +176,7 @@ def full_and_measure(
     """
     from unlearner.baselines.full import forget_full
     from unlearner.request.past_requests import joined
+    from unlearner.run import RunOptions
 
     request = joined(list(requests))
     rows = [request.rows, request.retain, request.others]
@@ -187,8 +188,7 @@ def full_and_measure(
             base,
             config,
             folder,
-            template=what.template,
-            refusals=refusals,
+            RunOptions(template=what.template, refusals=refusals),
             any_size=any_size,
             on_progress=lambda event: _pass_on(report, event, 1),
         )
@@ -207,7 +207,7 @@ def file_request(
     template: Template = "auto",
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless it stands in the store already."""
-    from unlearner.run import unlearn
+    from unlearner.run import RunOptions, unlearn
 
     label = f"request-{number}-{digest(request.name, config.to_json())}"
     kept = [adapter for adapter in store.list() if adapter.manifest.label == label]
@@ -219,11 +219,9 @@ def file_request(
             base,
             config,
             store,
-            on_stack=False,
-            label=label,
-            resume=True,
-            template=template,
-            refusals=refusals,
+            RunOptions(
+                on_stack=False, label=label, resume=True, template=template, refusals=refusals
+            ),
             on_progress=lambda event: _pass_on(report, event, number),
         )
     if not adapter.active:

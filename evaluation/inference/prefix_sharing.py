@@ -160,8 +160,8 @@ def forward_pack(
     import torch
     import torch.nn.functional as F
 
-    from unlearner.training.hidden import hidden_at
-    from unlearner.training.likelihood import per_token
+    from unlearner.objectives.hidden import hidden_at
+    from unlearner.objectives.likelihood import per_token
 
     device = next(model.parameters()).device
     size = sum(len(tree.tokens) for tree in trees)
@@ -222,8 +222,8 @@ def shares_exactly(model: Any, texts: Sequence[Encoded]) -> bool:
     """
     import torch
 
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.tokens.prompts import pad_batch
-    from unlearner.training.likelihood import answer_nll
 
     if _attention(model) not in ("sdpa", "eager"):
         return False

@@ -1,7 +1,7 @@
 """SimNPO's two published places of lambda side by side, all else equal, with their trajectories.
 
 The model card puts 0.1375 on the retain term, the released README on the forget term: one
-objective, two different trade-offs (see `unlearner.config.OBJECTIVE_DEFAULTS`).
+objective, two different trade-offs (see `unlearner.objectives.registry.OBJECTIVES`).
 """
 
 from __future__ import annotations

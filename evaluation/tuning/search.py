@@ -237,6 +237,8 @@ def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
 
 def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report) -> None:
     """One trial: trained, looked at, told to the study."""
+    from unlearner.training.loop import Diverged
+
     trial = study.ask()
     config = run.config(_suggest(trial, run.space), search.retrain_nll, run.seeds[0])
     trial.set_user_attr("settings", config.to_json())
@@ -258,7 +260,10 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
         outcome["values"] = looks[-1]["loss"]
     except optuna.TrialPruned:
         outcome["state"] = optuna.trial.TrialState.PRUNED
-    except ValueError as error:  # losses that are not finite: these settings break the model
+    except (
+        ValueError,
+        Diverged,
+    ) as error:  # losses that are not finite: these settings break the model
         trial.set_user_attr("reason", str(error))
         outcome["state"] = optuna.trial.TrialState.FAIL
     trial.set_user_attr("seconds", time.monotonic() - started)
@@ -267,7 +272,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
 def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report) -> None:
     """Trains one adapter that nobody keeps."""
-    from unlearner.run import unlearn
+    from unlearner.run import RunOptions, unlearn
 
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=run.out) as folder:
         unlearn(
@@ -275,8 +280,8 @@ def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report)
             run.base,
             config,
             AdapterStore.open(Path(folder) / "store", create=True),
-            on_stack=False,
-            callbacks=[watch],
+            RunOptions(on_stack=False),
+            after_step=watch,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
 

@@ -60,8 +60,6 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "max_length": ("64", 64),
     "gradient_checkpointing": ("2", "2"),
     "padded": (None, True),
-    "sam_rho": ("0.01", 0.01),
-    "noise_scale": ("1", 1.0),
     "attack_steps": ("5", 5),
     "attack_rate": ("1e-3", 1e-3),
     "attack_rank": ("2", 2),

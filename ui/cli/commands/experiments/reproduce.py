@@ -15,7 +15,7 @@ from ui.cli import options
 from ui.cli.console import duration_text, setting_text, size_text
 from ui.cli.output.comparison import HEADS, print_comparison, stopped
 from ui.cli.output.events import show_event
-from unlearner.config import OBJECTIVE_DEFAULTS
+from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import FORGET_SPLITS, did_you_mean
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def _check_names(args: argparse.Namespace, split: str) -> None:
         hint = did_you_mean(args.preset, PRESETS)
         raise UserError(f"There is no preset '{args.preset}'.", hint)
     for method in args.methods:
-        if method not in OBJECTIVE_DEFAULTS:
-            hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
+        if method not in OBJECTIVES:
+            hint = did_you_mean(method, OBJECTIVES)
             raise UserError(f"There is no objective '{method}'.", hint)
 
 

@@ -15,7 +15,7 @@ from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.console import duration_text
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
-from unlearner.config import OBJECTIVE_DEFAULTS
+from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import FORGET_SPLITS, did_you_mean
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"'{args.split}' is not a forget split.", did_you_mean(args.split, FORGET_SPLITS)
         )
-    if args.objective not in OBJECTIVE_DEFAULTS:
-        hint = did_you_mean(args.objective, OBJECTIVE_DEFAULTS)
+    if args.objective not in OBJECTIVES:
+        hint = did_you_mean(args.objective, OBJECTIVES)
         raise UserError(f"There is no objective '{args.objective}'.", hint)
     if args.seed is not None:
         raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
