@@ -13,7 +13,8 @@ from evaluation.inference import prefix_sharing as prefix_tree
 from evaluation.inference import scoring
 from evaluation.inference.prefix_sharing import ancestors, build_tree, score_trees, shares_exactly
 from evaluation.inference.scoring import encode_answers, score_rows
-from unlearner.request.rows import Row, load_split
+from unlearner.request.rows import Row
+from unlearner.request.tofu import load_split
 from unlearner.tokens.prompts import IGNORE, Encoded, prompt_format
 
 
