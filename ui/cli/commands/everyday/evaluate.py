@@ -1,4 +1,4 @@
-"""`unlearner score` and `unlearner evaluate`: figures from a log, or from a model."""
+"""`unlearner evaluate`: the figures of a base with its adapters."""
 
 from __future__ import annotations
 
@@ -37,17 +37,7 @@ INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
 
 
 def register(commands: Any) -> None:
-    """Adds the two commands."""
-    parser = commands.add_parser(
-        "score",
-        parents=[scoring.scoring_flags(), options.common()],
-        help="forget quality and model utility from recorded logs, no model",
-        description="Computes all figures from an evaluation log: this tool's, TOFU's "
-        "eval_log_aggregated.json in either layout, or open-unlearning's TOFU_EVAL.json.",
-        epilog="example:\n  unlearner score unlearned.json --retain-log retrain.json",
-    )
-    parser.add_argument("log", metavar="LOG", type=Path, help="evaluation log with its rows")
-    parser.set_defaults(run=run_score)
+    """Adds the command."""
     parser = commands.add_parser(
         "evaluate",
         parents=[
@@ -99,23 +89,6 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
     )
     add_metric_flags(parser)
-
-
-def run_score(args: argparse.Namespace, console: Console) -> int:
-    """Prints all figures of a log; 4 where a gate fails."""
-    console.words(f"Reading {args.log} ...")
-    from evaluation.logs.records import read_log
-    from ui.cli.output.figures import report_figures
-
-    gates = scoring.gates_of(args)
-    references = scoring.read_references(args)
-    log = read_log(args.log)
-    summaries = scoring.figures_of(args, log, references)
-    names = {"log": str(args.log), "retain_log": args.retain_log and str(args.retain_log)}
-    scoring.write_for_others(args, log, references, console)
-    report_figures(scoring.with_protocols(names, summaries), console)
-    check_gates(gates, summaries[0])
-    return 0
 
 
 @dataclass(frozen=True)
