@@ -36,8 +36,8 @@ from evaluation.logs.records import (
     row_from_json,
     row_json,
 )
-from evaluation.metrics.statistics import rouge_recall
 from evaluation.metrics.summary import match_forget
+from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from unlearner.request.rows import FORGET_SPLITS, Row, load_split
 from unlearner.training import distributed as ranks

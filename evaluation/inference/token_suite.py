@@ -19,8 +19,7 @@ from evaluation.logs.token_records import (
     token_row_from_json,
     token_row_json,
 )
-from evaluation.metrics.membership import MIN_K, attack_scores
-from evaluation.metrics.statistics import exact_memorization, extraction_strength
+from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
 from unlearner.training import distributed as ranks
 

@@ -22,9 +22,16 @@ from evaluation.logs.records import (
     RowRecord,
     SetRecord,
 )
-from evaluation.metrics import statistics as metrics
-from evaluation.metrics.statistics import Floats, ForgetQuality, Interval
-from evaluation.metrics.utility import model_utility
+from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, mean_interval
+from evaluation.metrics.forget_quality import (
+    NEEDS_RETRAIN,
+    ForgetQuality,
+    forget_quality,
+    forget_truth_ratio,
+    kept_truth_ratio,
+    log_truth_ratio,
+)
+from evaluation.metrics.utility import answer_prob, model_utility, option_prob
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 
 SET_METRICS = ("answer_prob", "nll", "rouge_l_recall", "truth_ratio")
@@ -75,12 +82,12 @@ def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict
     if answers is not None:
         values["nll"] = answers
         if name in ("forget", "retain"):
-            values["answer_prob"] = metrics.answer_prob(answers)
+            values["answer_prob"] = answer_prob(answers)
         elif options:
-            values["answer_prob"] = metrics.option_prob(answers, wrong)
+            values["answer_prob"] = option_prob(answers, wrong)
     if right is not None and options:
-        log_r = metrics.log_truth_ratio(right, wrong, protocol.truth_ratio)
-        aggregate = metrics.forget_truth_ratio if name == "forget" else metrics.kept_truth_ratio
+        log_r = log_truth_ratio(right, wrong, protocol.truth_ratio)
+        aggregate = forget_truth_ratio if name == "forget" else kept_truth_ratio
         values |= {"log_r": log_r, "truth_ratio": aggregate(log_r)}
     recalls = [found.rouge_l_recall for found in made if found is not None]
     if len(recalls) == len(rows):
@@ -100,7 +107,7 @@ def summarise(
     *,
     protocol: str = DEFAULT,
     second_retain_log: EvalLog | None = None,
-    resamples: int = metrics.RESAMPLES,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of a log under one protocol, ready for JSON.
@@ -160,7 +167,7 @@ def summarise(
 def _spread(values: Floats | None, resamples: int, seed: int) -> list[float] | None:
     if values is None or not resamples:
         return None
-    return list(metrics.mean_interval(values, resamples=resamples, seed=seed))
+    return list(mean_interval(values, resamples=resamples, seed=seed))
 
 
 def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -227,7 +234,7 @@ def _forget_quality(
         return ForgetQuality(None, None, None, None, None, n, reason=reason), None
 
     if retain_log is None:
-        return without(metrics.NEEDS_RETRAIN)
+        return without(NEEDS_RETRAIN)
     for each, whose in ((log, "the log"), (retain_log, "the retrain reference")):
         if "forget" not in each.sets:
             return without(f"{whose} has no forget set")
@@ -236,7 +243,7 @@ def _forget_quality(
     theirs = set_values("forget", match.theirs, protocol).get("log_r")
     if ours is None or theirs is None:
         return without("needs perturbed answers of every forget row")
-    found = metrics.forget_quality(ours, theirs, resamples=resamples, seed=seed)
+    found = forget_quality(ours, theirs, resamples=resamples, seed=seed)
     return found, match.by
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.metrics.statistics import NEEDS_RETRAIN
+from evaluation.metrics.forget_quality import NEEDS_RETRAIN
 from evaluation.report.blocks import (
     DASH,
     HIGHER,

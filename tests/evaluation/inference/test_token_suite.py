@@ -27,8 +27,13 @@ from evaluation.logs.token_records import (
     read_records,
     write_records,
 )
-from evaluation.metrics.membership import min_k_score
-from evaluation.metrics.privacy import BETTER, GROUPS, summarise_tokens, with_token_figures
+from evaluation.metrics.privacy import (
+    BETTER,
+    GROUPS,
+    min_k_score,
+    summarise_tokens,
+    with_token_figures,
+)
 from unlearner.request.rows import Row, load_split
 
 # The 30 retain authors that both mini models memorised: their answers score below 1 nat a token.

@@ -106,7 +106,7 @@ def _text(row: RowRecord) -> str | None:
 
 
 def _answer(row: RowRecord) -> Answer:
-    from evaluation.metrics.statistics import log_truth_ratio
+    from evaluation.metrics.forget_quality import log_truth_ratio
 
     made = next(m for m in row.generations.values() if m.text is not None)
     prob = None if row.answer_score is None else math.exp(-row.answer_score.mean_nll)

@@ -84,7 +84,8 @@ def _fluency(
     args: argparse.Namespace, log: EvalLog, references: scoring.References, console: Console
 ) -> dict[str, Any]:
     """Figures of the log's answers and of its references'; checked before the judge is loaded."""
-    from evaluation.metrics.text import fluency, judge_losses, recorded_answers
+    from evaluation.inference.scoring import judge_losses
+    from evaluation.metrics.text import fluency, recorded_answers
 
     names = ("log", "retain_log", "second_retain_log")
     pairs = zip(names, (log, *references), strict=True)
