@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adapters.errors import UserError
 from evaluation.logs.matching import RowMatch, match_rows
+from evaluation.logs.open_unlearning import to_open_unlearning
 from evaluation.logs.records import (
     RECORDED,
     SETS,
     AnswerScore,
     EvalLog,
-    Generation,
     RowRecord,
     SetRecord,
+    generation_of,
+    protocol_rows,
+    write_json,
 )
 from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, mean_interval
 from evaluation.metrics.forget_quality import (
@@ -53,16 +57,6 @@ BETTER = {
         for metric in SET_METRICS
     },
 }
-
-
-def protocol_rows(found: SetRecord, protocol: Protocol) -> tuple[RowRecord, ...]:
-    """The rows of a set that the protocol looks at: the first `max_rows`."""
-    return found.rows[: protocol.max_rows]
-
-
-def generation_of(row: RowRecord, protocol: Protocol) -> Generation | None:
-    """The answer decoded as the protocol asks; of a public log the one it recorded."""
-    return row.generations.get(protocol.decoding.name) or row.generations.get(RECORDED)
 
 
 def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict[str, Floats]:
@@ -319,3 +313,31 @@ def _notes(
         if ours and theirs and ours != theirs:
             notes.append(f"{key} differs from the retrain reference's: {ours} against {theirs}")
     return notes
+
+
+def write_open_unlearning(
+    log: EvalLog, folder: Path, retain_log: EvalLog | None = None, protocol: str = DEFAULT
+) -> list[Path]:
+    """`TOFU_EVAL.json` and `TOFU_SUMMARY.json` of open-unlearning in `folder`, made from `log`.
+
+    The first may serve there as `retain_logs_path`.
+
+    Raises:
+        UserError: as `summarise`.
+    """
+    chosen = protocol_named(protocol)
+    figures = summarise(log, retain_log, protocol=protocol, resamples=0)
+    values = {
+        name: {
+            metric: column.tolist()
+            for metric, column in set_values(name, protocol_rows(rows, chosen), chosen).items()
+        }
+        for name, rows in log.sets.items()
+    }
+    evaluation = to_open_unlearning(log, chosen, figures, values)
+    aggregates = {name: body["agg_value"] for name, body in sorted(evaluation.items())}
+    summary = {name: value for name, value in aggregates.items() if value is not None}
+    return [
+        write_json(folder / "TOFU_EVAL.json", evaluation),
+        write_json(folder / "TOFU_SUMMARY.json", summary),
+    ]

@@ -14,9 +14,8 @@ from itertools import pairwise
 from typing import Any
 
 from adapters.errors import UserError
-from evaluation.logs.records import EvalLog, Generation, RowRecord
+from evaluation.logs.records import EvalLog, Generation, RowRecord, generation_of
 from evaluation.metrics.bootstrap import measure_mean
-from evaluation.metrics.summary import generation_of
 from evaluation.protocols import Protocol, protocol_named
 from unlearner.request.rows import Row
 

@@ -16,7 +16,8 @@ import numpy as np
 from adapters.atomic_files import sha256_file
 from adapters.errors import UserError
 from evaluation.experiments.presets import PUBLISHED_FORGET05, PUBLISHED_FORGET10
-from evaluation.logs.records import EvalLog, read_log
+from evaluation.logs import read_log
+from evaluation.logs.records import EvalLog
 from evaluation.metrics.bootstrap import RESAMPLES
 from evaluation.metrics.summary import match_forget, set_values, summarise
 from evaluation.protocols import DEFAULT, Protocol, protocol_named

@@ -14,7 +14,8 @@ from adapters.errors import UserError
 from evaluation import cache
 from evaluation.inference.generation import generate_answers
 from evaluation.inference.scoring import score_rows
-from evaluation.logs.records import read_log, write_log
+from evaluation.logs import read_log
+from evaluation.logs.records import write_log
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import PROTOCOLS, Decoding
 from evaluation.suite import Effort, EvalData, evaluate, load_eval_data

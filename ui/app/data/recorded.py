@@ -65,7 +65,7 @@ def open_recorded(paths: Sequence[Path]) -> Recorded:
     Raises:
         UserError: not two logs, a log that cannot be read, or no question in common.
     """
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.report.inputs import log_names
 
     if len(paths) != 2:

@@ -178,7 +178,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
     from evaluation.experiments.systems import digest
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
     from unlearner.tokens.prompts import prompt_format
 

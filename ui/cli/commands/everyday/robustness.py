@@ -152,7 +152,8 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
         raise UserError("The attacks run in one process.", "Start the command without a launcher.")
     protocol_named(args.protocol)
     console.words(f"Attacking {_what(args)} on {args.split} ...")
-    from evaluation.logs.records import read_log, write_json
+    from evaluation.logs import read_log
+    from evaluation.logs.records import write_json
     from evaluation.robustness.card import CARD_FILE, robustness
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures

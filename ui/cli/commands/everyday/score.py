@@ -60,7 +60,7 @@ def register(commands: Any) -> None:
 def run_score(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a log; 4 where a gate fails."""
     console.words(f"Reading {args.log} ...")
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
 
     if args.fluency_set and not args.base:
         raise UserError("--fluency-set needs a judge.", "Add --fluency-judge MODEL.")
