@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import threads_for
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
 from evaluation.inference.scoring import BATCH_TOKENS
@@ -139,10 +140,11 @@ def measure_tokens(
     view = base_view(model)
     cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.name))
     work = _Work(model, fmt, plan, cache, batch_tokens, on_progress or _silent)
-    sets = {
-        name: TokenSet(work.run(name, rows), len(getattr(plan.data, name)))
-        for name, rows in plan.sets.items()
-    }
+    with threads_for(model):
+        sets = {
+            name: TokenSet(work.run(name, rows), len(getattr(plan.data, name)))
+            for name, rows in plan.sets.items()
+        }
     first = next(model.parameters())
     about = {
         "metrics": list(plan.metrics),

@@ -40,16 +40,17 @@ from evaluation.protocols import DEFAULT, Protocol, protocol_named
 
 SET_METRICS = ("answer_prob", "nll", "rouge_l_recall", "truth_ratio")
 QUALITY_FIGURES = ("forget_quality", "forget_quality_log10", "ks", "log_r_shift")
-# What is wanted of each figure; log_r_shift is best at 0.
+# What is wanted of each figure. A model that never saw the forget set also gives its answers some
+# probability: below Retrain's the forget answers are broken, not forgotten.
 BETTER = {
     "forget_quality": "higher",
     "forget_quality_log10": "higher",
     "ks": "lower",
     "log_r_shift": "zero",
     "model_utility": "higher",
-    "forget_answer_prob": "lower",
-    "forget_nll": "higher",
-    "forget_rouge_l_recall": "lower",
+    "forget_answer_prob": "near retrain",
+    "forget_nll": "near retrain",
+    "forget_rouge_l_recall": "near retrain",
     "forget_truth_ratio": "higher",
     **{
         f"{name}_{metric}": "lower" if metric == "nll" else "higher"
@@ -107,8 +108,9 @@ def summarise(
     """All figures of a log under one protocol, ready for JSON.
 
     A figure that cannot be had is None and `reasons` says why. `better` says of each figure
-    whether higher or lower is wanted (or "zero"), `rows` how many rows each set has, `n` those of
-    the forget set. `*_interval` are 95 % bootstrap intervals over rows. `figure_table` lists them.
+    whether it should be higher, lower, zero or near the retrained model's. `rows` counts the rows
+    of each set, `n` those of the forget set. `*_interval` are 95 % bootstrap intervals over rows.
+    `figure_table` lists them.
 
     Args:
         log: of the model in question.

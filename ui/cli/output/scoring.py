@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +15,12 @@ from ui.cli.output.gates import parse_gate
 if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
     from evaluation.protocols import Protocol
+    from evaluation.suite import Effort
     from ui.cli.console import Console
     from ui.cli.output.gates import Gate
+
+LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
+INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
 
 
 def reference_flags() -> options.Parser:
@@ -66,6 +71,14 @@ def scoring_flags() -> options.Parser:
         help="write open-unlearning's TOFU_EVAL.json and TOFU_SUMMARY.json into this folder",
     )
     return parser
+
+
+def effort_of(args: argparse.Namespace) -> Effort:
+    """What the flags say of how the work is done; none of it changes a figure."""
+    from evaluation.suite import Effort
+
+    chosen = Effort(shared=not args.plain, drafts=not args.plain)
+    return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
 
 
 class References(NamedTuple):

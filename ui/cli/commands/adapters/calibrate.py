@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui.cli import options
-from ui.cli.commands.everyday.evaluate import INTERVALS, LOG_FILE, PARTS, progress_of
+from ui.cli.output.events import progress_of
+from ui.cli.output.scoring import INTERVALS, LOG_FILE, PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:

@@ -158,8 +158,8 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.suite import load_eval_data
-    from ui.cli.commands.everyday.evaluate import progress_of
     from ui.cli.console import json_value
+    from ui.cli.output.events import progress_of
 
     names = figure_names(STATES)
     gates = [parse_gate(text, names) for text in args.fail_if]

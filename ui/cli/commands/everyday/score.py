@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.commands.everyday.evaluate import progress_of
 from ui.cli.console import cell_text
 from ui.cli.output import scoring
+from ui.cli.output.events import progress_of
 from ui.cli.output.figures import report_figures
 from ui.cli.output.gates import check_gates
 
