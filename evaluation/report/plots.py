@@ -387,7 +387,7 @@ def _draw(axes: Axes, series: Series) -> None:
     if series.style == "front":
         axes.plot(xs, ys, drawstyle="steps-pre", color=colour, ls=(0, (4, 3)), lw=1)
     elif series.style == "points":
-        axes.plot(xs, ys, ls="", color=colour, marker=marker, ms=7)
+        axes.plot(xs, ys, ls="", color=colour, marker=marker, ms=7, zorder=4 - series.slot / 10)
     elif series.style == "steps":
         axes.plot(xs, ys, drawstyle="steps-post", color=colour, ls=dashes, lw=1.6)
     else:
