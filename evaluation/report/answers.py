@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from adapters.errors import UserError
 from evaluation.logs.matching import match_rows
-from evaluation.logs.records import RowRecord, SetRecord
-from evaluation.metrics.statistics import log_truth_ratio
-from evaluation.metrics.summary import generation_of, protocol_rows
+from evaluation.logs.records import RowRecord, SetRecord, generation_of, protocol_rows
+from evaluation.metrics.forget_quality import log_truth_ratio
 from evaluation.protocols import Protocol
 from evaluation.report.numbers import fixed
 

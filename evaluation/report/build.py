@@ -18,8 +18,9 @@ import numpy as np
 from adapters.atomic_files import sha256_file
 from adapters.errors import UserError
 from evaluation.experiments.presets import PUBLISHED_FORGET05, PUBLISHED_FORGET10
-from evaluation.logs.records import EvalLog, read_log
-from evaluation.metrics import statistics as metrics
+from evaluation.logs import read_log
+from evaluation.logs.records import EvalLog
+from evaluation.metrics.bootstrap import RESAMPLES
 from evaluation.metrics.summary import match_forget, set_values, summarise
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.report.answers import AnswerSet, answer_sets
@@ -364,7 +365,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Seeds and settings of the intervals, of each protocol, and of recorded trainings."""
     return {
-        "bootstrap": {"resamples": metrics.RESAMPLES, "seed": 0, "interval": "95 %, percentile"},
+        "bootstrap": {"resamples": RESAMPLES, "seed": 0, "interval": "95 %, percentile"},
         "protocols": {
             p.name: {
                 "rows": p.max_rows or "all", "max_length": p.max_length,

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.logs.records import write_json, write_text
-from evaluation.metrics.summary import generation_of, protocol_rows
+from evaluation.logs.records import generation_of, protocol_rows, write_json, write_text
 from evaluation.protocols import protocol_named
 from evaluation.report.answers import row_figures
 from evaluation.report.build import KIND, SCHEMA, LoadedLog, Report, ReportRequest, gather

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.metrics.statistics import NEEDS_RETRAIN
+from evaluation.metrics.forget_quality import NEEDS_RETRAIN
 from evaluation.report.build import (
     MEASURED,
     PUBLISHED_SOURCE,

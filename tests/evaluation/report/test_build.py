@@ -18,13 +18,13 @@ import pytest
 
 from adapters.atomic_files import sha256_file
 from adapters.errors import UserError
+from evaluation.logs import read_log
 from evaluation.logs.records import (
     AnswerScore,
     EvalLog,
     Generation,
     RowRecord,
     SetRecord,
-    read_log,
     write_json,
     write_log,
 )

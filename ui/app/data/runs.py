@@ -118,7 +118,7 @@ def gather(
         UserError: a log that cannot be read.
     """
     from evaluation.experiments.presets import PUBLISHED_FORGET05
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.metrics.summary import set_values, summarise
     from evaluation.protocols import protocol_named
     from evaluation.report.inputs import log_names

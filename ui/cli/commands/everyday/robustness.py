@@ -153,13 +153,14 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
         raise UserError("The attacks run in one process.", "Start the command without a launcher.")
     protocol_named(args.protocol)
     console.words(f"Attacking {_what(args)} on {args.split} ...")
-    from evaluation.logs.records import read_log, write_json
+    from evaluation.logs import read_log
+    from evaluation.logs.records import write_json
     from evaluation.robustness.card import CARD_FILE, robustness
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.suite import load_eval_data
-    from ui.cli.commands.everyday.evaluate import progress_of
     from ui.cli.console import json_value
+    from ui.cli.output.events import progress_of
 
     names = figure_names(STATES)
     gates = [parse_gate(text, names) for text in args.fail_if]
