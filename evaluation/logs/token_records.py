@@ -26,7 +26,7 @@ class TokenRow:
         question: its text.
         n: tokens of the answer (|y|), EOS included.
         mean_nll: nats a token.
-        extraction_strength, exact_memorization: see `evaluation.metrics.statistics`.
+        extraction_strength, exact_memorization: see `evaluation.metrics.privacy`.
         scores: of each membership attack by name; empty where no attack was asked for.
         kl: `KL(base || stack)`, nats a token; None where it was not measured.
     """

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from evaluation.report.cards import VERDICT_WORDS
 from ui.cli import options
 from ui.cli.output.gates import check_gates, parse_gate
-from ui.cli.output.robustness_card import WORDS, report_card
+from ui.cli.output.robustness_card import report_card
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -260,6 +261,8 @@ def _attach(
         "split": args.split,
         "protocol": card["protocol"],
         "limit": args.limit,
-        "verdicts": {verdict["name"]: WORDS[verdict["holds"]] for verdict in card["verdicts"]},
+        "verdicts": {
+            verdict["name"]: VERDICT_WORDS[verdict["holds"]] for verdict in card["verdicts"]
+        },
     }
     subject.store.attach_eval(slugs[-1], f"robustness-{args.split}", {**figures, **about})
