@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from adapters.errors import UserError
+from adapters.errors import UserError, did_you_mean
 from unlearner.objectives.registry import OBJECTIVES
 
 # The seven projections of a Llama block: peft's "all-linear" without the LM head.
@@ -74,8 +74,6 @@ def default_objective(name: str) -> ObjectiveConfig:
         UserError: there is no such objective.
     """
     if name not in OBJECTIVES:
-        from unlearner.request.rows import did_you_mean
-
         hint = did_you_mean(name, OBJECTIVES)
         raise UserError(f"There is no objective '{name}'.", hint)
     defaults: dict[str, Any] = dict(OBJECTIVES[name].defaults)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from adapters.errors import Interrupted, UserError
+from adapters.errors import Interrupted, UserError, did_you_mean
 from ui.cli.commands.adapters import calibrate as commands_calibrate
 from ui.cli.commands.adapters import consolidate as commands_consolidate
 from ui.cli.commands.adapters import merge as commands_merge
@@ -20,11 +20,11 @@ from ui.cli.commands.adapters import store as commands_store
 from ui.cli.commands.everyday import ask as commands_ask
 from ui.cli.commands.everyday import doctor_preview as commands_info
 from ui.cli.commands.everyday import evaluate as commands_eval
-from ui.cli.commands.everyday import fluency as commands_fluency
 from ui.cli.commands.everyday import forget as commands_train
 from ui.cli.commands.everyday import quickstart as commands_quickstart
 from ui.cli.commands.everyday import report as commands_report
 from ui.cli.commands.everyday import robustness as commands_robustness
+from ui.cli.commands.everyday import score as commands_score
 from ui.cli.commands.everyday import ui as commands_ui
 from ui.cli.commands.experiments import bench as commands_bench
 from ui.cli.commands.experiments import finetune as commands_finetune
@@ -33,7 +33,6 @@ from ui.cli.commands.experiments import sequence as commands_sequence
 from ui.cli.commands.experiments import tune as commands_tune
 from ui.cli.console import Console
 from ui.cli.options import Parser
-from unlearner.request.rows import did_you_mean
 from unlearner.training import distributed as ranks
 
 DESCRIPTION = (
@@ -60,10 +59,10 @@ MODULES = (
     commands_store,
     commands_merge,
     commands_eval,
+    commands_score,
     commands_report,
     commands_robustness,
     commands_finetune,
-    commands_fluency,
     commands_tune,
     commands_ui,
 )

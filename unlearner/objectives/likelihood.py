@@ -19,7 +19,7 @@ from unlearner.tokens.packing import PACK_ATTENTION, pack_rows
 from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 

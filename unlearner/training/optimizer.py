@@ -6,8 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError
-from unlearner.request.rows import did_you_mean
+from adapters.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import torch

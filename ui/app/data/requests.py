@@ -150,7 +150,8 @@ def look(asked: Draft, session: Session) -> tuple[str, dict[str, Any]]:
     from ui.cli.main import parse
     from ui.preview import make_preview
     from unlearner.objectives.registry import OBJECTIVES
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
     from unlearner.run import RunOptions, plan, prepare
 
     args = parse(asked.words(session))
@@ -232,7 +233,7 @@ def _shown(word: str) -> str:
 
 def job_html(view: Any) -> str:
     """A job as it stands: status, step, losses as curves, time left."""
-    from ui.app.html.plots import lines
+    from evaluation.report.plots import draw_svg, line_chart
     from ui.cli.console import duration_text
 
     last = view.steps[-1] if view.steps else {}
@@ -261,7 +262,8 @@ def job_html(view: Any) -> str:
     curves = {
         name: [(s["step"], s[key]) for s in thin if s.get(key) is not None] for name, key in CURVES
     }
-    plot = lines(curves, f"Losses of {view.title}", "step", "loss")
+    chart = line_chart("losses", f"Losses of {view.title}", curves, "step", "loss")
+    plot = "" if chart is None else draw_svg(chart)
     return (
         f'<section class="un-card" aria-label="{esc(view.title)}"><header><h2>{esc(view.title)}'
         f'</h2><span class="un-verdict">{esc(view.status)}</span></header>'

@@ -182,7 +182,7 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     """Trains and stores one adapter, or prints the plan."""
     config = forget_config(args)
     console.words(f"Reading {args.request} ...")
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
 
     request = parse_request(args.request, args.data, args.retain)
     if args.full is not None:
@@ -204,7 +204,7 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
             "Give --gap-log the log of a model that never saw the forget set.",
         )
     from adapters.base.load import load_tokenizer
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.tuning.early_stop import GapProbe, gap_rows
     from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt
@@ -228,7 +228,7 @@ def _train_full(
         flag = "--" + named[0].replace("_", "-")
         raise UserError(f"{flag} has no effect with --full.", "Leave one of the two out.")
     from unlearner.baselines.full import forget_full
-    from unlearner.request.rows import load_refusals
+    from unlearner.request.tofu import load_refusals
     from unlearner.run import RunOptions
 
     refusals = (
@@ -260,7 +260,8 @@ def train_request(
     """Trains `request` and stores the adapter, or prints the plan."""
     request = replace(request, others=other_rows(args))
     from adapters.store.store import AdapterStore
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
 
     needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
     guard = [row for text in args.guard for row in parse_request(text, args.data).rows]
