@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.errors import UserError
 from ui.cli import options
+from ui.cli.adapter_rows import adapter_row
 from ui.cli.alternates import add_alternates_from, other_rows
-from ui.cli.commands.adapters.store import adapter_row
 from ui.cli.commands.everyday.doctor_preview import REQUEST_HELP
 from ui.cli.console import size_text
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
