@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
+from evaluation import cache
 from evaluation.inference import token_suite
 from evaluation.inference.token_stats import answer_tokens
 from evaluation.inference.token_suite import (
@@ -143,6 +144,29 @@ def test_finished_sets_are_kept_and_other_settings_are_other_parts(
     next(tmp_path.glob("forget-tokens-*")).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         measure_tokens(model, fmt, PLAN, key="a", resume_dir=tmp_path)
+
+
+def test_results_of_another_version_are_measured_again(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fmt = tiny
+    labels: list[str] = []
+
+    def measure() -> list[str]:
+        labels.clear()
+        progress = lambda label, done, total: labels.append(label)  # noqa: E731
+        options: dict[str, Any] = {"key": "a", "resume_dir": tmp_path, "on_progress": progress}
+        measure_tokens(model, fmt, PLAN, **options)
+        return sorted(set(labels))
+
+    everything = measure()
+    assert measure() == []
+    monkeypatch.setattr(cache, "SCHEMA", 99)
+    assert measure() == everything
+    monkeypatch.setattr(cache, "versions", lambda: {"unlearner": "99.0"})
+    assert measure() == everything
+    monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    assert measure() == everything
 
 
 def test_the_reference_attack_takes_another_models_losses(

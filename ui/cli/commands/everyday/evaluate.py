@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import BaseMismatch, Interrupted, UserError
+from adapters.errors import BaseMismatch, Interrupted
 from evaluation.protocols import protocols_named
 from ui.cli import options, own_rows
 from ui.cli.commands.everyday.evaluate_metrics import (
@@ -94,13 +94,6 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         "--plain",
         action="store_true",
         help="padded rows and undrafted answers, to check the faster way against",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("transformers", "vllm"),
-        default="transformers",
-        help="what makes greedy answers; vllm is for one adapter or none, on a GPU "
-        "(default: transformers)",
     )
     parser.add_argument(
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
@@ -243,7 +236,7 @@ def _measure(
         key=key,
         resume_dir=args.out / PARTS if args.out else None,
         on_progress=progress_of(console),
-        effort=effort_of(args, _engine(args, stack)),
+        effort=effort_of(args),
         meta=meta,
     )
     extras.measure(model, fmt, key, meta, progress_of(console))
@@ -255,30 +248,12 @@ def weights_key(base: str, view: Mapping[str, str], stack: Sequence[Sequence[Any
     return hashlib.sha256(json.dumps([base, view, stack]).encode()).hexdigest()
 
 
-def effort_of(args: argparse.Namespace, engine: Any = None) -> Effort:
+def effort_of(args: argparse.Namespace) -> Effort:
     """What the flags say of how the work is done; none of it changes a figure."""
     from evaluation.suite import Effort
 
-    chosen = Effort(shared=not args.plain, drafts=not args.plain, engine=engine)
+    chosen = Effort(shared=not args.plain, drafts=not args.plain)
     return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
-
-
-def _engine(args: argparse.Namespace, stack: _Stack) -> Any:
-    if args.engine == "transformers":
-        return None
-    from adapters.base.load import resolve_base
-    from evaluation.inference.engines import VllmEngine
-
-    base = resolve_base(args.base, args.revision)
-    if stack.store is None or not stack.active:
-        return VllmEngine(base)
-    if len(stack.active) > 1 or stack.active[0][1] != 1.0:
-        raise UserError(
-            "vLLM runs one adapter, as it was trained.",
-            "Sum the stack with `unlearner adapters combine`, or leave out --engine.",
-        )
-    adapter = stack.store.get(stack.active[0][0])
-    return VllmEngine(base, adapter.path, int(adapter.manifest.lora.get("lora_r", 16)))
 
 
 def progress_of(console: Console) -> Callable[[str, int, int], None]:

@@ -42,8 +42,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "--metrics and --lm-eval are for one system.", "Evaluate that one with --adapters."
         )
-    if args.engine != "transformers":
-        raise UserError("--systems shares one loaded model.", "Leave out --engine.")
 
 
 def run_systems(args: argparse.Namespace, console: Console) -> int:
