@@ -73,21 +73,6 @@ class SmallModels:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """PFLOP as `unlearner bench --shape llama2-7b --count-only` counts them on real TOFU rows.
-
-    Attributes:
-        training, checkpointed: one forget05 request, 62 steps of 32 pairs, without and with full
-            activation checkpointing; another split costs in proportion to its rows.
-        evaluation: the four sets, scored and answered.
-    """
-
-    training: float
-    checkpointed: float
-    evaluation: float
-
-
-@dataclass(frozen=True)
 class Preset:
     """One way to run the comparison.
 
@@ -105,7 +90,6 @@ class Preset:
             Origin, which has no other pretraining.
         template: prompt format of the models.
         shape: sizes of the model for the memory estimate, None where it is small.
-        cost: counted PFLOP of one request and one evaluation, for the time estimate.
         retain_log: where the public log of a retrained model lies.
         published: rows to stand beside, by split.
         reasons: why these settings, for the plan.
@@ -124,7 +108,6 @@ class Preset:
     split_methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     template: Template = "auto"
     shape: dict[str, int] | None = None
-    cost: Cost | None = None
     retain_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
@@ -242,7 +225,6 @@ LLAMA2_7B = Preset(
     split_methods={"forget10": {"simnpo": {"beta": 4.5, "retain_weight": 0.125}}},
     load_in_4bit=True,
     shape=memory.LLAMA2_7B,
-    cost=Cost(training=7.38, checkpointed=11.01, evaluation=2.42),
     retain_log="TOFU/data/retain95_llama_wd0.01/eval_results/ds_size300/"
     "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
     published={"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10},
@@ -254,8 +236,8 @@ LLAMA2_7B = Preset(
 )
 
 
-def _llama32(size: str, shape: dict[str, int], scale: float, published: Any) -> Preset:
-    """A preset on open-unlearning's Llama-3.2 models; `scale` is its cost beside Llama-2-7b's."""
+def _llama32(size: str, shape: dict[str, int], published: Any) -> Preset:
+    """A preset on open-unlearning's Llama-3.2 models."""
     stem = f"open-unlearning/tofu_Llama-3.2-{size}-Instruct"
     splits = {"forget01": "99", "forget05": "95", "forget10": "90"}
     return Preset(
@@ -266,7 +248,6 @@ def _llama32(size: str, shape: dict[str, int], scale: float, published: Any) -> 
         methods={"*": LORA_RECIPE},
         template="open-unlearning",
         shape=shape,
-        cost=Cost(7.38 * scale, 11.01 * scale, 2.42 * scale),
         retain_log=f"saves/eval/tofu_Llama-3.2-{size}-Instruct_retain95/TOFU_EVAL.json of the data "
         "set open-unlearning/eval",
         published=published,
@@ -278,8 +259,7 @@ def _llama32(size: str, shape: dict[str, int], scale: float, published: Any) -> 
     )
 
 
-# Matrix weights (projections and head) beside Llama-2-7b's 6.61 billion: what FLOPs go with.
-LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, 0.187, PUBLISHED_LLAMA32_1B)
-LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, 0.486, {})
+LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, PUBLISHED_LLAMA32_1B)
+LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, {})
 
 PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)}

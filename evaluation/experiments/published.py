@@ -1,4 +1,4 @@
-"""A measured comparison held against published rows, and what its hardware will take."""
+"""A measured comparison held against the published figures."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 # Model utility of two trainings of one recipe differs by about so much (two public retrained
 # models: .6137 and .6203).
 UTILITY_BAND = 0.02
-# Dense bf16 peak in TFLOP/s by the makers' sheets, and the share of it that is assumed here.
-CARDS = {"RTX 4060 (8 GB)": 60.0, "RTX 3090 (24 GB)": 71.0, "RTX 4090 (24 GB)": 165.0}
-TRAINING_SHARE, SCORING_SHARE = 0.5, 0.3
 
 
 class Check(NamedTuple):
@@ -68,32 +65,3 @@ def _check(name: str, figure: str, measured: float | None, wanted: float) -> Che
     word = "is" if holds else "is NOT"
     text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
     return Check(name, figure, measured, wanted, holds, text)
-
-
-def time_estimates(preset: Preset, split: str, methods: int, systems: int) -> list[dict[str, Any]]:
-    """Minutes of a comparison by card, from counted FLOPs and an assumed share of the peak.
-
-    An estimate by arithmetic: nothing here was measured on a GPU.
-
-    Args:
-        preset: whose `cost` is known; else nothing is estimated.
-        split: its rows against forget05's.
-        methods: how many are trained.
-        systems: how many are evaluated.
-    """
-    if preset.cost is None:
-        return []
-    rows = int(split[-2:]) / 5
-    found = []
-    for card, peak in CARDS.items():
-        training = preset.cost.checkpointed * rows * methods / (peak * TRAINING_SHARE)
-        scoring = preset.cost.evaluation * systems / (peak * SCORING_SHARE)
-        found.append(
-            {
-                "card": card,
-                "training_minutes": training * 1000 / 60,
-                "evaluation_minutes": scoring * 1000 / 60,
-                "kind": "estimate",
-            }
-        )
-    return found

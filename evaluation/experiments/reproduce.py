@@ -17,7 +17,7 @@ from adapters.errors import UserError
 from evaluation.experiments.known import write_rows
 from evaluation.experiments.presets import PRESETS, Preset, SmallModels
 from evaluation.experiments.processes import Job, side_by_side
-from evaluation.experiments.published import against_published, published_rows, time_estimates
+from evaluation.experiments.published import against_published, published_rows
 from evaluation.experiments.small_rows import small_rows
 from evaluation.experiments.systems import (
     Measured,
@@ -122,10 +122,6 @@ def plan(run: Reproduction) -> dict[str, Any]:
         "template": preset.template,
         "published": published_rows(preset, run.split),
         "memory": _memory(run),
-        # What was counted is an adapter's training.
-        "time": []
-        if run.full
-        else time_estimates(preset, run.split, len(run.methods), len(run.methods) + 2),
         "out": str(run.out),
     }
 

@@ -19,9 +19,8 @@ from evaluation.logs.records import write_log
 from evaluation.suite import evaluate, load_eval_data
 from evaluation.tuning import search as tuning
 from evaluation.tuning.chosen import reached, setting_words
-from evaluation.tuning.lambda_places import compare_lambda
 from evaluation.tuning.probe import Look, loss
-from evaluation.tuning.search import Range, Tuning, open_probe, tune
+from evaluation.tuning.search import Range, Tuning, tune
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request, Row
 
@@ -235,16 +234,3 @@ def test_the_command_gives_exactly_these_settings() -> None:
     words = ["forget", "tofu:forget05", "--base", "b", *setting_words(config)]
     assert forget_config(parse(words)) == config
     assert setting_words(make_config("npo")) == ["--objective", "npo"]
-
-
-def test_both_places_of_lambda(small: Tuning) -> None:
-    found = compare_lambda(small, ("simnpo", "simnpo-readme"), lambda event: None)
-    card, readme = (found["compared"][name] for name in ("simnpo", "simnpo-readme"))
-    assert (card["forget_weight"], card["retain_weight"]) == (1.0, 0.1375)
-    assert (readme["forget_weight"], readme["retain_weight"]) == (0.1375, 1.0)
-    assert card["looks"][0] == readme["looks"][0]
-    assert card["looks"][-1] != readme["looks"][-1]
-    probe = open_probe(small.base, small.split, small.data, tuning.read_log(small.retain_log))
-    first = {"step": 0, **probe.look(load_base(small.base)).to_json()}
-    assert card["looks"][0] == first
-    assert json.loads((small.out / "lambda.json").read_text())["kind"] == "unlearner-lambda"

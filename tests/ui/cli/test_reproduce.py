@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from adapters.store.store import AdapterStore
 from evaluation.experiments.presets import LLAMA2_7B, LLAMA32_1B, MINI, PRESETS
-from evaluation.experiments.published import against_published, time_estimates
+from evaluation.experiments.published import against_published
 from evaluation.experiments.reproduce import Reproduction
 from ui.cli.commands.experiments.reproduce import PRESETS as NAMES
 from unlearner.baselines.full import RECORD
@@ -100,7 +100,6 @@ def test_all_weights_instead_of_an_adapter(
     words += ["--methods", "simnpo", "--limit", "2", "--full", "--json"]
     planned = run(*words, "--dry-run").json
     assert (planned["full"], planned["load_in_4bit"], planned["memory"]) == (True, False, None)
-    assert planned["time"] == []
     assert not any("r 16" in reason for reason in planned["reasons"])
     assert "lora" not in planned["methods"]["simnpo"]
     ran = run(*words)
@@ -175,7 +174,6 @@ def test_the_plan_names_what_each_preset_would_do(run: Any) -> None:
         made = run("reproduce", "tofu-forget05", "--preset", name, "--dry-run", "--json").json
         assert made["preset"] == name
         assert (made["memory"] is None) == (name == "mini")
-        assert (made["time"] == []) == (name == "mini")
         if name != "mini":
             assert all(
                 method["train"]["learning_rate"] == 1e-4 for method in made["methods"].values()
@@ -204,12 +202,3 @@ def test_the_gate_wants_utility_near_and_quality_on_the_same_side() -> None:
         ("origin", "forget_quality"): False,
         ("origin", "model_utility"): False,
     }
-
-
-def test_time_grows_with_rows_methods_and_systems() -> None:
-    one = time_estimates(LLAMA2_7B, "forget05", 1, 1)
-    more = time_estimates(LLAMA2_7B, "forget10", 2, 3)
-    for before, after in zip(one, more, strict=True):
-        assert after["training_minutes"] == pytest.approx(4 * before["training_minutes"])
-        assert after["evaluation_minutes"] == pytest.approx(3 * before["evaluation_minutes"])
-        assert before["kind"] == "estimate"

@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("optuna", reason="the search is an extra: pip install 'unlearner[tune]'")
 
-from evaluation.tuning import lambda_places as tune_lambda
 from evaluation.tuning import search as tuning
 from ui.cli.main import parse
 
@@ -155,17 +154,6 @@ def test_only_rows_the_base_knows_are_kept(
     assert given.words[given.words.index("--retain") + 1] == str(kept)
     fake.return_value = []
     assert "gives no retain row" in run(*words, "--retain-known", "0.9").err
-
-
-def test_both_places_of_lambda(run: Any, words: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    look = {"step": 0, "ks": 0.5}
-    tried = {"forget_weight": 1.0, "retain_weight": 0.1375, "looks": [look]}
-    found = {"compared": {"simnpo": tried}, "seconds": 1.0}
-    fake = create_autospec(tune_lambda.compare_lambda, return_value=found)
-    monkeypatch.setattr(tune_lambda, "compare_lambda", fake)
-    ran = run(*words, "--compare-lambda")
-    assert "simnpo: forget weight 1, retain weight 0.1375" in ran.out
-    assert fake.call_args.args[1] == ("simnpo", "simnpo-readme")
 
 
 def test_an_interrupted_search_continues_by_the_same_command(

@@ -225,9 +225,6 @@ def _print_plan(made: Mapping[str, Any], console: Console) -> None:
                 console.text(f"  {line}")
     for reason in made["reasons"]:
         console.text(f"because   {reason}")
-    for line in made["time"]:
-        minutes = f"{line['training_minutes']:.0f} + {line['evaluation_minutes']:.0f} min"
-        console.text(f"time      estimate {minutes} of training and evaluation on {line['card']}")
     if made["memory"]:
         low, high = (size_text(made["memory"][key]) for key in ("low_bytes", "high_bytes"))
         console.text(f"memory    estimate {low} to {high}")

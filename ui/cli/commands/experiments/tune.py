@@ -1,4 +1,4 @@
-"""`unlearner tune`: searches the settings of a forget request, or compares lambda's two places."""
+"""`unlearner tune`: searches the settings of a forget request."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ui.cli.console import Console
     from unlearner.request.rows import Request
 
-LAMBDAS = ("simnpo", "simnpo-readme")
-
 
 def register(commands: Any) -> None:
     """Adds the command."""
@@ -42,10 +40,8 @@ def register(commands: Any) -> None:
         "without generating answers, stops those that fall behind, and measures the best in full "
         "on the seed it was chosen on and on held-out ones. Settings that are given are not "
         "searched. Interrupted, the same command continues.",
-        epilog="examples:\n"
-        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json\n"
-        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json "
-        "--compare-lambda",
+        epilog="example:\n"
+        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json",
     )
     _add_what(parser)
     _add_how(parser)
@@ -109,12 +105,6 @@ def _add_how(parser: options.Parser) -> None:
         help="measure the chosen settings on the first N rows of each set: for a quick look",
     )
     parser.add_argument(
-        "--compare-lambda",
-        action="store_true",
-        help="no search: the card's lambda (on the retain term) beside the README's (on the "
-        "forget term), all else equal, with what was seen on the way",
-    )
-    parser.add_argument(
         "--out", type=Path, default=Path("tune"), metavar="DIR", help="folder (default: ./tune)"
     )
 
@@ -130,25 +120,19 @@ def _seed_list(text: str) -> tuple[int, ...]:
 
 
 def run_tune(args: argparse.Namespace, console: Console) -> int:
-    """Searches, or compares, and prints the table."""
+    """Searches and prints the table."""
     _check(args)
     console.words(f"Tuning {args.request} on {args.base} in {args.out} ...")
-    from evaluation.tuning.lambda_places import compare_lambda
     from evaluation.tuning.search import tune
 
     try:
-        run = _tuning(args, console)
-        if args.compare_lambda:
-            found = compare_lambda(run, LAMBDAS, lambda event: show_event(event, console))
-            _print_lambdas(found, console)
-        else:
-            found = tune(run, lambda event: show_event(event, console))
-            _print_chosen(found, console)
+        found = tune(_tuning(args, console), lambda event: show_event(event, console))
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(
             f"Interrupted: finished trials are kept in {args.out}.",
             "Run the same command again to continue.",
         ) from None
+    _print_chosen(found, console)
     console.words(f"Took {duration_text(found['seconds'])}.")
     console.result(found)
     return 0
@@ -282,12 +266,3 @@ def _print_chosen(found: Mapping[str, Any], console: Console) -> None:
         verdict = f"misses {', '.join(missed)}" if missed else "reaches the goal"
         console.text(f"{row['name']}: {verdict}")
     console.text("\n" + shlex.join(found["command"]))
-
-
-def _print_lambdas(found: Mapping[str, Any], console: Console) -> None:
-    for name, tried in found["compared"].items():
-        console.text(
-            f"\n{name}: forget weight {tried['forget_weight']:g}, retain weight "
-            f"{tried['retain_weight']:g}"
-        )
-        console.table(tried["looks"])
