@@ -21,8 +21,7 @@ from evaluation.metrics import statistics as metrics
 from evaluation.metrics.summary import match_forget, set_values, summarise
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.report.answers import answer_sets
-from evaluation.report.inputs import RETRAIN, Inputs, find_inputs
-from evaluation.report.read import (
+from evaluation.report.cards import (
     Calibration,
     Robustness,
     Search,
@@ -32,6 +31,7 @@ from evaluation.report.read import (
     read_rows,
     read_search,
 )
+from evaluation.report.inputs import RETRAIN, Inputs, find_inputs
 from evaluation.report.tree import (
     MEASURED,
     REFERENCE,

@@ -19,7 +19,7 @@ from evaluation.report.blocks import charts
 from evaluation.report.build import LoadedLog, gather
 from evaluation.report.html import html_report
 from evaluation.report.markdown import markdown
-from evaluation.report.plots import write_png
+from evaluation.report.old_plots import write_png
 from evaluation.report.sections import sections
 from evaluation.report.svg import standalone, svg
 from evaluation.report.tree import KIND, SCHEMA, Report, ReportRequest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import UserError
-from evaluation.report.read import CALIBRATION, ROBUSTNESS, TUNE, read_json
+from evaluation.report.cards import CALIBRATION, ROBUSTNESS, TUNE, read_json
 
 LOG_FILE = "eval_log.json"
 RESULT = "result.json"

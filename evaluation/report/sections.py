@@ -26,8 +26,8 @@ from evaluation.report.blocks import (
     p_text,
     plain,
 )
-from evaluation.report.cards import calibration_section, robustness_section, search_section
-from evaluation.report.plots import ecdf_chart, quality_utility
+from evaluation.report.card_sections import calibration_section, robustness_section, search_section
+from evaluation.report.old_plots import ecdf_chart, quality_utility
 from evaluation.report.provenance import provenance_section, reading_section
 from evaluation.report.tree import (
     MEASURED,

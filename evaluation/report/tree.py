@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evaluation.report.answers import AnswerSet
-    from evaluation.report.read import Calibration, Robustness, Search
+    from evaluation.report.cards import Calibration, Robustness, Search
 
 SCHEMA, KIND = 1, "unlearner-report"
 MEASURED, REFERENCE, SECOND = "measured", "retrain reference", "second retrain reference"

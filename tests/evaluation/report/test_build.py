@@ -30,15 +30,15 @@ from evaluation.logs.records import (
 )
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import PROTOCOLS, protocol_named
+from evaluation.report import cards as report_read
 from evaluation.report import inputs as report_inputs
-from evaluation.report import read as report_read
 from evaluation.report.answers import answer_sets, word_differences
 from evaluation.report.axes import Axes
 from evaluation.report.blocks import fixed, plain
 from evaluation.report.build import ecdf, gather
 from evaluation.report.files import make_report
 from evaluation.report.markdown import escape
-from evaluation.report.plots import pareto_front
+from evaluation.report.old_plots import pareto_front
 from evaluation.report.svg import Chart, Series, label_places, svg
 from evaluation.report.tree import ReportRequest
 
