@@ -141,10 +141,10 @@ def test_the_command_loads_the_base_as_the_search_did(
 def test_only_rows_the_base_knows_are_kept(
     run: Any, search: Any, words: list[Any], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evaluation.experiments import known
+    from evaluation.experiments import small_rows
 
-    fake = create_autospec(known.known_rows, return_value=[2])
-    monkeypatch.setattr(known, "known_rows", fake)
+    fake = create_autospec(small_rows.known_rows, return_value=[2])
+    monkeypatch.setattr(small_rows, "known_rows", fake)
     assert run(*words, "--retain-known", "0.4").code == 0
     given = search.call_args.args[0]
     assert [row.question for row in given.request.retain] == ["Who retain 2?"]

@@ -177,7 +177,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
-    from evaluation.experiments.systems import digest
+    from evaluation.cache import key_of
     from evaluation.logs.records import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
     from unlearner.tokens.prompts import prompt_format
@@ -189,6 +189,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     base: Any = load_base(options.base_spec(args))
     view = base_view(base)
+    files = [store.get(each).manifest.files for each in stack]
     return Sweep(
         model=load_stack(base, store, list(stack), stack, base=fingerprint),
         fmt=fmt,
@@ -196,7 +197,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
         retain_log=retain_log,
         slug=slug,
         stack=stack,
-        identity=digest(fingerprint.digest, view, fmt.name),
+        identity=key_of(base=fingerprint.digest, view=view, template=fmt.name, adapters=files),
         protocol=args.protocol,
         limit=args.limit,
         resume_dir=args.out / PARTS if args.out else None,

@@ -30,16 +30,17 @@ def register(commands: Any) -> None:
         "tune",
         parents=[
             options.base(),
+            options.template(),
             options.loading(),
             options.data(),
             options.settings(),
             options.common(),
         ],
         help="search the settings of a forget request",
-        description="Searches the settings with Optuna: trains an adapter a trial, looks at it "
-        "without generating answers, stops those that fall behind, and measures the best in full "
-        "on the seed it was chosen on and on held-out ones. Settings that are given are not "
-        "searched. Interrupted, the same command continues.",
+        description="Searches the settings with Optuna: trains one adapter per trial, measures it "
+        "without generating answers, stops trials that fall behind, and evaluates the best "
+        "settings on the seed they were chosen on and on held-out seeds. Settings given as flags "
+        "are not searched. After an interruption the same command continues.",
         epilog="example:\n"
         "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json",
     )
@@ -159,7 +160,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.request.rows import parse_request
+    from unlearner.config import STREAMS, make_config
+    from unlearner.request.rows import load_refusals, parse_request
 
     request = parse_request(args.request, args.data, args.retain)
     request = replace(request, others=other_rows(args))
@@ -169,6 +171,8 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     names = (*options.OBJECTIVE_FIELDS, *options.LORA_FIELDS, *options.TRAIN_FIELDS)
     fixed = options.given_settings(args, names)
     space = space_of(args.objective, fixed, args.range)
+    config = make_config(args.objective)
+    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
     if not space:
         console.words("Every setting is given: nothing is searched, each seed is measured.")
     return Tuning(
@@ -185,6 +189,8 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         minutes=args.minutes,
         seeds=args.seeds,
         limit=args.limit,
+        template=args.template,
+        refusals=tuple(refusals),
         words=_words(args, kept),
     )
 
@@ -194,7 +200,7 @@ def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
     told = {"--revision": args.revision, "--data": args.data, "--retain": kept}
     for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
         words += [] if value is None else [flag, str(value)]
-    for flag in ("dtype", "device", "attention"):
+    for flag in ("template", "dtype", "device", "attention"):
         value = getattr(args, flag)
         words += [] if value == "auto" else [f"--{flag}", value]
     return tuple([*words, "--load-in-4bit"] if args.load_in_4bit else words)
@@ -202,10 +208,10 @@ def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
 
 def _known(args: argparse.Namespace, request: Request, console: Console) -> tuple[Request, str]:
     """The request with the retain rows the base knows, and the file they are written to."""
-    from evaluation.experiments.known import known_rows, write_rows
+    from evaluation.experiments.small_rows import known_rows, write_rows
 
     console.words("Finding the retain rows that the base knows ...")
-    found = known_rows(options.base_spec(args), request.retain, args.retain_known)
+    found = known_rows(options.base_spec(args), request.retain, args.retain_known, args.template)
     rows = tuple(request.retain[i] for i in found)
     if not rows:
         raise UserError(
