@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import threads_for
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
 from evaluation.inference.generation import (
@@ -36,8 +37,8 @@ from evaluation.logs.records import (
     row_from_json,
     row_json,
 )
-from evaluation.metrics.statistics import rouge_recall
 from evaluation.metrics.summary import match_forget
+from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from unlearner.request.rows import FORGET_SPLITS, Row, load_split
 from unlearner.training import distributed as ranks
@@ -154,10 +155,11 @@ def evaluate(
         on_progress or _silent,
         effort or Effort(),
     )
-    sets = {
-        name: SetRecord(name, work.run(name, found, encoded[name]), totals[name])
-        for name, found in rows.items()
-    }
+    with threads_for(model):
+        sets = {
+            name: SetRecord(name, work.run(name, found, encoded[name]), totals[name])
+            for name, found in rows.items()
+        }
     return EvalLog(sets, _meta(work, protocols, longest, limit, key) | dict(meta or {}))
 
 

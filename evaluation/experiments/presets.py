@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation.metrics.statistics import ALPHA
+from evaluation.metrics.forget_quality import ALPHA
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 from unlearner.memory import estimate as memory
 

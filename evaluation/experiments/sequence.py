@@ -28,11 +28,13 @@ from adapters.base.load import BaseSpec
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
 from evaluation.experiments.systems import Measured, Report, base_inputs, measure
+from evaluation.logs import read_log
 from evaluation.logs.matching import match_rows
-from evaluation.logs.records import RowRecord, read_log, write_json
-from evaluation.metrics import statistics as metrics
+from evaluation.logs.records import RowRecord, write_json
+from evaluation.metrics.bootstrap import Floats
+from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values
-from evaluation.metrics.utility import harmonic_mean, model_utility
+from evaluation.metrics.utility import model_utility
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
@@ -464,6 +466,8 @@ def figures(
         reference: log of a model that never saw the split.
         protocol: of the truth ratio and the answers.
     """
+    from scipy.stats import hmean
+
     chosen = protocol_named(protocol)
     rows = log.sets["forget"].rows
     nll = _nll(log)
@@ -492,7 +496,7 @@ def figures(
         "retain_answer_prob": _mean(retain.get("answer_prob")),
         "retain_nll": _mean(retain.get("nll")),
         "model_utility": utility.value,
-        "utility_teacher_forced": harmonic_mean(parts) if len(parts) == 6 else None,
+        "utility_teacher_forced": float(hmean(parts)) if len(parts) == 6 else None,
     }
 
 
@@ -522,7 +526,7 @@ def quality_of(
     theirs_r = set_values("forget", match.theirs, chosen).get("log_r")
     if ours_r is None or theirs_r is None:
         return nothing
-    quality = metrics.forget_quality(ours_r, theirs_r, resamples=0)
+    quality = forget_quality(ours_r, theirs_r, resamples=0)
     values = (quality.p, quality.d, quality.shift, quality.direction)
     return dict(zip(names, values, strict=True))
 
@@ -533,14 +537,14 @@ def step_between(before: EvalLog, after: EvalLog, spans: Sequence[Span]) -> list
     return [float(change[slice(*span)].mean()) for span in spans]
 
 
-def _nll(log: EvalLog) -> metrics.Floats:
+def _nll(log: EvalLog) -> Floats:
     scores = [row.answer_score for row in log.sets["forget"].rows]
     return np.array([score.mean_nll for score in scores if score is not None], dtype=np.float64)
 
 
-def _means(nll: metrics.Floats) -> dict[str, Any]:
+def _means(nll: Floats) -> dict[str, Any]:
     return {"answer_prob": _mean(np.exp(-nll)), "nll": _mean(nll)}
 
 
-def _mean(values: metrics.Floats | None) -> float | None:
+def _mean(values: Floats | None) -> float | None:
     return float(values.mean()) if values is not None and values.size else None

@@ -105,7 +105,8 @@ def measure(
     from adapters.lora.stack import load_stack
     from adapters.store.store import AdapterStore
     from evaluation.cache import key_of
-    from evaluation.logs.records import read_log, write_log
+    from evaluation.logs import read_log
+    from evaluation.logs.records import write_log
     from evaluation.suite import evaluate, load_eval_data
     from unlearner.tokens.prompts import prompt_format
 
@@ -277,7 +278,7 @@ def table_rows(
     name: str, log: Path, retain_log: Path, protocols: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A system's rows of the table, one per protocol: its log summarised against the reference."""
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.metrics.summary import summarise_all
 
     summaries = summarise_all(read_log(log), protocols, read_log(retain_log))

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import threads_for
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
 from evaluation.inference.scoring import BATCH_TOKENS
@@ -19,8 +20,7 @@ from evaluation.logs.token_records import (
     token_row_from_json,
     token_row_json,
 )
-from evaluation.metrics.membership import MIN_K, attack_scores
-from evaluation.metrics.statistics import exact_memorization, extraction_strength
+from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
 from unlearner.training import distributed as ranks
 
@@ -140,10 +140,11 @@ def measure_tokens(
     view = base_view(model)
     cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.name))
     work = _Work(model, fmt, plan, cache, batch_tokens, on_progress or _silent)
-    sets = {
-        name: TokenSet(work.run(name, rows), len(getattr(plan.data, name)))
-        for name, rows in plan.sets.items()
-    }
+    with threads_for(model):
+        sets = {
+            name: TokenSet(work.run(name, rows), len(getattr(plan.data, name)))
+            for name, rows in plan.sets.items()
+        }
     first = next(model.parameters())
     about = {
         "metrics": list(plan.metrics),

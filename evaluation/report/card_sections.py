@@ -1,184 +1,212 @@
-"""The sections of a report that show a strength curve and a robustness card."""
+"""The sections of a report that show a strength curve, a robustness card or a search."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.report.blocks import (
-    DASH,
-    HIGHER,
-    LOWER,
+from evaluation.report.cards import VERDICT_WORDS, Calibration, Curve, Figures, Robustness, Search
+from evaluation.report.document import (
     Block,
     Cell,
     Column,
-    Figure,
     Heading,
     Note,
     Para,
+    Plots,
     Section,
     Table,
-    fixed,
-    p_text,
-    plain,
+    words,
 )
-from evaluation.report.cards import Calibration, Curve, Robustness, Search
-from evaluation.report.old_plots import robustness_charts, strength_charts
+from evaluation.report.numbers import DASH, fixed, p_text, plain
+from evaluation.report.plots import Chart, Point, Rule, file_key, line_chart
 
-# Columns of figures by key: their heads and directions.
+HIGHER, LOWER = "↑ higher is better", "↓ lower is better"
+NEAR_ZERO, NEAR_REFERENCE = "→ 0 is best", "best near the reference's"
+# Heads and directions of the figures, by key.
 FIGURES = {
     "forget_quality": ("Forget quality (p)", HIGHER),
     "forget_quality_log10": ("log10", HIGHER),
     "ks": ("KS D", LOWER),
-    "log_r_gap": ("Gap of log R", "→ 0 is best"),
-    "log_r_shift": ("Shift of log R", "→ 0 is best"),
+    "log_r_gap": ("Gap of log R", NEAR_ZERO),
+    "log_r_shift": ("Shift of log R", NEAR_ZERO),
     "direction": ("Direction", ""),
     "model_utility": ("Model utility", HIGHER),
-    "forget_nll": ("Forget NLL", "best near the reference's"),
+    "forget_nll": ("Forget NLL", NEAR_REFERENCE),
     "retrain_forget_nll": ("Retrain's forget NLL", ""),
     "forget_rouge_l_recall": ("Forget ROUGE-L", LOWER),
     "forget_answer_prob": ("Forget answer prob.", LOWER),
     "retain_answer_prob": ("Retain answer prob.", HIGHER),
 }
+STRENGTH_CURVES = {
+    "KS D": "ks", "forget answer prob.": "forget_answer_prob",
+    "retain answer prob.": "retain_answer_prob", "model utility": "model_utility",
+}  # fmt: skip
+SLOTS = {"retrain": 0, "unlearned": 1, "origin": 2}
 
 
-def calibration_section(found: Calibration, number: int) -> Section:
-    """The strength curve with the chosen point, as plots and as a table."""
-    about = found.about
-    chosen = "none was chosen" if found.chosen_scale is None else f"{found.chosen_scale:g}"
-    said = [f"Chosen strength of {found.name}: {chosen}."]
-    if about.get("reason"):
-        said.append(f"Why: {plain(about['reason'])}.")
-    if about.get("rule"):
-        said.append(f"Rule: {plain(about['rule'])}.")
-    said += [
-        f"{word}: {plain(about[key])}."
-        for key, word in (("split", "Split"), ("protocol", "Protocol"), ("tried", "Tried"))
-        if about.get(key) is not None
-    ]
-    blocks: list[Block] = [Para(" ".join(said))]
-    blocks += [Figure(chart) for chart in strength_charts(found)]
-    if found.curve:
-        head = Column("Strength")
-        marked = [row["scale"] == found.chosen_scale for row in found.curve]
-        blocks.append(
-            _figure_table(
-                f"Strength curve of {found.name}", found.curve, head,
-                [Cell(f"{r['scale']:g}", "chosen" if m else "")
-                 for r, m in zip(found.curve, marked, strict=True)],
-                tuple("total" if m else "measured" for m in marked),
-            )
-        )  # fmt: skip
-    if found.evaluations:
-        names = [Cell(f"{row['scale']:g}") for row in found.evaluations]
-        caption = "Whole evaluations at some strengths"
-        blocks.append(_figure_table(caption, found.evaluations, Column("Strength"), names))
-    if found.held_out:
-        blocks.append(facts_table("On rows that did not choose it", found.held_out))
-    title = "Strength curve" + (f", {found.name}" if found.name else "")
-    return Section(f"strength-{number + 1}", title, tuple(blocks))
+def calibration_section(card: Calibration, number: int) -> Section:
+    """The strength curve with the chosen strength, as plots and as a table."""
+    chosen = "none was chosen" if card.chosen_scale is None else f"{card.chosen_scale:g}"
+    facts = {"Why": "reason", "Rule": "rule", "Split": "split", "Protocol": "protocol",
+             "Tried": "tried"}  # fmt: skip
+    text = f"Chosen strength of {card.name}: {chosen}. {_sentences(card.about, facts)}"
+    blocks: list[Block] = [Para(text.strip())]
+    if charts := strength_charts(card):
+        blocks.append(Plots(tuple(charts)))
+    if card.curve:
+        is_chosen = [row["scale"] == card.chosen_scale for row in card.curve]
+        names = [
+            Cell(f"{row['scale']:g}", "chosen" if chosen else "")
+            for row, chosen in zip(card.curve, is_chosen, strict=True)
+        ]
+        kinds = tuple("total" if chosen else "measured" for chosen in is_chosen)
+        caption = f"Strength curve of {card.name}"
+        blocks.append(figure_table(caption, card.curve, Column("Strength"), names, kinds))
+    if card.evaluations:
+        names = [Cell(f"{row['scale']:g}") for row in card.evaluations]
+        caption = "Full evaluations at some strengths"
+        blocks.append(figure_table(caption, card.evaluations, Column("Strength"), names))
+    if card.held_out:
+        blocks.append(_facts_table("On rows that were not used to choose it", card.held_out))
+    return Section(f"strength-{number + 1}", f"Strength curve, {card.name}", tuple(blocks))
+
+
+def strength_charts(card: Calibration) -> list[Chart]:
+    """The gap of log R over the strength, and what each strength forgets and keeps."""
+    chosen = card.chosen_scale
+    rules = () if chosen is None else (Rule(chosen, f"chosen {chosen:g}"),)
+    x = "strength of the adapter (1 is as trained)"
+    gaps = {"log R gap": figure_points(card.curve, "scale", "log_r_gap")}
+    costs = {name: figure_points(card.curve, "scale", key) for name, key in STRENGTH_CURVES.items()}
+    charts = (
+        line_chart(
+            file_key("strength-gap", card.name), f"Gap of log R over strength, {card.name}",
+            gaps, x, "log R gap to the retrain reference",
+            rules=(Rule(0.0, "as the reference", level=True), *rules),
+        ),
+        line_chart(
+            file_key("strength-cost", card.name),
+            f"What each strength forgets and keeps, {card.name}",
+            costs, x, "value", ys=(0.0, 1.0), rules=rules,
+        ),
+    )  # fmt: skip
+    return [chart for chart in charts if chart is not None]
 
 
 def robustness_section(card: Robustness, number: int) -> Section:
-    """Verdicts, states, relearning, sampling, paraphrases: what was measured of it."""
-    said = [
-        f"{word}: {plain(card.about[key])}."
-        for key, word in (
-            ("base", "Base"), ("adapters", "Adapters"), ("split", "Split"),
-            ("protocol", "Protocol"),
-        )
-        if card.about.get(key) is not None
-    ]  # fmt: skip
-    blocks: list[Block] = [Para(" ".join(said))] if said else []
+    """Verdicts, states, relearning, sampling and paraphrases: each part that was measured."""
+    facts = {"Base": "base", "Adapters": "adapters", "Split": "split", "Protocol": "protocol"}
+    text = _sentences(card.about, facts)
+    blocks: list[Block] = [Para(text)] if text else []
     if card.about.get("limit") is not None:
-        text = f"Limited to the first {plain(card.about['limit'])} rows: for a quick look only."
-        blocks.append(Note(text))
+        limit = plain(card.about["limit"])
+        blocks.append(Note(f"Limited to the first {limit} rows: for a quick look only."))
     if card.verdicts:
-        blocks.append(_verdicts(card.verdicts))
+        blocks.append(verdict_table(card.verdicts))
     if card.states:
         names = [Cell(str(row["name"])) for row in card.states]
-        blocks.append(
-            _figure_table(
-                "The same adapter in each state", card.states, Column("State", numeric=False), names
-            )
-        )
-    charts = [Figure(chart) for chart in robustness_charts(card)]
+        caption, (head,) = "The same adapter in each state", words("State")
+        blocks.append(figure_table(caption, card.states, head, names))
     if card.relearning:
-        blocks += [Heading("Relearning"), _about(card.relearning_about)]
-        blocks += [f for f in charts if f.chart.key.startswith("relearning")]
+        blocks += [Heading("Relearning"), _settings(card.relearning_about)]
+        if charts := relearning_charts(card):
+            blocks.append(Plots(tuple(charts)))
         keys = {"seen_answer_prob": "seen", "unseen_answer_prob": "unseen"}
         blocks.append(_curve_table("Answer probability by step", card.relearning, "step", keys))
     if card.sampling:
-        blocks += [Heading("Sampling"), _about(card.sampling_about)]
-        blocks += [f for f in charts if f.chart.key.startswith("sampling")]
+        blocks += [Heading("Sampling"), _settings(card.sampling_about)]
+        if charts := sampling_charts(card):
+            blocks.append(Plots(tuple(charts)))
         keys = {"share_leaked": "share leaked", "best_rouge_l_recall": "best ROUGE-L"}
         blocks.append(_curve_table("What leaks in n answers", card.sampling, "n", keys))
     if card.paraphrase:
-        blocks += [Heading("Paraphrases and other forms"), _paraphrase(card.paraphrase)]
+        blocks += [Heading("Paraphrases and other forms"), _paraphrase_table(card.paraphrase)]
     if card.drop:
-        blocks += [Heading("Adapter drop"), facts_table("The adapter switched off", card.drop)]
-    title = "Robustness" + (f", {card.name}" if card.name else "")
-    return Section(f"robustness-{number + 1}", title, tuple(blocks))
+        blocks += [Heading("Adapter drop"), _facts_table("With the adapter inactive", card.drop)]
+    return Section(f"robustness-{number + 1}", f"Robustness, {card.name}", tuple(blocks))
 
 
-def search_section(found: Search, number: int) -> Section:
-    """How many settings were tried, and the chosen ones on the seed that chose and on others."""
+def relearning_charts(card: Robustness) -> list[Chart]:
+    """Answer probability over steps of relearning, on rows trained on and on other rows."""
+    charts = [
+        line_chart(
+            file_key("relearning", key, card.name), f"Relearning, {rows}, {card.name}",
+            _curves(card.relearning, "step", f"{key}_answer_prob"), "steps of relearning",
+            "answer probability", ys=(0.0, 1.0), levels=True, slots=SLOTS,
+        )
+        for key, rows in (("seen", "the rows trained on"), ("unseen", "rows not trained on"))
+    ]  # fmt: skip
+    return [chart for chart in charts if chart is not None]
+
+
+def sampling_charts(card: Robustness) -> list[Chart]:
+    """What leaks when several answers are drawn."""
+    charts = [
+        line_chart(
+            file_key("sampling", key, card.name), f"Sampling: {name}, {card.name}",
+            _curves(card.sampling, "n", key), "answers drawn (log scale)",
+            f"{name} of n answers", ys=(0.0, 1.0), slots=SLOTS, log2=True,
+        )
+        for key, name in (
+            ("share_leaked", "share of rows leaked"), ("best_rouge_l_recall", "best ROUGE-L recall")
+        )
+    ]  # fmt: skip
+    return [chart for chart in charts if chart is not None]
+
+
+def search_section(search: Search, number: int) -> Section:
+    """The number of settings tried, and the chosen ones on the seed that chose and on others."""
     blocks: list[Block] = [
         Para(
-            f"{found.tried} configurations were tried. The chosen one was chosen by its figures on "
-            "the first seed, which are therefore optimistic; the other seeds did not choose."
+            f"{search.tried} configurations were tried. The configuration was chosen by its "
+            "figures on the first seed, which are therefore optimistic; the other seeds had no "
+            "part in the choice."
         )
     ]
-    rows = [row for row in (found.selected, *found.held_out) if row]
+    rows = [row for row in (search.selected, *search.held_out) if row]
     if rows:
-        words = ["chosen by it", *["held out"] * len(found.held_out)]
+        roles = ["chosen by it", *["held out"] * len(search.held_out)][-len(rows) :]
         names = [
-            Cell(f"seed {plain(row.get('seed'))}", word)
-            for row, word in zip(rows, words[-len(rows) :], strict=True)
+            Cell(f"seed {plain(row.get('seed'))}", role)
+            for row, role in zip(rows, roles, strict=True)
         ]
-        caption = "The chosen settings on every seed"
-        blocks.append(_figure_table(caption, rows, Column("Seed", numeric=False), names))
-    if found.settings:
-        blocks.append(facts_table("The chosen settings", found.settings))
-    return Section(f"search-{number + 1}", f"Search, {found.name}", tuple(blocks))
+        (head,) = words("Seed")
+        blocks.append(figure_table("The chosen settings on every seed", rows, head, names))
+    if search.settings:
+        blocks.append(_facts_table("The chosen settings", search.settings))
+    return Section(f"search-{number + 1}", f"Search, {search.name}", tuple(blocks))
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = (
-        Column("Verdict", numeric=False), Column("Holds", numeric=False), Column("Value"),
-        Column("Threshold"), Column("In words", numeric=False),
-    )  # fmt: skip
-    words = {True: "✓ holds", False: "✗ does not hold", None: "not measured"}
-    cells = tuple(
+def verdict_table(verdicts: Sequence[Figures]) -> Table:
+    """Every verdict beside its threshold."""
+    rows = tuple(
         (
-            Cell(str(row["name"])), Cell(words.get(row.get("holds"), plain(row.get("holds")))),
-            Cell(_figure(row.get("value"))), Cell(_figure(row.get("threshold"))),
-            Cell(str(row["text"])),
+            Cell(str(verdict["name"])),
+            Cell(_verdict(verdict.get("holds"))),
+            Cell(_figure(verdict.get("value"))),
+            Cell(_figure(verdict.get("threshold"))),
+            Cell(str(verdict["text"])),
         )
-        for row in rows
-    )  # fmt: skip
-    return Table("Verdicts, each with its threshold", columns, cells)
+        for verdict in verdicts
+    )
+    columns = (*words("Attack", "Verdict"), Column("Value"), Column("Threshold"), *words("Meaning"))
+    return Table("Verdicts, each with its threshold", columns, rows)
 
 
-def _figure(value: Any, key: str = "") -> str:
-    if value is None:
-        return DASH
-    if key == "forget_quality":
-        return p_text(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        signed = key in ("log_r_gap", "log_r_shift")
-        return fixed(value, 3, signed) if isinstance(value, float) or key else str(value)
-    return plain(value)
+def _verdict(holds: Any) -> str:
+    sign = {True: "✓ ", False: "✗ "}.get(holds, "")
+    return sign + VERDICT_WORDS.get(holds, plain(holds))
 
 
-def _figure_table(
+def figure_table(
     caption: str,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Figures],
     head: Column,
     names: Sequence[Cell],
     kinds: tuple[str, ...] = (),
 ) -> Table:
-    """The figures that any of the rows has, a column each."""
+    """A column for each figure that any of the rows has."""
     keys = [key for key in FIGURES if any(row.get(key) is not None for row in rows)]
     columns = (head, *(Column(*FIGURES[key], numeric=key != "direction") for key in keys))
     cells = tuple(
@@ -188,47 +216,71 @@ def _figure_table(
     return Table(caption, columns, cells, kinds)
 
 
+def _figure(value: Any, key: str = "") -> str:
+    if value is None:
+        return DASH
+    if key == "forget_quality":
+        return p_text(value)
+    if isinstance(value, float):
+        return fixed(value, 3, key in ("log_r_gap", "log_r_shift"))
+    return plain(value)
+
+
+def figure_points(rows: Sequence[Figures], x: str, y: str) -> list[Point]:
+    """The measured points, in order of x."""
+    return sorted((float(row[x]), float(row[y])) for row in rows if row.get(y) is not None)
+
+
+def _curves(curves: Sequence[Curve], x: str, y: str) -> dict[str, list[Point]]:
+    return {curve.name: figure_points(curve.points, x, y) for curve in curves}
+
+
 def _curve_table(caption: str, curves: Sequence[Curve], x: str, keys: Mapping[str, str]) -> Table:
-    """The curves' points, a row each place and a column each curve and figure."""
-    places = sorted({point[x] for one in curves for point in one.points})
-    shown = [
-        (f"{one.name}, {word}", {point[x]: point.get(key) for point in one.points})
-        for one in curves
+    """A row for each x, and a column for each curve and figure."""
+    columns = {
+        f"{curve.name}, {word}": dict(points)
+        for curve in curves
         for key, word in keys.items()
-        if any(point.get(key) is not None for point in one.points)
-    ]
-    columns = (Column(x), *(Column(name) for name, _ in shown))
+        if (points := figure_points(curve.points, x, key))
+    }
+    places = sorted({float(point[x]) for curve in curves for point in curve.points})
     rows = tuple(
-        (Cell(f"{place:g}"), *(Cell(fixed(values.get(place))) for _, values in shown))
+        (Cell(f"{place:g}"), *(Cell(fixed(values.get(place))) for values in columns.values()))
         for place in places
     )
-    return Table(caption, columns, rows)
+    return Table(caption, (Column(x), *map(Column, columns)), rows)
 
 
-def _paraphrase(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = (
-        Column("Form", numeric=False), Column("Answer prob., base"),
-        Column("Answer prob., unlearned", LOWER), Column("ROUGE-L, base"),
-        Column("ROUGE-L, unlearned", LOWER), Column("n"),
-    )  # fmt: skip
-    keys = ("base_answer_prob", "answer_prob", "base_rouge_l_recall", "rouge_l_recall")
+def _paraphrase_table(rows: Sequence[Figures]) -> Table:
+    heads = {
+        "base_answer_prob": Column("Answer prob., base"),
+        "answer_prob": Column("Answer prob., unlearned", LOWER),
+        "base_rouge_l_recall": Column("ROUGE-L, base"),
+        "rouge_l_recall": Column("ROUGE-L, unlearned", LOWER),
+    }
     cells = tuple(
         (
-            Cell(str(row["form"])), *(Cell(fixed(row.get(key))) for key in keys),
+            Cell(str(row["form"])),
+            *(Cell(fixed(row.get(key))) for key in heads),
             Cell(plain(row.get("n"))),
         )
         for row in rows
-    )  # fmt: skip
+    )
+    columns = (*words("Form"), *heads.values(), Column("n"))
     return Table("The same facts asked in other words", columns, cells)
 
 
-def _about(about: Mapping[str, Any]) -> Para:
-    said = [f"{key.replace('_', ' ')}: {plain(value)}." for key, value in about.items()]
-    return Para(" ".join(said) or "Its settings are not recorded.")
+def _sentences(about: Figures, facts: Mapping[str, str]) -> str:
+    """`Split: forget05.` for each fact that is recorded."""
+    parts = (f"{w}: {plain(about[key])}." for w, key in facts.items() if about.get(key) is not None)
+    return " ".join(parts)
 
 
-def facts_table(caption: str, facts: Mapping[str, Any]) -> Table:
-    """Recorded facts as two columns, in the order in which they were recorded."""
-    columns = (Column("Field", numeric=False), Column("Value", numeric=False))
+def _settings(about: Figures) -> Para:
+    text = " ".join(f"{key.replace('_', ' ')}: {plain(value)}." for key, value in about.items())
+    return Para(text or "Its settings are not recorded.")
+
+
+def _facts_table(caption: str, facts: Figures) -> Table:
     rows = tuple((Cell(str(key)), Cell(plain(value))) for key, value in facts.items())
-    return Table(caption, columns, rows)
+    return Table(caption, words("Field", "Value"), rows)

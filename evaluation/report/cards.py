@@ -1,9 +1,11 @@
-"""The cards that a report shows, checked: strict about kinds, tolerant of missing parts."""
+"""The cards that other commands write: robustness, calibration and search results.
+
+Reading is strict about kinds and required fields, and tolerant of parts that were not run.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +14,8 @@ from typing import Any
 from adapters.errors import UserError
 
 ROBUSTNESS, CALIBRATION, TUNE = "robustness.json", "calibration.json", "tune.json"
-KINDS = {
-    ROBUSTNESS: "unlearner-robustness",
-    CALIBRATION: "unlearner-calibration",
-    TUNE: "unlearner-tune",
-}
+SCHEMA = 1
+VERDICT_WORDS = {True: "holds", False: "leaks", None: "undecided"}
 Figures = Mapping[str, Any]
 
 
@@ -46,7 +45,7 @@ class Robustness:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A curve over an adapter's strength, and the chosen one."""
+    """Figures over an adapter's strength, and the chosen strength."""
 
     name: str
     about: Figures
@@ -58,7 +57,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Search:
-    """A search over settings: how many were tried, what was chosen, its figures on every seed."""
+    """A search over settings: number tried, chosen settings, and their figures on every seed."""
 
     name: str
     about: Figures
@@ -72,27 +71,34 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        UserError: the file cannot be read, is not strict JSON, or holds no object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", "Check the path.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error.msg}.", "Give a whole file.") from None
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.", "Give a complete file.") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}, not an object.", "Give another file.")
     return raw
 
 
-def _card(path: Path, kind: str) -> dict[str, Any]:
-    raw = read_json(path)
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _read_card(path: Path, command: str) -> dict[str, Any]:
+    raw, kind = read_json(path), f"unlearner-{command}"
     if raw.get("kind") != kind:
-        raise UserError(f"{path} is of kind {raw.get('kind')!r}, not {kind!r}.", "Give its card.")
-    if raw.get("schema") != 1:
         raise UserError(
-            f"{path} has schema {raw.get('schema')!r}; this version reads schema 1.",
-            "Update the tool, or measure again.",
+            f"{path} is of kind {raw.get('kind')!r}, not {kind!r}.",
+            f"Give a file that `unlearner {command}` wrote.",
+        )
+    if raw.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} has schema {raw.get('schema')!r}; this version reads schema {SCHEMA}.",
+            f"Update unlearner, or run `unlearner {command}` again.",
         )
     return raw
 
@@ -101,13 +107,19 @@ def read_robustness(path: Path) -> Robustness:
     """The card that `unlearner robustness` wrote.
 
     Raises:
-        UserError: another kind of file, or a part of another shape than the schema's.
+        UserError: a file of another kind, or a part of another shape than the schema's.
     """
-    raw = _card(path, KINDS[ROBUSTNESS])
+    raw = _read_card(path, "robustness")
     relearning, sampling = (_object(raw, key, path) for key in ("relearning", "sampling"))
     about = ("base", "adapters", "split", "protocol", "limit", "settings", "versions")
+    # Adapters are names, or pairs of a name and a strength.
+    adapters = raw.get("adapters")
+    names = [
+        str(adapter[0]) if isinstance(adapter, list) and adapter else str(adapter)
+        for adapter in (adapters if isinstance(adapters, list) else [])
+    ]
     return Robustness(
-        name=_adapter_names(raw.get("adapters")) or path.resolve().parent.name,
+        name=", ".join(names) or path.resolve().parent.name,
         about={key: raw[key] for key in about if key in raw},
         states=read_rows(raw, "states", path, ("name",)),
         relearning=_curves(relearning, path, ("step",)),
@@ -124,18 +136,27 @@ def read_calibration(path: Path) -> Calibration:
     """The curve that `unlearner calibrate` wrote.
 
     Raises:
-        UserError: another kind of file, or a part of another shape than the schema's.
+        UserError: a file of another kind, or a part of another shape than the schema's.
     """
-    raw = _card(path, KINDS[CALIBRATION])
+    raw = _read_card(path, "calibration")
+    return parse_calibration(raw, path, path.resolve().parent.name)
+
+
+def parse_calibration(raw: Figures, path: Path, name: str) -> Calibration:
+    """A calibration from its JSON object; `name` is used where it names no adapter.
+
+    Raises:
+        UserError: a part of another shape than the schema's.
+    """
     about = (
         "base", "adapter", "stack", "split", "limit", "protocol", "retain_log", "by", "rule",
         "reason", "max_mu_loss", "best_by_gap", "best_by_ks", "tried", "published", "versions",
     )  # fmt: skip
     chosen = raw.get("chosen_scale")
     return Calibration(
-        name=str(raw.get("adapter") or path.resolve().parent.name),
+        name=str(raw.get("adapter") or name),
         about={key: raw[key] for key in about if key in raw},
-        chosen_scale=None if chosen is None else number(chosen, f"{path}: chosen_scale"),
+        chosen_scale=None if chosen is None else _number(chosen, f"{path}: chosen_scale"),
         curve=read_rows(raw, "curve", path, ("scale",)),
         held_out=_object(raw, "held_out", path),
         evaluations=read_rows(raw, "evaluations", path, ("scale",)),
@@ -143,12 +164,12 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def read_search(path: Path) -> Search:
-    """What `unlearner tune` wrote.
+    """The result that `unlearner tune` wrote.
 
     Raises:
-        UserError: another kind of file, or a part of another shape than the schema's.
+        UserError: a file of another kind, or a part of another shape than the schema's.
     """
-    raw = _card(path, KINDS[TUNE])
+    raw = _read_card(path, "tune")
     chosen = _object(raw, "chosen", path)
     about = (
         "objective", "request", "split", "tried", "finished", "pruned", "failed", "loss", "space",
@@ -157,28 +178,16 @@ def read_search(path: Path) -> Search:
     return Search(
         name=path.resolve().parent.name,
         about={key: raw[key] for key in about if key in raw},
-        tried=int(number(raw.get("tried"), f"{path}: tried")),
+        tried=int(_number(raw.get("tried"), f"{path}: tried")),
         settings=_object(chosen, "settings", path),
         selected=_object(chosen, "selected", path),
         held_out=read_rows(chosen, "held_out", path),
     )
 
 
-def _adapter_names(raw: Any) -> str:
-    """The adapters of a card, which are names, or pairs of name and scale."""
-    if not isinstance(raw, list):
-        return ""
-    return ", ".join(str(one[0]) if isinstance(one, list) and one else str(one) for one in raw)
-
-
-def number(value: Any, where: str) -> float:
-    """`value` as a finite number.
-
-    Raises:
-        UserError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where} is {value!r}, not a finite number.", "Measure it again.")
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where} is {value!r}, not a number.", "Measure it again.")
     return float(value)
 
 
@@ -186,7 +195,7 @@ def _object(raw: Figures, key: str, path: Path) -> dict[str, Any]:
     value = raw.get(key)
     if value is not None and not isinstance(value, dict):
         raise UserError(
-            f"{path}: {key} is {type(value).__name__}, not an object.", "Write it anew."
+            f"{path}: {key} is {type(value).__name__}, not an object.", "Measure it again."
         )
     return value or {}
 
@@ -194,24 +203,21 @@ def _object(raw: Figures, key: str, path: Path) -> dict[str, Any]:
 def read_rows(
     raw: Figures, key: str, path: Path, needed: Sequence[str] = ()
 ) -> tuple[dict[str, Any], ...]:
-    """A list of objects that all have `needed`; a missing list is empty, numbers are finite.
+    """A list of objects that all have the keys `needed`; empty where there is none.
 
     Raises:
-        UserError: something else stands there.
+        UserError: another type, or a key that is missing.
     """
     rows = raw.get(key) or []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: {key} is not a list of objects.", "Write it anew.")
+        raise UserError(f"{path}: {key} is not a list of objects.", "Measure it again.")
     for i, row in enumerate(rows):
         missing = [name for name in needed if row.get(name) is None]
         if missing:
-            raise UserError(f"{path}: {key} {i} has no {', '.join(missing)}.", "Write it anew.")
-        for name, value in row.items():
-            if isinstance(value, float):
-                number(value, f"{path}: {key} {i} {name}")
+            raise UserError(f"{path}: {key} {i} has no {', '.join(missing)}.", "Measure it again.")
     return tuple(rows)
 
 
 def _curves(raw: Figures, path: Path, needed: Sequence[str]) -> tuple[Curve, ...]:
-    curves = read_rows(raw, "curves", path, ("name", "points"))
-    return tuple(Curve(str(one["name"]), read_rows(one, "points", path, needed)) for one in curves)
+    rows = read_rows(raw, "curves", path, ("name", "points"))
+    return tuple(Curve(str(row["name"]), read_rows(row, "points", path, needed)) for row in rows)

@@ -131,10 +131,11 @@ def line_chart(
     *,
     ys: Span | None = None,
     rules: Sequence[Rule] = (),
+    levels: bool = False,
     slots: Mapping[str, int] | None = None,
     log2: bool = False,
 ) -> Chart | None:
-    """Curves by name; a curve of a single point becomes a level. None without any line.
+    """Curves by name; None where no curve has two points.
 
     Args:
         key: name of the plot's file.
@@ -143,22 +144,23 @@ def line_chart(
         x, y: labels of the axes.
         ys: limits of the y axis.
         rules: lines across the plot.
+        levels: whether a curve of one point is drawn as a level, in place of being left out.
         slots: colour, dashes and marker by name, where they are not in the order of the curves.
         log2: whether x is on a logarithmic scale.
     """
-    series, levels = [], []
+    series, constant = [], []
     for number, (name, points) in enumerate(curves.items()):
         if len(points) > 1:
             series.append(Series(name, tuple(points), (slots or {}).get(name, number)))
-        elif points:
-            levels.append(Rule(points[0][1], name, level=True))
+        elif points and levels:
+            constant.append(Rule(points[0][1], name, level=True))
     if not series:
         return None
     text = "; ".join(
         f"{one.name} from {fixed(one.points[0][1])} to {fixed(one.points[-1][1])}" for one in series
     )
     return Chart(
-        key, title, f"{text}.", x, y, tuple(series), ys=ys, rules=(*rules, *levels), log2=log2
+        key, title, f"{text}.", x, y, tuple(series), ys=ys, rules=(*rules, *constant), log2=log2
     )
 
 
@@ -238,9 +240,8 @@ def distribution_chart(
     finite = {name: values for name, values in finite.items() if values}
     if not finite:
         return None
-    ends = [
-        values[int(q * (len(values) - 1))] for values in finite.values() for q in (TAIL, 1 - TAIL)
-    ]
+    ends = [values[int(TAIL * (len(values) - 1))] for values in finite.values()]
+    ends += [values[math.ceil((1 - TAIL) * (len(values) - 1))] for values in finite.values()]
     ends += [gap.x] if gap else []
     low, high = span(ends, 0.04)
     series = []
@@ -285,7 +286,7 @@ def draw_svg(chart: Chart) -> str:
     drawn = re.sub(r"<[a-z][^<>]*>", _page_tag, drawn[drawn.index("<svg") :])
     # This rule would hold for the whole page.
     drawn = re.sub(r"<style.*?</style>", "", drawn, count=1, flags=re.DOTALL)
-    title, text = html.escape(chart.title), html.escape(chart.text)
+    title, text = (html.escape(_one_line(part)) for part in (chart.title, chart.text))
     label = f'class="un-plot" role="img" aria-label="{title}. {text}" stroke-linejoin="round" '
     drawn = drawn.replace("<svg ", f"<svg {label}", 1)
     start = drawn.index(">", drawn.index("<svg")) + 1
@@ -386,7 +387,7 @@ def _draw(axes: Axes, series: Series) -> None:
     if series.style == "front":
         axes.plot(xs, ys, drawstyle="steps-pre", color=colour, ls=(0, (4, 3)), lw=1)
     elif series.style == "points":
-        axes.plot(xs, ys, ls="", color=colour, marker=marker, ms=7)
+        axes.plot(xs, ys, ls="", color=colour, marker=marker, ms=7, zorder=4 - series.slot / 10)
     elif series.style == "steps":
         axes.plot(xs, ys, drawstyle="steps-post", color=colour, ls=dashes, lw=1.6)
     else:
@@ -409,6 +410,8 @@ def _draw_rule(axes: Axes, rule: Rule) -> None:
 
 def _place_labels(figure: Figure, axes: Axes, chart: Chart) -> None:
     """Writes the names of points beside them, each where it covers no other name or point."""
+    if not any(series.labels for series in chart.series):
+        return
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
     points = [

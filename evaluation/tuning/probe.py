@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from evaluation.metrics.summary import summarise
-from evaluation.metrics.utility import harmonic_mean
 from evaluation.suite import EvalData, evaluate
 
 if TYPE_CHECKING:
@@ -74,6 +73,8 @@ class Probe:
             NotFinite: the model's losses are NaN or infinite.
             UserError: the reference holds other forget rows.
         """
+        from scipy.stats import hmean
+
         log = evaluate(model, self.fmt, self.data, retain_log=self.reference_log, generate=False)
         scores = [row.answer_score for each in log.sets.values() for row in each.rows]
         if not all(score is None or math.isfinite(score.mean_nll) for score in scores):
@@ -87,7 +88,7 @@ class Probe:
             forget_nll=found["forget_nll"],
             nll_ratio=found["forget_nll"] / found["retrain_forget_nll"],
             retain_answer_prob=found["retain_answer_prob"],
-            utility=harmonic_mean(parts),
+            utility=float(hmean(parts)),
         )
 
 

@@ -29,7 +29,8 @@ from evaluation.experiments.systems import (
     measure,
     table_rows,
 )
-from evaluation.logs.records import read_log, write_json
+from evaluation.logs import read_log
+from evaluation.logs.records import write_json
 from evaluation.suite import load_eval_data
 from evaluation.tuning.probe import (
     FORMULA,

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from adapters.errors import UserError
-from evaluation import cache
+from evaluation import cache, suite
 from evaluation.inference.generation import generate_answers
 from evaluation.inference.scoring import score_rows
-from evaluation.logs.records import read_log, write_log
+from evaluation.logs import read_log
+from evaluation.logs.records import write_log
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import PROTOCOLS, Decoding
 from evaluation.suite import Effort, EvalData, evaluate, load_eval_data
@@ -240,6 +241,25 @@ def test_an_interrupted_evaluation_keeps_what_was_finished(
     part.write_text("{")
     with pytest.raises(UserError, match="damaged"):
         quick(model, fmt, tiny_data(), **options)
+
+
+def test_figures_do_not_depend_on_the_callers_threads(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model is measured on one thread by every command: other threads, other last bits."""
+    model, fmt = tiny
+    seen: list[int] = []
+    real = suite.score_rows
+    spy = lambda *a, **k: seen.append(torch.get_num_threads()) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr(suite, "score_rows", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quick(model, fmt, tiny_data(), generate=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 4
 
 
 def test_a_limit_and_no_answers_are_stated(tiny: tuple[Any, Any]) -> None:

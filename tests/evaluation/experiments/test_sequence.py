@@ -267,7 +267,7 @@ def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
     plan: Plan, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from evaluation.experiments import systems
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from unlearner.baselines import full
 
     given: dict[str, Any] = {

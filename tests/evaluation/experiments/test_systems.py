@@ -16,7 +16,8 @@ import pytest
 from adapters.base import load
 from adapters.base.load import BaseSpec
 from evaluation.experiments.systems import Measured, forget_and_measure, measure
-from evaluation.logs.records import EvalLog, read_log
+from evaluation.logs import read_log
+from evaluation.logs.records import EvalLog
 from evaluation.suite import EvalData
 from unlearner.config import make_config
 from unlearner.request.rows import Request, Row

@@ -27,8 +27,13 @@ from evaluation.logs.token_records import (
     read_records,
     write_records,
 )
-from evaluation.metrics.membership import min_k_score
-from evaluation.metrics.privacy import BETTER, GROUPS, summarise_tokens, with_token_figures
+from evaluation.metrics.privacy import (
+    BETTER,
+    GROUPS,
+    min_k_score,
+    summarise_tokens,
+    with_token_figures,
+)
 from unlearner.request.rows import Row, load_split
 
 # The 30 retain authors that both mini models memorised: their answers score below 1 nat a token.
@@ -287,7 +292,7 @@ def test_missing_and_broken_files_and_numbers_are_refused(tmp_path: Path) -> Non
     path = write_records(made([1], [2]), tmp_path / "m.json")
     text = path.read_text()
     path.write_text(text[:50])
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         read_records(path)
     share = '"exact_memorization": '
     for old, new in (('"min_k": 1', '"min_k": NaN'), (f"{share}0.5", f"{share}1.5")):
