@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from adapters.base.load import BaseSpec, base_view, load_base, resolve_base
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
+from adapters.store.catalog import StoredAdapter
 from adapters.store.manifest import ForgetManifest
-from adapters.store.store import AdapterStore, StoredAdapter
+from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
 from unlearner.prepare import Prepared, prepare
 from unlearner.request.rows import Request, Row

@@ -203,7 +203,7 @@ def _save(
         if ranks.rank() == 0:
             tokenizer.save_pretrained(whole)
     elif ranks.rank() == 0:
-        from adapters.lora.combine import fold_stack
+        from adapters.lora.merge import fold_stack
         from adapters.lora.stack import save_adapter
 
         adapter = save_adapter(trainer.model, "finetune", work / "adapter")

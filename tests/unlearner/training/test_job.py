@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from adapters.base.load import BaseSpec
 from adapters.errors import DoesNotFit
-from adapters.store.store import AdapterStore, StoredAdapter
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
 from unlearner.memory import probe as preflight
 from unlearner.request.rows import Request

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from evaluation.report.inputs import LOG_FILE
 from ui.cli import options
 from ui.cli.output.events import progress_of
-from ui.cli.output.scoring import INTERVALS, LOG_FILE, PARTS
+from ui.cli.output.scoring import INTERVALS, PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
-    from evaluation.experiments.systems import digest
+    from evaluation.cache import key_of
     from evaluation.logs import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
     from unlearner.tokens.prompts import prompt_format
@@ -190,6 +191,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     base: Any = load_base(options.base_spec(args))
     view = base_view(base)
+    files = [store.get(each).manifest.files for each in stack]
     return Sweep(
         model=load_stack(base, store, list(stack), stack, base=fingerprint),
         fmt=fmt,
@@ -197,7 +199,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
         retain_log=retain_log,
         slug=slug,
         stack=stack,
-        identity=digest(fingerprint.digest, view, fmt.name),
+        identity=key_of(base=fingerprint.digest, view=view, template=fmt.name, adapters=files),
         protocol=args.protocol,
         limit=args.limit,
         resume_dir=args.out / PARTS if args.out else None,
