@@ -48,13 +48,6 @@ def ask(session: Session, frame: Frame) -> str:
     return command(*_ask(session, frame), "--", frame.question)
 
 
-def vote(session: Session, frame: Frame, votes: Path) -> str:
-    """The same blind vote."""
-    return command(
-        *_ask(session, frame), "--blind", "--votes", votes, "--", frame.question
-    )  # fmt: skip
-
-
 def sheet(session: Session, author: str, stack: Stack, neighbours: int) -> str:
     """The author sheet."""
     return command(

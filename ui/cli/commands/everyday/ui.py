@@ -50,10 +50,6 @@ def register(commands: Any) -> None:
         "--calibration", type=Path, nargs="+", default=[], metavar="FILE",
         help="results of `unlearner calibrate` (default: calibration.json beside the logs)",
     )  # fmt: skip
-    parser.add_argument(
-        "--votes", type=Path, default=Path("votes.jsonl"), metavar="FILE",
-        help="where blind votes go (default: ./votes.jsonl)",
-    )  # fmt: skip
     parser.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST})")
     parser.add_argument("--port", type=options.positive_int, help="port (default: a free one)")
     parser.add_argument(
@@ -131,7 +127,7 @@ def _serve(
         args.template,
     )
     app = App(
-        session, Jobs(jobs_folder()), tuple(args.logs), args.retain_log, args.votes,
+        session, Jobs(jobs_folder()), tuple(args.logs), args.retain_log,
         robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
     )  # fmt: skip
     app.sources().probes()  # a file that is none is refused before the page opens
