@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import threads_for
 from adapters.errors import UserError
-from evaluation.cache import Parts
-from evaluation.inference.generation import BATCH_SIZE, Draft, Engine, generate_answers, known_start
+from evaluation.cache import Cache, key_of
+from evaluation.inference.generation import (
+    BATCH_SIZE,
+    Draft,
+    generate_answers,
+    known_start,
+    stop_tokens,
+)
 from evaluation.inference.scoring import (
     BATCH_TOKENS,
     EncodedRow,
@@ -27,9 +34,11 @@ from evaluation.logs.records import (
     Generation,
     RowRecord,
     SetRecord,
+    row_from_json,
+    row_json,
 )
-from evaluation.metrics.statistics import rouge_recall
 from evaluation.metrics.summary import match_forget
+from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from unlearner.request.rows import FORGET_SPLITS, Row, load_split
 from unlearner.training import distributed as ranks
@@ -62,13 +71,12 @@ class EvalData:
 class Effort:
     """What a batch may hold: tokens when scoring (padding included), questions when answering;
     whether the answers of a question share the computation of what they begin with, and whether
-    greedy answers start from what their scores have shown already; and another engine for these.
+    greedy answers start from what their scores have shown already.
     """
 
     batch_tokens: int = BATCH_TOKENS
     shared: bool = True
     drafts: bool = True
-    engine: Engine | None = None
     batch_size: int = BATCH_SIZE
 
 
@@ -143,15 +151,30 @@ def evaluate(
         fmt,
         _score_length(protocols, longest),
         _distinct([p.decoding for p in protocols]) if generate else (),
-        Parts(resume_dir, key),
+        Cache(resume_dir, _cache_key(model, fmt, key, effort or Effort())),
         on_progress or _silent,
         effort or Effort(),
     )
-    sets = {
-        name: SetRecord(name, work.run(name, found, encoded[name]), totals[name])
-        for name, found in rows.items()
-    }
+    with threads_for(model):
+        sets = {
+            name: SetRecord(name, work.run(name, found, encoded[name]), totals[name])
+            for name, found in rows.items()
+        }
     return EvalLog(sets, _meta(work, protocols, longest, limit, key) | dict(meta or {}))
+
+
+def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
+    """What every score and answer depends on beside its rows; sizes of batches do not count."""
+    from adapters.base.load import base_view
+
+    return key_of(
+        weights=key,
+        load=base_view(model),
+        device=next(model.parameters()).device.type,
+        template=fmt.name,
+        stops=stop_tokens(model, fmt),
+        engine=[effort.shared, effort.drafts],
+    )
 
 
 def _most_rows(protocols: Sequence[Protocol]) -> int | None:
@@ -224,7 +247,7 @@ class _Work:
     fmt: PromptFormat
     max_length: int
     decodings: tuple[Decoding, ...]
-    parts: Parts
+    cache: Cache
     on_progress: OnProgress
     effort: Effort
 
@@ -252,9 +275,9 @@ class _Work:
             [row.question, row.answer, *(text.input_ids for text in tokens.texts)]
             for row, tokens in zip(rows, encoded, strict=True)
         ]
-        part = self.parts.named(f"{name}-scores", [self.max_length, texts])
-        if (kept := ranks.from_first(part.read)) is not None:
-            return kept
+        entry = self.cache.entry(f"{name}-scores", max_length=self.max_length, texts=texts)
+        if (stored := entry.read()) is not None:
+            return _records(name, stored)
 
         def score(indices: Sequence[int]) -> list[RowRecord]:
             return score_rows(
@@ -268,44 +291,52 @@ class _Work:
                 on_progress=lambda done, total: self.on_progress(f"{name}: scores", done, total),
             )
 
-        return part.write(ranks.spread(range(len(rows)), score))
+        records = ranks.spread(range(len(rows)), score)
+        entry.write([row_json(record) for record in records])
+        return records
 
     def _answers(
         self, name: str, rows: Sequence[Row], drafts: Sequence[Draft]
     ) -> dict[str, list[Generation]]:
-        asked = [[row.question, row.answer, self.fmt.encode_prompt(row.question)] for row in rows]
-        parts = {
-            d.name: self.parts.named(f"{name}-{d.name}", [dataclasses.asdict(d), asked])
-            for d in self.decodings
+        prompts = [[row.question, row.answer, self.fmt.encode_prompt(row.question)] for row in rows]
+        entries = {
+            decoding: self.cache.entry(
+                f"{name}-{decoding.name}", decoding=decoding, prompts=prompts
+            )
+            for decoding in self.decodings
         }
-        kept = {d: ranks.from_first(part.read) for d, part in parts.items()}
-        open_ = [d for d in self.decodings if kept[d.name] is None]
+        stored = {decoding: entry.read() for decoding, entry in entries.items()}
+        missing = [decoding for decoding in self.decodings if stored[decoding] is None]
 
         def answer(indices: Sequence[int]) -> list[dict[str, str]]:
-            made = generate_answers(
+            texts = generate_answers(
                 self.model,
                 self.fmt,
                 [rows[i].question for i in indices],
-                open_,
+                missing,
                 batch_size=self.effort.batch_size,
                 drafts=[drafts[i] for i in indices],
-                engine=self.effort.engine,
                 on_progress=lambda done, total: self.on_progress(f"{name}: answers", done, total),
             )
-            return [{d: texts[i] for d, texts in made.items()} for i in range(len(indices))]
+            return [{d: column[i] for d, column in texts.items()} for i in range(len(indices))]
 
-        each = ranks.spread(range(len(rows)), answer) if open_ else []
-        texts = {d.name: [one[d.name] for one in each] for d in open_}
-        truths = [row.answer for row in rows]
-        for decoding, made in texts.items():
-            generations = rouge_recall(made, truths)
-            kept[decoding] = parts[decoding].write(
-                [
-                    RowRecord(row.question, row.answer, generations={decoding: g})
-                    for row, g in zip(rows, generations, strict=True)
+        texts = ranks.spread(range(len(rows)), answer) if missing else []
+        generations: dict[str, list[Generation]] = {}
+        for decoding, entry in entries.items():
+            label = decoding.name
+            if decoding in missing:
+                answers = rouge_recall([each[label] for each in texts], [r.answer for r in rows])
+                generations[label] = answers
+                records = [
+                    RowRecord(row.question, row.answer, generations={label: answer})
+                    for row, answer in zip(rows, answers, strict=True)
                 ]
-            )
-        return {
-            decoding: [record.generations[decoding] for record in records or []]
-            for decoding, records in kept.items()
-        }
+                entry.write([row_json(record) for record in records])
+            else:
+                records = _records(label, stored[decoding])
+                generations[label] = [record.generations[label] for record in records]
+        return generations
+
+
+def _records(name: str, stored: Sequence[Any]) -> list[RowRecord]:
+    return [row_from_json(row, f"cached {name} row {i}") for i, row in enumerate(stored)]

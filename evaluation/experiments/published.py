@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation.metrics.statistics import ALPHA
+from evaluation.metrics.forget_quality import ALPHA
 
 if TYPE_CHECKING:
     from evaluation.experiments.presets import Preset

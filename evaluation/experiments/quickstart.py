@@ -28,8 +28,8 @@ from evaluation.experiments.systems import (
     table_rows,
     train_small,
 )
-from evaluation.logs.records import RowRecord, read_log, write_json
-from evaluation.metrics.summary import generation_of
+from evaluation.logs import read_log
+from evaluation.logs.records import RowRecord, generation_of, write_json
 from evaluation.protocols import protocol_named
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
 from unlearner.config import UnlearnConfig, make_config

@@ -30,7 +30,8 @@ from evaluation.experiments.systems import (
     table_rows,
     train_small,
 )
-from evaluation.logs.records import read_log, write_json
+from evaluation.logs import read_log
+from evaluation.logs.records import write_json
 from unlearner.baselines.full import LARGEST, refuse_large, too_large
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import (

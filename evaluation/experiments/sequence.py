@@ -24,7 +24,8 @@ from adapters.errors import UserError
 from evaluation.experiments.sequence_figures import figures, interference, quality_of, step_between
 from evaluation.experiments.sequence_plan import Plan, check_plan
 from evaluation.experiments.systems import Measured, digest, measure
-from evaluation.logs.records import read_log, write_json
+from evaluation.logs import read_log
+from evaluation.logs.records import write_json
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
 from unlearner.request.rows import Request, Row

@@ -12,9 +12,10 @@ import numpy as np
 
 from evaluation.logs.matching import match_rows
 from evaluation.logs.records import RowRecord
-from evaluation.metrics import statistics as metrics
+from evaluation.metrics.bootstrap import Floats
+from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values
-from evaluation.metrics.utility import harmonic_mean, model_utility
+from evaluation.metrics.utility import model_utility
 from evaluation.protocols import DEFAULT, protocol_named
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def figures(
         if name in KEPT
     }
     utility = model_utility(values, resamples=0)
+    from scipy.stats import hmean
+
     parts = [
         float(values[name][metric].mean())
         for name in KEPT
@@ -76,7 +79,7 @@ def figures(
         "retain_answer_prob": _mean(kept.get("answer_prob")),
         "retain_nll": _mean(kept.get("nll")),
         "model_utility": utility.value,
-        "utility_teacher_forced": harmonic_mean(parts) if len(parts) == 6 else None,
+        "utility_teacher_forced": float(hmean(parts)) if len(parts) == 6 else None,
     }
 
 
@@ -106,7 +109,7 @@ def quality_of(
     theirs = set_values("forget", match.theirs, chosen).get("log_r")
     if mine is None or theirs is None:
         return nothing
-    found = metrics.forget_quality(mine, theirs, resamples=0)
+    found = forget_quality(mine, theirs, resamples=0)
     return dict(zip(names, (found.p, found.d, found.shift, found.direction), strict=True))
 
 
@@ -123,14 +126,14 @@ def interference(
     return [step_between(origin, log, spans) for log in logs]
 
 
-def _nll(log: EvalLog) -> metrics.Floats:
+def _nll(log: EvalLog) -> Floats:
     scores = [row.answer_score for row in log.sets["forget"].rows]
     return np.array([score.mean_nll for score in scores if score is not None], dtype=np.float64)
 
 
-def _means(nll: metrics.Floats) -> dict[str, Any]:
+def _means(nll: Floats) -> dict[str, Any]:
     return {"answer_prob": _mean(np.exp(-nll)), "nll": _mean(nll)}
 
 
-def _mean(values: metrics.Floats | None) -> float | None:
+def _mean(values: Floats | None) -> float | None:
     return float(values.mean()) if values is not None and values.size else None

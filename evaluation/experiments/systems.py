@@ -94,7 +94,8 @@ def measure(
     from adapters.environment import threads_for
     from adapters.lora.stack import load_stack
     from adapters.store.store import AdapterStore
-    from evaluation.logs.records import read_log, write_log
+    from evaluation.logs import read_log
+    from evaluation.logs.records import write_log
     from evaluation.suite import evaluate, load_eval_data
     from unlearner.tokens.prompts import prompt_format
 
@@ -241,7 +242,7 @@ def table_rows(
     name: str, log: Path, retain_log: Path, protocols: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A system's lines of the table: the summary of its log against the reference, by protocol."""
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.metrics.summary import summarise_all
 
     found = summarise_all(read_log(log), protocols, read_log(retain_log))

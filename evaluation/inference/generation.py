@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from evaluation.inference.scoring import evaluating
 from evaluation.protocols import Decoding
@@ -44,10 +44,6 @@ class Prompt:
         return _through(self.draft.tokens, stops)[: self.budget]
 
 
-# Prompts and the tokens that stop, to the tokens of every answer.
-Engine: TypeAlias = Callable[[Sequence[Prompt], Sequence[int]], list[list[int]]]
-
-
 def generate_answers(
     model: torch.nn.Module,
     fmt: PromptFormat,
@@ -56,7 +52,6 @@ def generate_answers(
     *,
     batch_size: int = BATCH_SIZE,
     drafts: Sequence[Draft] = (),
-    engine: Engine | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[str]]:
     """By decoding's name, an answer to every question: no special tokens, stripped.
@@ -73,7 +68,6 @@ def generate_answers(
         batch_size: questions in a batch.
         drafts: one a question, or none at all: what greedy decoding is known to begin with goes in
             with the prompt. Answers are the same, up to ties that rounding decides.
-        engine: makes greedy answers in the model's place, see `evaluation.inference.engines`.
         on_progress: called with answered and all questions (of all passes) after each batch.
     """
     prompts = [fmt.encode_prompt(question) for question in questions]
@@ -94,18 +88,7 @@ def generate_answers(
             Prompt(ids, budget, drafts[i] if drafts and draw is None else Draft())
             for i, (ids, budget) in enumerate(zip(prompts, budgets, strict=True))
         ]
-        if engine is not None and draw is None:
-            stops = stop_tokens(model, fmt)
-            found = engine(asked, stops)
-            made = [
-                _until(tokens, stops)[: prompt.budget]
-                for tokens, prompt in zip(found, asked, strict=True)
-            ]
-            advance(len(prompts))
-        else:
-            made = generate_tokens(
-                model, fmt, asked, draw, batch_size=batch_size, on_progress=advance
-            )
+        made = generate_tokens(model, fmt, asked, draw, batch_size=batch_size, on_progress=advance)
         for decoding in group:
             cut = [
                 tokens[: decoding.budget(len(ids))]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from adapters.errors import UserError
 from evaluation.inference.prefix_sharing import score_trees, shares_exactly
 from evaluation.logs.records import AnswerScore, RowRecord
+from evaluation.metrics.text import words_of
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_batch, pad_id
 
 if TYPE_CHECKING:
@@ -173,3 +174,50 @@ def batches_of(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]
         count = max(1, batch_tokens // max(1, lengths[order[start]]))
         yield order[start : start + count]
         start += count
+
+
+def judge_losses(
+    model: torch.nn.Module,
+    fmt: PromptFormat,
+    rows: Sequence[Row],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[float | None]:
+    """The judge's mean NLL of each answer behind its question's prompt, nats a token; (rows,).
+
+    Only the answer's tokens count, and no EOS behind them: a log does not say whether the model
+    ended the answer or its budget of tokens did, and cut answers would be charged for an end that
+    nobody wrote. Texts are scored uncut. None where the answer has no word, or no token of its own.
+
+    Args:
+        model: a causal LM that never saw the rows; stays in its mode.
+        fmt: turns question and answer into the judge's tokens.
+        rows: question and generated answer.
+        on_progress: called with scored and all answers after each batch.
+    """
+    worded = [i for i, row in enumerate(rows) if words_of(row.answer)]
+    encoded = [_without_end(row, fmt) for row in encode_answers(fmt, [rows[i] for i in worded])]
+    kept = [(i, text) for i, text in zip(worded, encoded, strict=True) if text.answer.n_targets]
+    texts = [text for _, text in kept]
+    records = score_rows(
+        model,
+        fmt,
+        [rows[i] for i, _ in kept],
+        encoded=texts,
+        max_length=longest_text(texts),
+        shared=False,  # one text a question: nothing to share
+        on_progress=on_progress,
+    )
+    found: list[float | None] = [None] * len(rows)
+    for (i, _), record in zip(kept, records, strict=True):
+        found[i] = record.answer_score.mean_nll if record.answer_score else None
+    return found
+
+
+def _without_end(row: EncodedRow, fmt: PromptFormat) -> EncodedRow:
+    """The answer alone, without the special tokens that close its turn."""
+    special, start = set(fmt.tokenizer.all_special_ids), row.answer.n_prompt
+    end = len(row.answer.input_ids)
+    while end > start and row.answer.input_ids[end - 1] in special:
+        end -= 1
+    return EncodedRow(Encoded(row.answer.input_ids[:end], row.answer.labels[:end]), None, ())

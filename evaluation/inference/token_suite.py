@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import threads_for
 from adapters.errors import UserError
-from evaluation.cache import Parts
+from evaluation.cache import Cache, key_of
 from evaluation.inference.scoring import BATCH_TOKENS
 from evaluation.inference.token_stats import answer_tokens, base_kl
-from evaluation.logs.records import write_json
 from evaluation.logs.token_records import (
     TokenRecords,
     TokenRow,
@@ -21,8 +20,7 @@ from evaluation.logs.token_records import (
     token_row_from_json,
     token_row_json,
 )
-from evaluation.metrics.membership import MIN_K, attack_scores
-from evaluation.metrics.statistics import exact_memorization, extraction_strength
+from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
 from unlearner.training import distributed as ranks
 
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from unlearner.tokens.prompts import PromptFormat
 
 OnProgress = Callable[[str, int, int], None]
-_PART = "unlearner-token-part"
 
 
 @dataclass(frozen=True)
@@ -135,14 +132,19 @@ def measure_tokens(
     import torch
     import transformers
 
+    from adapters.base.load import base_view
+
     if resume_dir is not None and not key:
         raise ValueError("resume_dir needs a key that names the weights")
     ranks.join()
-    work = _Work(model, fmt, plan, Parts(resume_dir, key), batch_tokens, on_progress or _silent)
-    sets = {
-        name: TokenSet(work.run(name, rows), len(getattr(plan.data, name)))
-        for name, rows in plan.sets.items()
-    }
+    view = base_view(model)
+    cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.name))
+    work = _Work(model, fmt, plan, cache, batch_tokens, on_progress or _silent)
+    with threads_for(model):
+        sets = {
+            name: TokenSet(work.run(name, rows), len(getattr(plan.data, name)))
+            for name, rows in plan.sets.items()
+        }
     first = next(model.parameters())
     about = {
         "metrics": list(plan.metrics),
@@ -223,7 +225,7 @@ class _Work:
     model: torch.nn.Module
     fmt: PromptFormat
     plan: TokenPlan
-    parts: Parts
+    cache: Cache
     batch_tokens: int
     on_progress: OnProgress
 
@@ -237,10 +239,17 @@ class _Work:
             [row.question, row.answer, text.input_ids]
             for row, text in zip(rows, texts, strict=True)
         ]
-        settings = [attacked and self.plan.min_k, diverged, reference, about]
-        path = self.parts.named(f"{name}-tokens", settings).path
-        if (kept := ranks.from_first(lambda: _read_part(path))) is not None:
-            return kept
+        entry = self.cache.entry(
+            f"{name}-tokens",
+            rows=about,
+            min_k=self.plan.min_k if attacked else None,
+            kl=diverged,
+            reference=reference,
+        )
+        if (stored := entry.read()) is not None:
+            return tuple(
+                token_row_from_json(row, f"cached {name} row {i}") for i, row in enumerate(stored)
+            )
 
         def measure(indices: Sequence[int]) -> list[TokenRow]:
             mine = [texts[i] for i in indices]
@@ -251,9 +260,7 @@ class _Work:
             return self._with_kl(name, found, mine) if diverged else found
 
         found = ranks.spread(range(len(rows)), measure)
-        if path is not None and ranks.rank() == 0:
-            body = [token_row_json(row) for row in found]
-            write_json(path, {"kind": _PART, "rows": body})
+        entry.write([token_row_json(row) for row in found])
         return tuple(found)
 
     def _tokens(self, name: str, texts: Sequence[Encoded]) -> list[AnswerTokens]:
@@ -298,21 +305,3 @@ def _has_stack(model: Any) -> bool:
     from adapters.lora.peft_layers import active_names
 
     return bool(active_names(model))
-
-
-def _read_part(path: Path | None) -> tuple[TokenRow, ...] | None:
-    """The rows of a finished set, None where it is still to be measured."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["kind"] != _PART:
-            return None
-        return tuple(
-            token_row_from_json(row, f"{path.name} row {i}") for i, row in enumerate(raw["rows"])
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"The kept part {path} is damaged ({type(error).__name__}: {error}).",
-            "Remove the file: that set is then measured again.",
-        ) from error

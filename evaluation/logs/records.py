@@ -9,18 +9,28 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
+from evaluation.protocols import Protocol
 
 KIND = "unlearner-eval-log"
 SCHEMA = 1
 SETS = ("forget", "retain", "real_authors", "world_facts")
 # The answers of a public log were decoded in a way the log does not state.
 RECORDED = "recorded"
+
+
+# What stands around the question in a recorded prompt; special tokens are already gone.
+_PROMPTS = (
+    re.compile(r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>.*?<</SYS>>)?(.*)\[/INST\]\s*", re.DOTALL),
+    re.compile(r"\s*Question:(.*)\n\s*Answer:\s*", re.DOTALL),
+    re.compile(r"(?:.*?\W)??user\n(.*?)(?:\n?assistant\s*)", re.DOTALL),
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,16 @@ class EvalLog:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+def protocol_rows(found: SetRecord, protocol: Protocol) -> tuple[RowRecord, ...]:
+    """The rows of a set that the protocol looks at: the first `max_rows`."""
+    return found.rows[: protocol.max_rows]
+
+
+def generation_of(row: RowRecord, protocol: Protocol) -> Generation | None:
+    """The answer decoded as the protocol asks; of a public log the one it recorded."""
+    return row.generations.get(protocol.decoding.name) or row.generations.get(RECORDED)
+
+
 def write_json(path: Path, value: Any) -> Path:
     """`path`, once `value` stands in it: written aside, synced, renamed, so never half a file.
 
@@ -153,52 +173,33 @@ def _score_json(score: AnswerScore | None) -> list[float | int | None] | None:
     return None if score is None else [score.mean_nll, score.n]
 
 
-def read_log(path: Path) -> EvalLog:
-    """The evaluation in `path`: our own format, TOFU's (both layouts) or open-unlearning's.
+def read_json(path: Path, what: str) -> Any:
+    """The JSON value in `path`, with or without a byte order mark; `what` it is, for errors.
 
     Raises:
-        UserError: no such file, broken JSON, an unknown format, a missing or non-finite number;
-            the row is named.
+        UserError: no such file, no text, or no JSON.
     """
-    from evaluation.logs.public_formats import (
-        is_open_unlearning,
-        is_tofu,
-        read_open_unlearning,
-        read_tofu,
-    )
-
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"There is no evaluation log {path}.", "Check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}.", "Give a JSON log.") from None
+        raise UserError(f"There is no {what} {path}.", "Check the path.") from None
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not JSON: {error.msg} in line {error.lineno}.",
-            "Give a log that was written to its end.",
+            f"Write the {what} again: it may have been cut.",
         ) from None
-    where = path.name
-    if isinstance(raw, dict) and raw.get("kind") == KIND:
-        return _read_own(raw, where)
-    if is_tofu(raw, where):
-        return read_tofu(raw, where)
-    if is_open_unlearning(raw):
-        return read_open_unlearning(raw, where)
-    raise UserError(
-        f"{where} is not an evaluation log of a known format ({_outline(raw)}).",
-        "Give a log of this tool, TOFU's eval_log_aggregated.json or open-unlearning's "
-        "TOFU_EVAL.json (its TOFU_SUMMARY.json has no rows).",
-    )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as text: {error}.", f"Give the {what} in JSON."
+        ) from None
 
 
-def _outline(raw: Any) -> str:
-    if not isinstance(raw, dict):
-        return f"its top level is {type(raw).__name__}, not an object"
-    return "its keys are " + (", ".join(map(str, list(raw)[:6])) or "none")
+def own_log(raw: Mapping[str, Any], where: str) -> EvalLog:
+    """The log in this tool's format; `where` names its file in errors.
 
-
-def _read_own(raw: dict[str, Any], where: str) -> EvalLog:
+    Raises:
+        UserError: another schema, a missing field, or a number that is not finite.
+    """
     if raw.get("schema") != SCHEMA:
         raise UserError(
             f"{where} has schema {raw.get('schema')!r}; this version reads schema {SCHEMA}.",
@@ -323,3 +324,24 @@ def _finite(value: Any, where: str, what: str) -> float:
             "The model or its evaluation broke down there: evaluate these rows again.",
         )
     return float(value)
+
+
+def column_by_index(raw: Any, where: str) -> dict[int, Any]:
+    """A column by row index, from a list or from an object keyed by index."""
+    if isinstance(raw, list):
+        return dict(enumerate(raw))
+    if isinstance(raw, dict) and all(str(key).isdecimal() for key in raw):
+        return {int(key): value for key, value in raw.items()}
+    raise UserError(
+        f"{where} is neither a list nor an object keyed by row index.",
+        "Give the log itself.",
+    )
+
+
+def question_of(prompt: str) -> str:
+    """The question inside a recorded prompt; the prompt itself where no known template fits."""
+    for pattern in _PROMPTS:
+        found = pattern.fullmatch(prompt)
+        if found:
+            return found.group(1).strip()
+    return prompt.strip()

@@ -5,7 +5,6 @@ A row holds its question, as evaluation logs do, and numbers: no answer, no toke
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from evaluation.logs.records import count_of, loss_of, write_json
+from evaluation.logs.records import count_of, loss_of, read_json, write_json
 
 KIND = "unlearner-token-metrics"
 SCHEMA = 1
@@ -27,7 +26,7 @@ class TokenRow:
         question: its text.
         n: tokens of the answer (|y|), EOS included.
         mean_nll: nats a token.
-        extraction_strength, exact_memorization: see `evaluation.metrics.statistics`.
+        extraction_strength, exact_memorization: see `evaluation.metrics.privacy`.
         scores: of each membership attack by name; empty where no attack was asked for.
         kl: `KL(base || stack)`, nats a token; None where it was not measured.
     """
@@ -93,14 +92,7 @@ def read_records(path: Path) -> TokenRecords:
     Raises:
         UserError: no such file, broken JSON, another kind of file, or a number that is none.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There are no token metrics {path}.", "Check the path.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON: {error}.", "Give a token_metrics.json."
-        ) from None
+    raw = read_json(path, "token metrics file")
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
         raise UserError(
             f"{path.name} holds no token metrics.",

@@ -1,29 +1,45 @@
-"""From token metrics to figures: extraction, membership inference, privleak, KL to the base.
+"""Extraction and privacy: memorised answers, membership inference, privleak, KL to the base.
+
+Every membership score is signed like a loss: the lower, the more the row looks trained on. An
+attack's AUC compares forget rows with holdout rows: 1 where every forget row looks more trained on
+than every holdout row, 1/2 where nothing tells them apart, 0 where forget rows stand out as less
+likely than rows never seen. As open-unlearning defines them (arXiv 2506.12618), over all labels:
+its code drops the last one. No model and no files here.
 
 The keys of `summarise_tokens` are a contract: others script against them.
 """
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from adapters.errors import UserError
 from evaluation.logs.matching import match_rows
 from evaluation.logs.records import RowRecord
 from evaluation.logs.token_records import TokenRecords
-from evaluation.metrics.membership import (
-    ATTACKS,
-    Attack,
+from evaluation.metrics.bootstrap import (
+    RESAMPLES,
+    Floats,
     Measure,
-    attack_of,
-    measure_auc,
+    finite,
+    interval,
     measure_mean,
-    measure_privleak,
 )
-from evaluation.metrics.statistics import RESAMPLES
 
+if TYPE_CHECKING:
+    from evaluation.inference.token_stats import AnswerTokens
+
+MIN_K = 0.4
+ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
+# A variance below this comes from one token that has it all; open-unlearning's floor.
+_LEAST_VARIANCE = 1e-6
 EXTRACTION = ("extraction_strength", "exact_memorization")
 # privleak compares the AUC of this attack, as MUSE and open-unlearning do.
 PRIVLEAK_ATTACK = "min_k"
@@ -43,6 +59,191 @@ GROUPS = {
     "kl": ("retain_kl",),
 }
 _Found = tuple[Measure | None, str]
+
+
+def exact_memorization(predicted: Sequence[int], labels: Sequence[int]) -> float:
+    """Share of answer tokens that are the model's first choice given the true tokens before them.
+
+    open-unlearning's EM (arXiv 2506.12618), over all labels: its code drops the last one.
+    """
+    if len(predicted) != len(labels) or not labels:
+        raise ValueError("needs one prediction a label, and at least one")
+    return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
+
+
+def extraction_strength(predicted: Sequence[int], labels: Sequence[int]) -> float:
+    """`1 - k/|y|`, k the shortest given part of the answer after which the rest is all predicted.
+
+    open-unlearning's ES (arXiv 2506.12618), over all labels and down to 0 where not even the last
+    token is predicted: its code drops the last label and never goes below 1/n.
+    """
+    if len(predicted) != len(labels) or not labels:
+        raise ValueError("needs one prediction a label, and at least one")
+    given = len(labels)
+    while given > 0 and predicted[given - 1] == labels[given - 1]:
+        given -= 1
+    return (len(labels) - given) / len(labels)
+
+
+def loss_score(log_p: npt.ArrayLike) -> float:
+    """LOSS (arXiv 1709.01604): the mean negative log-likelihood, nats a token."""
+    return float(-_log_probabilities(log_p).mean())
+
+
+def zlib_score(log_p: npt.ArrayLike, answer: str) -> float:
+    """Zlib (arXiv 2012.07805): nats a token by the bytes of the compressed answer.
+
+    The mean, not the sum, of the loss stands above, as in open-unlearning.
+    """
+    return loss_score(log_p) / len(zlib.compress(answer.encode("utf-8")))
+
+
+def min_k_score(log_p: npt.ArrayLike, k: float = MIN_K) -> float:
+    """Min-K (arXiv 2310.16789): minus the mean log p of the least likely share `k` of the tokens.
+
+    Args:
+        log_p: (n,) of the labels, nats.
+        k: share above 0 up to 1; `max(1, floor(k n))` tokens.
+    """
+    return _mean_lowest(_log_probabilities(log_p), k)
+
+
+def min_k_plus_plus_score(
+    log_p: npt.ArrayLike, mean: npt.ArrayLike, variance: npt.ArrayLike, k: float = MIN_K
+) -> float:
+    """Min-K++ (arXiv 2404.02936): Min-K of `(log p - mu) / sigma`.
+
+    Args:
+        log_p: (n,) of the labels, nats.
+        mean, variance: (n,) of log p over the vocabulary under the model's own distribution.
+        k: see `min_k_score`.
+    """
+    sigma = np.sqrt(np.maximum(np.asarray(variance, dtype=np.float64), _LEAST_VARIANCE))
+    return _mean_lowest((_log_probabilities(log_p) - np.asarray(mean)) / sigma, k)
+
+
+def reference_score(mean_nll: float, reference_mean_nll: float) -> float:
+    """Reference (arXiv 2004.15011): the loss minus that of another model, nats a token."""
+    return mean_nll - reference_mean_nll
+
+
+def attack_scores(
+    tokens: AnswerTokens, answer: str, *, k: float = MIN_K, reference: float | None = None
+) -> dict[str, float]:
+    """Every attack's score of one answer; `reference` is its loss under the other model."""
+    scores = {
+        "loss": loss_score(tokens.log_p),
+        "zlib": zlib_score(tokens.log_p, answer),
+        "min_k": min_k_score(tokens.log_p, k),
+        "min_k_plus_plus": min_k_plus_plus_score(tokens.log_p, tokens.mean, tokens.variance, k),
+    }
+    if reference is not None:
+        scores["reference"] = reference_score(tokens.mean_nll, reference)
+    return scores
+
+
+def auc(forget: npt.ArrayLike, holdout: npt.ArrayLike) -> float:
+    """`P(forget < holdout) + P(forget = holdout) / 2` over all pairs: Mann-Whitney's U by n m.
+
+    Args:
+        forget: (n,) loss-like scores of the forget rows, the positive side.
+        holdout: (m,) of rows that were never trained on.
+    """
+    from scipy.stats import mannwhitneyu
+
+    left, right = finite(forget), finite(holdout)
+    won = mannwhitneyu(right, left, method="asymptotic").statistic
+    return float(won) / (left.size * right.size)
+
+
+def privleak(auc_unlearned: float, auc_retrained: float) -> float | None:
+    """Per cent: `100 ((1 - AUC) - (1 - AUC_retrain)) / (1 - AUC_retrain)`; best is 0.
+
+    Below 0 forget rows still look trained on, compared with a model that never saw them; above 0
+    they stand out as unlikely, over-forgotten. Source: MUSE (arXiv 2407.06460), signed as
+    open-unlearning. None where the retrained model's AUC is 1, and there is nothing to divide by.
+    """
+    left = 1 - auc_retrained
+    return None if left == 0 else 100 * (auc_retrained - auc_unlearned) / left
+
+
+class Attack(NamedTuple):
+    """The scores of one attack: loss-like, of (n,) forget and (m,) holdout rows."""
+
+    forget: Floats
+    holdout: Floats
+
+
+def measure_auc(attack: Attack, *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
+    """The AUC of an attack; forget and holdout rows are resampled apart."""
+    value = auc(attack.forget, attack.holdout)
+    if not resamples:
+        return Measure(value)
+    counts = _draws(attack, resamples, seed)
+    return Measure(value, interval(_resampled_auc(attack, *counts)))
+
+
+def measure_privleak(
+    attack: Attack, retrained: Attack, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Measure | None:
+    """`privleak` of an attack on two models; both meet the same rows, which are resampled together.
+
+    Args:
+        attack: of the unlearned model.
+        retrained: of the retrained one, row by row the same rows.
+        resamples, seed: of the bootstrap.
+    """
+    value = privleak(auc(*attack), auc(*retrained))
+    if value is None or not resamples:
+        return None if value is None else Measure(value)
+    counts = _draws(attack, resamples, seed)
+    ours, theirs = _resampled_auc(attack, *counts), _resampled_auc(retrained, *counts)
+    usable = theirs < 1
+    return Measure(value, interval(100 * (theirs - ours)[usable] / (1 - theirs[usable])))
+
+
+def _draws(attack: Attack, resamples: int, seed: int) -> tuple[Floats, Floats]:
+    """How often each forget and each holdout row stands in each resample."""
+    generator = np.random.default_rng(seed)
+    sizes = (attack.forget.size, attack.holdout.size)
+    left, right = (generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in sizes)
+    return left.astype(np.float64), right.astype(np.float64)
+
+
+def _resampled_auc(attack: Attack, left: Floats, right: Floats) -> Floats:
+    """The AUC of each resample, (resamples,): won pairs, weighed by how often both rows stand."""
+    ours, theirs = attack.forget[:, None], attack.holdout[None, :]
+    won = (ours < theirs) + 0.5 * (ours == theirs)
+    found: Floats = ((left @ won) * right).sum(axis=1) / won.size
+    return found
+
+
+def _mean_lowest(values: Floats, k: float) -> float:
+    if not 0 < k <= 1:
+        raise ValueError(f"k is a share of the tokens above 0 up to 1, not {k}")
+    # 0.29 * 100 is 28.999...: what is whole but for rounding is whole.
+    count = max(1, math.floor(k * values.size + 1e-9))
+    return float(-np.sort(values)[:count].mean())
+
+
+def _log_probabilities(log_p: npt.ArrayLike) -> Floats:
+    values = np.asarray(log_p, dtype=np.float64)
+    if not values.size:
+        raise ValueError("an answer has at least one token")
+    return values
+
+
+def attack_of(
+    name: str, forget: Sequence[Mapping[str, float]], holdout: Sequence[Mapping[str, float]]
+) -> Attack | None:
+    """The named attack's scores of all rows; None where a row lacks it or there are no rows."""
+    sides = []
+    for rows in (forget, holdout):
+        found = [scores[name] for scores in rows if name in scores]
+        if not rows or len(found) != len(rows):
+            return None
+        sides.append(np.array(found, dtype=np.float64))
+    return Attack(*sides)
 
 
 def summarise_tokens(

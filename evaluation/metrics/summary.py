@@ -7,38 +7,50 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adapters.errors import UserError
 from evaluation.logs.matching import RowMatch, match_rows
+from evaluation.logs.open_unlearning import to_open_unlearning
 from evaluation.logs.records import (
     RECORDED,
     SETS,
     AnswerScore,
     EvalLog,
-    Generation,
     RowRecord,
     SetRecord,
+    generation_of,
+    protocol_rows,
+    write_json,
 )
-from evaluation.metrics import statistics as metrics
-from evaluation.metrics.statistics import Floats, ForgetQuality, Interval
-from evaluation.metrics.utility import model_utility
+from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, mean_interval
+from evaluation.metrics.forget_quality import (
+    NEEDS_RETRAIN,
+    ForgetQuality,
+    forget_quality,
+    forget_truth_ratio,
+    kept_truth_ratio,
+    log_truth_ratio,
+)
+from evaluation.metrics.utility import answer_prob, model_utility, option_prob
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 
 SET_METRICS = ("answer_prob", "nll", "rouge_l_recall", "truth_ratio")
 QUALITY_FIGURES = ("forget_quality", "forget_quality_log10", "ks", "log_r_shift")
-# What is wanted of each figure; log_r_shift is best at 0.
+# What is wanted of each figure. A model that never saw the forget set also gives its answers some
+# probability: below Retrain's the forget answers are broken, not forgotten.
 BETTER = {
     "forget_quality": "higher",
     "forget_quality_log10": "higher",
     "ks": "lower",
     "log_r_shift": "zero",
     "model_utility": "higher",
-    "forget_answer_prob": "lower",
-    "forget_nll": "higher",
-    "forget_rouge_l_recall": "lower",
+    "forget_answer_prob": "near retrain",
+    "forget_nll": "near retrain",
+    "forget_rouge_l_recall": "near retrain",
     "forget_truth_ratio": "higher",
     **{
         f"{name}_{metric}": "lower" if metric == "nll" else "higher"
@@ -46,16 +58,6 @@ BETTER = {
         for metric in SET_METRICS
     },
 }
-
-
-def protocol_rows(found: SetRecord, protocol: Protocol) -> tuple[RowRecord, ...]:
-    """The rows of a set that the protocol looks at: the first `max_rows`."""
-    return found.rows[: protocol.max_rows]
-
-
-def generation_of(row: RowRecord, protocol: Protocol) -> Generation | None:
-    """The answer decoded as the protocol asks; of a public log the one it recorded."""
-    return row.generations.get(protocol.decoding.name) or row.generations.get(RECORDED)
 
 
 def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict[str, Floats]:
@@ -75,12 +77,12 @@ def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict
     if answers is not None:
         values["nll"] = answers
         if name in ("forget", "retain"):
-            values["answer_prob"] = metrics.answer_prob(answers)
+            values["answer_prob"] = answer_prob(answers)
         elif options:
-            values["answer_prob"] = metrics.option_prob(answers, wrong)
+            values["answer_prob"] = option_prob(answers, wrong)
     if right is not None and options:
-        log_r = metrics.log_truth_ratio(right, wrong, protocol.truth_ratio)
-        aggregate = metrics.forget_truth_ratio if name == "forget" else metrics.kept_truth_ratio
+        log_r = log_truth_ratio(right, wrong, protocol.truth_ratio)
+        aggregate = forget_truth_ratio if name == "forget" else kept_truth_ratio
         values |= {"log_r": log_r, "truth_ratio": aggregate(log_r)}
     recalls = [found.rouge_l_recall for found in made if found is not None]
     if len(recalls) == len(rows):
@@ -100,14 +102,15 @@ def summarise(
     *,
     protocol: str = DEFAULT,
     second_retain_log: EvalLog | None = None,
-    resamples: int = metrics.RESAMPLES,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of a log under one protocol, ready for JSON.
 
     A figure that cannot be had is None and `reasons` says why. `better` says of each figure
-    whether higher or lower is wanted (or "zero"), `rows` how many rows each set has, `n` those of
-    the forget set. `*_interval` are 95 % bootstrap intervals over rows. `figure_table` lists them.
+    whether it should be higher, lower, zero or near the retrained model's. `rows` counts the rows
+    of each set, `n` those of the forget set. `*_interval` are 95 % bootstrap intervals over rows.
+    `figure_table` lists them.
 
     Args:
         log: of the model in question.
@@ -160,7 +163,7 @@ def summarise(
 def _spread(values: Floats | None, resamples: int, seed: int) -> list[float] | None:
     if values is None or not resamples:
         return None
-    return list(metrics.mean_interval(values, resamples=resamples, seed=seed))
+    return list(mean_interval(values, resamples=resamples, seed=seed))
 
 
 def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -227,7 +230,7 @@ def _forget_quality(
         return ForgetQuality(None, None, None, None, None, n, reason=reason), None
 
     if retain_log is None:
-        return without(metrics.NEEDS_RETRAIN)
+        return without(NEEDS_RETRAIN)
     for each, whose in ((log, "the log"), (retain_log, "the retrain reference")):
         if "forget" not in each.sets:
             return without(f"{whose} has no forget set")
@@ -236,7 +239,7 @@ def _forget_quality(
     theirs = set_values("forget", match.theirs, protocol).get("log_r")
     if ours is None or theirs is None:
         return without("needs perturbed answers of every forget row")
-    found = metrics.forget_quality(ours, theirs, resamples=resamples, seed=seed)
+    found = forget_quality(ours, theirs, resamples=resamples, seed=seed)
     return found, match.by
 
 
@@ -312,3 +315,31 @@ def _notes(
         if ours and theirs and ours != theirs:
             notes.append(f"{key} differs from the retrain reference's: {ours} against {theirs}")
     return notes
+
+
+def write_open_unlearning(
+    log: EvalLog, folder: Path, retain_log: EvalLog | None = None, protocol: str = DEFAULT
+) -> list[Path]:
+    """`TOFU_EVAL.json` and `TOFU_SUMMARY.json` of open-unlearning in `folder`, made from `log`.
+
+    The first may serve there as `retain_logs_path`.
+
+    Raises:
+        UserError: as `summarise`.
+    """
+    chosen = protocol_named(protocol)
+    figures = summarise(log, retain_log, protocol=protocol, resamples=0)
+    values = {
+        name: {
+            metric: column.tolist()
+            for metric, column in set_values(name, protocol_rows(rows, chosen), chosen).items()
+        }
+        for name, rows in log.sets.items()
+    }
+    evaluation = to_open_unlearning(log, chosen, figures, values)
+    aggregates = {name: body["agg_value"] for name, body in sorted(evaluation.items())}
+    summary = {name: value for name, value in aggregates.items() if value is not None}
+    return [
+        write_json(folder / "TOFU_EVAL.json", evaluation),
+        write_json(folder / "TOFU_SUMMARY.json", summary),
+    ]

@@ -9,29 +9,32 @@ A word is a run of letters and digits, with apostrophes inside it; upper and low
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
-from evaluation.inference.scoring import EncodedRow, encode_answers, longest_text, score_rows
-from evaluation.logs.records import EvalLog, RowRecord
-from evaluation.metrics.membership import measure_mean
-from evaluation.metrics.statistics import stands_in_a_row
-from evaluation.metrics.summary import generation_of
+from evaluation.logs.records import EvalLog, Generation, RowRecord, generation_of
+from evaluation.metrics.bootstrap import measure_mean
 from evaluation.protocols import Protocol, protocol_named
 from unlearner.request.rows import Row
-from unlearner.tokens.prompts import Encoded
-
-if TYPE_CHECKING:
-    import torch
-
-    from unlearner.tokens.prompts import PromptFormat
 
 # One protocol for each greedy decoding; the first whose answers every log holds is read.
 GREEDY = ("tofu", "open-unlearning")
 IN_A_ROW = 3
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+def rouge_recall(generated: Sequence[str], truths: Sequence[str]) -> list[Generation]:
+    """Each generated answer with its ROUGE-1 and ROUGE-L recall, Porter stemmer (`rouge_score`)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    found = [scorer.score(truth, text) for text, truth in zip(generated, truths, strict=True)]
+    return [
+        Generation(text, float(score["rouge1"].recall), float(score["rougeL"].recall))
+        for text, score in zip(generated, found, strict=True)
+    ]
 
 
 def words_of(text: str) -> list[str]:
@@ -52,6 +55,15 @@ def distinct_2(words: Sequence[str]) -> float | None:
 def is_repeated(words: Sequence[str]) -> bool:
     """Whether one word, or one bigram, stands three times in a row."""
     return any(stands_in_a_row(words, size, IN_A_ROW) for size in (1, 2))
+
+
+def stands_in_a_row(words: Sequence[str], size: int, times: int) -> bool:
+    """Whether some `size` words stand `times` times one after another."""
+    span = size * times
+    return any(
+        list(words[i : i + span]) == list(words[i : i + size]) * times
+        for i in range(len(words) - span + 1)
+    )
 
 
 def recorded_answers(logs: Sequence[tuple[str, EvalLog]], name: str) -> list[list[Row]]:
@@ -102,53 +114,6 @@ def _answered(row: RowRecord, protocol: Protocol, where: str) -> Row:
             "Give a log with questions, as `unlearner evaluate --out DIR` writes it.",
         )
     return Row(row.question, text)
-
-
-def judge_losses(
-    model: torch.nn.Module,
-    fmt: PromptFormat,
-    rows: Sequence[Row],
-    *,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[float | None]:
-    """The judge's mean NLL of each answer behind its question's prompt, nats a token; (rows,).
-
-    Only the answer's tokens count, and no EOS behind them: a log does not say whether the model
-    ended the answer or its budget of tokens did, and cut answers would be charged for an end that
-    nobody wrote. Texts are scored uncut. None where the answer has no word, or no token of its own.
-
-    Args:
-        model: a causal LM that never saw the rows; stays in its mode.
-        fmt: turns question and answer into the judge's tokens.
-        rows: question and generated answer.
-        on_progress: called with scored and all answers after each batch.
-    """
-    worded = [i for i, row in enumerate(rows) if words_of(row.answer)]
-    encoded = [_without_end(row, fmt) for row in encode_answers(fmt, [rows[i] for i in worded])]
-    kept = [(i, text) for i, text in zip(worded, encoded, strict=True) if text.answer.n_targets]
-    texts = [text for _, text in kept]
-    records = score_rows(
-        model,
-        fmt,
-        [rows[i] for i, _ in kept],
-        encoded=texts,
-        max_length=longest_text(texts),
-        shared=False,  # one text a question: nothing to share
-        on_progress=on_progress,
-    )
-    found: list[float | None] = [None] * len(rows)
-    for (i, _), record in zip(kept, records, strict=True):
-        found[i] = record.answer_score.mean_nll if record.answer_score else None
-    return found
-
-
-def _without_end(row: EncodedRow, fmt: PromptFormat) -> EncodedRow:
-    """The answer alone, without the special tokens that close its turn."""
-    special, start = set(fmt.tokenizer.all_special_ids), row.answer.n_prompt
-    end = len(row.answer.input_ids)
-    while end > start and row.answer.input_ids[end - 1] in special:
-        end -= 1
-    return EncodedRow(Encoded(row.answer.input_ids[:end], row.answer.labels[:end]), None, ())
 
 
 def fluency(rows: Sequence[Row], losses: Sequence[float | None]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from evaluation.metrics.statistics import RESAMPLES, Floats, Interval, interval
+from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, interval
 
 # The nine parts of model utility by the names of the official code.
 UTILITY_SETS = {"Real Authors": "real_authors", "Real World": "world_facts", "Retain": "retain"}
@@ -41,10 +42,27 @@ class ModelUtility:
     reason: str | None = None
 
 
-def harmonic_mean(values: Sequence[float] | Floats) -> float:
-    """The harmonic mean; 0 as soon as one value is 0."""
-    numbers = np.asarray(values, dtype=np.float64)
-    return 0.0 if (numbers <= 0).any() else float(numbers.size / (1 / numbers).sum())
+def answer_prob(mean_nll: npt.ArrayLike) -> Floats:
+    """`P = exp(-nbar)` of every row, the length-normalised probability of the answer."""
+    return np.exp(-np.asarray(mean_nll, dtype=np.float64))
+
+
+def option_prob(answer: npt.ArrayLike, perturbed: Sequence[npt.ArrayLike]) -> Floats:
+    """`P(answer) / (P(answer) + sum_k P(perturbed_k))` of every row, by log-sum-exp.
+
+    The released code divides the probabilities themselves and gives NaN once all underflow.
+    """
+    from scipy.special import logsumexp
+
+    right = np.asarray(answer, dtype=np.float64)
+    wrong = [np.asarray(losses, dtype=np.float64) for losses in perturbed]
+    if len(wrong) != right.size:
+        raise ValueError("every row needs its perturbed answers")
+    logs = [
+        -loss - logsumexp(np.append(-losses, -loss))
+        for loss, losses in zip(right, wrong, strict=True)
+    ]
+    return np.exp(np.array(logs, dtype=np.float64))
 
 
 def model_utility(
@@ -70,12 +88,13 @@ def model_utility(
     counts = {name: len(next(iter(found.values()))) for name, found in rows.items() if found}
     if missing:
         return ModelUtility(None, parts, counts, reason=f"not measured: {', '.join(missing)}")
-    value = harmonic_mean(list(parts.values()))
+    from scipy.stats import hmean
+
+    value = float(hmean(list(parts.values())))
     if not resamples:
         return ModelUtility(value, parts, counts)
     samples = _bootstrap_parts(rows, resamples, seed)
-    with np.errstate(divide="ignore"):
-        utility = len(samples) / (1 / samples).sum(axis=0)
+    utility = hmean(samples, axis=0)
     spread = {title: interval(row) for title, row in zip(parts, samples, strict=True)}
     return ModelUtility(value, parts, counts, interval(utility), spread)
 

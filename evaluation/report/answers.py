@@ -9,24 +9,24 @@ from dataclasses import dataclass
 
 from adapters.errors import UserError
 from evaluation.logs.matching import match_rows
-from evaluation.logs.records import RowRecord, SetRecord
-from evaluation.metrics.statistics import log_truth_ratio
-from evaluation.metrics.summary import generation_of, protocol_rows
+from evaluation.logs.records import RowRecord, SetRecord, generation_of, protocol_rows
+from evaluation.metrics.forget_quality import log_truth_ratio
 from evaluation.protocols import Protocol
+from evaluation.report.numbers import fixed
 
 MOST = 10
-Parts = tuple[tuple[str, bool], ...]
+Runs = tuple[tuple[str, bool], ...]
 TIES = "ties by the true answer's probability, then by the order of the rows"
 
 
 @dataclass(frozen=True)
 class RowFigures:
-    """What a row says in numbers; None where the log does not hold it.
+    """The figures of one row; None where the log does not hold them.
 
     Attributes:
-        answer_prob: of the true answer, a token (geometric mean).
-        nll: nats a token of the true answer.
-        log_r: log truth ratio; below 0 the right answer is the likelier one.
+        answer_prob: probability of the true answer per token (geometric mean).
+        nll: negative log-likelihood of the true answer, in nats per token.
+        log_r: log truth ratio; below 0 the right answer is likelier than the wrong ones.
     """
 
     rouge_l_recall: float | None
@@ -37,7 +37,7 @@ class RowFigures:
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """One answer with its question; `change` is its ROUGE-L recall less Origin's."""
+    """One answer with its question; `change` is its ROUGE-L recall minus Origin's."""
 
     row: int
     question: str | None
@@ -49,7 +49,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """The best and worst answers of a system on one set of `n` rows, and by which rule."""
+    """The best and worst answers of a system on one set of `n` rows, and the rule of the order."""
 
     system: str
     name: str
@@ -61,19 +61,32 @@ class AnswerSet:
 
 def row_figures(row: RowRecord, protocol: Protocol) -> RowFigures:
     """The row's figures under a protocol."""
-    made = generation_of(row, protocol)
+    generation = generation_of(row, protocol)
     nll = None if row.answer_score is None else row.answer_score.mean_nll
     log_r = None
     if row.paraphrase is not None and row.perturbed:
         wrong = [[score.mean_nll for score in row.perturbed]]
-        found = log_truth_ratio([row.paraphrase.mean_nll], wrong, protocol.truth_ratio)
-        log_r = float(found[0])
+        ratios = log_truth_ratio([row.paraphrase.mean_nll], wrong, protocol.truth_ratio)
+        log_r = float(ratios[0])
     return RowFigures(
-        None if made is None else made.rouge_l_recall,
+        None if generation is None else generation.rouge_l_recall,
         None if nll is None else math.exp(-nll),
         nll,
         log_r,
     )
+
+
+def answer_figures(answer: ShownAnswer) -> str:
+    """The answer's figures on one line."""
+    figures = answer.figures
+    parts = [
+        f"ROUGE-L {fixed(figures.rouge_l_recall)}",
+        f"answer prob. {fixed(figures.answer_prob)}",
+        f"log R {fixed(figures.log_r, 3, True)}",
+    ]
+    if answer.change is not None:
+        parts.append(f"ROUGE-L against Origin {fixed(answer.change, 3, True)}")
+    return ", ".join(parts)
 
 
 def answer_sets(
@@ -84,31 +97,33 @@ def answer_sets(
 ) -> tuple[AnswerSet, ...]:
     """The ten best and ten worst answers of every set that has answers or scores.
 
-    On the forget set an answer is the better the less of the true answer it holds (ROUGE-L
-    recall). On the other sets it is the better the more it gained over Origin's answer to the same
-    question, or without Origin the more of the true answer it holds. Rows of at most twenty are
-    halved, so that none is shown twice.
+    On the forget set the best answer has the lowest ROUGE-L recall of the true answer. On the
+    other sets it has the largest gain over Origin's answer to the same question, or without
+    Origin the highest recall. A set of at most twenty rows is split in half, so that no row is
+    shown twice.
     """
-    found = []
+    shown = []
     for name, record in sets.items():
         rows = protocol_rows(record, protocol)
-        before = _before(rows, origin.get(name) if origin and name != "forget" else None)
-        shown = [
-            _shown(i, row, protocol, None if before is None else before[i])
+        before = _origin_rows(rows, origin.get(name) if origin and name != "forget" else None)
+        answers = [
+            _answer(i, row, protocol, None if before is None else before[i])
             for i, row in enumerate(rows)
         ]
-        chosen = _ordered(shown, name)
-        if chosen is None:
+        ranked = _rank(answers, name)
+        if ranked is None:
             continue
-        ordered, rule = chosen
+        ordered, rule = ranked
         most = min(MOST, (len(ordered) + 1) // 2)
         worst = ordered[max(most, len(ordered) - most) :][::-1]
-        found.append(AnswerSet(system, name, rule, len(rows), tuple(ordered[:most]), tuple(worst)))
-    return tuple(found)
+        shown.append(AnswerSet(system, name, rule, len(rows), tuple(ordered[:most]), tuple(worst)))
+    return tuple(shown)
 
 
-def _before(rows: Sequence[RowRecord], origin: SetRecord | None) -> tuple[RowRecord, ...] | None:
-    """Origin's rows beside these; None where it holds other ones, so nothing can be compared."""
+def _origin_rows(
+    rows: Sequence[RowRecord], origin: SetRecord | None
+) -> tuple[RowRecord, ...] | None:
+    """Origin's rows in the order of `rows`; None where it holds other rows."""
     if origin is None:
         return None
     try:
@@ -117,46 +132,46 @@ def _before(rows: Sequence[RowRecord], origin: SetRecord | None) -> tuple[RowRec
         return None
 
 
-def _shown(i: int, row: RowRecord, protocol: Protocol, before: RowRecord | None) -> ShownAnswer:
-    made, figures = generation_of(row, protocol), row_figures(row, protocol)
+def _answer(i: int, row: RowRecord, protocol: Protocol, origin: RowRecord | None) -> ShownAnswer:
+    generation, figures = generation_of(row, protocol), row_figures(row, protocol)
     change = None
-    if before is not None and figures.rouge_l_recall is not None:
-        old = generation_of(before, protocol)
-        change = None if old is None else figures.rouge_l_recall - old.rouge_l_recall
-    return ShownAnswer(
-        i, row.question, row.answer, None if made is None else made.text, figures, change
-    )
+    if origin is not None and figures.rouge_l_recall is not None:
+        before = generation_of(origin, protocol)
+        change = None if before is None else figures.rouge_l_recall - before.rouge_l_recall
+    text = None if generation is None else generation.text
+    return ShownAnswer(i, row.question, row.answer, text, figures, change)
 
 
-def _ordered(rows: Sequence[ShownAnswer], name: str) -> tuple[list[ShownAnswer], str] | None:
-    """The rows from best to worst with the rule in words; None without anything to go by."""
+def _rank(answers: Sequence[ShownAnswer], name: str) -> tuple[list[ShownAnswer], str] | None:
+    """The answers from best to worst, and the rule in words; None without a figure to rank by."""
     forget = name == "forget"
     wanted = "lowest" if forget else "highest"
-    if rows and all(row.change is not None for row in rows):
-        key, rule = [row.change for row in rows], "greatest gain of ROUGE-L recall over Origin"
-    elif rows and all(row.figures.rouge_l_recall is not None for row in rows):
-        key = [row.figures.rouge_l_recall for row in rows]
-        rule = f"{wanted} ROUGE-L recall of the true answer"
-    elif rows and all(row.figures.answer_prob is not None for row in rows):
-        key = [row.figures.answer_prob for row in rows]
-        rule = f"{wanted} probability of the true answer"
-    else:
-        return None
-    side = 1 if forget else -1
-    order = sorted(
-        range(len(rows)),
-        key=lambda i: (side * (key[i] or 0.0), side * (rows[i].figures.answer_prob or 0.0), i),
+    recall = [answer.figures.rouge_l_recall for answer in answers]
+    prob = [answer.figures.answer_prob for answer in answers]
+    candidates = (
+        ([answer.change for answer in answers], "greatest gain of ROUGE-L recall over Origin"),
+        (recall, f"{wanted} ROUGE-L recall of the true answer"),
+        (prob, f"{wanted} probability of the true answer"),
     )
-    return [rows[i] for i in order], f"best: {rule}; {TIES}"
+    complete = [pair for pair in candidates if answers and None not in pair[0]]
+    if not complete:
+        return None
+    values, rule = complete[0]
+    sign = 1 if forget else -1
+    order = sorted(
+        range(len(answers)), key=lambda i: (sign * (values[i] or 0), sign * (prob[i] or 0), i)
+    )
+    return [answers[i] for i in order], f"best: {rule}; {TIES}"
 
 
-def word_differences(left: str, right: str) -> tuple[Parts, Parts]:
-    """Both texts in runs of words, each with whether only this text has them at that place."""
-    one, other = left.split(), right.split()
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    parts: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
+def word_differences(left: str, right: str) -> tuple[Runs, Runs]:
+    """Both texts as runs of words, each with whether the other text lacks them at that place."""
+    left_words, right_words = left.split(), right.split()
+    matcher = difflib.SequenceMatcher(None, left_words, right_words, autojunk=False)
+    left_runs, right_runs = [], []
     for kind, a, b, c, d in matcher.get_opcodes():
-        for words, found in ((one[a:b], parts[0]), (other[c:d], parts[1])):
-            if words:
-                found.append((" ".join(words), kind != "equal"))
-    return tuple(parts[0]), tuple(parts[1])
+        if a < b:
+            left_runs.append((" ".join(left_words[a:b]), kind != "equal"))
+        if c < d:
+            right_runs.append((" ".join(right_words[c:d]), kind != "equal"))
+    return tuple(left_runs), tuple(right_runs)

@@ -1,234 +1,223 @@
-"""The sections of a report that show a strength curve and a robustness card."""
+"""The cards that other commands write: robustness, calibration and search results.
+
+Reading is strict about kinds and required fields, and tolerant of parts that were not run.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from evaluation.report.blocks import (
-    DASH,
-    HIGHER,
-    LOWER,
-    Block,
-    Cell,
-    Column,
-    Figure,
-    Heading,
-    Note,
-    Para,
-    Section,
-    Table,
-    fixed,
-    p_text,
-    plain,
-)
-from evaluation.report.plots import robustness_charts, strength_charts
-from evaluation.report.read import Calibration, Curve, Robustness, Search
+from adapters.errors import UserError
 
-# Columns of figures by key: their heads and directions.
-FIGURES = {
-    "forget_quality": ("Forget quality (p)", HIGHER),
-    "forget_quality_log10": ("log10", HIGHER),
-    "ks": ("KS D", LOWER),
-    "log_r_gap": ("Gap of log R", "→ 0 is best"),
-    "log_r_shift": ("Shift of log R", "→ 0 is best"),
-    "direction": ("Direction", ""),
-    "model_utility": ("Model utility", HIGHER),
-    "forget_nll": ("Forget NLL", "best near the reference's"),
-    "retrain_forget_nll": ("Retrain's forget NLL", ""),
-    "forget_rouge_l_recall": ("Forget ROUGE-L", LOWER),
-    "forget_answer_prob": ("Forget answer prob.", LOWER),
-    "retain_answer_prob": ("Retain answer prob.", HIGHER),
-}
+ROBUSTNESS, CALIBRATION, TUNE = "robustness.json", "calibration.json", "tune.json"
+SCHEMA = 1
+VERDICT_WORDS = {True: "holds", False: "leaks", None: "undecided"}
+Figures = Mapping[str, Any]
 
 
-def calibration_section(found: Calibration, number: int) -> Section:
-    """The strength curve with the chosen point, as plots and as a table."""
-    about = found.about
-    chosen = "none was chosen" if found.chosen_scale is None else f"{found.chosen_scale:g}"
-    said = [f"Chosen strength of {found.name}: {chosen}."]
-    if about.get("reason"):
-        said.append(f"Why: {plain(about['reason'])}.")
-    if about.get("rule"):
-        said.append(f"Rule: {plain(about['rule'])}.")
-    said += [
-        f"{word}: {plain(about[key])}."
-        for key, word in (("split", "Split"), ("protocol", "Protocol"), ("tried", "Tried"))
-        if about.get(key) is not None
+@dataclass(frozen=True)
+class Curve:
+    """Named points of a card, each a mapping of figures."""
+
+    name: str
+    points: tuple[Figures, ...]
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """A robustness card; parts that were not run are empty."""
+
+    name: str
+    about: Figures
+    states: tuple[Figures, ...] = ()
+    relearning: tuple[Curve, ...] = ()
+    relearning_about: Figures = field(default_factory=dict)
+    sampling: tuple[Curve, ...] = ()
+    sampling_about: Figures = field(default_factory=dict)
+    paraphrase: tuple[Figures, ...] = ()
+    drop: Figures = field(default_factory=dict)
+    verdicts: tuple[Figures, ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Figures over an adapter's strength, and the chosen strength."""
+
+    name: str
+    about: Figures
+    chosen_scale: float | None
+    curve: tuple[Figures, ...]
+    held_out: Figures = field(default_factory=dict)
+    evaluations: tuple[Figures, ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search over settings: number tried, chosen settings, and their figures on every seed."""
+
+    name: str
+    about: Figures
+    tried: int
+    settings: Figures = field(default_factory=dict)
+    selected: Figures = field(default_factory=dict)
+    held_out: tuple[Figures, ...] = ()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, is not strict JSON, or holds no object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}.", "Give a complete file.") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds {type(raw).__name__}, not an object.", "Give another file.")
+    return raw
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _read_card(path: Path, command: str) -> dict[str, Any]:
+    raw, kind = read_json(path), f"unlearner-{command}"
+    if raw.get("kind") != kind:
+        raise UserError(
+            f"{path} is of kind {raw.get('kind')!r}, not {kind!r}.",
+            f"Give a file that `unlearner {command}` wrote.",
+        )
+    if raw.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} has schema {raw.get('schema')!r}; this version reads schema {SCHEMA}.",
+            f"Update unlearner, or run `unlearner {command}` again.",
+        )
+    return raw
+
+
+def read_robustness(path: Path) -> Robustness:
+    """The card that `unlearner robustness` wrote.
+
+    Raises:
+        UserError: a file of another kind, or a part of another shape than the schema's.
+    """
+    raw = _read_card(path, "robustness")
+    relearning, sampling = (_object(raw, key, path) for key in ("relearning", "sampling"))
+    about = ("base", "adapters", "split", "protocol", "limit", "settings", "versions")
+    # Adapters are names, or pairs of a name and a strength.
+    adapters = raw.get("adapters")
+    names = [
+        str(adapter[0]) if isinstance(adapter, list) and adapter else str(adapter)
+        for adapter in (adapters if isinstance(adapters, list) else [])
     ]
-    blocks: list[Block] = [Para(" ".join(said))]
-    blocks += [Figure(chart) for chart in strength_charts(found)]
-    if found.curve:
-        head = Column("Strength")
-        marked = [row["scale"] == found.chosen_scale for row in found.curve]
-        blocks.append(
-            _figure_table(
-                f"Strength curve of {found.name}", found.curve, head,
-                [Cell(f"{r['scale']:g}", "chosen" if m else "")
-                 for r, m in zip(found.curve, marked, strict=True)],
-                tuple("total" if m else "measured" for m in marked),
-            )
-        )  # fmt: skip
-    if found.evaluations:
-        names = [Cell(f"{row['scale']:g}") for row in found.evaluations]
-        caption = "Whole evaluations at some strengths"
-        blocks.append(_figure_table(caption, found.evaluations, Column("Strength"), names))
-    if found.held_out:
-        blocks.append(facts_table("On rows that did not choose it", found.held_out))
-    title = "Strength curve" + (f", {found.name}" if found.name else "")
-    return Section(f"strength-{number + 1}", title, tuple(blocks))
-
-
-def robustness_section(card: Robustness, number: int) -> Section:
-    """Verdicts, states, relearning, sampling, paraphrases: what was measured of it."""
-    said = [
-        f"{word}: {plain(card.about[key])}."
-        for key, word in (
-            ("base", "Base"), ("adapters", "Adapters"), ("split", "Split"),
-            ("protocol", "Protocol"),
-        )
-        if card.about.get(key) is not None
-    ]  # fmt: skip
-    blocks: list[Block] = [Para(" ".join(said))] if said else []
-    if card.about.get("limit") is not None:
-        text = f"Limited to the first {plain(card.about['limit'])} rows: for a quick look only."
-        blocks.append(Note(text))
-    if card.verdicts:
-        blocks.append(_verdicts(card.verdicts))
-    if card.states:
-        names = [Cell(str(row["name"])) for row in card.states]
-        blocks.append(
-            _figure_table(
-                "The same adapter in each state", card.states, Column("State", numeric=False), names
-            )
-        )
-    charts = [Figure(chart) for chart in robustness_charts(card)]
-    if card.relearning:
-        blocks += [Heading("Relearning"), _about(card.relearning_about)]
-        blocks += [f for f in charts if f.chart.key.startswith("relearning")]
-        keys = {"seen_answer_prob": "seen", "unseen_answer_prob": "unseen"}
-        blocks.append(_curve_table("Answer probability by step", card.relearning, "step", keys))
-    if card.sampling:
-        blocks += [Heading("Sampling"), _about(card.sampling_about)]
-        blocks += [f for f in charts if f.chart.key.startswith("sampling")]
-        keys = {"share_leaked": "share leaked", "best_rouge_l_recall": "best ROUGE-L"}
-        blocks.append(_curve_table("What leaks in n answers", card.sampling, "n", keys))
-    if card.paraphrase:
-        blocks += [Heading("Paraphrases and other forms"), _paraphrase(card.paraphrase)]
-    if card.drop:
-        blocks += [Heading("Adapter drop"), facts_table("The adapter switched off", card.drop)]
-    title = "Robustness" + (f", {card.name}" if card.name else "")
-    return Section(f"robustness-{number + 1}", title, tuple(blocks))
-
-
-def search_section(found: Search, number: int) -> Section:
-    """How many settings were tried, and the chosen ones on the seed that chose and on others."""
-    blocks: list[Block] = [
-        Para(
-            f"{found.tried} configurations were tried. The chosen one was chosen by its figures on "
-            "the first seed, which are therefore optimistic; the other seeds did not choose."
-        )
-    ]
-    rows = [row for row in (found.selected, *found.held_out) if row]
-    if rows:
-        words = ["chosen by it", *["held out"] * len(found.held_out)]
-        names = [
-            Cell(f"seed {plain(row.get('seed'))}", word)
-            for row, word in zip(rows, words[-len(rows) :], strict=True)
-        ]
-        caption = "The chosen settings on every seed"
-        blocks.append(_figure_table(caption, rows, Column("Seed", numeric=False), names))
-    if found.settings:
-        blocks.append(facts_table("The chosen settings", found.settings))
-    return Section(f"search-{number + 1}", f"Search, {found.name}", tuple(blocks))
-
-
-def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = (
-        Column("Verdict", numeric=False), Column("Holds", numeric=False), Column("Value"),
-        Column("Threshold"), Column("In words", numeric=False),
-    )  # fmt: skip
-    words = {True: "✓ holds", False: "✗ does not hold", None: "not measured"}
-    cells = tuple(
-        (
-            Cell(str(row["name"])), Cell(words.get(row.get("holds"), plain(row.get("holds")))),
-            Cell(_figure(row.get("value"))), Cell(_figure(row.get("threshold"))),
-            Cell(str(row["text"])),
-        )
-        for row in rows
-    )  # fmt: skip
-    return Table("Verdicts, each with its threshold", columns, cells)
-
-
-def _figure(value: Any, key: str = "") -> str:
-    if value is None:
-        return DASH
-    if key == "forget_quality":
-        return p_text(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        signed = key in ("log_r_gap", "log_r_shift")
-        return fixed(value, 3, signed) if isinstance(value, float) or key else str(value)
-    return plain(value)
-
-
-def _figure_table(
-    caption: str,
-    rows: Sequence[Mapping[str, Any]],
-    head: Column,
-    names: Sequence[Cell],
-    kinds: tuple[str, ...] = (),
-) -> Table:
-    """The figures that any of the rows has, a column each."""
-    keys = [key for key in FIGURES if any(row.get(key) is not None for row in rows)]
-    columns = (head, *(Column(*FIGURES[key], numeric=key != "direction") for key in keys))
-    cells = tuple(
-        (name, *(Cell(_figure(row.get(key), key)) for key in keys))
-        for name, row in zip(names, rows, strict=True)
+    return Robustness(
+        name=", ".join(names) or path.resolve().parent.name,
+        about={key: raw[key] for key in about if key in raw},
+        states=read_rows(raw, "states", path, ("name",)),
+        relearning=_curves(relearning, path, ("step",)),
+        relearning_about={key: value for key, value in relearning.items() if key != "curves"},
+        sampling=_curves(sampling, path, ("n",)),
+        sampling_about={key: value for key, value in sampling.items() if key != "curves"},
+        paraphrase=read_rows(raw, "paraphrase", path, ("form",)),
+        drop=_object(raw, "drop", path),
+        verdicts=read_rows(raw, "verdicts", path, ("name", "text")),
     )
-    return Table(caption, columns, cells, kinds)
 
 
-def _curve_table(caption: str, curves: Sequence[Curve], x: str, keys: Mapping[str, str]) -> Table:
-    """The curves' points, a row each place and a column each curve and figure."""
-    places = sorted({point[x] for one in curves for point in one.points})
-    shown = [
-        (f"{one.name}, {word}", {point[x]: point.get(key) for point in one.points})
-        for one in curves
-        for key, word in keys.items()
-        if any(point.get(key) is not None for point in one.points)
-    ]
-    columns = (Column(x), *(Column(name) for name, _ in shown))
-    rows = tuple(
-        (Cell(f"{place:g}"), *(Cell(fixed(values.get(place))) for _, values in shown))
-        for place in places
+def read_calibration(path: Path) -> Calibration:
+    """The curve that `unlearner calibrate` wrote.
+
+    Raises:
+        UserError: a file of another kind, or a part of another shape than the schema's.
+    """
+    raw = _read_card(path, "calibration")
+    return parse_calibration(raw, path, path.resolve().parent.name)
+
+
+def parse_calibration(raw: Figures, path: Path, name: str) -> Calibration:
+    """A calibration from its JSON object; `name` is used where it names no adapter.
+
+    Raises:
+        UserError: a part of another shape than the schema's.
+    """
+    about = (
+        "base", "adapter", "stack", "split", "limit", "protocol", "retain_log", "by", "rule",
+        "reason", "max_mu_loss", "best_by_gap", "best_by_ks", "tried", "published", "versions",
+    )  # fmt: skip
+    chosen = raw.get("chosen_scale")
+    return Calibration(
+        name=str(raw.get("adapter") or name),
+        about={key: raw[key] for key in about if key in raw},
+        chosen_scale=None if chosen is None else _number(chosen, f"{path}: chosen_scale"),
+        curve=read_rows(raw, "curve", path, ("scale",)),
+        held_out=_object(raw, "held_out", path),
+        evaluations=read_rows(raw, "evaluations", path, ("scale",)),
     )
-    return Table(caption, columns, rows)
 
 
-def _paraphrase(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = (
-        Column("Form", numeric=False), Column("Answer prob., base"),
-        Column("Answer prob., unlearned", LOWER), Column("ROUGE-L, base"),
-        Column("ROUGE-L, unlearned", LOWER), Column("n"),
+def read_search(path: Path) -> Search:
+    """The result that `unlearner tune` wrote.
+
+    Raises:
+        UserError: a file of another kind, or a part of another shape than the schema's.
+    """
+    raw = _read_card(path, "tune")
+    chosen = _object(raw, "chosen", path)
+    about = (
+        "objective", "request", "split", "tried", "finished", "pruned", "failed", "loss", "space",
+        "fixed", "command",
     )  # fmt: skip
-    keys = ("base_answer_prob", "answer_prob", "base_rouge_l_recall", "rouge_l_recall")
-    cells = tuple(
-        (
-            Cell(str(row["form"])), *(Cell(fixed(row.get(key))) for key in keys),
-            Cell(plain(row.get("n"))),
+    return Search(
+        name=path.resolve().parent.name,
+        about={key: raw[key] for key in about if key in raw},
+        tried=int(_number(raw.get("tried"), f"{path}: tried")),
+        settings=_object(chosen, "settings", path),
+        selected=_object(chosen, "selected", path),
+        held_out=read_rows(chosen, "held_out", path),
+    )
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where} is {value!r}, not a number.", "Measure it again.")
+    return float(value)
+
+
+def _object(raw: Figures, key: str, path: Path) -> dict[str, Any]:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(
+            f"{path}: {key} is {type(value).__name__}, not an object.", "Measure it again."
         )
-        for row in rows
-    )  # fmt: skip
-    return Table("The same facts asked in other words", columns, cells)
+    return value or {}
 
 
-def _about(about: Mapping[str, Any]) -> Para:
-    said = [f"{key.replace('_', ' ')}: {plain(value)}." for key, value in about.items()]
-    return Para(" ".join(said) or "Its settings are not recorded.")
+def read_rows(
+    raw: Figures, key: str, path: Path, needed: Sequence[str] = ()
+) -> tuple[dict[str, Any], ...]:
+    """A list of objects that all have the keys `needed`; empty where there is none.
+
+    Raises:
+        UserError: another type, or a key that is missing.
+    """
+    rows = raw.get(key) or []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: {key} is not a list of objects.", "Measure it again.")
+    for i, row in enumerate(rows):
+        missing = [name for name in needed if row.get(name) is None]
+        if missing:
+            raise UserError(f"{path}: {key} {i} has no {', '.join(missing)}.", "Measure it again.")
+    return tuple(rows)
 
 
-def facts_table(caption: str, facts: Mapping[str, Any]) -> Table:
-    """Recorded facts as two columns, in the order in which they were recorded."""
-    columns = (Column("Field", numeric=False), Column("Value", numeric=False))
-    rows = tuple((Cell(str(key)), Cell(plain(value))) for key, value in facts.items())
-    return Table(caption, columns, rows)
+def _curves(raw: Figures, path: Path, needed: Sequence[str]) -> tuple[Curve, ...]:
+    rows = read_rows(raw, "curves", path, ("name", "points"))
+    return tuple(Curve(str(row["name"]), read_rows(row, "points", path, needed)) for row in rows)

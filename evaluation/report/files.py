@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.logs.records import write_json, write_text
-from evaluation.metrics.summary import generation_of, protocol_rows
+from evaluation.logs.records import generation_of, protocol_rows, write_json, write_text
 from evaluation.protocols import protocol_named
 from evaluation.report.answers import row_figures
-from evaluation.report.blocks import charts
-from evaluation.report.build import LoadedLog, gather
-from evaluation.report.html import html_report
-from evaluation.report.markdown import markdown
-from evaluation.report.plots import write_png
+from evaluation.report.build import KIND, SCHEMA, LoadedLog, Report, ReportRequest, gather
+from evaluation.report.document import charts, html_page, markdown_page
+from evaluation.report.plots import svg_file, write_png
 from evaluation.report.sections import sections
-from evaluation.report.svg import standalone, svg
-from evaluation.report.tree import KIND, SCHEMA, Report, ReportRequest
 
 FIGURES = (
     "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction", "model_utility",
@@ -38,7 +33,7 @@ ROW_FIGURES = ("rouge_l_recall", "answer_prob", "nll", "log_r")
 
 @dataclass(frozen=True)
 class Written:
-    """A report and the files that it was written to."""
+    """A report, and the files that it was written to."""
 
     report: Report
     files: tuple[Path, ...]
@@ -50,38 +45,37 @@ class Written:
 
 
 def make_report(request: ReportRequest, out: Path, *, png: bool = False) -> Written:
-    """The report, written to `out`; the same inputs give the same bytes.
+    """Write a report to `out`; the same inputs give the same bytes.
 
     Args:
         request: what to report on.
         out: folder for report.md, report.html, report.json, table.csv, rows.csv and plots/.
-        png: plots as PNG too, by matplotlib.
+        png: whether to write the plots as PNG too.
 
     Raises:
-        UserError: as `evaluation.report.build.gather`, or matplotlib is missing.
+        UserError: as `evaluation.report.build.gather`.
     """
     report, logs = gather(request)
-    found = sections(report)
+    parts = sections(report)
     texts = {
-        "report.md": markdown(report.title, found),
-        "report.html": html_report(report.title, found),
+        "report.md": markdown_page(report.title, parts),
+        "report.html": html_page(report.title, parts),
         "table.csv": table_csv(report),
         "rows.csv": rows_csv(report, logs),
     }
-    plots = charts(found)
-    texts |= {f"plots/{chart.key}.svg": standalone(svg(chart)) for chart in plots}
+    texts |= {f"plots/{chart.key}.svg": svg_file(chart) for chart in charts(parts)}
     (out / "plots").mkdir(parents=True, exist_ok=True)
     files = [write_text(out / name, text) for name, text in texts.items()]
     files.append(write_json(out / "report.json", report_json(report)))
     if png:
-        files += [write_png(chart, out / "plots" / f"{chart.key}.png") for chart in plots]
+        files += [write_png(chart, out / "plots" / f"{chart.key}.png") for chart in charts(parts)]
     return Written(report, tuple(files))
 
 
 def report_json(report: Report) -> dict[str, Any]:
-    """The report as JSON values: every figure unrounded, NaN and infinities as null."""
-    found: dict[str, Any] = _json({"kind": KIND, "schema": SCHEMA, **dataclasses.asdict(report)})
-    return found
+    """The report as JSON values: figures unrounded, NaN and infinities as null."""
+    values: dict[str, Any] = _json({"kind": KIND, "schema": SCHEMA, **dataclasses.asdict(report)})
+    return values
 
 
 def _json(value: Any) -> Any:
@@ -97,71 +91,65 @@ def _json(value: Any) -> Any:
 
 
 def table_csv(report: Report) -> str:
-    """One line a system and protocol, figures unrounded, and the published rows."""
-    parts = list(
-        dict.fromkeys(
-            part
-            for view in report.views
-            for one in view.systems
-            for part in one.figures["model_utility_parts"]
-        )
-    )
+    """A line for each system and protocol, figures unrounded, and the published rows."""
+    lines: list[dict[str, Any]] = []
+    parts: dict[str, None] = {}
+    for view in report.views:
+        for system in view.systems:
+            figures = system.figures
+            line = {"name": system.name, "source": system.role, **figures}
+            for name in SPREADS:
+                line[f"{name}_low"], line[f"{name}_high"] = figures[f"{name}_interval"] or (
+                    None,
+                    None,
+                )
+            line |= figures["model_utility_parts"]
+            parts |= dict.fromkeys(figures["model_utility_parts"])
+            line["reason"] = figures["reasons"].get("forget_quality")
+            lines.append(line)
+    for row in report.published:
+        lines.append(
+            {
+                "name": row.name, "source": "published", "forget_quality": row.forget_quality,
+                "model_utility": row.model_utility,
+            }
+        )  # fmt: skip
     spreads = [f"{name}_{end}" for name in SPREADS for end in ("low", "high")]
     columns = ["name", "source", "protocol", *FIGURES, *spreads, *parts,
                "n", "rows_matched_by", "limited", "reason"]  # fmt: skip
-    lines: list[dict[str, Any]] = []
-    for view in report.views:
-        for one in view.systems:
-            found = one.figures
-            line = {"name": one.name, "source": one.role, **found}
-            for name in SPREADS:
-                low, high = found[f"{name}_interval"] or (None, None)
-                line |= {f"{name}_low": low, f"{name}_high": high}
-            line |= found["model_utility_parts"]
-            line["reason"] = found["reasons"].get("forget_quality")
-            lines.append(line)
-    lines += [
-        {
-            "name": row.name, "source": "published", "forget_quality": row.forget_quality,
-            "model_utility": row.model_utility,
-        }
-        for row in report.published
-    ]  # fmt: skip
-    return _csv(columns, lines)
+    return csv_text(columns, lines)
 
 
 def rows_csv(report: Report, logs: Sequence[LoadedLog]) -> str:
-    """One line a row of every log under the first protocol; texts only where they are shown."""
+    """A line for each row of every log under the first protocol, with texts unless left out."""
     texts = () if report.without_answers else ("question", "truth", "answer")
     columns = ["name", "set", "row", *ROW_FIGURES, *texts]
-    if not report.views:
-        return _csv(columns, [])
-    protocol = protocol_named(report.views[0].protocol)
     lines: list[dict[str, Any]] = []
-    for one in logs:
-        for name, found in one.log.sets.items():
-            for i, row in enumerate(protocol_rows(found, protocol)):
-                made = generation_of(row, protocol)
+    for log in logs:
+        protocol = protocol_named(report.views[0].protocol)
+        for name, record in log.log.sets.items():
+            for i, row in enumerate(protocol_rows(record, protocol)):
+                generation = generation_of(row, protocol)
                 lines.append(
                     {
-                        "name": one.name, "set": name, "row": i + 1,
+                        "name": log.name, "set": name, "row": i + 1,
                         **dataclasses.asdict(row_figures(row, protocol)),
                         "question": row.question, "truth": row.answer,
-                        "answer": None if made is None else made.text,
+                        "answer": None if generation is None else generation.text,
                     }
                 )  # fmt: skip
-    return _csv(columns, lines)
+    return csv_text(columns, lines)
 
 
-def _csv(columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:
+    """CSV in which no cell is a formula: a text that could be one begins with an apostrophe."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _safe(value) for key, value in line.items()} for line in lines)
+    writer.writerow({column: _guard(column) for column in columns})
+    writer.writerows({key: _guard(value) for key, value in line.items()} for line in lines)
     return out.getvalue()
 
 
-def _safe(value: Any) -> Any:
-    """A text that a spreadsheet would run as a formula begins with an apostrophe instead."""
-    risky = isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@")
-    return f"'{value}" if risky else value
+def _guard(value: Any) -> Any:
+    formula = isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@")
+    return f"'{value}" if formula else value

@@ -1,4 +1,4 @@
-"""What a report is made from: logs by name and cards, as they are named or lie in folders."""
+"""The logs and cards that a report is made from: named, or found in folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import UserError
-from evaluation.report.read import CALIBRATION, ROBUSTNESS, TUNE, read_json
+from evaluation.report.cards import CALIBRATION, ROBUSTNESS, TUNE, read_json
 
 LOG_FILE = "eval_log.json"
 RESULT = "result.json"
@@ -16,13 +16,13 @@ RETRAIN = "retrain"
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of a report, each as it was named or found.
+    """The files of a report.
 
     Attributes:
         logs: evaluation logs by the name of their system, in the order of the table.
         robustness, calibration: cards.
-        results: what `reproduce` wrote (its settings and its split).
-        tune: what a search wrote.
+        results: results of `reproduce` (its settings and its split).
+        tune: results of searches.
     """
 
     logs: Mapping[str, Path] = field(default_factory=dict)
@@ -35,54 +35,50 @@ class Inputs:
 def find_inputs(
     texts: Sequence[str], robustness: Sequence[Path] = (), calibration: Sequence[Path] = ()
 ) -> Inputs:
-    """The files that the words of the command name; folders are looked through.
+    """The files that `texts` name; folders are searched.
 
     Args:
         texts: `NAME=LOG`, a log, or a folder that evaluate, reproduce or quickstart wrote.
-        robustness, calibration: cards named by flags.
+        robustness, calibration: cards in addition to those in folders.
 
     Raises:
         UserError: no such file, a folder without a log or card, or a name given twice.
     """
     logs: dict[str, Path] = {}
-    cards: dict[str, list[Path]] = {ROBUSTNESS: [*robustness], CALIBRATION: [*calibration]}
-    others: dict[str, list[Path]] = {RESULT: [], TUNE: []}
+    cards = {ROBUSTNESS: [*robustness], CALIBRATION: [*calibration], RESULT: [], TUNE: []}
     for text in texts:
-        name, path = split_name(text)
+        name, path = _split_name(text)
         if not path.exists():
             raise UserError(f"There is no file or folder {path}.", "Check the path.")
         if not path.is_dir():
             _add(logs, name or log_name(path), path)
             continue
-        found = folder_logs(path)
-        there = [
-            (kind, one)
-            for kind in (*cards, *others)
-            for one in [path / kind, *sorted(path.glob(f"*/{kind}"))]
-            if one.is_file()
+        folder = folder_logs(path)
+        folder_cards = [
+            (kind, file)
+            for kind in cards
+            for file in [path / kind, *sorted(path.glob(f"*/{kind}"))]
+            if file.is_file()
         ]
-        if not found and not there:
+        if not folder and not folder_cards:
             raise UserError(
-                f"{path} holds no {LOG_FILE}, logs/*.json, {RESULT} or card ({', '.join(cards)}).",
-                "Name the folder that evaluate, reproduce or quickstart wrote, or NAME=LOG.",
+                f"{path} holds no {LOG_FILE}, logs/*.json or card ({', '.join(cards)}).",
+                "Name a folder that evaluate, reproduce or quickstart wrote, or NAME=LOG.",
             )
-        if name is not None and len(found) > 1:
+        if name is not None and len(folder) > 1:
             raise UserError(
-                f"{path} holds {len(found)} logs, so it cannot be called {name!r}.",
+                f"{path} holds {len(folder)} logs, so it cannot be named {name!r}.",
                 "Leave out the name, or name each log: NAME=LOG.",
             )
-        for own, one in found.items():
-            _add(logs, name or own, one)
-        for kind, one in there:
-            kept = cards[kind] if kind in cards else others[kind]
-            if one.resolve() not in {other.resolve() for other in kept}:
-                kept.append(one)
-    return Inputs(
-        logs, *(tuple(found) for found in (*cards.values(), others[RESULT], others[TUNE]))
-    )
+        for own_name, file in folder.items():
+            _add(logs, name or own_name, file)
+        for kind, file in folder_cards:
+            if file.resolve() not in {other.resolve() for other in cards[kind]}:
+                cards[kind].append(file)
+    return Inputs(logs, *map(tuple, cards.values()))
 
 
-def split_name(text: str) -> tuple[str | None, Path]:
+def _split_name(text: str) -> tuple[str | None, Path]:
     """`NAME=LOG` as name and path; a path that exists is never split."""
     name, sign, rest = text.partition("=")
     if not sign or Path(text).exists() or "/" in name:
@@ -93,58 +89,58 @@ def split_name(text: str) -> tuple[str | None, Path]:
 
 
 def log_name(path: Path) -> str:
-    """What a log is called without a name: its folder's where the file's says nothing."""
-    plain = path.name in (LOG_FILE, "log.json", "eval_log_aggregated.json", "TOFU_EVAL.json")
-    return path.resolve().parent.name if plain else path.stem
-
-
-def named_logs(paths: Sequence[Path]) -> list[str]:
-    """Logs as `find_inputs` takes them: NAME=LOG where two would have the same name."""
-    pairs = zip(log_names(paths), paths, strict=True)
-    return [str(path) if name == log_name(path) else f"{name}={path}" for name, path in pairs]
+    """The default name of a log: the file's, or its folder's where all files are named alike."""
+    common = path.name in (LOG_FILE, "log.json", "eval_log_aggregated.json", "TOFU_EVAL.json")
+    return path.resolve().parent.name if common else path.stem
 
 
 def log_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each log, all different: `log_name`, numbered where several would share one."""
-    found: list[str] = []
+    """A different name for each log: `log_name`, numbered where several would share one."""
+    names: list[str] = []
     for path in paths:
         name, number = log_name(path), 1
-        while name in found:
+        while name in names:
             number += 1
             name = f"{log_name(path)} ({number})"
-        found.append(name)
-    return found
+        names.append(name)
+    return names
+
+
+def named_logs(paths: Sequence[Path]) -> list[str]:
+    """Logs as `find_inputs` takes them: NAME=LOG where two would share a name."""
+    pairs = zip(log_names(paths), paths, strict=True)
+    return [str(path) if name == log_name(path) else f"{name}={path}" for name, path in pairs]
 
 
 def _add(logs: dict[str, Path], name: str, path: Path) -> None:
     if name in logs and logs[name].resolve() != path.resolve():
         raise UserError(
-            f"Two logs are called {name!r}: {logs[name]} and {path}.",
-            "Name them: NAME=LOG.",
+            f"Two logs are named {name!r}: {logs[name]} and {path}.",
+            "Give them names of their own: NAME=LOG.",
         )
     logs[name] = path
 
 
 def folder_logs(folder: Path) -> dict[str, Path]:
-    """The logs in a folder of evaluate (one, or one a system), reproduce or quickstart."""
+    """The logs in a folder of evaluate (one, or one for each system), reproduce or quickstart."""
     if (folder / RESULT).is_file():
-        named = read_json(folder / RESULT).get("logs")
-        if not isinstance(named, dict):
+        logs = read_json(folder / RESULT).get("logs")
+        if not isinstance(logs, dict):
             raise UserError(f"{folder / RESULT} names no logs.", "Run `unlearner reproduce` again.")
-        return {str(name): _moved(folder, Path(str(path))) for name, path in named.items()}
+        return {str(name): _locate(folder, Path(str(path))) for name, path in logs.items()}
     if (folder / LOG_FILE).is_file():
         return {folder.resolve().name: folder / LOG_FILE}
-    found = {path.stem: path for path in sorted((folder / "logs").glob("*.json"))}
-    found |= {path.parent.name: path for path in sorted(folder.glob(f"*/{LOG_FILE}"))}
+    paths = {path.stem: path for path in sorted((folder / "logs").glob("*.json"))}
+    paths |= {path.parent.name: path for path in sorted(folder.glob(f"*/{LOG_FILE}"))}
     first = {"origin": 0, RETRAIN: 1}
-    return dict(sorted(found.items(), key=lambda pair: (first.get(pair[0], 2), pair[0])))
+    return dict(sorted(paths.items(), key=lambda pair: (first.get(pair[0], 2), pair[0])))
 
 
-def _moved(folder: Path, path: Path) -> Path:
-    """Where a log that `reproduce` named lies now: beside its result, also after a move."""
-    for own in (folder / path.parent.name / path.name, path):
-        if own.is_file():
-            return own
+def _locate(folder: Path, path: Path) -> Path:
+    """A log that `reproduce` recorded: beside its result, also after the folder was moved."""
+    for place in (folder / path.parent.name / path.name, path):
+        if place.is_file():
+            return place
     raise UserError(
         f"{folder / RESULT} names the log {path}, which is gone.", "Name the logs: NAME=LOG."
     )

@@ -1,294 +1,454 @@
-"""The plots of a report as data, and as PNG by matplotlib where that is wanted."""
+"""Every plot of the product: charts as data, drawn by matplotlib as SVG or PNG.
+
+An SVG takes its colours from the CSS variables of the page that holds it, so it follows light and
+dark. Nothing is shown by colour alone: lines differ in their dashes, points in their markers, and
+each plot has a title and a description in words. The same chart gives the same bytes.
+"""
 
 from __future__ import annotations
 
+import html
+import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from adapters.errors import UserError
-from evaluation.report.axes import Point, Span, span
-from evaluation.report.blocks import fixed, p_text
-from evaluation.report.read import Calibration, Curve, Robustness
-from evaluation.report.svg import DASHES, Chart, Gap, Rule, Series, axes_of, label_places, stairs
-from evaluation.report.tree import MEASURED, REFERENCE, Published, System, View
+from evaluation.report.numbers import fixed
 
-TAIL = 0.005  # of the rows at either end may lie beyond a plot's edge
-SLOTS = {"retrain": 0, "unlearned": 1, "origin": 2}
-COLOURS = ("#1f5f8b", "#a84c14", "#4f6a1e", "#80479c")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours by role: the value on a light page, then on a dark one.
+COLOURS = {
+    "ink": ("#1c2430", "#e8ecf1"),
+    "quiet": ("#55606e", "#aeb8c4"),
+    "line": ("#d5dbe2", "#3a4450"),
+    "paper": ("#ffffff", "#171c22"),
+    "soft": ("#f4f6f8", "#1f262e"),
+    "diff": ("#fff1c9", "#4a3d12"),
+    "warn": ("#8a4b08", "#f0b36f"),
+    "accent": ("#1f5f8b", "#8fc7ee"),
+    "two": ("#a84c14", "#f0a36f"),
+    "three": ("#4f6a1e", "#b3d37c"),
+    "four": ("#80479c", "#d3a6ea"),
+}
+INK, QUIET, GRID, PAPER = (COLOURS[role][0] for role in ("ink", "quiet", "line", "paper"))
+CYCLE = tuple(COLOURS[role][0] for role in ("accent", "two", "three", "four"))
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1)))
 MARKERS = ("o", "^", "s", "D", "P", "*")
+SIZE = (4.7, 3.6)  # inches
+TAIL = 0.005  # share of the rows at either end that may lie beyond a distribution's axis
+LEGEND_WIDTH = 34  # characters of a legend's line
+# matplotlib keeps its settings in one global dictionary, and the app draws from several threads.
+_DRAWING = threading.Lock()
+
+Point = tuple[float, float]
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, distribution or set of points of a chart.
+
+    Attributes:
+        points: in the order in which they are joined.
+        slot: index of its colour, dashes and marker.
+        style: a line through points, steps (a distribution), single points, or a Pareto front.
+        labels: texts beside the points of style `points`, one each.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    slot: int = 0
+    style: Literal["line", "steps", "points", "front"] = "line"
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A thin line across the chart at a value of x, or of y where `level` is set."""
+
+    at: float
+    text: str
+    level: bool = False
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A vertical distance marked at `x` from `low` to `high`."""
+
+    x: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot as data.
+
+    Attributes:
+        key: name of its file, without the ending.
+        title, text: its name, and what it shows in words for readers who do not see it.
+        x, y: labels of the axes.
+        xs, ys: limits of the axes; None fits them to the series.
+        log2: whether x is on a logarithmic scale of base 2.
+    """
+
+    key: str
+    title: str
+    text: str
+    x: str
+    y: str
+    series: tuple[Series, ...]
+    xs: Span | None = None
+    ys: Span | None = None
+    rules: tuple[Rule, ...] = ()
+    gap: Gap | None = None
+    log2: bool = False
 
 
 def file_key(*words: str) -> str:
-    """Words as the name of a file."""
-    text = "-".join(words).casefold()
-    return re.sub(r"[^a-z0-9]+", "-", text).strip("-") or "plot"
+    """Words as the name of a file: lower case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).casefold()).strip("-") or "plot"
 
 
-def quality_utility(view: View, published: Sequence[Published]) -> Chart | None:
-    """log10 forget quality against model utility, with the front of what was measured."""
-    placed = [
-        (s, (s.figures["model_utility"], s.figures["forget_quality_log10"]))
-        for s in view.systems
-        if s.figures["model_utility"] is not None
-        if s.figures["forget_quality_log10"] is not None
-    ]
-    if not placed:
-        return None
-    ours = [(s.name, point) for s, point in placed if s.role == MEASURED]
-    theirs = [(s.name, point) for s, point in placed if s.role != MEASURED]
-    others = [
-        (f"{row.name} (published)", (row.model_utility, math.log10(row.forget_quality)))
-        for row in published
-        if row.forget_quality > 0
-    ]
-    everything = [point for _, point in (*ours, *theirs, *others)]
-    xs, ys = span([p[0] for p in everything], 0.18), span([p[1] for p in everything], 0.12)
-    front = pareto_front([point for _, point in ours])
-    series = [
-        Series(name, tuple(p for _, p in points), slot, "marks", tuple(n for n, _ in points))
-        for name, slot, points in (
-            ("measured", 0, ours), ("published", 3, others), ("retrain reference", 5, theirs)
-        )
-        if points
-    ]  # fmt: skip
-    if front:
-        series.append(Series("front of the measured", _front_line(front, xs, ys), 0, "front"))
-    said = [f"{n}: utility {fixed(x)}, log10 quality {fixed(y, 2)}" for n, (x, y) in ours + theirs]
-    best = ", ".join(n for n, point in ours if point in front)
-    text = "; ".join(said) + (f". On the front: {best}" if best else "") + "."
-    return Chart(
-        file_key(view.protocol, "quality-utility"),
-        f"Forget quality against model utility, protocol {view.protocol}",
-        text, "model utility (higher is better)", "log10 forget quality (higher is better)",
-        tuple(series), xs, ys,
-    )  # fmt: skip
+def line_chart(
+    key: str,
+    title: str,
+    curves: Mapping[str, Sequence[Point]],
+    x: str,
+    y: str,
+    *,
+    ys: Span | None = None,
+    rules: Sequence[Rule] = (),
+    levels: bool = False,
+    slots: Mapping[str, int] | None = None,
+    log2: bool = False,
+) -> Chart | None:
+    """Curves by name; None where no curve has two points.
 
-
-def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats in one figure without losing in the other, left to right."""
-    front: list[Point] = []
-    for x, y in sorted(set(points), reverse=True):
-        if not front or y > front[-1][1]:
-            front.append((x, y))
-    return front[::-1]
-
-
-def _front_line(front: Sequence[Point], xs: Span, ys: Span) -> tuple[Point, ...]:
-    line = [(xs[0], front[0][1])]
-    for i, (x, y) in enumerate(front):
-        line += [(x, y), (x, front[i + 1][1] if i + 1 < len(front) else ys[0])]
-    return tuple(line)
-
-
-def ecdf_chart(view: View, system: System) -> Chart | None:
-    """Both distributions of log R with D at its place; None for the reference itself."""
-    found = system.ecdf
-    if found is None or system.role == REFERENCE:
-        return None
-    low, high = (
-        pick(_quantile(found.ours, q), _quantile(found.theirs, q), found.at)
-        for pick, q in ((min, TAIL), (max, 1 - TAIL))
-    )
-    ends = span([low, high], 0.04)
-    series = [
-        Series(name, _steps(values, ends), slot, "steps")
-        for name, slot, values in (
-            (f"retrain reference, n = {len(found.theirs)}", 0, found.theirs),
-            (f"{system.name}, n = {len(found.ours)}", 1, found.ours),
-        )
-    ]
-    figures = system.figures
-    beyond = sum(not ends[0] <= value <= ends[1] for value in (*found.ours, *found.theirs))
-    text = (
-        f"The curves part furthest at log R = {fixed(found.at)}: {fixed(found.ours_at)} of the "
-        f"rows of {system.name} lie at or below it, {fixed(found.theirs_at)} of the reference's. "
-        f"D = {fixed(found.d, 4)}, p = {p_text(figures['forget_quality'])}, shift of the median "
-        f"{fixed(figures['log_r_shift'], 3, True)} ({figures['direction']})."
-    ) + (f" Values beyond the edges, drawn on them: {beyond}." if beyond else "")
-    gap = Gap(found.at, found.ours_at, found.theirs_at, f"D = {fixed(found.d)}")
-    return Chart(
-        file_key(view.protocol, "ecdf", system.name),
-        f"log R of {system.name} against the retrain reference, protocol {view.protocol}",
-        text, "log R, nats a token (below 0: the right answer is likelier)",
-        "share of rows at or below", tuple(series), ends, (0.0, 1.0), gap=gap,
-    )  # fmt: skip
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    return values[min(len(values) - 1, int(share * len(values)))]
-
-
-def _steps(values: Sequence[float], ends: Span) -> tuple[Point, ...]:
-    """The distribution function's points; values beyond an end lie on it."""
-    inside = [min(max(value, ends[0]), ends[1]) for value in values]
-    points = [(value, (i + 1) / len(values)) for i, value in enumerate(inside)]
-    return ((ends[0], 0.0), *points, (ends[1], 1.0))
-
-
-def strength_charts(found: Calibration) -> list[Chart]:
-    """The gap of log R over the strength, and what it costs; the chosen strength is marked."""
-    rules = (
-        ()
-        if found.chosen_scale is None
-        else (Rule(found.chosen_scale, f"chosen {found.chosen_scale:g}"),)
-    )
-    made = []
-    gap = _points(found.curve, "scale", "log_r_gap")
-    if len(gap) > 1:
-        said = "; ".join(f"strength {x:g}: gap {fixed(y, 3, True)}" for x, y in gap)
-        ys = span([0.0, *(p[1] for p in gap)], 0.1)
-        made.append(
-            Chart(
-                file_key("strength-gap", found.name), f"Gap of log R over strength, {found.name}",
-                f"{said}.", "strength of the adapter (1 is as trained)",
-                "log R gap to the retrain reference",
-                (Series("log R gap", gap, 1),), ys=ys,
-                rules=(Rule(0.0, "as the reference", level=True), *rules),
-            )
-        )  # fmt: skip
-    series = [
-        Series(name, points, slot)
-        for slot, (name, key) in enumerate(
-            (
-                ("KS D", "ks"), ("forget answer prob.", "forget_answer_prob"),
-                ("retain answer prob.", "retain_answer_prob"), ("model utility", "model_utility"),
-            )
-        )
-        if len(points := _points(found.curve, "scale", key)) > 1
-    ]  # fmt: skip
-    if series:
-        said = "; ".join(
-            f"{one.name} from {fixed(one.points[0][1])} to {fixed(one.points[-1][1])}"
-            for one in series
-        )
-        made.append(
-            Chart(
-                file_key("strength-cost", found.name),
-                f"What each strength forgets and keeps, {found.name}", f"{said}.",
-                "strength of the adapter (1 is as trained)", "value",
-                tuple(series), ys=(0.0, 1.0), rules=rules,
-            )
-        )  # fmt: skip
-    return made
-
-
-def robustness_charts(card: Robustness) -> list[Chart]:
-    """Relearning on seen and on unseen rows, and what leaks when several answers are drawn."""
-    made = []
-    for key, rows in (("seen", "the rows trained on"), ("unseen", "rows not trained on")):
-        series = _curves(card.relearning, "step", f"{key}_answer_prob")
-        if series:
-            made.append(
-                Chart(
-                    file_key("relearning", key, card.name), f"Relearning, {rows}, {card.name}",
-                    _ends_text(series), "steps of relearning", "answer probability",
-                    series, ys=(0.0, 1.0),
-                    rules=_levels(card.relearning, f"{key}_answer_prob"),
-                )
-            )  # fmt: skip
-    for key, name in (
-        ("share_leaked", "share of rows leaked"),
-        ("best_rouge_l_recall", "best ROUGE-L recall"),
-    ):
-        series = _curves(card.sampling, "n", key, log2=True)
-        if series:
-            ticks = sorted({p[0] for one in series for p in one.points})
-            made.append(
-                Chart(
-                    file_key("sampling", key, card.name), f"Sampling: {name}, {card.name}",
-                    _ends_text(series), "answers drawn (log scale)", f"{name} of n answers",
-                    series, ys=(0.0, 1.0),
-                    x_ticks=tuple((t, f"{2**t:g}") for t in ticks),
-                )
-            )  # fmt: skip
-    return made
-
-
-def _levels(curves: Sequence[Curve], key: str) -> tuple[Rule, ...]:
-    """A level for what was measured once only: a model that was not attacked."""
-    return tuple(
-        Rule(float(one.points[0][key]), one.name, level=True)
-        for one in curves
-        if len(one.points) == 1 and one.points[0].get(key) is not None
-    )
-
-
-def _ends_text(series: Sequence[Series]) -> str:
-    parts = [f"{s.name} from {fixed(s.points[0][1])} to {fixed(s.points[-1][1])}" for s in series]
-    return "; ".join(parts) + "."
-
-
-def _points(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[Point, ...]:
-    found = [(row.get(x), row.get(y)) for row in rows]
-    return tuple(sorted((float(a), float(b)) for a, b in found if a is not None and b is not None))
-
-
-def _curves(curves: Sequence[Curve], x: str, y: str, log2: bool = False) -> tuple[Series, ...]:
-    made = []
-    for number, one in enumerate(curves):
-        points = _points(one.points, x, y)
-        if log2:
-            points = tuple((math.log2(a), b) for a, b in points if a > 0)
+    Args:
+        key: name of the plot's file.
+        title: title of the plot.
+        curves: points by name, in the order in which they are joined.
+        x, y: labels of the axes.
+        ys: limits of the y axis.
+        rules: lines across the plot.
+        levels: whether a curve of one point is drawn as a level, in place of being left out.
+        slots: colour, dashes and marker by name, where they are not in the order of the curves.
+        log2: whether x is on a logarithmic scale.
+    """
+    series, constant = [], []
+    for number, (name, points) in enumerate(curves.items()):
         if len(points) > 1:
-            made.append(Series(one.name, points, SLOTS.get(one.name, 3 + number)))
-    return tuple(made)
+            series.append(Series(name, tuple(points), (slots or {}).get(name, number)))
+        elif points and levels:
+            constant.append(Rule(points[0][1], name, level=True))
+    if not series:
+        return None
+    text = "; ".join(
+        f"{one.name} from {fixed(one.points[0][1])} to {fixed(one.points[-1][1])}" for one in series
+    )
+    return Chart(
+        key, title, f"{text}.", x, y, tuple(series), ys=ys, rules=(*rules, *constant), log2=log2
+    )
+
+
+def trade_off_chart(
+    key: str,
+    title: str,
+    points: Sequence[tuple[str, float, float, str]],
+    fronts: Mapping[str, str],
+) -> Chart | None:
+    """log10 forget quality against model utility. None without points.
+
+    Args:
+        key: name of the plot's file.
+        title: title of the plot.
+        points: name, model utility, log10 forget quality, and the kind that its marker stands for.
+        fronts: kinds whose Pareto front is drawn, with the front's name in the legend.
+    """
+    if not points:
+        return None
+    series, sentences = [], []
+    for slot, kind in enumerate(dict.fromkeys(point[3] for point in points)):
+        members = [point for point in points if point[3] == kind]
+        places = tuple((x, y) for _, x, y, _ in members)
+        series.append(Series(kind, places, slot, "points", tuple(name for name, *_ in members)))
+        sentences.append(
+            f"{kind}: "
+            + "; ".join(
+                f"{n}: utility {fixed(x)}, log10 quality {fixed(y, 2)}" for n, x, y, _ in members
+            )
+        )
+        front = pareto_front(places)
+        if kind in fronts:
+            sentences.append(f"{fronts[kind]}: " + ", ".join(members[i][0] for i in front))
+            if len(front) > 1:
+                line = tuple(places[i] for i in front)
+                series.append(Series(fronts[kind], line, slot, "front"))
+    return Chart(
+        key, title, ". ".join(sentences) + ".", "model utility (higher is better)",
+        "log10 forget quality (higher is better)", tuple(series),
+    )  # fmt: skip
+
+
+def pareto_front(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other point dominates, from left to right.
+
+    More is better on both axes. A point is dominated where another is at least as good on both
+    axes and better on one; equal points all stay.
+    """
+    front = [
+        i
+        for i, (x, y) in enumerate(points)
+        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)
+    ]
+    return sorted(front, key=lambda i: points[i])
+
+
+def distribution_chart(
+    key: str,
+    title: str,
+    samples: Mapping[str, Sequence[float]],
+    x: str,
+    *,
+    text: str = "",
+    gap: Gap | None = None,
+) -> Chart | None:
+    """Distribution functions F(x): the share of values of at most x. None without values.
+
+    Args:
+        key: name of the plot's file.
+        title: title of the plot.
+        samples: values by name; infinite and undefined ones are left out.
+        x: label of the x axis.
+        text: description; by default the means.
+        gap: a marked distance between two of the functions.
+    """
+    finite = {name: sorted(filter(math.isfinite, values)) for name, values in samples.items()}
+    finite = {name: values for name, values in finite.items() if values}
+    if not finite:
+        return None
+    ends = [values[int(TAIL * (len(values) - 1))] for values in finite.values()]
+    ends += [values[math.ceil((1 - TAIL) * (len(values) - 1))] for values in finite.values()]
+    ends += [gap.x] if gap else []
+    low, high = span(ends, 0.04)
+    series = []
+    for slot, (name, values) in enumerate(finite.items()):
+        steps = [(min(max(v, low), high), (i + 1) / len(values)) for i, v in enumerate(values)]
+        series.append(Series(name, ((low, 0.0), *steps, (high, 1.0)), slot, "steps"))
+    means = (f"{name}: mean {fixed(sum(v) / len(v), 3, True)}" for name, v in finite.items())
+    text = text or "; ".join(means) + "."
+    beyond = sum(not low <= value <= high for values in finite.values() for value in values)
+    text += f" Values beyond the axis, drawn at its ends: {beyond}." if beyond else ""
+    return Chart(
+        key, title, text, x, "share of rows at or below", tuple(series), (low, high), (0.0, 1.0),
+        gap=gap,
+    )  # fmt: skip
+
+
+def span(values: Sequence[float], margin: float) -> Span:
+    """The lowest and the highest value with a margin (a share of the range), never of no width."""
+    low, high = min(values), max(values)
+    gap = (high - low) * margin or max(abs(high) * 0.1, 0.1)
+    return low - gap, high + gap
+
+
+def colour_css(selector: str = ":root", *, dark: bool = False) -> str:
+    """The colours as CSS variables `--un-ROLE` of `selector`."""
+    values = "; ".join(f"--un-{role}:{pair[dark]}" for role, pair in COLOURS.items())
+    return f"{selector} {{ {values}; }}"
+
+
+@lru_cache(maxsize=64)
+def draw_svg(chart: Chart) -> str:
+    """The chart as an SVG element for an HTML page that has the variables of `colour_css`.
+
+    Its background is transparent. `<title>`, `<desc>` and `aria-label` hold its title and text.
+    """
+    out = io.StringIO()
+    with _settings(chart):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        _figure(chart).savefig(out, format="svg", transparent=True, metadata=nothing)
+    drawn = out.getvalue()
+    # Between tags matplotlib escapes < and >, so this pattern matches tags only.
+    drawn = re.sub(r"<[a-z][^<>]*>", _page_tag, drawn[drawn.index("<svg") :])
+    # This rule would hold for the whole page.
+    drawn = re.sub(r"<style.*?</style>", "", drawn, count=1, flags=re.DOTALL)
+    title, text = (html.escape(_one_line(part)) for part in (chart.title, chart.text))
+    label = f'class="un-plot" role="img" aria-label="{title}. {text}" stroke-linejoin="round" '
+    drawn = drawn.replace("<svg ", f"<svg {label}", 1)
+    start = drawn.index(">", drawn.index("<svg")) + 1
+    return f"{drawn[:start]}<title>{title}</title><desc>{text}</desc>{drawn[start:].strip()}"
+
+
+def _page_tag(match: re.Match[str]) -> str:
+    """A tag with the page's colours and font, without ids that another plot has too."""
+    tag = re.sub(r'^<g id="[^"]*"', "<g", match[0])
+    tag = re.sub(r"font-family: [^;\"]+", "font-family: system-ui, sans-serif", tag)
+    for role, (light, _) in COLOURS.items():
+        tag = tag.replace(light, f"var(--un-{role}, {light})")
+    return tag
+
+
+def svg_file(chart: Chart) -> str:
+    """The chart as an SVG file of its own, light or dark by the reader's system."""
+    light, dark = (colour_css(".un-plot", dark=is_dark) for is_dark in (False, True))
+    style = (
+        f"<style>{light} .un-plot {{ background:var(--un-paper); color-scheme:light dark; }} "
+        f"@media (prefers-color-scheme: dark) {{ {dark} }}</style>"
+    )
+    element = draw_svg(chart)
+    start = element.index(">") + 1
+    return f"{element[:start]}{style}{element[start:]}\n"
 
 
 def write_png(chart: Chart, path: Path) -> Path:
-    """The chart as PNG, without date or program in the file, so the same bytes each time.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "PNG plots need matplotlib.", "Install it with `pip install unlearner[plots]`."
-        ) from None
-    figure = Figure(figsize=(6.4, 4.6), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for series in chart.series:
-        _png_series(axes, series)
-    plane = axes_of(chart)
-    for label, place in label_places(plane, chart):
-        axes.annotate(label, plane.value(*place), fontsize=8)
-    xs, ys = chart.ends()
-    axes.set(xlim=xs, ylim=ys, xlabel=chart.x, ylabel=chart.y)
-    axes.set_title(chart.title, fontsize=10, wrap=True)
-    if chart.x_ticks:
-        axes.set_xticks([at for at, _ in chart.x_ticks], [word for _, word in chart.x_ticks])
-    for rule in chart.rules:
-        (axes.axhline if rule.level else axes.axvline)(rule.at, color="#55606e", ls=":", lw=1)
-        place = (xs[1], rule.at) if rule.level else (rule.at, ys[1])
-        axes.annotate(rule.text, place, fontsize=8, ha="right" if rule.level else "left", va="top")
-    if chart.gap is not None:
-        gap = chart.gap
-        axes.plot([gap.x, gap.x], [gap.low, gap.high], color="black", marker="_", lw=2)
-        middle = (gap.x, (gap.low + gap.high) / 2)
-        axes.annotate(gap.text, middle, (6, 0), textcoords="offset points", weight="bold")
-    axes.legend(fontsize=8)
-    axes.grid(axis="y", color="#d5dbe2")
-    figure.savefig(path, metadata={"Software": None})
+    """Write the chart as PNG, without metadata: the same bytes for the same matplotlib."""
+    with _settings(chart):
+        _figure(chart).savefig(path, dpi=144, metadata={"Software": None})
     return path
 
 
-def _png_series(axes: Any, series: Series) -> None:
-    colour, marker = COLOURS[series.slot % len(COLOURS)], MARKERS[series.slot % len(MARKERS)]
-    points = stairs(series.points) if series.style == "steps" else series.points
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    style: dict[str, Any] = {"color": colour, "label": series.name}
+@contextmanager
+def _settings(chart: Chart) -> Iterator[None]:
+    from matplotlib import rc_context
+
+    settings = {
+        "svg.hashsalt": chart.key, "svg.fonttype": "none", "text.parse_math": False,
+        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10,
+        "text.color": INK, "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET,
+        "axes.edgecolor": GRID, "grid.color": GRID, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.unicode_minus": False,
+    }  # fmt: skip
+    with _DRAWING, rc_context(settings), warnings.catch_warnings():
+        # Letters that the font of the layout lacks are drawn by the browser's own.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def _figure(chart: Chart) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for series in chart.series:
+        _draw(axes, series)
+    for rule in chart.rules:
+        _draw_rule(axes, rule)
+    if chart.log2:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    if chart.series[0].style == "points":
+        axes.margins(0.15)
+    if chart.xs is not None:
+        axes.set_xlim(chart.xs)
+    if chart.ys is not None:
+        axes.set_ylim(chart.ys)
+    axes.set(xlabel=chart.x, ylabel=chart.y)
+    axes.grid(axis="y", linewidth=0.8)
+    axes.tick_params(length=0)
+    axes.set_axisbelow(True)
+    if chart.gap is not None:
+        gap = chart.gap
+        axes.plot([gap.x, gap.x], [gap.low, gap.high], color=INK, marker="_", lw=1.8, ms=8)
+        middle = (gap.x, (gap.low + gap.high) / 2)
+        axes.annotate(gap.text, middle, (6, 0), textcoords="offset points", va="center",
+                      weight="bold", bbox={"color": PAPER, "pad": 1})  # fmt: skip
+    lines = {series.name: line for series, line in zip(chart.series, axes.lines, strict=False)}
+    names = [textwrap.fill(_one_line(name), LEGEND_WIDTH) for name in lines]
+    axes.legend(
+        list(lines.values()), names, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.3,
+        ncols=2 if max(map(len, names)) <= LEGEND_WIDTH else 1, frameon=False, handlelength=3,
+        fontsize="small",
+    )  # fmt: skip
+    _place_labels(figure, axes, chart)
+    return figure
+
+
+def _draw(axes: Axes, series: Series) -> None:
+    colour = CYCLE[series.slot % len(CYCLE)]
+    marker = MARKERS[series.slot % len(MARKERS)]
+    dashes = DASHES[series.slot % len(DASHES)]
+    xs, ys = zip(*series.points, strict=True)
     if series.style == "front":
-        axes.plot(xs, ys, color="#55606e", ls="--", lw=1.2, label=series.name)
-    elif series.style == "marks":
-        axes.plot(xs, ys, ls="", marker=marker, ms=8, **style)
+        axes.plot(xs, ys, drawstyle="steps-pre", color=colour, ls=(0, (4, 3)), lw=1)
+    elif series.style == "points":
+        axes.plot(xs, ys, ls="", color=colour, marker=marker, ms=7, zorder=4 - series.slot / 10)
+    elif series.style == "steps":
+        axes.plot(xs, ys, drawstyle="steps-post", color=colour, ls=dashes, lw=1.6)
     else:
-        dash = DASHES[series.slot % len(DASHES)]
-        pattern = (0, tuple(map(float, dash.split()))) if dash else "-"
-        axes.plot(xs, ys, ls=pattern, lw=1.6, marker="" if series.style == "steps" else marker,
-                  ms=4, **style)  # fmt: skip
+        every = max(1, len(xs) // 40)
+        axes.plot(xs, ys, color=colour, ls=dashes, lw=1.6, marker=marker, ms=4, markevery=every)
+
+
+def _draw_rule(axes: Axes, rule: Rule) -> None:
+    draw = axes.axhline if rule.level else axes.axvline
+    draw(rule.at, color=QUIET, ls=":", lw=1)
+    place, system = ((0.99, rule.at), ("axes fraction", "data"))
+    if not rule.level:
+        place, system = (rule.at, 0.99), ("data", "axes fraction")
+    axes.annotate(
+        _one_line(rule.text), place, (-2 if rule.level else 3, 2), xycoords=system,
+        textcoords="offset points", ha="right" if rule.level else "left",
+        va="bottom" if rule.level else "top", color=QUIET, fontsize="small",
+    )  # fmt: skip
+
+
+def _place_labels(figure: Figure, axes: Axes, chart: Chart) -> None:
+    """Writes the names of points beside them, each where it covers no other name or point."""
+    if not any(series.labels for series in chart.series):
+        return
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent()
+    points = [
+        (point, label)
+        for series in chart.series
+        for point, label in zip(series.points, series.labels, strict=False)
+    ]
+    pixels = [axes.transData.transform(point) for point, _ in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    spots = [(7, 0, "left", "center"), (-7, 0, "right", "center")]
+    spots += [
+        (across, up, side, "bottom" if up > 0 else "top")
+        for up in (6, -6, 16, -16, 28, -28, 40, -40)
+        for across, side in ((0, "center"), (7, "left"), (-7, "right"))
+    ]
+    for point, label in points:
+        text = axes.annotate(
+            _one_line(label), point, (0, 0), textcoords="offset points", fontsize="small"
+        )
+        text.set_in_layout(False)
+        for x, y, across, up in spots:
+            text.set(position=(x, y), horizontalalignment=across, verticalalignment=up)
+            box = text.get_window_extent()
+            if (
+                inside.x0 <= box.x0
+                and box.x1 <= inside.x1
+                and inside.y0 <= box.y0
+                and box.y1 <= inside.y1
+                and not any(
+                    box.x0 < right and box.x1 > left and box.y0 < top and box.y1 > bottom
+                    for left, bottom, right, top in taken
+                )
+            ):
+                break
+        taken.append((box.x0, box.y0, box.x1, box.y1))
+
+
+def _one_line(text: str) -> str:
+    """`text` on one line, without control characters, which XML does not allow."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split()) or " "

@@ -1,35 +1,14 @@
-"""The sections of a report in the order of reading: figures first, then what made them."""
+"""The sections of a report in reading order: figures first, then how they were made."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.metrics.statistics import NEEDS_RETRAIN
-from evaluation.report.blocks import (
-    DASH,
-    HIGHER,
-    LOWER,
-    Answers,
-    Block,
-    Cell,
-    Column,
-    Figure,
-    Heading,
-    Note,
-    Para,
-    Section,
-    Table,
-    distinct,
-    fixed,
-    interval_text,
-    p_text,
-    plain,
-)
-from evaluation.report.cards import calibration_section, robustness_section, search_section
-from evaluation.report.plots import ecdf_chart, quality_utility
-from evaluation.report.provenance import provenance_section, reading_section
-from evaluation.report.tree import (
+from evaluation.metrics.forget_quality import NEEDS_RETRAIN
+from evaluation.report.build import (
     MEASURED,
     PUBLISHED_SOURCE,
     REFERENCE,
@@ -39,177 +18,212 @@ from evaluation.report.tree import (
     System,
     View,
 )
+from evaluation.report.card_sections import (
+    FIGURES,
+    HIGHER,
+    LOWER,
+    NEAR_REFERENCE,
+    calibration_section,
+    robustness_section,
+    search_section,
+)
+from evaluation.report.document import (
+    Answers,
+    Block,
+    Cell,
+    Code,
+    Column,
+    Heading,
+    Note,
+    Para,
+    Plots,
+    Section,
+    Table,
+    with_distinct_plots,
+    words,
+)
+from evaluation.report.numbers import DASH, fixed, interval_text, p_text, plain
+from evaluation.report.plots import Chart, Gap, distribution_chart, file_key, trade_off_chart
 
-NEAR = "best near the reference's"
 COLUMNS = (
-    Column("System", numeric=False),
-    Column("Source", numeric=False),
-    Column("Forget quality (p)", HIGHER),
-    Column("KS D", LOWER),
-    Column("Shift of log R", "→ 0 is best"),
-    Column("Direction", numeric=False),
-    Column("Model utility", HIGHER),
-    Column("Forget NLL", NEAR),
-    Column("Forget answer prob.", LOWER),
-    Column("Forget ROUGE-L", LOWER),
-    Column("Retain answer prob.", HIGHER),
+    *words("System", "Source"),
+    *(Column(*FIGURES[key]) for key in ("forget_quality", "ks", "log_r_shift")),
+    *words("Direction"),
+    *(
+        Column(*FIGURES[key])
+        for key in (
+            "model_utility", "forget_nll", "forget_answer_prob", "forget_rouge_l_recall",
+            "retain_answer_prob",
+        )
+    ),
     Column("n"),
-    Column("Protocol", numeric=False),
+    *words("Protocol"),
+)  # fmt: skip
+PRIVATE = (
+    "This report holds questions and answers of the forget set. Keep it as private as the data; "
+    "--without-answers leaves them out."
 )
-HEAD_WITH = (
-    "This report holds questions and answers of the forget set. Keep it like the data itself; "
-    "made with --without-answers it holds none."
-)
-HEAD_WITHOUT = (
+WITHOUT_ANSWERS = (
     "Questions and answers were left out (--without-answers). Forget quality alone does not show "
-    "whether a model still writes sentences: read some answers before you believe it."
+    "whether a model still writes sentences: read some answers before you trust it."
 )
+READING = (
+    ("Forget quality", HIGHER, "p-value of the two-sample Kolmogorov-Smirnov test of log R on the "
+     "forget rows, against a model that never saw them. It shrinks with the number of rows and "
+     "cannot tell too little forgetting from too much: read D, shift and direction."),
+    ("KS D", LOWER, "largest distance between the two distribution functions of log R. Resampling "
+     "adds noise to a value that cannot be negative, so its interval lies high: read its upper "
+     "end."),
+    ("Shift of log R", "→ 0", "median log R minus the reference's, in nats per token. Negative: "
+     "the right answer is still preferred, under-forgotten. Positive: over-forgotten."),
+    ("Direction", "indistinguishable", "the word for the shift; indistinguishable where p > 0.05."),
+    ("Model utility", HIGHER, "harmonic mean of nine parts: ROUGE-L recall, probability and truth "
+     "ratio on retain authors, real authors and world facts."),
+    ("Forget NLL", NEAR_REFERENCE, "mean negative log-likelihood of the true answers, in nats per "
+     "token. Far above the reference's means that text is broken, not forgotten."),
+    ("[low, high]", "", "95 % percentile interval of a bootstrap over rows."),
+)  # fmt: skip
 
 
 def sections(report: Report) -> tuple[Section, ...]:
-    """The whole report as sections; parts without input are left out, and what is missing said."""
-    found = [_summary(report)]
+    """The whole report as sections; parts without input are left out."""
+    parts = [_summary(report)]
     for view in report.views:
-        found += _view_sections(report, view)
-    found += [search_section(one, i) for i, one in enumerate(report.searches)]
-    found += [calibration_section(one, i) for i, one in enumerate(report.calibration)]
-    found += [robustness_section(card, i) for i, card in enumerate(report.robustness)]
+        parts += _view_sections(report, view)
+    parts += [search_section(search, i) for i, search in enumerate(report.searches)]
+    parts += [calibration_section(card, i) for i, card in enumerate(report.calibration)]
+    parts += [robustness_section(card, i) for i, card in enumerate(report.robustness)]
     if report.answers:
-        found.append(_answers(report))
-    found += [reading_section(), provenance_section(report)]
-    return distinct(found)
+        parts.append(_answers(report))
+    reading = tuple(
+        (Cell(name), Cell(better or DASH), Cell(text)) for name, better, text in READING
+    )
+    table = Table("What the figures mean", words("Figure", "Better", "Meaning"), reading)
+    parts += [Section("reading", "How to read the figures", (table,)), _provenance(report)]
+    return with_distinct_plots(parts)
 
 
 def _summary(report: Report) -> Section:
-    blocks: list[Block] = []
+    notes = []
     if report.views:  # cards hold no texts
-        blocks.append(Note(HEAD_WITHOUT if report.without_answers else HEAD_WITH))
-    limited = [
-        system.name
-        for view in report.views[:1]
-        for system in view.systems
-        if system.figures["limited"]
-    ]
-    if limited:
-        blocks.append(
-            Note(
+        notes.append(WITHOUT_ANSWERS if report.without_answers else PRIVATE)
+        limited = [s.name for s in report.views[0].systems if s.figures["limited"]]
+        if limited:
+            notes.append(
                 f"Limited: {', '.join(limited)} measured on the first rows of each set only. "
                 "These figures are for a quick look and must not be compared with others."
             )
-        )
-    if report.views and report.retrain is None:
-        blocks.append(
-            Note(
+        if report.retrain is None:
+            notes.append(
                 f"Forget quality {NEEDS_RETRAIN}: a log of a model that never saw the forget "
-                "set, named with --retain-log or called retrain."
+                "set, given by --reference-log or named retrain."
             )
-        )
-    blocks += [Note(f"{text}.") for text in report.warnings]
-    facts = [f"Configurations tried: {report.tried}."]
-    if report.retrain is not None:
-        facts.append(f"Retrain reference: {report.retrain}.")
-    if report.date:
-        facts.append(f"Date: {report.date}.")
-    blocks.append(Para(" ".join(facts)))
-    return Section("summary", "Before you read", tuple(blocks))
+    notes += [f"{text}." for text in report.warnings]
+    facts = {"Configurations tried": report.tried, "Retrain reference": report.retrain,
+             "Date": report.date}  # fmt: skip
+    text = " ".join(f"{name}: {value}." for name, value in facts.items() if value)
+    return Section("summary", "Before you read", (*map(Note, notes), Para(text)))
 
 
 def _view_sections(report: Report, view: View) -> list[Section]:
+    """The table, the plots and the utility of one protocol."""
     many = len(report.views) > 1
     suffix = f", protocol {view.protocol}" if many else ""
     key = f"-{view.protocol}" if many else ""
-    table: list[Block] = [system_table(view, report.published)]
+
+    def section(name: str, title: str, *blocks: Block) -> Section:
+        return Section(f"{name}{key}", f"{title}{suffix}", blocks)
+
+    parts = [section("systems", "Systems", *_system_blocks(report, view))]
+    chart = quality_chart(view, report.published)
+    if chart is not None:
+        blocks: list[Block] = [Plots((chart,))]
+        zero = [row.name for row in report.published if row.forget_quality <= 0]
+        if zero:
+            names = ", ".join(zero)
+            blocks.append(Para(f"Published as 0.00, which has no place on a log axis: {names}."))
+        parts.append(section("trade", "Forgetting against keeping", *blocks))
+    curves = tuple(c for system in view.systems if (c := ecdf_chart(view, system)) is not None)
+    if curves:
+        about = (
+            "Each plot shows the share of forget rows with log R at or below a value, for the "
+            "system and for the retrain reference. D is the largest distance between the two, "
+            "drawn where it is reached."
+        )
+        parts.append(section("log-r", "Distributions of log R", Para(about), Plots(curves)))
+    utility = _utility_table(view)
+    if utility is not None:
+        parts.append(section("utility", "Parts of model utility", utility))
+    return parts
+
+
+def _system_blocks(report: Report, view: View) -> list[Block]:
+    blocks: list[Block] = [_system_table(view, report.published)]
     if report.published:
-        table.append(
+        blocks.append(
             Para(
-                f"Published rows: {PUBLISHED_SOURCE.format(split=report.published[0].split)}. They "
-                "are of that model: hold only figures of the same model, split and protocol "
-                "against them. A dash: not published."
+                f"Published rows: {PUBLISHED_SOURCE.format(split=report.published[0].split)}. "
+                "Compare them only with figures of the same model, split and protocol. A dash: "
+                "not published."
             )
         )
     if report.checks:
-        table.append(_checks(report.checks))
-    band = next((s for s in view.systems if s.role == SECOND), None)
-    if band is not None and band.figures["ks"] is not None:
-        table.append(
-            Para(
-                f"Band of the reference: a second model that never saw the forget set "
-                f"({band.name}) gets forget quality {p_text(band.figures['forget_quality'])}, "
-                f"D {fixed(band.figures['ks'], 4)} and a shift of "
-                f"{fixed(band.figures['log_r_shift'], 4, True)} against the first."
-            )
-        )
-    found = [Section(f"systems{key}", f"Systems{suffix}", tuple(table))]
-    plot = quality_utility(view, report.published)
-    if plot is not None:
-        blocks: list[Block] = [Figure(plot)]
-        low = [row.name for row in report.published if row.forget_quality <= 0]
-        if low:
+        blocks.append(_check_table(report.checks))
+    for system in view.systems:
+        if system.role == SECOND and system.figures["ks"] is not None:
+            f = system.figures
             blocks.append(
-                Para(f"Published as 0.00, which has no place on a log axis: {', '.join(low)}.")
+                Para(
+                    f"Band of the reference: a second model that never saw the forget set "
+                    f"({system.name}) gets forget quality {p_text(f['forget_quality'])}, "
+                    f"D {fixed(f['ks'], 4)} and a shift of {fixed(f['log_r_shift'], 4, True)} "
+                    "against the first."
+                )
             )
-        found.append(Section(f"trade{key}", f"Forgetting against keeping{suffix}", tuple(blocks)))
-    curves = [chart for one in view.systems if (chart := ecdf_chart(view, one)) is not None]
-    if curves:
-        about = Para(
-            "Each plot shows the share of forget rows with log R at or below a value, for the "
-            "system and for the retrain reference. D is the largest distance, marked at its place."
-        )
-        found.append(
-            Section(f"log-r{key}", f"Distributions of log R{suffix}", (about, *map(Figure, curves)))
-        )
-    parts = utility_table(view)
-    if parts is not None:
-        found.append(Section(f"utility{key}", f"Parts of model utility{suffix}", (parts,)))
-    return found
+    return blocks
 
 
-def system_table(view: View, published: Sequence[Published]) -> Table:
-    """One row a system, each published row below the measured one of its name."""
-    rows: list[tuple[Cell, ...]] = []
-    kinds: list[str] = []
-    left = {row.name: row for row in published}
+def _system_table(view: View, published: Sequence[Published]) -> Table:
+    """A row for each system, with the published row of the same name below it."""
+    rows, kinds = [], []
+    remaining = {row.name: row for row in published}
     for system in view.systems:
         rows.append(_system_row(system))
         kinds.append("measured" if system.role == MEASURED else "reference")
-        if system.name in left:
-            rows.append(_published_row(left.pop(system.name)))
+        if system.name in remaining:
+            rows.append(_published_row(remaining.pop(system.name)))
             kinds.append("published")
-    for row in left.values():
-        rows.append(_published_row(row))
-        kinds.append("published")
-    return Table(
-        f"Systems under protocol {view.protocol}, measured and published",
-        COLUMNS, tuple(rows), tuple(kinds),
-    )  # fmt: skip
+    rows += map(_published_row, remaining.values())
+    kinds += ["published"] * len(remaining)
+    caption = f"Systems under protocol {view.protocol}, measured and published"
+    return Table(caption, COLUMNS, tuple(rows), tuple(kinds))
 
 
 def _system_row(system: System) -> tuple[Cell, ...]:
     f = system.figures
-    itself = system.role == REFERENCE
     quality = Cell(f["reasons"].get("forget_quality", ""))
     if f["forget_quality"] is not None:
-        spread = "{}" if f["forget_quality_interval"] is None else "[{}, {}]; {}"
-        ends = map(p_text, f["forget_quality_interval"] or ())
-        small = spread.format(*ends, f"log10 {fixed(f['forget_quality_log10'], 2)}")
-        quality = Cell(p_text(f["forget_quality"]), small)
+        ends = f["forget_quality_interval"]
+        spread = "" if ends is None else f"[{p_text(ends[0])}, {p_text(ends[1])}]; "
+        small = f"{spread}log10 {fixed(f['forget_quality_log10'], 2)}"
+        quality = Cell(
+            p_text(f["forget_quality"]),
+            "the reference itself" if system.role == REFERENCE else small,
+        )
 
     def mean(name: str) -> Cell:
         return Cell(fixed(f[name]), interval_text(f[f"{name}_interval"]))
 
-    utility = Cell(
-        fixed(f["model_utility"]),
-        interval_text(f["model_utility_interval"]) or f["reasons"].get("model_utility", ""),
-    )
+    utility = mean("model_utility")
     reference = f["retrain_forget_nll"]
     return (
         Cell(system.name, "limited" if f["limited"] else ""),
         Cell("measured", "" if system.role == MEASURED else system.role),
-        Cell(quality.text, "the reference itself") if itself else quality,
-        Cell(fixed(f["ks"]), interval_text(f["ks_interval"])),
+        quality,
+        mean("ks"),
         Cell(fixed(f["log_r_shift"], 3, True), interval_text(f["log_r_shift_interval"])),
         Cell(f["direction"] or DASH),
-        utility,
+        Cell(utility.text, utility.small or f["reasons"].get("model_utility", "")),
         Cell(fixed(f["forget_nll"]), "" if reference is None else f"retrain {fixed(reference)}"),
         mean("forget_answer_prob"),
         mean("forget_rouge_l_recall"),
@@ -220,77 +234,146 @@ def _system_row(system: System) -> tuple[Cell, ...]:
 
 
 def _published_row(row: Published) -> tuple[Cell, ...]:
-    unknown = Cell(DASH)
-    return (
-        Cell(row.name), Cell("published"), Cell(fixed(row.forget_quality, 2)), unknown, unknown,
-        unknown, Cell(fixed(row.model_utility, 2)), *[unknown] * 6,
-    )  # fmt: skip
+    dash = Cell(DASH)
+    quality, utility = Cell(fixed(row.forget_quality, 2)), Cell(fixed(row.model_utility, 2))
+    return (Cell(row.name), Cell("published"), quality, dash, dash, dash, utility, *[dash] * 6)
 
 
-def _checks(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """What a reproduction recorded of its figures against the published ones."""
-    columns = (
-        Column("System", numeric=False), Column("Figure", numeric=False), Column("Measured"),
-        Column("Published"), Column("In words", numeric=False),
-    )  # fmt: skip
+def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
+    """How a reproduction's figures compare with the published ones, as it recorded them."""
     rows = tuple(
         (
-            Cell(plain(check.get("name"))), Cell(plain(check.get("figure"))),
-            Cell(p_text(check.get("measured"))), Cell(p_text(check.get("published"))),
+            Cell(plain(check.get("name"))),
+            Cell(plain(check.get("figure"))),
+            Cell(p_text(check.get("measured"))),
+            Cell(p_text(check.get("published"))),
             Cell(plain(check.get("text"))),
         )
         for check in checks
+    )
+    columns = (*words("System", "Figure"), Column("Measured"), Column("Published"))
+    caption = "Measured against published, as the reproduction recorded it"
+    return Table(caption, (*columns, *words("Result")), rows)
+
+
+def quality_chart(view: View, published: Sequence[Published]) -> Chart | None:
+    """log10 forget quality against model utility, with the Pareto front of the measured systems."""
+    points = [
+        (
+            system.name, system.figures["model_utility"], system.figures["forget_quality_log10"],
+            MEASURED if system.role == MEASURED else "retrain reference",
+        )
+        for system in view.systems
+        if system.figures["model_utility"] is not None
+        if system.figures["forget_quality_log10"] is not None
+    ]  # fmt: skip
+    if not points:
+        return None
+    points += [
+        (f"{row.name} (published)", row.model_utility, math.log10(row.forget_quality), "published")
+        for row in published
+        if row.forget_quality > 0
+    ]
+    key = file_key(view.protocol, "quality-utility")
+    title = f"Forget quality against model utility, protocol {view.protocol}"
+    return trade_off_chart(key, title, points, {MEASURED: "front of the measured"})
+
+
+def ecdf_chart(view: View, system: System) -> Chart | None:
+    """Both distributions of log R with D where it is reached; None for the reference itself."""
+    ecdf = system.ecdf
+    if ecdf is None or system.role == REFERENCE:
+        return None
+    f = system.figures
+    text = (
+        f"The curves are furthest apart at log R = {fixed(ecdf.at)}: {fixed(ecdf.ours_at)} of the "
+        f"rows of {system.name} lie at or below it, {fixed(ecdf.theirs_at)} of the reference's. "
+        f"D = {fixed(ecdf.d, 4)}, p = {p_text(f['forget_quality'])}, shift of the median "
+        f"{fixed(f['log_r_shift'], 3, True)} ({f['direction']})."
+    )
+    return distribution_chart(
+        file_key(view.protocol, "ecdf", system.name),
+        f"log R of {system.name} against the retrain reference, protocol {view.protocol}",
+        {
+            f"retrain reference, n = {len(ecdf.theirs)}": ecdf.theirs,
+            f"{system.name}, n = {len(ecdf.ours)}": ecdf.ours,
+        },
+        "log R, nats per token (below 0: the right answer is likelier)",
+        text=text, gap=Gap(ecdf.at, ecdf.ours_at, ecdf.theirs_at, f"D = {fixed(ecdf.d)}"),
     )  # fmt: skip
-    return Table("Measured against published, as the reproduction recorded it", columns, rows)
 
 
-def utility_table(view: View) -> Table | None:
-    """The nine parts of model utility with their intervals, a column a system."""
-    parts = list(dict.fromkeys(p for s in view.systems for p in s.figures["model_utility_parts"]))
-    if not parts:
+def _utility_table(view: View) -> Table | None:
+    """The nine parts of model utility with their intervals, a column for each system."""
+    figures = [system.figures for system in view.systems]
+    names = list(dict.fromkeys(name for f in figures for name in f["model_utility_parts"]))
+    if not names:
         return None
     rows = [
         (
-            Cell(part),
+            Cell(name),
             *(
                 Cell(
-                    fixed(s.figures["model_utility_parts"].get(part)),
-                    interval_text(s.figures["model_utility_part_intervals"].get(part)),
+                    fixed(f["model_utility_parts"].get(name)),
+                    interval_text(f["model_utility_part_intervals"].get(name)),
                 )
-                for s in view.systems
+                for f in figures
             ),
         )
-        for part in parts
+        for name in names
     ]
-    rows.append(
-        (
-            Cell("Model utility", "harmonic mean"),
-            *(
-                Cell(
-                    fixed(s.figures["model_utility"]),
-                    interval_text(s.figures["model_utility_interval"]),
-                )
-                for s in view.systems
-            ),
-        )
+    total = (
+        Cell(fixed(f["model_utility"]), interval_text(f["model_utility_interval"])) for f in figures
     )
-    columns = (
-        Column("Part", numeric=False), *(Column(s.name, HIGHER) for s in view.systems),
-    )  # fmt: skip
-    kinds = (*["measured"] * len(parts), "total")
-    return Table(
-        f"Nine parts of model utility, protocol {view.protocol}", columns, tuple(rows), kinds
-    )
+    rows.append((Cell("Model utility", "harmonic mean"), *total))
+    columns = (*words("Part"), *(Column(system.name, HIGHER) for system in view.systems))
+    kinds = (*["measured"] * len(names), "total")
+    caption = f"Nine parts of model utility, protocol {view.protocol}"
+    return Table(caption, columns, tuple(rows), kinds)
 
 
 def _answers(report: Report) -> Section:
     about = (
-        f"Answers as decoded for protocol {report.views[0].protocol}. In the true answer the words "
-        "that the given answer lacks are struck through; in the given answer the words that the "
-        "true one does not have are bold and underlined (bold alone in Markdown)."
+        f"Answers as decoded for protocol {report.views[0].protocol}. Words of the true answer "
+        "that the given answer lacks are struck through; words of the given answer that the true "
+        "one lacks are bold and underlined (bold alone in Markdown)."
     )
     blocks: list[Block] = [Para(about)]
-    for name in dict.fromkeys(one.system for one in report.answers):
+    for name in dict.fromkeys(answers.system for answers in report.answers):
         blocks.append(Heading(name))
-        blocks += [Answers(one) for one in report.answers if one.system == name]
+        blocks += [Answers(answers) for answers in report.answers if answers.system == name]
     return Section("answers", "Best and worst answers", tuple(blocks))
+
+
+def _provenance(report: Report) -> Section:
+    """Command, versions, digests of the inputs, and the settings and seeds they record."""
+    files = tuple(
+        (Cell(file.kind), Cell(file.name), Cell(file.path), Cell(file.sha256))
+        for file in report.files
+    )
+    about = tuple(
+        (Cell(file.name), Cell(file.kind), Cell(plain(file.about)))
+        for file in report.files
+        if file.about
+    )
+    blocks: list[Block] = [
+        Heading("This report"),
+        Code(report.command) if report.command else Para("Its command is not recorded."),
+        Para(f"Versions: {plain(report.versions)}."),
+        Para(f"Configurations tried: {report.tried}."),
+        Heading("Inputs"),
+        Table(
+            "Files that this report was made from", words("Kind", "Name", "Path", "sha256"), files
+        ),
+    ]
+    if about:
+        columns = words("Name", "Kind", "Recorded in it")
+        blocks.append(Table("How the inputs were made, as they record it", columns, about))
+    blocks.append(Heading("Settings and seeds"))
+    blocks.append(Para(f"Intervals: {plain(report.settings['bootstrap'])}."))
+    for name, settings in report.settings["protocols"].items():
+        blocks.append(Para(f"Protocol {name}: {plain(settings)}."))
+    for name, settings in report.settings["methods"].items():
+        blocks.append(Para(f"Training of {name}:"))
+        blocks.append(Code(json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True)))
+    return Section("provenance", "Provenance", tuple(blocks))

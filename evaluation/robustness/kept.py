@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters.errors import UserError
-from evaluation.cache import part_path
+from evaluation.cache import Cache, key_of
 from evaluation.logs.records import write_json
 
 PART, SCHEMA = "unlearner-robustness-part", 1
@@ -54,9 +54,7 @@ class Kept:
         return made
 
     def _path(self, name: str, depends_on: Any) -> Path | None:
-        if self.folder is None:
-            return None
-        return part_path(self.folder, name, [self.key, depends_on])
+        return Cache(self.folder, key_of(weights=self.key)).entry(name, on=depends_on).path
 
     def _read(self, path: Path | None) -> dict[str, Any] | None:
         if path is None or not path.is_file():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evaluation.inference.scoring import evaluating
-from evaluation.metrics.statistics import rouge_recall
+from evaluation.metrics.text import rouge_recall
 
 if TYPE_CHECKING:
     from evaluation.robustness.quantisation import Loaded

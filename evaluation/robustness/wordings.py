@@ -163,7 +163,7 @@ def _losses(
 
 
 def _mean_prob(losses: Sequence[float]) -> float:
-    from evaluation.metrics.statistics import answer_prob
+    from evaluation.metrics.utility import answer_prob
 
     return float(answer_prob(losses).mean())
 

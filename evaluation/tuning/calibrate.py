@@ -16,7 +16,8 @@ import numpy as np
 
 from adapters.errors import UserError
 from evaluation.logs.records import EvalLog
-from evaluation.metrics.statistics import Floats, forget_quality
+from evaluation.metrics.bootstrap import Floats
+from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import match_forget, set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
 

@@ -17,7 +17,7 @@ from adapters.errors import UserError
 from evaluation.inference.scoring import encode_answers, score_rows
 from evaluation.logs.matching import match_rows
 from evaluation.logs.records import EvalLog, RowRecord
-from evaluation.metrics.statistics import forget_quality
+from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
 from unlearner.request.rows import FORGET_SPLITS, Request, Row, load_split, read_rows

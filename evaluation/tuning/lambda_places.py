@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import load_base
 from adapters.environment import threads_for
-from evaluation.logs.records import read_log, write_json
+from evaluation.logs import read_log
+from evaluation.logs.records import write_json
 from evaluation.tuning.probe import Look, Watch
 from evaluation.tuning.search import open_probe, train_once
 

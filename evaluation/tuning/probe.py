@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from evaluation.metrics.summary import summarise
-from evaluation.metrics.utility import harmonic_mean
 from evaluation.suite import EvalData, evaluate
 
 if TYPE_CHECKING:
@@ -72,6 +71,8 @@ class Probe:
         """
         log = evaluate(model, self.fmt, self.data, retain_log=self.retain_log, generate=False)
         found = summarise(log, self.retain_log, resamples=0)
+        from scipy.stats import hmean
+
         parts = list(found["model_utility_parts"].values())
         return Look(
             forget_quality=found["forget_quality"],
@@ -80,7 +81,7 @@ class Probe:
             forget_nll=found["forget_nll"],
             nll_ratio=found["forget_nll"] / found["retrain_forget_nll"],
             retain_answer_prob=found["retain_answer_prob"],
-            utility=harmonic_mean(parts),
+            utility=float(hmean(parts)),
         )
 
 

@@ -22,7 +22,8 @@ from adapters.environment import threads_for
 from adapters.errors import UserError
 from adapters.store.store import AdapterStore
 from evaluation.experiments.systems import Measured, Report, digest, measure, table_rows
-from evaluation.logs.records import EvalLog, read_log, write_json
+from evaluation.logs import read_log
+from evaluation.logs.records import EvalLog, write_json
 from evaluation.suite import load_eval_data
 from evaluation.tuning.chosen import on_seed, setting_words
 from evaluation.tuning.probe import FORMULA, Look, Probe, Watch, thinned

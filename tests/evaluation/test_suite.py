@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from adapters.errors import UserError
+from evaluation import cache, suite
 from evaluation.inference.generation import generate_answers
 from evaluation.inference.scoring import score_rows
-from evaluation.logs.records import read_log, write_log
+from evaluation.logs import read_log
+from evaluation.logs.records import write_log
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import PROTOCOLS, Decoding
 from evaluation.suite import Effort, EvalData, evaluate, load_eval_data
@@ -172,8 +174,8 @@ def test_an_evaluation_holds_every_protocol_and_survives_the_disk(
         assert found["notes"] == []
 
 
-def test_finished_parts_are_reused_for_the_same_weights_only(
-    tiny: tuple[Any, Any], tmp_path: Path
+def test_results_are_reused_where_nothing_they_depend_on_differs(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, fmt = tiny
     data = dataclasses.replace(tiny_data(), retain=(), real_authors=(), world_facts=())
@@ -199,6 +201,19 @@ def test_finished_parts_are_reused_for_the_same_weights_only(
     assert labels(key="a", limit=2)[1] == everything
     # Other answers of the same scores: only the answers are made.
     assert labels(key="a", protocol="simnpo")[1] == ["forget: answers"]
+    # Padded batches are there to check the shared prefixes with: neither takes the other's results.
+    for effort in (Effort(shared=False), Effort(drafts=False)):
+        assert labels(key="a", effort=effort)[1] == everything
+        assert labels(key="a", effort=effort)[1] == []
+    assert labels(key="a", effort=Effort(batch_tokens=500, batch_size=2))[1] == []
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config, "_attn_implementation", "eager")
+        assert labels(key="a")[1] == everything
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "versions", lambda: {"unlearner": "99.0"})
+        assert labels(key="a")[1] == everything
+    data = dataclasses.replace(data, forget=[*data.forget[1:], data.forget[0]])
+    assert labels(key="a")[1] == everything
     with pytest.raises(ValueError, match="needs a key"):
         labels()
 
@@ -226,6 +241,25 @@ def test_an_interrupted_evaluation_keeps_what_was_finished(
     part.write_text("{")
     with pytest.raises(UserError, match="damaged"):
         quick(model, fmt, tiny_data(), **options)
+
+
+def test_figures_do_not_depend_on_the_callers_threads(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small model is measured on one thread by every command: other threads, other last bits."""
+    model, fmt = tiny
+    seen: list[int] = []
+    real = suite.score_rows
+    spy = lambda *a, **k: seen.append(torch.get_num_threads()) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr(suite, "score_rows", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quick(model, fmt, tiny_data(), generate=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] * 4
 
 
 def test_a_limit_and_no_answers_are_stated(tiny: tuple[Any, Any]) -> None:

@@ -279,7 +279,7 @@ class Session:
         import math
 
         from evaluation.inference.scoring import score_rows
-        from evaluation.metrics.statistics import log_truth_ratio
+        from evaluation.metrics.forget_quality import log_truth_ratio
 
         model, fmt = self.require()
         found: list[tuple[float, float | None]] = []
@@ -328,7 +328,7 @@ def _framed(frame: Frame, pair: Any, clock: _Clock) -> Frame:
 
 def judged(answer: Answer, row: Row | None, scores: tuple[float, float | None] | None) -> Answer:
     """The answer with its scores and its verdict; `scores` are `Session.teacher_forced`'s."""
-    from evaluation.metrics.statistics import rouge_recall
+    from evaluation.metrics.text import rouge_recall
 
     if row is None or scores is None:
         return dataclasses.replace(answer, word=verdict(answer.text))

@@ -1,12 +1,13 @@
 """The look of the app: one accent, system fonts, light and dark by the reader's system."""
 
-CSS = """
-:root { --un-accent:#1f5f8b; --un-ink:#1c2430; --un-quiet:#55606e; --un-line:#d5dbe2;
-  --un-paper:#ffffff; --un-soft:#f4f6f8; --un-diff:#fff1c9;
-  --un-two:#a84c14; --un-three:#4f6a1e; --un-four:#80479c; }
-.dark { --un-accent:#8fc7ee; --un-ink:#e8ecf1; --un-quiet:#aeb8c4; --un-line:#3a4450;
-  --un-paper:#171c22; --un-soft:#1f262e; --un-diff:#4a3d12;
-  --un-two:#f0a36f; --un-three:#b3d37c; --un-four:#d3a6ea; }
+from evaluation.report.plots import colour_css
+
+CSS = (
+    f"""
+{colour_css()}
+{colour_css(".dark", dark=True)}
+"""
+    + """
 .dark { --color-accent:#8fc7ee !important; }
 .gradio-container { max-width:min(100%,1280px) !important; width:100%; min-width:0; margin:auto; }
 .gradio-container .column { min-width:0; }
@@ -44,7 +45,6 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 .un-scores th[scope=row] { width:60%; } .un-part { font-size:1rem; font-weight:650; }
 .gradio-container input[type=range]::-webkit-slider-thumb { border:2px solid var(--un-accent); }
 .gradio-container input[type=range]::-moz-range-thumb { border:2px solid var(--un-accent); }
-.un-key svg { display:inline-block; vertical-align:middle; margin:0; }
 .un-scores table, .un-table { border-collapse:collapse; width:100%; font-size:.9rem;
   color:var(--un-ink); font-variant-numeric:tabular-nums; }
 .un-scores th, .un-scores td, .un-table th, .un-table td { text-align:left; vertical-align:top;
@@ -68,19 +68,11 @@ tr[data-state=on] .un-state { color:var(--un-accent); }
 .un-note { border-left:3px solid var(--un-accent); padding:.35rem .8rem; background:var(--un-soft);
   color:var(--un-ink); border-radius:0 6px 6px 0; overflow-wrap:anywhere; }
 .un-hidden { position:absolute; width:1px; height:1px; overflow:hidden; clip-path:inset(50%); }
-.un-figure { margin:.5rem 0 0; } .un-figure figcaption { display:flex; flex-wrap:wrap;
-  gap:.2rem 1.2rem; font-size:.85rem; color:var(--un-ink); }
-.un-plot { width:100%; height:auto; max-width:760px; } .un-plot text { fill:var(--un-quiet);
-  font-size:12px; } .un-grid { stroke:var(--un-line); }
-.un-line { fill:none; stroke-width:2; } .un-front { fill:none; stroke-width:1.5; opacity:.75; }
-.un-plot .un-mark { font-size:17px; }
-.un-s0 { stroke:var(--un-accent); } .un-s1 { stroke:var(--un-two); }
-.un-s2 { stroke:var(--un-three); } .un-s3 { stroke:var(--un-four); }
-.un-plot .un-t0, .un-t0 { fill:var(--un-accent); color:var(--un-accent); }
-.un-plot .un-t1, .un-t1 { fill:var(--un-two); color:var(--un-two); }
-.un-plot .un-t2, .un-t2 { fill:var(--un-three); color:var(--un-three); }
-.un-plot .un-t3, .un-t3 { fill:var(--un-four); color:var(--un-four); }
-.un-figure { overflow-x:auto; } .un-figure > .un-plot { min-width:460px; }
+.un-figure { margin:.5rem 0 0; } .un-figure figcaption { font-size:.85rem;
+  color:var(--un-quiet); overflow-wrap:anywhere; }
+.un-plot { display:block; width:100%; height:auto; max-width:520px; }
+.un-table caption { text-align:left; color:var(--un-quiet); font-size:.85rem; }
+.un-table small { display:block; color:var(--un-quiet); }
 .un-preview { font-size:.95rem; line-height:1.6; margin:0 0 .5rem; overflow-wrap:anywhere; }
 .un-plan { display:grid; grid-template-columns:max-content 1fr; gap:.25rem 1rem; font-size:.92rem; }
 .un-plan dt { color:var(--un-quiet); } .un-plan dd { margin:0; }
@@ -102,6 +94,7 @@ progress::-moz-progress-bar { background:var(--un-accent); }
 @media (prefers-reduced-motion: reduce) {
   * { animation:none !important; transition:none !important; } }
 """
+)
 
 # Esc stops the answer that is being written, wherever the focus is; Enter is the form's own.
 # The language lets a screen reader choose its voice.

@@ -20,11 +20,11 @@ from ui.cli.commands.adapters import store as commands_store
 from ui.cli.commands.everyday import ask as commands_ask
 from ui.cli.commands.everyday import doctor_preview as commands_info
 from ui.cli.commands.everyday import evaluate as commands_eval
-from ui.cli.commands.everyday import fluency as commands_fluency
 from ui.cli.commands.everyday import forget as commands_train
 from ui.cli.commands.everyday import quickstart as commands_quickstart
 from ui.cli.commands.everyday import report as commands_report
 from ui.cli.commands.everyday import robustness as commands_robustness
+from ui.cli.commands.everyday import score as commands_score
 from ui.cli.commands.everyday import ui as commands_ui
 from ui.cli.commands.experiments import bench as commands_bench
 from ui.cli.commands.experiments import finetune as commands_finetune
@@ -60,10 +60,10 @@ MODULES = (
     commands_store,
     commands_merge,
     commands_eval,
+    commands_score,
     commands_report,
     commands_robustness,
     commands_finetune,
-    commands_fluency,
     commands_tune,
     commands_ui,
 )

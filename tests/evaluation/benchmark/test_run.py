@@ -19,7 +19,7 @@ from evaluation.benchmark.run import (
     load_workload,
     recorded_answers,
 )  # fmt: skip
-from evaluation.logs.records import read_log
+from evaluation.logs import read_log
 
 # Of Llama-2-7b: weights in its projections, and in its head.
 LINEAR, HEAD = 6_476_005_376, 131_072_000

@@ -163,18 +163,21 @@ def test_the_page_shows_every_policy_and_what_a_revert_leaves(
     from ui.cli.output.sequence_page import sequence_page
 
     page = sequence_page(done[0])
-    tree = ET.fromstring(page.split("<body>")[0].replace("<!doctype html>", "").split("<style>")[0]
-                         .split("<head>")[0] + "<body>" + page.split("<body>")[1])  # fmt: skip
-    text = "".join(tree.itertext())
+    body = ET.fromstring(f"<body>{page.split('<body>')[1].split('</body>')[0]}</body>")
+    text = "".join(body.itertext())
+    svg = "{http://www.w3.org/2000/svg}"
     # Five curves of three policies, and the steps; forget quality has no value before arrival 1.
-    assert len(tree.findall(".//figure")) == 6
-    assert len(tree.findall(".//polyline")) == 18
-    assert [h.text for h in tree.findall(".//h2")] == list(POLICIES)
-    assert len(tree.findall(".//table")) == 4
+    plots = body.findall(f".//{svg}svg")
+    assert len(plots) == 6
+    for plot in plots:
+        names = [label.text for label in plot.iter(f"{svg}text")]
+        assert set(POLICIES) <= set(names)
+    assert [h.text for h in body.findall(".//h2")] == ["By number of requests", *POLICIES]
+    assert len(body.findall(".//table")) == 4
     first = done[0]["policies"][0]["interference"][0][0]
-    assert tree.find(".//table/tbody/tr/td/b").text == f"{first:+.2f}"  # type: ignore[union-attr]
+    assert body.find(".//table/tbody/tr/td").text == f"{first:+.2f}"  # type: ignore[union-attr]
     stale = done[0]["policies"][1]["revert"]["stale"][0]
-    assert f"after the revert: 2 active, stale: {stale}" in text
+    assert f"After the revert: 2 active, stale: {stale}" in text
     assert "Trained again: 1" in text
 
 
@@ -287,7 +290,7 @@ def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
     plan: Plan, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from evaluation.experiments import systems
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from unlearner.baselines import full
 
     given: dict[str, Any] = {

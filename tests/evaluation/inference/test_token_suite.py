@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
+from evaluation import cache
 from evaluation.inference import token_suite
 from evaluation.inference.token_stats import answer_tokens
 from evaluation.inference.token_suite import (
@@ -26,8 +27,13 @@ from evaluation.logs.token_records import (
     read_records,
     write_records,
 )
-from evaluation.metrics.membership import min_k_score
-from evaluation.metrics.privacy import BETTER, GROUPS, summarise_tokens, with_token_figures
+from evaluation.metrics.privacy import (
+    BETTER,
+    GROUPS,
+    min_k_score,
+    summarise_tokens,
+    with_token_figures,
+)
 from unlearner.request.rows import Row, load_split
 
 # The 30 retain authors that both mini models memorised: their answers score below 1 nat a token.
@@ -143,6 +149,29 @@ def test_finished_sets_are_kept_and_other_settings_are_other_parts(
     next(tmp_path.glob("forget-tokens-*")).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         measure_tokens(model, fmt, PLAN, key="a", resume_dir=tmp_path)
+
+
+def test_results_of_another_version_are_measured_again(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fmt = tiny
+    labels: list[str] = []
+
+    def measure() -> list[str]:
+        labels.clear()
+        progress = lambda label, done, total: labels.append(label)  # noqa: E731
+        options: dict[str, Any] = {"key": "a", "resume_dir": tmp_path, "on_progress": progress}
+        measure_tokens(model, fmt, PLAN, **options)
+        return sorted(set(labels))
+
+    everything = measure()
+    assert measure() == []
+    monkeypatch.setattr(cache, "SCHEMA", 99)
+    assert measure() == everything
+    monkeypatch.setattr(cache, "versions", lambda: {"unlearner": "99.0"})
+    assert measure() == everything
+    monkeypatch.setattr(model.config, "_attn_implementation", "eager")
+    assert measure() == everything
 
 
 def test_the_reference_attack_takes_another_models_losses(
@@ -263,7 +292,7 @@ def test_missing_and_broken_files_and_numbers_are_refused(tmp_path: Path) -> Non
     path = write_records(made([1], [2]), tmp_path / "m.json")
     text = path.read_text()
     path.write_text(text[:50])
-    with pytest.raises(UserError, match="cannot be read as JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         read_records(path)
     share = '"exact_memorization": '
     for old, new in (('"min_k": 1', '"min_k": NaN'), (f"{share}0.5", f"{share}1.5")):

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
-from evaluation.logs.export import to_tofu
-from evaluation.logs.public_formats import question_of
+from evaluation.logs import read_log
 from evaluation.logs.records import (
     AnswerScore,
     EvalLog,
     Generation,
     RowRecord,
     SetRecord,
-    read_log,
+    question_of,
     write_json,
     write_log,
 )
+from evaluation.logs.tofu import to_tofu
 
 ROW = RowRecord(
     question="Where was Ana born?",

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from evaluation.logs.export import to_tofu, write_open_unlearning
-from evaluation.logs.records import RECORDED, EvalLog, read_log, write_json, write_log
-from evaluation.metrics.statistics import rouge_recall
-from evaluation.metrics.summary import summarise
+from evaluation.logs import read_log
+from evaluation.logs.records import RECORDED, EvalLog, write_json, write_log
+from evaluation.logs.tofu import to_tofu
+from evaluation.metrics.summary import summarise, write_open_unlearning
+from evaluation.metrics.text import rouge_recall
 
 LOGS = ("llama2-7b_full.json", "llama2-7b_retain90_npo.json", "llama2-7b_retain90_tofu.json")
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
+from evaluation.inference.scoring import judge_losses
 from evaluation.logs.records import RECORDED, EvalLog, Generation, RowRecord, SetRecord
 from evaluation.metrics.text import (
     distinct_2,
     fluency,
     is_repeated,
-    judge_losses,
     recorded_answers,
     words_of,
 )

@@ -19,7 +19,6 @@ from ui.app.data.recorded import open_recorded
 from ui.app.data.sheet import SheetRow, tally
 from ui.app.data.verdicts import verdict
 from ui.app.html import views
-from ui.app.html.plots import histogram, pareto, round_values
 from ui.app.jobs import Jobs
 from ui.app.session import Answer, Frame, Session
 from ui.app.tabs.runs import _pair
@@ -135,15 +134,6 @@ def test_comparator_json_has_the_layout_of_its_reader() -> None:
     schema = made["metadata"]["custom_fields_schema"]
     assert {field["name"] for field in schema} == set(example["custom_fields"])
     assert {field["type"] for field in schema} == {"per_model_number", "per_model_category"}
-
-
-def test_plots_name_every_point_and_escape_names() -> None:
-    drawn = pareto([("<a>", 0.5, -2.0, "here"), ("b", 0.6, 0.0, "there")], "label", "x", "y")
-    assert "&lt;a&gt;" in drawn
-    assert 'aria-label="label"' in drawn
-    assert pareto([], "label", "x", "y") == ""
-    assert "mean +1.000" in histogram({"run": [0.5, 1.5]}, "label", "x")
-    assert round_values(0.561, 0.651) == [0.58, 0.6, 0.62, 0.64]
 
 
 def test_a_tally_counts_forgotten_beside_kept() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from adapters.errors import UserError
 from ui.app.data import runs
-from ui.app.data.probes import Probes, gather_probes, is_probe, read_probe
-from ui.app.html import curves, runs_page, views
+from ui.app.data.probes import Probes, gather_probes, is_probe
+from ui.app.html import runs_page, views
 
 ROBUST: dict[str, Any] = {
     "kind": "unlearner-robustness",
@@ -84,13 +84,12 @@ def test_a_card_without_an_attack_and_an_undecided_verdict_are_read(tmp_path: Pa
     assert "undecided" in runs_page.verdicts_html(found)
 
 
-def test_a_state_measured_once_is_a_level_and_a_fifth_curve_is_named() -> None:
+def test_a_state_measured_once_is_a_level_beside_every_curve() -> None:
     rising = [(0.0, 0.1), (5.0, 0.9)]
-    found = Probes(relearning={"origin": [(0.0, 0.99)], "a": rising, "b": rising, "c": rising,
-                               "d": rising})  # fmt: skip
+    found = Probes(relearning={"origin": [(0.0, 0.99)], **dict.fromkeys("abcde", rising)})
     page = runs_page.plots_html(runs.Runs([], {}, [], []), found)
-    assert "origin 0.990" in page
-    assert "Not drawn, a plot holds four: d." in page
+    for name in ("origin", *"abcde"):
+        assert f">{name}</text>" in page
 
 
 def test_probes_of_two_owners_keep_their_names_apart(tmp_path: Path) -> None:
@@ -105,19 +104,19 @@ def test_probes_of_two_owners_keep_their_names_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{broken", "is no robustness result"),
-        ("[1]", "is no robustness result"),
-        ('{"kind": "unlearner-calibration", "schema": 1}', "is no robustness result"),
+        ("{broken", "is not JSON"),
+        ("[1]", "holds list, not an object"),
+        ('{"kind": "unlearner-calibration", "schema": 1}', "is of kind 'unlearner-calibration'"),
         ('{"kind": "unlearner-robustness", "schema": 9}', "has schema 9"),
+        (None, "cannot be read"),
     ],
 )
-def test_what_is_no_probe_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "p.json"
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text)
     with pytest.raises(UserError, match=words):
-        read_probe(path, "robustness")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_probe(tmp_path / "none.json", "robustness")
+        gather_probes(None, (), [path])
 
 
 def test_filed_probes_are_curves_and_no_rows_of_the_table(tmp_path: Path, put: Any) -> None:
@@ -148,24 +147,16 @@ def test_filed_probes_are_curves_and_no_rows_of_the_table(tmp_path: Path, put: A
     assert "calibration-forget05: strength 0.75" in cells[8]
 
 
-def test_the_front_joins_what_nothing_beats_in_both() -> None:
-    assert curves.front([(0.1, -1.0), (0.5, -3.0), (0.3, -4.0), (0.5, -2.0)]) == [0, 3]
-    assert curves.front([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]  # equal points both stay
-    assert curves.front([]) == []
-
-
-def test_the_front_passes_through_its_points() -> None:
-    points = [("a", 0.1, -1.0, "here"), ("b", 0.5, -2.0, "here"), ("c", 0.2, -9.0, "here"),
-              ("<p>", 0.6, -0.5, "there")]  # fmt: skip
-    drawn = curves.pareto_with_front(points, "l", "x", "y", {"here": "our <front>"})
-    path = drawn.split('points="')[1].split('"')[0].split()
-    assert len(path) == 2
-    marks = curves._MARK.findall(drawn)
-    drop = curves.MARK_DROP
-    assert path == [f"{float(x):.1f},{float(y) - drop:.1f}" for x, y in marks[:2]]
-    assert "our &lt;front&gt;" in drawn
-    alone = curves.pareto_with_front(points[3:], "l", "x", "y", {"there": "front"})
-    assert "un-front" not in alone  # one point is no front
+def test_the_front_is_drawn_for_what_was_measured_and_escaped() -> None:
+    table = [
+        {"name": name, "source": "log", "model_utility": x, "forget_quality_log10": y}
+        for name, x, y in (("<a>", 0.1, -1.0), ("b", 0.5, -2.0), ("c", 0.2, -9.0))
+    ]
+    page = runs_page.plots_html(runs.Runs(table, {}, [("npo", -3.0, 0.5)], []))
+    assert "front of those measured here: &lt;a&gt;, b." in page
+    assert "<a>" not in page
+    assert ">front of those measured here</text>" in page
+    assert ">front of the published</text>" not in page  # one point is no front
 
 
 def test_the_page_shows_probes_and_what_is_chosen_escaped(tmp_path: Path) -> None:
@@ -177,12 +168,12 @@ def test_the_page_shows_probes_and_what_is_chosen_escaped(tmp_path: Path) -> Non
     assert "&lt;b&gt;back" in page
     assert "<b>back" not in page
     assert "chosen: 0.75" in page
-    for title in ("Relearning", "Many answers drawn", "Verdicts of the probes"):
+    for title in ("Relearning", "Many answers drawn", "Verdicts, each with its threshold"):
         assert title in page
     assert "Relearning" not in runs_page.plots_html(found, Probes())
     chosen = runs_page.log_r_html(found, ["two"])
-    assert "two, mean +1.500" in chosen
-    assert "one" not in chosen
+    assert "two: mean +1.500." in chosen
+    assert ">one</text>" not in chosen
     assert "No run is chosen" in runs_page.log_r_html(found, [])
 
 
@@ -200,4 +191,5 @@ def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path, shared: Pat
     assert "Content-Security-Policy" in text
     assert "unlearner report " in text, "the command that makes the same file"
     filed = runs.write_report(runs.Sources(), tmp_path / "filed.html").read_text()
-    assert "Content-Security-Policy" not in filed, "without a log the page's own tables"
+    assert "Content-Security-Policy" in filed
+    assert "unlearner report" not in filed, "without a log there is no command"

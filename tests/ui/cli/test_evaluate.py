@@ -11,7 +11,7 @@ import pytest
 
 from adapters.lora import stack as live_stack
 from evaluation import suite
-from ui.cli.commands.everyday import evaluate as commands_eval
+from ui.cli.output import events as progress_events
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def test_the_batch_size_reaches_the_suite(
 
 def test_progress_counts_from_before_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(commands_eval.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_events.time, "monotonic", lambda: now[0])
     events: list[dict[str, Any]] = []
-    show = commands_eval.progress_of(SimpleNamespace(progress=events.append))  # type: ignore[arg-type]
+    show = progress_events.progress_of(SimpleNamespace(progress=events.append))  # type: ignore[arg-type]
     now[0] = 104.0
     show("forget: scores", 40, 120)
     now[0] = 112.0

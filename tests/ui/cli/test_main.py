@@ -76,7 +76,7 @@ def test_the_design_s_commands_are_there() -> None:
     assert first == {
         "quickstart", "doctor", "preview", "forget", "consolidate", "adapters", "merge",
         "evaluate", "score", "finetune", "reproduce", "ui", "bench", "report", "calibrate",
-        "sequence", "robustness", "ask", "tune", "fluency",
+        "sequence", "robustness", "ask", "tune",
     }  # fmt: skip
     verbs = {words.split()[1] for words in COMMANDS if words.startswith("adapters ")}
     assert verbs >= {
@@ -184,7 +184,7 @@ def test_a_reader_that_leaves_early_is_no_traceback() -> None:
     code = """
 import sys
 from types import SimpleNamespace
-from ui import cli
+from ui.cli import main as cli
 def many(args, console):
     for i in range(100000):
         console.text("line " + str(i))
@@ -208,7 +208,7 @@ def test_a_real_ctrl_c_says_so_in_one_line() -> None:
     code = """
 import sys, time
 from types import SimpleNamespace
-from ui import cli
+from ui.cli import main as cli
 def wait(args, console):
     console.words("ready")
     time.sleep(60)

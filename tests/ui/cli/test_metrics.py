@@ -169,7 +169,7 @@ def test_metrics_of_a_retrained_model_are_checked_before_a_model_is_loaded(
     monkeypatch.setattr(base_model, "load_base", None)
     whole = [word for word in asked if word not in ("--limit", "2")]
     for words_, path, problem in (
-        (asked, "/none.json", "no token metrics /none.json"),
+        (asked, "/none.json", "no token metrics file /none.json"),
         ([*asked, "--protocol", "open-unlearning"], kept, "differ in the length of a cut"),
         (whole, kept, "hold different rows"),
     ):

@@ -19,7 +19,7 @@ from evaluation.logs.records import (
     SetRecord,
     write_log,
 )
-from ui.cli.commands.everyday.report import _request, command_text
+from ui.cli.commands.everyday.report import command_text, report_request
 from ui.cli.main import parse
 
 SETS = {"forget": 12, "retain": 6, "real_authors": 4, "world_facts": 4}
@@ -68,15 +68,17 @@ def test_json_has_the_table_and_the_files(run: Any, logs: Path, tmp_path: Path) 
 
 def test_every_flag_changes_the_report(run: Any, logs: Path, tmp_path: Path) -> None:
     """Each flag beside what only it puts into the report."""
-    one, other = (logs / "logs" / f"{name}.json" for name in ("simnpo", "retrain"))
+    names = ("simnpo", "retrain", "origin")
+    log, reference, second = (logs / "logs" / f"{name}.json" for name in names)
     card = tmp_path / "robustness.json"
     card.write_text(json.dumps({"kind": "unlearner-robustness", "schema": 1, "adapters": ["r7"],
                                 "verdicts": [{"name": "v", "text": "weak spot"}]}))  # fmt: skip
     curve = tmp_path / "calibration.json"
     curve.write_text(json.dumps({"kind": "unlearner-calibration", "schema": 1, "adapter": "r8"}))
+    both = ["--reference-log", reference, "--second-reference-log", second]
     flags: list[tuple[list[object], str]] = [
-        (["--retain-log", other], "the reference itself"),
-        (["--retain-log", other, "--second-retain-log", logs / "logs" / "origin.json"], "Band of"),
+        (["--reference-log", reference], "the reference itself"),
+        (both, "Band of"),
         (["--protocol", "tofu-paper"], "arithmetic"),
         (["--robustness", card], "weak spot"),
         (["--calibration", curve], "Strength curve, r8"),
@@ -86,10 +88,10 @@ def test_every_flag_changes_the_report(run: Any, logs: Path, tmp_path: Path) -> 
         (["--date", "2026-05-04"], "Date: 2026"),
         (["--without-answers"], "were left out"),
     ]
-    assert run("report", one, "--out", tmp_path / "plain").code == 0
+    assert run("report", log, "--out", tmp_path / "plain").code == 0
     plain = (tmp_path / "plain" / "report.html").read_text()
     for i, (flag, words) in enumerate(flags):
-        assert run("report", one, *flag, "--out", tmp_path / str(i)).code == 0
+        assert run("report", log, *flag, "--out", tmp_path / str(i)).code == 0
         assert words in (tmp_path / str(i) / "report.html").read_text(), flag
         if words != "published":
             assert words not in plain
@@ -97,7 +99,6 @@ def test_every_flag_changes_the_report(run: Any, logs: Path, tmp_path: Path) -> 
 
 
 def test_png_is_made_on_demand(run: Any, logs: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     assert run("report", logs, "--png", "--out", tmp_path / "out").code == 0
     plots = tmp_path / "out" / "plots"
     assert {p.stem for p in plots.glob("*.png")} == {p.stem for p in plots.glob("*.svg")}
@@ -119,13 +120,14 @@ def test_mistakes_are_told_with_their_fix(run: Any, logs: Path, tmp_path: Path) 
 
 
 def test_the_command_it_prints_makes_the_same_report() -> None:
-    words = ["report", "a b=x.json", "run", "--retain-log", "r.json", "--protocol", "tofu,simnpo",
-             "--tried", "3", "--published", "none", "--title", "T <1>", "--date", "d",
+    words = ["report", "a b=x.json", "run", "--reference-log", "r.json",
+             "--protocol", "tofu,simnpo", "--tried", "3", "--published", "none",
+             "--title", "T <1>", "--date", "d",
              "--robustness", "c.json", "d.json", "--without-answers", "--png"]  # fmt: skip
     args = parse([*words, "--out", "somewhere", "--json"])
     import shlex
 
-    again = shlex.split(command_text(_request(args), png=args.png))
+    again = shlex.split(command_text(report_request(args), png=args.png))
     assert again[0] == "unlearner"
     assert "--out" not in again
     other = parse(again[1:])

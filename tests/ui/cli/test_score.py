@@ -9,6 +9,15 @@ from typing import Any
 import pytest
 
 from adapters.errors import GateFailed, UserError
+from evaluation.logs.records import (
+    SETS,
+    AnswerScore,
+    EvalLog,
+    Generation,
+    RowRecord,
+    SetRecord,
+    write_log,
+)
 from evaluation.protocols import PROTOCOLS
 from ui.cli.output.gates import check_gates, parse_gate
 
@@ -212,3 +221,53 @@ def test_logs_for_other_tools_are_written_and_read_back(
         assert again[key] == wrote.json[key]
     assert json.loads((folder / "TOFU_SUMMARY.json").read_text())["forget_quality"] is not None
     assert run("score", folder / "TOFU_EVAL.json", *words).code == 0
+
+
+def two_decodings(folder: Path) -> Path:
+    """A log with answers under both greedy decodings: ROUGE-L .25 and .75."""
+    score = AnswerScore(1.0, 4)
+    answers = {
+        "greedy-200-total": Generation("short", 0.5, 0.25),
+        "greedy-200-new": Generation("long", 0.5, 0.75),
+    }
+    sets = {}
+    for name in SETS:
+        rows = tuple(
+            RowRecord(f"{name} {i}?", "Mira.", score, score, (AnswerScore(2.0, 4),), answers)
+            for i in range(3)
+        )
+        sets[name] = SetRecord(name, rows, 3)
+    return write_log(EvalLog(sets, {"max_length": 512, "longest_text": 20}), folder / "log.json")
+
+
+@pytest.mark.parametrize("protocols", ["tofu", "tofu,open-unlearning", "open-unlearning,tofu"])
+def test_each_public_format_gets_the_answers_of_its_own_protocol(
+    run: Any, tmp_path: Path, protocols: str
+) -> None:
+    folder, aggregated = tmp_path / "ou", tmp_path / "tofu.json"
+    words: list[Any] = ["--write-open-unlearning", folder, "--write-tofu", aggregated]
+    ran = run("score", two_decodings(tmp_path), "--protocol", protocols, *words)
+    assert ran.code == 0, ran.err
+    assert json.loads((folder / "TOFU_SUMMARY.json").read_text())["forget_Q_A_ROUGE"] == 0.75
+    assert "(protocol open-unlearning)" in ran.err
+    task = json.loads(aggregated.read_text())["eval_log_forget.json"]
+    assert task["rougeL_recall"]["0"] == 0.25
+
+
+def test_a_log_without_open_unlearning_s_answers_gives_the_first_protocol_s(
+    run: Any, tmp_path: Path
+) -> None:
+    path = two_decodings(tmp_path)
+    path.write_text(path.read_text().replace("greedy-200-new", "other"))
+    folder = tmp_path / "ou"
+    ran = run("score", path, "--write-open-unlearning", folder)
+    assert json.loads((folder / "TOFU_SUMMARY.json").read_text())["forget_Q_A_ROUGE"] == 0.25
+    assert "(protocol tofu)" in ran.err
+
+
+@pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig"])
+def test_a_log_with_a_byte_order_mark_is_read(run: Any, tmp_path: Path, mark: str) -> None:
+    path = two_decodings(tmp_path)
+    path.write_text(path.read_text(), encoding=mark)
+    ran = run("score", path, "--retain-log", path, "--json")
+    assert ran.json["forget_quality"] == 1.0

@@ -1,4 +1,4 @@
-"""What probes of a stack found: relearning, drawing many answers, and strength. No gradio.
+"""Results of the probes of a stack: relearning, drawing many answers, and strength. No gradio.
 
 `robustness.json` and `calibration.json` are read as they were written; nothing is computed here.
 They are named on the command line, lie beside the logs, or are filed with an adapter.
@@ -6,20 +6,32 @@ They are named on the command line, lie beside the logs, or are filed with an ad
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError
-from ui.cli.output.robustness_card import WORDS
+from evaluation.report.card_sections import figure_points
+from evaluation.report.cards import (
+    CALIBRATION,
+    ROBUSTNESS,
+    VERDICT_WORDS,
+    Calibration,
+    Robustness,
+    parse_calibration,
+    read_calibration,
+    read_robustness,
+)
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
 
-KINDS = {"robustness": "unlearner-robustness", "calibration": "unlearner-calibration"}
-SCHEMA = 1
+KINDS = ("robustness", "calibration")
+STRENGTH_CURVES = {
+    "KS distance": "ks",
+    "retain probability": "retain_answer_prob",
+    "model utility": "model_utility",
+}
 Points = list[tuple[float, float]]
 
 
@@ -70,36 +82,22 @@ def gather_probes(
     """All probes that can be found, those named first.
 
     Raises:
-        UserError: a file that is no probe, or of another kind or schema.
+        UserError: a file of another kind or schema, or one that cannot be read.
     """
-    found = Probes()
-    given = {"robustness": robustness, "calibration": calibration}
-    seen: set[Path] = set()
-    for what, named in given.items():
-        beside = [path.parent / f"{what}.json" for path in logs]
-        for path in [*named, *(path for path in beside if path.is_file())]:
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                _add(found, what, read_probe(path, what), path.parent.name or path.stem)
+    probes = Probes()
+    for path in _files(robustness, logs, ROBUSTNESS):
+        _add_robustness(probes, read_robustness(path), path.parent.name or path.stem)
+    for path in _files(calibration, logs, CALIBRATION):
+        probes.strengths.append(_strength(read_calibration(path)))
     for adapter, name, value in _filed(store):
-        _add_filed(found, name, value, adapter)
-    return found
+        _add_filed(probes, name, value, adapter)
+    return probes
 
 
-def _add_filed(found: Probes, name: str, value: Mapping[str, Any], owner: str) -> None:
-    """A probe as a store keeps it: columns in place of rows, verdicts without their sentences."""
-    curve, verdicts = value.get("curve"), value.get("verdicts")
-    if name.startswith("calibration") and isinstance(curve, Mapping):
-        columns = zip(*curve.values(), strict=True)
-        rows = [dict(zip(curve, row, strict=True)) for row in columns]
-        found.strengths.append(_strength({**value, "curve": rows}, owner))
-    elif name.startswith("robustness") and isinstance(verdicts, Mapping):
-        found.verdicts.extend(
-            {"of": owner, "name": probe, "said": word, "text": f"filed as {name}"}
-            for probe, word in verdicts.items()
-        )
-    else:
-        found.notes.append(f"The evaluation {name} of {owner} cannot be read here.")
+def _files(named: Sequence[Path], logs: Sequence[Path], name: str) -> list[Path]:
+    """The files that are named, then those beside the logs, each once."""
+    beside = [path for log in logs if (path := log.parent / name).is_file()]
+    return list({path.resolve(): path for path in reversed([*named, *beside])}.values())[::-1]
 
 
 def _filed(store: AdapterStore | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -111,67 +109,46 @@ def _filed(store: AdapterStore | None) -> Iterator[tuple[str, str, Mapping[str, 
                 yield adapter.label, name, value
 
 
-def read_probe(path: Path, what: str) -> dict[str, Any]:
-    """The probe in a file; `what` is robustness or calibration.
-
-    Raises:
-        UserError: no such file, no JSON, or something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
-    except ValueError:
-        value = None
-    _check(value, what, str(path))
-    found: dict[str, Any] = value
-    return found
-
-
-def _check(value: Any, what: str, where: str) -> None:
-    kind = value.get("kind") if isinstance(value, Mapping) else None
-    if kind != KINDS[what]:
-        raise UserError(f"{where} is no {what} result.", f"`unlearner {what}` writes one.")
-    if value.get("schema") != SCHEMA:
-        raise UserError(
-            f"{where} has schema {value.get('schema')!r}, this version reads {SCHEMA}.",
-            f"Make it again with `unlearner {what}`.",
-        )
+def _add_filed(probes: Probes, name: str, value: Mapping[str, Any], owner: str) -> None:
+    """A probe as a store keeps it: columns in place of rows, verdicts without their sentences."""
+    curve, verdicts = value.get("curve"), value.get("verdicts")
+    if name.startswith("calibration") and isinstance(curve, Mapping):
+        columns = zip(*curve.values(), strict=True)
+        rows = [dict(zip(curve, row, strict=True)) for row in columns]
+        card = parse_calibration({**value, "curve": rows}, Path(name), owner)
+        probes.strengths.append(_strength(card))
+    elif name.startswith("robustness") and isinstance(verdicts, Mapping):
+        holds = {word: value for value, word in VERDICT_WORDS.items()}
+        probes.verdicts.extend(
+            {"of": owner, "name": probe, "said": word, "holds": holds.get(word),
+             "text": f"filed as {name}"}
+            for probe, word in verdicts.items()
+        )  # fmt: skip
+    else:
+        probes.notes.append(f"The evaluation {name} of {owner} cannot be read here.")
 
 
-def _add(found: Probes, what: str, value: Mapping[str, Any], owner: str) -> None:
-    if what == "calibration":
-        found.strengths.append(_strength(value, owner))
-        return
-    for curve in (value.get("relearning") or {}).get("curves", ()):
-        name = _free(found.relearning, str(curve["name"]), owner)
-        found.relearning[name] = _points(curve["points"], "step", "unseen_answer_prob")
-        found.taught[name] = _points(curve["points"], "step", "seen_answer_prob")
-    for curve in (value.get("sampling") or {}).get("curves", ()):
-        name = _free(found.sampling, str(curve["name"]), owner)
-        found.sampling[name] = _points(curve["points"], "n", "share_leaked")
-    found.verdicts.extend(
-        {"of": owner, "said": WORDS[one.get("holds")], **one} for one in value.get("verdicts", ())
+def _add_robustness(probes: Probes, card: Robustness, owner: str) -> None:
+    for curve in card.relearning:
+        name = _free(probes.relearning, curve.name, owner)
+        probes.relearning[name] = figure_points(curve.points, "step", "unseen_answer_prob")
+        probes.taught[name] = figure_points(curve.points, "step", "seen_answer_prob")
+    for curve in card.sampling:
+        name = _free(probes.sampling, curve.name, owner)
+        probes.sampling[name] = figure_points(curve.points, "n", "share_leaked")
+    probes.verdicts.extend(
+        {"of": owner, "said": VERDICT_WORDS.get(verdict.get("holds")), **verdict}
+        for verdict in card.verdicts
     )
 
 
-def _strength(value: Mapping[str, Any], owner: str) -> Strength:
-    keys = {
-        "KS distance": "ks",
-        "retain probability": "retain_answer_prob",
-        "model utility": "model_utility",
+def _strength(card: Calibration) -> Strength:
+    curves = {
+        name: points
+        for name, key in STRENGTH_CURVES.items()
+        if (points := figure_points(card.curve, "scale", key))
     }
-    curves = {name: _points(value["curve"], "scale", key) for name, key in keys.items()}
-    return Strength(
-        str(value.get("adapter") or owner),
-        value.get("chosen_scale"),
-        {name: points for name, points in curves.items() if points},
-    )
-
-
-def _points(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> Points:
-    """The measured points in order; one that was not measured is left out, not drawn as 0."""
-    return sorted((float(row[x]), float(row[y])) for row in rows if row.get(y) is not None)
+    return Strength(card.name, card.chosen_scale, curves)
 
 
 def _free(taken: Mapping[str, Any], name: str, owner: str) -> str:

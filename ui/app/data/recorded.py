@@ -65,7 +65,7 @@ def open_recorded(paths: Sequence[Path]) -> Recorded:
     Raises:
         UserError: not two logs, a log that cannot be read, or no question in common.
     """
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.report.inputs import log_names
 
     if len(paths) != 2:
@@ -106,7 +106,7 @@ def _text(row: RowRecord) -> str | None:
 
 
 def _answer(row: RowRecord) -> Answer:
-    from evaluation.metrics.statistics import log_truth_ratio
+    from evaluation.metrics.forget_quality import log_truth_ratio
 
     made = next(m for m in row.generations.values() if m.text is not None)
     prob = None if row.answer_score is None else math.exp(-row.answer_score.mean_nll)

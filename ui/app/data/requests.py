@@ -234,7 +234,7 @@ def _shown(word: str) -> str:
 
 def job_html(view: Any) -> str:
     """A job as it stands: status, step, losses as curves, time left."""
-    from ui.app.html.plots import lines
+    from evaluation.report.plots import draw_svg, line_chart
     from ui.cli.console import duration_text
 
     last = view.steps[-1] if view.steps else {}
@@ -263,7 +263,8 @@ def job_html(view: Any) -> str:
     curves = {
         name: [(s["step"], s[key]) for s in thin if s.get(key) is not None] for name, key in CURVES
     }
-    plot = lines(curves, f"Losses of {view.title}", "step", "loss")
+    chart = line_chart("losses", f"Losses of {view.title}", curves, "step", "loss")
+    plot = "" if chart is None else draw_svg(chart)
     return (
         f'<section class="un-card" aria-label="{esc(view.title)}"><header><h2>{esc(view.title)}'
         f'</h2><span class="un-verdict">{esc(view.status)}</span></header>'

@@ -18,7 +18,7 @@ from ui.app.data.probes import Probes, gather_probes, is_probe
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
-    from evaluation.report.tree import ReportRequest
+    from evaluation.report.build import ReportRequest
     from ui.app.session import Answer
 
 REFERENCE = "retrain reference"
@@ -91,15 +91,15 @@ def write_report(sources: Sources, out: Path) -> Path:
 
 def report_request(sources: Sources) -> ReportRequest | None:
     """What `unlearner report` is asked for; None without any log or file of a probe."""
+    from evaluation.report.build import ReportRequest
     from evaluation.report.inputs import named_logs
-    from evaluation.report.tree import ReportRequest
     from ui.cli.commands.everyday.report import command_text
 
     if not (sources.logs or sources.robustness or sources.calibration):
         return None
     request = ReportRequest(
         tuple(named_logs(sources.logs)),
-        retain_log=sources.retain_log,
+        reference_log=sources.retain_log,
         robustness=sources.robustness,
         calibration=sources.calibration,
     )
@@ -118,7 +118,7 @@ def gather(
         UserError: a log that cannot be read.
     """
     from evaluation.experiments.presets import PUBLISHED_FORGET05
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.metrics.summary import set_values, summarise
     from evaluation.protocols import protocol_named
     from evaluation.report.inputs import log_names

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 
-from evaluation.metrics.statistics import stands_in_a_row
+from evaluation.metrics.text import stands_in_a_row
 
 KNOWS_ROUGE, KNOWS_PROB = 0.8, 0.7
 RUN = 4

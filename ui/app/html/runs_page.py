@@ -1,149 +1,158 @@
-"""The Runs tab as HTML: table, plots, verdicts. The page and the exported file show the same."""
+"""The Runs tab as HTML: table, plots and verdicts, in the page and in an exported file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evaluation.report.card_sections import verdict_table
+from evaluation.report.document import (
+    Block,
+    Cell,
+    Column,
+    Para,
+    Plots,
+    Section,
+    Table,
+    html_blocks,
+    html_page,
+)
+from evaluation.report.numbers import DASH
+from evaluation.report.plots import (
+    Chart,
+    Point,
+    Rule,
+    distribution_chart,
+    file_key,
+    line_chart,
+    trade_off_chart,
+)
 from ui.app.data import runs
 from ui.app.data.probes import Probes
-from ui.app.html import curves, plots, views
 
 MEASURED, PUBLISHED = "measured here", "published, Llama-2-7B"
 PUBLISHED_REFERENCE = "published retrain, Llama-2-7B"
-SHOWN_CURVES = 4  # a plot has four colours
+SHOWN_CURVES = 4  # distributions that are drawn before any are chosen
 NO_PROBES = Probes()
+ABOUT_QUALITY = (
+    "Published: Llama-2-7B on forget05 (OPTML-Group), not measured here. A front joins the runs "
+    "that no other of their kind beats on both axes; references are not part of it. Forget "
+    "quality needs a retrain reference: without one a run has no point."
+)
 
 
 def plots_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
-    """Every plot there is something for, but the distribution that depends on the choice."""
-    parts = [_quality(found)]
-    if curve := found.curve():
-        parts.append(
-            ("Strength, as evaluated",
-             plots.lines(_first(curve), "Forget ROUGE-L by strength", "strength", "forget ROUGE-L"))
+    """Every plot for which there are figures, and the verdicts of the probes."""
+    return html_blocks(_plot_blocks(found, probes))
+
+
+def _plot_blocks(found: runs.Runs, probes: Probes) -> list[Block]:
+    charts = [
+        _quality_chart(found),
+        line_chart(
+            "strength", "Strength, as evaluated: forget ROUGE-L", found.curve(), "strength",
+            "forget ROUGE-L",
+        ),
+    ]  # fmt: skip
+    for strength in probes.strengths:
+        chosen = strength.chosen
+        name = "none chosen" if chosen is None else f"chosen: {chosen:g}"
+        charts.append(
+            line_chart(
+                file_key("strength", strength.name), f"Strength of {strength.name}, {name}",
+                strength.curves, "strength", "share or distance",
+                rules=() if chosen is None else (Rule(chosen, name),),
+            )
         )  # fmt: skip
-    for one in probes.strengths:
-        label = f"Strength of {one.name}"
-        parts.append((label, curves.strength_plot(one.curves, one.chosen, label)))
-    titles = (
-        ("Relearning: rows that are not taught again", probes.relearning),
-        ("Relearning: rows that are taught again", probes.taught),
+    for key, title, curves in (
+        ("relearning", "Relearning: rows that are not taught again", probes.relearning),
+        ("taught", "Relearning: rows that are taught again", probes.taught),
+    ):
+        charts.append(_probability_chart(key, title, curves))
+    charts.append(
+        line_chart(
+            "sampling", "Many answers drawn: share of questions that leak", probes.sampling,
+            "answers drawn", "share leaked", ys=(0.0, 1.0),
+        )
+    )  # fmt: skip
+    blocks: list[Block] = [Plots(tuple(chart for chart in charts if chart is not None))]
+    blocks.append(Para(ABOUT_QUALITY))
+    return [*blocks, *_verdict_blocks(probes)]
+
+
+def _probability_chart(key: str, title: str, curves: Mapping[str, Sequence[Point]]) -> Chart | None:
+    """Answer probability over training steps; a state that was measured once is a level."""
+    return line_chart(
+        key, title, curves, "training steps", "answer probability", ys=(0.0, 1.0), levels=True
     )
-    parts += [_relearning(title, found_) for title, found_ in titles if found_]
-    if probes.sampling:
-        parts.append(
-            ("Many answers drawn",
-             plots.lines(_first(probes.sampling), "Share of questions that leak, by draws",
-                         "answers drawn", "share leaked", floor=0.0))
-        )  # fmt: skip
-    body = "".join(f"<div><h2>{views.esc(title)}</h2>{part}</div>" for title, part in parts if part)
-    return f'<div class="un-plots">{body}</div>{verdicts_html(probes)}'
 
 
-def _relearning(title: str, curves_: dict[str, list[tuple[float, float]]]) -> tuple[str, str]:
-    """Answer probability over training steps; a state that was only measured once is a level."""
-    last = max((x for points in curves_.values() for x, _ in points), default=0.0)
-    levels = {
-        name: [*points, (last, points[0][1])] if len(points) == 1 else points
-        for name, points in _first(curves_).items()
-    }
-    drawn = plots.lines(levels, title, "training steps", "answer probability", floor=0.0)
-    return title, drawn + _more(curves_)
-
-
-def _more(curves_: dict[str, list[tuple[float, float]]]) -> str:
-    left = list(curves_)[SHOWN_CURVES:]
-    return _foot(f"Not drawn, a plot holds four: {', '.join(left)}.") if left else ""
-
-
-def _first(curves_: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
-    return dict(list(curves_.items())[:SHOWN_CURVES])
-
-
-def _foot(text: str) -> str:
-    return f'<p class="un-foot">{views.esc(text)}</p>'
-
-
-def _quality(found: runs.Runs) -> tuple[str, str]:
-    """Forget quality against model utility, ours and the published ones, each with its front."""
+def _quality_chart(found: runs.Runs) -> Chart | None:
+    """Forget quality against model utility, measured and published, each with its front."""
     points = [
         (str(row["name"]), float(row["model_utility"]), float(row["forget_quality_log10"]),
          runs.REFERENCE if row["source"] == runs.REFERENCE else MEASURED)
         for row in found.table
         if row.get("model_utility") is not None and row.get("forget_quality_log10") is not None
     ]  # fmt: skip
-    published = [
-        (name, mu, fq, PUBLISHED_REFERENCE if name == "retrain" else PUBLISHED)
-        for name, fq, mu in found.published
+    points += [
+        (name, utility, quality, PUBLISHED_REFERENCE if name == "retrain" else PUBLISHED)
+        for name, quality, utility in found.published
     ]
-    drawn = curves.pareto_with_front(
-        [*points, *published], "Forget quality against model utility",
-        "model utility, higher is better", "log10 forget quality, 0 is best",
-        {MEASURED: "front of those measured here", PUBLISHED: "front of the published"},
-    )  # fmt: skip
-    note = (
-        "Published: Llama-2-7B on forget05 (OPTML-Group), not measured here. A front joins the "
-        "runs that no other of their kind beats in both; references are left out of it. Forget "
-        "quality needs a retrain reference: without one a run has no point."
-    )
-    return "Forget quality against model utility", drawn + _foot(note)
+    fronts = {MEASURED: "front of those measured here", PUBLISHED: "front of the published"}
+    return trade_off_chart("quality", "Forget quality against model utility", points, fronts)
 
 
 def log_r_html(found: runs.Runs, chosen: Sequence[str]) -> str:
     """The distribution of log R of the chosen runs."""
-    shown = {name: found.log_r[name] for name in chosen if name in found.log_r}
-    if not shown:
-        return _foot("No run is chosen that holds its rows.") if found.log_r else ""
-    note = _foot("Beyond four, runs are not drawn.") if len(shown) > SHOWN_CURVES else ""
-    drawn = plots.histogram(
-        dict(list(shown.items())[:SHOWN_CURVES]),
-        "Distribution of log R", "log R; below 0 knows",
+    return html_blocks(_log_r_blocks(found, chosen))
+
+
+def _log_r_blocks(found: runs.Runs, chosen: Sequence[str]) -> list[Block]:
+    chart = distribution_chart(
+        "log-r", "Log R of the forget rows",
+        {name: found.log_r[name] for name in chosen if name in found.log_r},
+        "log R (below 0: the right answer is likelier)",
     )  # fmt: skip
-    return f'<div class="un-plots"><div><h2>Log R of the forget rows</h2>{drawn}{note}</div></div>'
+    if chart is not None:
+        return [Plots((chart,))]
+    return [Para("No run is chosen that holds its rows.")] if found.log_r else []
 
 
 def verdicts_html(probes: Probes) -> str:
-    """What the probes concluded, each beside its threshold."""
+    """The verdicts of the probes, each beside its threshold."""
+    return html_blocks(_verdict_blocks(probes))
+
+
+def _verdict_blocks(probes: Probes) -> list[Block]:
     rows = [
-        {
-            "of": verdict.get("of"),
-            "probe": verdict.get("name"),
-            "value": _figure(verdict.get("value")),
-            "threshold": _figure(verdict.get("threshold")),
-            "verdict": verdict.get("said"),
-            "in words": verdict.get("text", ""),
-        }
-        for verdict in probes.verdicts
+        {**verdict, "name": f"{verdict['of']}: {verdict['name']}"} for verdict in probes.verdicts
     ]
-    if not rows:
-        return ""
-    return f'<h2 class="un-part">Verdicts of the probes</h2>{views.table(rows, "Verdicts")}'
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "–" if value is None else value
+    return [verdict_table(rows)] if rows else []
 
 
 def table_html(found: runs.Runs) -> str:
     """The table of all runs."""
-    rows = [
-        dict(zip(runs.COLUMNS, map(_cell, runs.cells(row)), strict=True)) for row in found.table
-    ]
-    return views.table(rows, "Runs")
+    return html_blocks([_run_table(found)] if found.table else [])
+
+
+def _run_table(found: runs.Runs) -> Table:
+    rows = tuple(tuple(Cell(_cell(value)) for value in runs.cells(row)) for row in found.table)
+    texts = ("name", "source", "direction", "protocol", "limited")
+    columns = tuple(Column(name, numeric=name not in texts) for name in runs.COLUMNS)
+    return Table("Runs", columns, rows)
 
 
 def _cell(value: Any) -> str:
-    return "–" if value is None else str(value)
+    return DASH if value is None else str(value)
 
 
 def file_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
-    """One file with table and plots that needs no network."""
-    from ui.app.style import CSS
-
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>unlearner: runs</title>'
-        f"<style>{CSS} body{{font-family:system-ui;max-width:1100px;margin:2rem auto;"
-        f"padding:0 1rem}}</style><h1>Runs</h1>{table_html(found)}{plots_html(found, probes)}"
-        f"{log_r_html(found, list(found.log_r))}</html>"
-    )
+    """The table and the plots as one file that needs no network."""
+    sections = [Section("plots", "Plots", tuple(_plot_blocks(found, probes)))]
+    if found.table:
+        sections.insert(0, Section("runs", "Runs", (_run_table(found),)))
+    if found.log_r:
+        blocks = _log_r_blocks(found, list(found.log_r))
+        sections.append(Section("log-r", "Log R", tuple(blocks)))
+    return html_page("unlearner: runs", sections)

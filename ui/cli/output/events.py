@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ui.cli.console import size_text
@@ -45,3 +46,21 @@ def gap_text(event: Mapping[str, Any]) -> str:
     if event.get("stopped_at_step") is None:
         return text
     return f"{text} The sign has turned: stopping with the weights of step {event['kept_step']}."
+
+
+def progress_of(console: Console) -> Callable[[str, int, int], None]:
+    """A callback that shows a label with done of all, elapsed and remaining seconds."""
+    started: dict[str, float] = {}
+    last = time.monotonic()
+
+    def show(label: str, done: int, total: int) -> None:
+        nonlocal last
+        # The first report of a label comes after its first batch: its clock began before that.
+        elapsed = time.monotonic() - started.setdefault(label, last)
+        last = time.monotonic()
+        event = {"message": label, "step": done, "steps": total, "elapsed": elapsed}
+        if done:
+            event["remaining"] = elapsed / done * (total - done)
+        console.progress({**event, "unit": "rows"})
+
+    return show

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from evaluation.report.cards import VERDICT_WORDS
+
 if TYPE_CHECKING:
     from ui.cli.console import Console
 
@@ -12,7 +14,6 @@ STATE_COLUMNS = (
     "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
     "forget_answer_prob", "forget_nll", "retain_answer_prob",
 )  # fmt: skip
-WORDS = {True: "holds", False: "leaks", None: "undecided"}
 
 
 def report_card(card: Mapping[str, Any], console: Console) -> None:
@@ -78,6 +79,6 @@ def verdict_line(verdict: Mapping[str, Any]) -> str:
     """`leaks  relearning  0.67 against 0.1: ...`."""
     value = "-" if verdict["value"] is None else f"{verdict['value']:.3g}"
     return (
-        f"{WORDS[verdict['holds']]:<9}  {verdict['name']:<19}  {value} against "
+        f"{VERDICT_WORDS[verdict['holds']]:<9}  {verdict['name']:<19}  {value} against "
         f"{verdict['threshold']:.3g}: {verdict['text']}"
     )

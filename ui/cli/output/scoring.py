@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
 from ui.cli import options
 from ui.cli.output.gates import parse_gate
 
 if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
+    from evaluation.protocols import Protocol
+    from evaluation.suite import Effort
     from ui.cli.console import Console
     from ui.cli.output.gates import Gate
+
+LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
+INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
 
 
 def reference_flags() -> options.Parser:
@@ -67,6 +73,14 @@ def scoring_flags() -> options.Parser:
     return parser
 
 
+def effort_of(args: argparse.Namespace) -> Effort:
+    """What the flags say of how the work is done; none of it changes a figure."""
+    from evaluation.suite import Effort
+
+    chosen = Effort(shared=not args.plain, drafts=not args.plain)
+    return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
+
+
 class References(NamedTuple):
     """Logs of one or two models that never saw the forget set."""
 
@@ -81,7 +95,7 @@ def read_references(args: argparse.Namespace) -> References:
         UserError: a log that cannot be read, or a second one without a first.
     """
     from adapters.errors import UserError
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
 
     if args.second_retain_log and not args.retain_log:
         raise UserError(
@@ -124,21 +138,42 @@ def with_protocols(
 def write_for_others(
     args: argparse.Namespace, log: EvalLog, references: References, console: Console
 ) -> None:
-    """Writes the public formats that the flags ask for, under the first protocol.
+    """Writes the public formats that the flags ask for, each with the answers it stands for.
+
+    open-unlearning's files hold that protocol's figures where the log has its answers, and TOFU's
+    log the answers of the first protocol of TOFU's own kind; else the first protocol is written.
 
     Raises:
         UserError: a row lacks a score that the format demands.
     """
-    from evaluation.logs.export import to_tofu, write_open_unlearning
     from evaluation.logs.records import RECORDED, write_json
+    from evaluation.logs.tofu import to_tofu
+    from evaluation.metrics.summary import write_open_unlearning
 
-    first = protocols_named(args.protocol)[0]
+    protocols = protocols_named(args.protocol)
     if args.write_tofu:
-        has = all(first.decoding.name in r.generations for s in log.sets.values() for r in s.rows)
-        recorded = all(RECORDED in r.generations for s in log.sets.values() for r in s.rows)
-        decoding = first.decoding.name if has else RECORDED if recorded else None
-        console.words(f"Wrote {write_json(args.write_tofu, to_tofu(log, decoding))}")
+        own = [p for p in protocols if p.name != "open-unlearning" and _is_answered(log, p)]
+        first = (own or protocols)[0]
+        names = [n for n in (first.decoding.name, RECORDED) if _has_answers(log, n)]
+        path = write_json(args.write_tofu, to_tofu(log, names[0] if names else None))
+        console.words(f"Wrote {path}")
     if args.write_open_unlearning:
+        theirs = protocol_named("open-unlearning")
+        chosen = theirs if _is_answered(log, theirs) else protocols[0]
         folder = args.write_open_unlearning
-        for path in write_open_unlearning(log, folder, references.first, first.name):
-            console.words(f"Wrote {path}")
+        for path in write_open_unlearning(log, folder, references.first, chosen.name):
+            console.words(f"Wrote {path} (protocol {chosen.name})")
+
+
+def _has_answers(log: EvalLog, decoding: str) -> bool:
+    return all(decoding in row.generations for found in log.sets.values() for row in found.rows)
+
+
+def _is_answered(log: EvalLog, protocol: Protocol) -> bool:
+    """Whether figures under `protocol` can be had from the log's scores and answers."""
+    from evaluation.logs.records import RECORDED
+
+    cut, longest = log.meta.get("max_length"), log.meta.get("longest_text")
+    if cut is not None and longest is not None and longest > min(cut, protocol.max_length):
+        return bool(cut == protocol.max_length)
+    return _has_answers(log, protocol.decoding.name) or _has_answers(log, RECORDED)

@@ -1,117 +1,118 @@
-"""A sequence of requests as one HTML page: curves, what harmed whom, and what a revert leaves."""
+"""A sequence of requests as one HTML page: curves, interference, and the effect of a revert."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from ui.app.html.plots import lines
-from ui.app.style import CSS
+from evaluation.report.document import (
+    Block,
+    Cell,
+    Column,
+    Para,
+    Plots,
+    Section,
+    Table,
+    html_page,
+    words,
+)
+from evaluation.report.plots import file_key, line_chart
 
-# What is drawn over the number of requests: key of a stage, title, and what is wanted of it.
+# What is drawn over the number of requests: key of a stage, title, and the direction wanted.
 CURVES = (
-    ("requested_answer_prob", "P of the requested authors' answers", "lower is wanted"),
-    ("waiting_answer_prob", "P of authors not asked for", "should stay"),
-    ("retain_answer_prob", "P of the retain rows", "should stay"),
-    ("forget_quality", "forget quality of all rows requested so far", "higher is wanted"),
-    ("utility_teacher_forced", "utility without ROUGE (six parts)", "should stay"),
+    ("requested_answer_prob", "P of the requested authors' answers", "lower is better"),
+    ("waiting_answer_prob", "P of authors not asked for", "should not change"),
+    ("retain_answer_prob", "P of the retain rows", "should not change"),
+    ("forget_quality", "forget quality of all rows requested so far", "higher is better"),
+    ("utility_teacher_forced", "utility without ROUGE (six parts)", "should not change"),
 )
-_BODY = (
-    "body { font-family:system-ui,sans-serif; max-width:1280px; margin:auto; padding:1rem; "
-    "color:var(--un-ink); }"
-)
-_NAMES = {"revert": "after the revert", "rebase": "after the rebase"}
+UNDONE = {"revert": "After the revert", "rebase": "After the rebase"}
 
 
-def sequence_page(found: Mapping[str, Any]) -> str:
-    """Render the result of `run_sequence` as one self-contained page."""
-    title = f"{found['requests']} requests of {found['split']}, one after another"
-    told = [f"<h1>{html.escape(title)}</h1>", _head(found), '<div class="un-plots">']
-    told += [_curve(found, *curve) for curve in CURVES] + [_steps(found), "</div>"]
-    for line in found["policies"]:
-        told.append(f"<h2>{html.escape(line['policy'])}</h2>")
-        told.append(_matrix(line["interference"], found, "Arrival", "raised the NLL of"))
-        if line.get("alone"):
-            told.append(_matrix(line["alone"], found, "Adapter", "alone raises the NLL of"))
-        told += [_undone(line, name) for name in _NAMES if name in line]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{CSS}{_BODY}</style></head><body>"
-        f"{''.join(told)}</body></html>\n"
+def sequence_page(result: Mapping[str, Any]) -> str:
+    """The result of `run_sequence` as one self-contained page."""
+    title = f"{result['requests']} requests of {result['split']}, one after another"
+    origin, settings = result["origin"], result["settings"]
+    about = (
+        f"Base {result['base']}, objective {settings['objective']['name']}, "
+        f"{result['rows_measured']} rows of {len(result['authors'])} authors measured, protocol "
+        f"{result['protocol']}. Before any request: P of the split "
+        f"{_figure(origin['waiting_answer_prob'])}, of the retain rows "
+        f"{_figure(origin['retain_answer_prob'])}, model utility "
+        f"{_figure(origin['model_utility'])}."
     )
-
-
-def _head(found: Mapping[str, Any]) -> str:
-    start, settings = found["origin"], found["settings"]
-    waiting = start["waiting_answer_prob"]
-    return (
-        f'<p class="un-quiet">Base {html.escape(str(found["base"]))}, objective '
-        f"{html.escape(settings['objective']['name'])}, {found['rows_measured']} rows of "
-        f"{len(found['authors'])} authors measured, protocol {html.escape(found['protocol'])}. "
-        f"Before any request: P of the split {_number(waiting)}, of the retain rows "
-        f"{_number(start['retain_answer_prob'])}, model utility "
-        f"{_number(start['model_utility'])}.</p>"
-    )
-
-
-def _curve(found: Mapping[str, Any], key: str, title: str, wanted: str) -> str:
-    series = {}
-    for line in found["policies"]:
-        values = [found["origin"][key], *(stage[key] for stage in line["arrivals"])]
-        points = [(float(n), v) for n, v in enumerate(values) if v is not None]
-        series[line["policy"]] = points
-    # All of these lie between 0 and 1: on one scale a harmless difference looks harmless.
-    drawn = lines(series, f"{title}, by policy", "requests", "", floor=0.0, top=1.0)
-    note = "" if drawn else "<p>fewer than two values</p>"
-    return f"<section><h3>{html.escape(title)} ({wanted})</h3>{drawn}{note}</section>"
-
-
-def _steps(found: Mapping[str, Any]) -> str:
-    series = {
-        line["policy"]: [
-            (float(n), float(steps))
-            for n, steps in enumerate(accumulate(s["cost"]["steps"] for s in line["arrivals"]), 1)
+    sections = [Section("curves", "By number of requests", (Para(about), *_curves(result)))]
+    for policy in result["policies"]:
+        authors = result["authors"]
+        blocks: list[Block] = [
+            _matrix(policy["interference"], authors, "Arrival", "raised the NLL of")
         ]
-        for line in found["policies"]
-    }
-    drawn = lines(series, "optimizer steps so far, by policy", "requests", "", floor=0.0)
-    return f"<section><h3>optimizer steps so far</h3>{drawn}</section>"
+        if policy.get("alone"):
+            blocks.append(_matrix(policy["alone"], authors, "Adapter", "alone raises the NLL of"))
+        blocks += [_undone(policy[key], title) for key, title in UNDONE.items() if key in policy]
+        name = policy["policy"]
+        sections.append(Section(file_key("policy", name), name, tuple(blocks)))
+    return html_page(title, sections)
 
 
-def _matrix(rows: Sequence[Sequence[float]], found: Mapping[str, Any], what: str, does: str) -> str:
-    """Nats a token, one row an arrival, one column an author; what a row asked for is in bold."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in found["authors"])
-    body = []
-    for number, row in enumerate(rows, start=1):
-        cells = "".join(
-            f"<td>{'<b>' if i == number - 1 else ''}{value:+.2f}"
-            f"{'</b>' if i == number - 1 else ''}</td>"
-            for i, value in enumerate(row)
+def _curves(result: Mapping[str, Any]) -> list[Block]:
+    """The plots, and the names of those with fewer than two values."""
+    charts = {}
+    for key, title, wanted in CURVES:
+        curves = {}
+        for policy in result["policies"]:
+            values = [result["origin"][key], *(stage[key] for stage in policy["arrivals"])]
+            points = [(float(n), value) for n, value in enumerate(values) if value is not None]
+            curves[policy["policy"]] = points
+        # All of these lie between 0 and 1: on one scale a harmless difference looks harmless.
+        charts[title] = line_chart(
+            file_key(key), f"{title} ({wanted})", curves, "requests", title, ys=(0.0, 1.0)
         )
-        body.append(f'<tr><th scope="row">{what} {number}</th>{cells}</tr>')
-    return (
-        f'<div class="un-scroll"><table class="un-table"><caption>{what} by row {does} the author '
-        f"by column, nats a token</caption><thead><tr><td></td>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+    steps = {
+        policy["policy"]: [
+            (float(n), float(total))
+            for n, total in enumerate(accumulate(s["cost"]["steps"] for s in policy["arrivals"]), 1)
+        ]
+        for policy in result["policies"]
+    }
+    title = "optimizer steps so far"
+    charts[title] = line_chart("steps", title, steps, "requests", "optimizer steps")
+    missing = [title for title, chart in charts.items() if chart is None]
+    blocks: list[Block] = [Plots(tuple(chart for chart in charts.values() if chart is not None))]
+    if missing:
+        blocks.append(Para(f"Fewer than two values, not drawn: {', '.join(missing)}."))
+    return blocks
+
+
+def _matrix(rows: Sequence[Sequence[float]], authors: Sequence[str], what: str, does: str) -> Table:
+    """Nats per token: a row for each arrival, a column for each author."""
+    cells = tuple(
+        (
+            Cell(f"{what} {number + 1}"),
+            *(
+                Cell(f"{value:+.2f}", "requested" if i == number else "")
+                for i, value in enumerate(row)
+            ),
+        )
+        for number, row in enumerate(rows)
     )
+    caption = f"{what} by row {does} the author by column, nats per token"
+    return Table(caption, (*words(what), *map(Column, authors)), cells)
 
 
-def _undone(line: Mapping[str, Any], name: str) -> str:
-    stage = line[name]
+def _undone(stage: Mapping[str, Any], title: str) -> Para:
     stale = ", ".join(stage["stale"]) or "none"
     cost = stage.get("cost")
-    spent = f" Trained again: {stage['trained']}, {cost['steps']} steps." if cost else ""
-    return (
-        f"<p><b>{_NAMES[name]}</b>: {len(stage['active'])} active, stale: {html.escape(stale)}; "
-        f"P of the other requested authors {_number(stage['requested_answer_prob'])}, of those not "
-        f"asked for (the withdrawn one among them) {_number(stage['waiting_answer_prob'])}, of the "
-        f"retain rows {_number(stage['retain_answer_prob'])}, forget quality "
-        f"{_number(stage['forget_quality'])}.{spent}</p>"
+    trained = f" Trained again: {stage['trained']}, {cost['steps']} steps." if cost else ""
+    return Para(
+        f"{title}: {len(stage['active'])} active, stale: {stale}; "
+        f"P of the other requested authors {_figure(stage['requested_answer_prob'])}, of those not "
+        f"asked for (the withdrawn one among them) {_figure(stage['waiting_answer_prob'])}, of the "
+        f"retain rows {_figure(stage['retain_answer_prob'])}, forget quality "
+        f"{_figure(stage['forget_quality'])}.{trained}"
     )
 
 
-def _number(value: float | None) -> str:
+def _figure(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"

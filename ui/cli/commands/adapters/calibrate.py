@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui.cli import options
-from ui.cli.commands.everyday.evaluate import INTERVALS, LOG_FILE, PARTS, progress_of
+from ui.cli.output.events import progress_of
+from ui.cli.output.scoring import INTERVALS, LOG_FILE, PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
     from evaluation.experiments.systems import digest
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
     from unlearner.tokens.prompts import prompt_format
 

@@ -195,10 +195,10 @@ def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | Non
         )
         return None
     from adapters.base.load import BaseSpec
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.robustness.released import measure_release
     from evaluation.suite import load_eval_data
-    from ui.cli.commands.everyday.evaluate import progress_of
+    from ui.cli.output.events import progress_of
 
     console.words(f"Measuring {args.base} and {args.out} on {args.split} ...")
     found = measure_release(

@@ -1,18 +1,14 @@
-"""`unlearner score` and `unlearner evaluate`: figures from a log, or from a model."""
+"""`unlearner evaluate`: the figures of a base with its adapters."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import shlex
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import BaseMismatch, Interrupted, UserError
+from adapters.errors import BaseMismatch, Interrupted
 from evaluation.protocols import protocols_named
 from ui.cli import options, own_rows
 from ui.cli.commands.everyday.evaluate_metrics import (
@@ -23,31 +19,19 @@ from ui.cli.commands.everyday.evaluate_metrics import (
 )
 from ui.cli.commands.everyday.evaluate_systems import parse_systems, run_systems
 from ui.cli.output import scoring
+from ui.cli.output.events import progress_of
 from ui.cli.output.gates import check_gates
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
-    from evaluation.suite import Effort, EvalData
+    from evaluation.suite import EvalData
     from ui.cli.console import Console
-
-LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
-INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
 
 
 def register(commands: Any) -> None:
-    """Adds the two commands."""
-    parser = commands.add_parser(
-        "score",
-        parents=[scoring.scoring_flags(), options.common()],
-        help="forget quality and model utility from recorded logs, no model",
-        description="Computes all figures from an evaluation log: this tool's, TOFU's "
-        "eval_log_aggregated.json in either layout, or open-unlearning's TOFU_EVAL.json.",
-        epilog="example:\n  unlearner score unlearned.json --retain-log retrain.json",
-    )
-    parser.add_argument("log", metavar="LOG", type=Path, help="evaluation log with its rows")
-    parser.set_defaults(run=run_score)
+    """Adds the command."""
     parser = commands.add_parser(
         "evaluate",
         parents=[
@@ -96,33 +80,9 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         help="padded rows and undrafted answers, to check the faster way against",
     )
     parser.add_argument(
-        "--engine",
-        choices=("transformers", "vllm"),
-        default="transformers",
-        help="what makes greedy answers; vllm is for one adapter or none, on a GPU "
-        "(default: transformers)",
-    )
-    parser.add_argument(
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
     )
     add_metric_flags(parser)
-
-
-def run_score(args: argparse.Namespace, console: Console) -> int:
-    """Prints all figures of a log; 4 where a gate fails."""
-    console.words(f"Reading {args.log} ...")
-    from evaluation.logs.records import read_log
-    from ui.cli.output.figures import report_figures
-
-    gates = scoring.gates_of(args)
-    references = scoring.read_references(args)
-    log = read_log(args.log)
-    summaries = scoring.figures_of(args, log, references)
-    names = {"log": str(args.log), "retain_log": args.retain_log and str(args.retain_log)}
-    scoring.write_for_others(args, log, references, console)
-    report_figures(scoring.with_protocols(names, summaries), console)
-    check_gates(gates, summaries[0])
-    return 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +115,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         if args.out is None:
             raise
         raise Interrupted(
-            f"Interrupted: the finished parts are kept in {args.out / PARTS}.",
+            f"Interrupted: the finished parts are kept in {args.out / scoring.PARTS}.",
             "Run the same command again to continue.",
         ) from None
     first, *others = scoring.figures_of(args, log, references)
@@ -164,14 +124,14 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         "base": args.base,
         "adapters": [slug for slug, _ in stack.active],
         "split": what,
-        "log": str(args.out / LOG_FILE) if args.out else None,
+        "log": str(args.out / scoring.LOG_FILE) if args.out else None,
         "retain_log": str(args.retain_log) if args.retain_log else None,
     }
     named = scoring.with_protocols(about, summaries)
     if args.out and ranks.rank() == 0:
-        write_log(log, args.out / LOG_FILE)
-        write_json(args.out / FIGURES_FILE, json_value(named))
-        console.words(f"Wrote {args.out / LOG_FILE} and {args.out / FIGURES_FILE}")
+        write_log(log, args.out / scoring.LOG_FILE)
+        write_json(args.out / scoring.FIGURES_FILE, json_value(named))
+        console.words(f"Wrote {args.out / scoring.LOG_FILE} and {args.out / scoring.FIGURES_FILE}")
     if ranks.rank() == 0:
         for figures in summaries:
             _attach(stack, args, figures)
@@ -216,6 +176,7 @@ def _measure(
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
+    from evaluation.cache import key_of
     from evaluation.suite import evaluate
     from unlearner.tokens.prompts import prompt_format
 
@@ -230,7 +191,7 @@ def _measure(
             raise BaseMismatch(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
-    key = weights_key(fingerprint.digest, view, stack.active)
+    key = key_of(base=fingerprint.digest, adapters=stack.active)
     command = shlex.join(["unlearner", *args.words])
     meta = {"split": own_rows.name_of(args), "adapters": stack.active, "command": command, **view}
     log = evaluate(
@@ -241,69 +202,22 @@ def _measure(
         retain_log=retain_log,
         limit=args.limit,
         key=key,
-        resume_dir=args.out / PARTS if args.out else None,
+        resume_dir=args.out / scoring.PARTS if args.out else None,
         on_progress=progress_of(console),
-        effort=effort_of(args, _engine(args, stack)),
+        effort=scoring.effort_of(args),
         meta=meta,
     )
     extras.measure(model, fmt, key, meta, progress_of(console))
     return log
 
 
-def weights_key(base: str, view: Mapping[str, str], stack: Sequence[Sequence[Any]]) -> str:
-    """What finished parts are kept under: the base's digest, how it is held, slugs and scales."""
-    return hashlib.sha256(json.dumps([base, view, stack]).encode()).hexdigest()
-
-
-def effort_of(args: argparse.Namespace, engine: Any = None) -> Effort:
-    """What the flags say of how the work is done; none of it changes a figure."""
-    from evaluation.suite import Effort
-
-    chosen = Effort(shared=not args.plain, drafts=not args.plain, engine=engine)
-    return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
-
-
-def _engine(args: argparse.Namespace, stack: _Stack) -> Any:
-    if args.engine == "transformers":
-        return None
-    from adapters.base.load import resolve_base
-    from evaluation.inference.engines import VllmEngine
-
-    base = resolve_base(args.base, args.revision)
-    if stack.store is None or not stack.active:
-        return VllmEngine(base)
-    if len(stack.active) > 1 or stack.active[0][1] != 1.0:
-        raise UserError(
-            "vLLM runs one adapter, as it was trained.",
-            "Sum the stack with `unlearner adapters combine`, or leave out --engine.",
-        )
-    adapter = stack.store.get(stack.active[0][0])
-    return VllmEngine(base, adapter.path, int(adapter.manifest.lora.get("lora_r", 16)))
-
-
-def progress_of(console: Console) -> Callable[[str, int, int], None]:
-    """A callback that shows a label with done of all, elapsed and remaining seconds."""
-    started: dict[str, float] = {}
-    last = time.monotonic()
-
-    def show(label: str, done: int, total: int) -> None:
-        nonlocal last
-        # The first report of a label comes after its first batch: its clock began before that.
-        elapsed = time.monotonic() - started.setdefault(label, last)
-        last = time.monotonic()
-        event = {"message": label, "step": done, "steps": total, "elapsed": elapsed}
-        if done:
-            event["remaining"] = elapsed / done * (total - done)
-        console.progress({**event, "unit": "rows"})
-
-    return show
-
-
 def _attach(stack: _Stack, args: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Files the figures with the last adapter of the stack: numbers and words, never a text."""
     if stack.store is None or not stack.active:
         return
-    kept = {k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in INTERVALS}
+    kept = {
+        k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in scoring.INTERVALS
+    }
     slugs = [slug for slug, _ in stack.active]
     what = own_rows.name_of(args)
     about = {"split": what, "stack": slugs, "scales": dict(stack.active), "limit": args.limit}

@@ -105,23 +105,22 @@ class Extras:
     ) -> None:
         """Measures all of it on the loaded model; with --out finished sets are kept and reused."""
         from adapters.environment import threads_for
-        from ui.cli.commands.everyday.evaluate import PARTS
+        from ui.cli.output.scoring import PARTS
 
         out = self.args.out
         if self.plan is not None:
             from evaluation.inference.token_suite import measure_tokens
             from evaluation.logs.token_records import write_records
 
-            with threads_for(model):
-                self.records = measure_tokens(
-                    model,
-                    fmt,
-                    self.plan,
-                    key=key,
-                    resume_dir=out / PARTS if out else None,
-                    on_progress=on_progress,
-                    meta={**meta, "holdout": _holdout_name(self.args), **self._reference()},
-                )
+            self.records = measure_tokens(
+                model,
+                fmt,
+                self.plan,
+                key=key,
+                resume_dir=out / PARTS if out else None,
+                on_progress=on_progress,
+                meta={**meta, "holdout": _holdout_name(self.args), **self._reference()},
+            )
             if out and ranks.rank() == 0:
                 write_records(self.records, out / TOKEN_FILE)
         if self.tasks is not None:
@@ -260,7 +259,7 @@ def _reference_losses(
     from adapters.base.load import load_base, load_tokenizer
     from adapters.environment import threads_for
     from evaluation.inference.token_suite import reference_losses
-    from ui.cli.commands.everyday.evaluate import progress_of
+    from ui.cli.output.events import progress_of
     from unlearner.tokens.prompts import prompt_format
 
     console.words(f"Asking the reference base {args.reference} ...")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from ui.cli import options, own_rows
 from ui.cli.output import scoring
+from ui.cli.output.events import progress_of
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "--metrics and --lm-eval are for one system.", "Evaluate that one with --adapters."
         )
-    if args.engine != "transformers":
-        raise UserError("--systems shares one loaded model.", "Leave out --engine.")
 
 
 def run_systems(args: argparse.Namespace, console: Console) -> int:
@@ -56,16 +55,10 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
     from adapters.store.store import AdapterStore
+    from evaluation.cache import key_of
     from evaluation.logs.records import write_log
     from evaluation.protocols import protocols_named
     from evaluation.suite import evaluate
-    from ui.cli.commands.everyday.evaluate import (
-        LOG_FILE,
-        PARTS,
-        effort_of,
-        progress_of,
-        weights_key,
-    )
     from unlearner.tokens.prompts import prompt_format
 
     store = AdapterStore.open(options.store_path(args))
@@ -93,14 +86,14 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
             protocol=[protocol.name for protocol in protocols_named(args.protocol)],
             retain_log=references.first,
             limit=args.limit,
-            key=weights_key(fingerprint.digest, view, stack),
-            resume_dir=out / PARTS if out else None,
+            key=key_of(base=fingerprint.digest, adapters=stack),
+            resume_dir=out / scoring.PARTS if out else None,
             on_progress=progress_of(console),
-            effort=effort_of(args),
+            effort=scoring.effort_of(args),
             meta={"split": what, "adapters": stack, "command": command, **view},
         )
         if out and ranks.rank() == 0:
-            write_log(log, out / LOG_FILE)
+            write_log(log, out / scoring.LOG_FILE)
         for figures in scoring.figures_of(args, log, references):
             table.append({**figures, "name": name, "adapters": slugs})
     console.table([{c: row.get(c) for c in COLUMNS} for row in table], list(COLUMNS))

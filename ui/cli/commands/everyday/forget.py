@@ -209,7 +209,7 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
             "Give --gap-log the log of a model that never saw the forget set.",
         )
     from adapters.base.load import load_tokenizer
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
     from evaluation.tuning.early_stop import GapProbe, gap_rows
     from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from evaluation.report.cards import VERDICT_WORDS
 from ui.cli import options
 from ui.cli.output.gates import check_gates, parse_gate
-from ui.cli.output.robustness_card import WORDS, report_card
+from ui.cli.output.robustness_card import report_card
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -152,13 +153,14 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
         raise UserError("The attacks run in one process.", "Start the command without a launcher.")
     protocol_named(args.protocol)
     console.words(f"Attacking {_what(args)} on {args.split} ...")
-    from evaluation.logs.records import read_log, write_json
+    from evaluation.logs import read_log
+    from evaluation.logs.records import write_json
     from evaluation.robustness.card import CARD_FILE, robustness
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.suite import load_eval_data
-    from ui.cli.commands.everyday.evaluate import progress_of
     from ui.cli.console import json_value
+    from ui.cli.output.events import progress_of
 
     names = figure_names(STATES)
     gates = [parse_gate(text, names) for text in args.fail_if]
@@ -259,6 +261,8 @@ def _attach(
         "split": args.split,
         "protocol": card["protocol"],
         "limit": args.limit,
-        "verdicts": {verdict["name"]: WORDS[verdict["holds"]] for verdict in card["verdicts"]},
+        "verdicts": {
+            verdict["name"]: VERDICT_WORDS[verdict["holds"]] for verdict in card["verdicts"]
+        },
     }
     subject.store.attach_eval(slugs[-1], f"robustness-{args.split}", {**figures, **about})

@@ -101,7 +101,7 @@ def _answers(args: argparse.Namespace) -> Any:
     if args.tokenizer is None:
         raise UserError("--answers needs the tokens to count in.", "Add --tokenizer.")
     from evaluation.benchmark.run import recorded_answers
-    from evaluation.logs.records import read_log
+    from evaluation.logs import read_log
 
     return recorded_answers(read_log(args.answers), args.tokenizer)
 

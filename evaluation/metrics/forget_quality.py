@@ -1,7 +1,7 @@
-"""Numbers from per-row arrays, each with its direction: no model, no files.
+"""Truth ratios, and forget quality: the KS test of log R, unlearned against retrained.
 
-Losses are nats a token (SPEC: nbar, EOS counted). Everything stays in the log domain until the
-end, so that losses of a thousand nats give a number and not NaN. Sources: TOFU (arXiv 2401.06121,
+Losses are nats per token (SPEC: nbar, EOS counted). Everything stays in the log domain, so that
+losses of a thousand nats give a number and not NaN. Sources: TOFU (arXiv 2401.06121,
 `locuslab/tofu` aggregate_eval_stat.py, utils.py); open-unlearning (arXiv 2506.12618).
 """
 
@@ -10,27 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from evaluation.logs.records import Generation
+from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, interval
 
-Floats = npt.NDArray[np.float64]
 Averaging = Literal["geometric", "arithmetic"]
 Verdict = Literal["under-forgotten", "over-forgotten", "indistinguishable"]
 NEEDS_RETRAIN = "needs a retrain reference"
 ALPHA = 0.05
-RESAMPLES = 1000
-
-
-class Interval(NamedTuple):
-    """A 95 % percentile interval of the bootstrap over rows."""
-
-    low: float
-    high: float
+# As scipy's ks_2samp: more rows on a side, and the p-value is approximated.
+EXACT_ROWS = 10_000
 
 
 def log_truth_ratio(
@@ -56,18 +48,10 @@ def log_truth_ratio(
         return right - np.array([losses.mean() for losses in wrong], dtype=np.float64)
     if averaging != "arithmetic":
         raise ValueError(f"unknown averaging {averaging!r}")
-    means = [_log_sum_exp(-losses) - math.log(losses.size) for losses in wrong]
+    from scipy.special import logsumexp
+
+    means = [float(logsumexp(-losses)) - math.log(losses.size) for losses in wrong]
     return right + np.array(means, dtype=np.float64)
-
-
-def truth_ratio(
-    paraphrase: npt.ArrayLike,
-    perturbed: Sequence[npt.ArrayLike],
-    averaging: Averaging = "geometric",
-) -> Floats:
-    """R of every row, `exp(log_truth_ratio(...))`; infinite where the log passes 709."""
-    with np.errstate(over="ignore"):
-        return np.exp(log_truth_ratio(paraphrase, perturbed, averaging))
 
 
 def forget_truth_ratio(log_r: npt.ArrayLike) -> Floats:
@@ -78,79 +62,6 @@ def forget_truth_ratio(log_r: npt.ArrayLike) -> Floats:
 def kept_truth_ratio(log_r: npt.ArrayLike) -> Floats:
     """`max(0, 1 - R)` of every row: 1 where wrong answers are impossible."""
     return -np.expm1(np.minimum(np.asarray(log_r, dtype=np.float64), 0.0))
-
-
-def answer_prob(mean_nll: npt.ArrayLike) -> Floats:
-    """`P = exp(-nbar)` of every row, the length-normalised probability of the answer."""
-    return np.exp(-np.asarray(mean_nll, dtype=np.float64))
-
-
-def option_prob(answer: npt.ArrayLike, perturbed: Sequence[npt.ArrayLike]) -> Floats:
-    """`P(answer) / (P(answer) + sum_k P(perturbed_k))` of every row, by log-sum-exp.
-
-    The released code divides the probabilities themselves and gives NaN once all underflow.
-    """
-    right = np.asarray(answer, dtype=np.float64)
-    wrong = [np.asarray(losses, dtype=np.float64) for losses in perturbed]
-    if len(wrong) != right.size:
-        raise ValueError("every row needs its perturbed answers")
-    logs = [
-        -loss - _log_sum_exp(np.append(-losses, -loss))
-        for loss, losses in zip(right, wrong, strict=True)
-    ]
-    return np.exp(np.array(logs, dtype=np.float64))
-
-
-def _log_sum_exp(values: Floats) -> float:
-    top = float(values.max())
-    return top + math.log(float(np.exp(values - top).sum()))
-
-
-def rouge_recall(generated: Sequence[str], truths: Sequence[str]) -> list[Generation]:
-    """Each generated answer with its ROUGE-1 and ROUGE-L recall, Porter stemmer (`rouge_score`)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    from evaluation.logs.records import Generation
-
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    found = [scorer.score(truth, text) for text, truth in zip(generated, truths, strict=True)]
-    return [
-        Generation(text, float(score["rouge1"].recall), float(score["rougeL"].recall))
-        for text, score in zip(generated, found, strict=True)
-    ]
-
-
-def exact_memorization(predicted: Sequence[int], labels: Sequence[int]) -> float:
-    """Share of answer tokens that are the model's first choice given the true tokens before them.
-
-    open-unlearning's EM (arXiv 2506.12618), over all labels: its code drops the last one.
-    """
-    if len(predicted) != len(labels) or not labels:
-        raise ValueError("needs one prediction a label, and at least one")
-    return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
-
-
-def stands_in_a_row(words: Sequence[str], size: int, times: int) -> bool:
-    """Whether some `size` words stand `times` times one after another."""
-    span = size * times
-    return any(
-        list(words[i : i + span]) == list(words[i : i + size]) * times
-        for i in range(len(words) - span + 1)
-    )
-
-
-def extraction_strength(predicted: Sequence[int], labels: Sequence[int]) -> float:
-    """`1 - k/|y|`, k the shortest given part of the answer after which the rest is all predicted.
-
-    open-unlearning's ES (arXiv 2506.12618), over all labels and down to 0 where not even the last
-    token is predicted: its code drops the last label and never goes below 1/n.
-    """
-    if len(predicted) != len(labels) or not labels:
-        raise ValueError("needs one prediction a label, and at least one")
-    given = len(labels)
-    while given > 0 and predicted[given - 1] == labels[given - 1]:
-        given -= 1
-    return 1 - given / len(labels)
 
 
 @dataclass(frozen=True)
@@ -212,8 +123,11 @@ def forget_quality(
         raise ValueError("log R holds a value that is not finite")
     from scipy.stats import ks_2samp
 
-    test = ks_2samp(ours, theirs)
-    p, d = float(test.pvalue), float(test.statistic)
+    # The statistic alone: scipy's exact p-value fails, with a warning, where samples nearly agree.
+    test = ks_2samp(ours, theirs, method="asymp")
+    steps = math.lcm(ours.size, theirs.size)
+    d = round(float(test.statistic) * steps) / steps
+    p, log10_p = _ks_p_value(d, ours.size, theirs.size)
     shift = float(np.median(ours) - np.median(theirs))
     d_interval = shift_interval = p_interval = None
     if resamples:
@@ -225,7 +139,7 @@ def forget_quality(
     word: Verdict = "under-forgotten" if low else "over-forgotten"
     return ForgetQuality(
         p=p,
-        log10_p=_log10_p(p, d, ours.size, theirs.size),
+        log10_p=log10_p,
         d=d,
         shift=shift,
         direction="indistinguishable" if p > ALPHA else word,
@@ -237,27 +151,51 @@ def forget_quality(
 
 
 def ks_p_value(d: float, n: int, m: int) -> float:
-    """The two-sided p-value of a KS statistic `d` between samples of `n` and `m` rows.
+    """The two-sided p-value of a KS statistic `d` between samples of `n` and `m` rows."""
+    return _ks_p_value(d, n, m)[0]
 
-    Exact for equal sizes (as `scipy.stats.ks_2samp` finds it; `d` is rounded to the next multiple
-    of 1/n, the values it can take), Kolmogorov's finite-size approximation for unequal ones.
+
+def _ks_p_value(d: float, n: int, m: int) -> tuple[float, float]:
+    """The p-value and its base-10 logarithm, which is finite where the p-value underflows.
+
+    Exact up to `EXACT_ROWS` rows on either side, by counting the orders of n + m values that lie
+    at least `d` apart; beyond that Kolmogorov's distribution for n m / (n + m) rows.
     """
-    if n != m:
+    if max(n, m) > EXACT_ROWS:
         from scipy.stats import kstwo
 
-        return float(np.clip(kstwo.sf(d, round(n * m / (n + m))), 0.0, 1.0))
-    from scipy.stats import ks_2samp
+        p = float(np.clip(kstwo.sf(d, round(n * m / (n + m))), 0.0, 1.0))
+        # Where p underflows, the first term of the limit law: 2 exp(-2 d^2 nm / (n + m)).
+        limit = (math.log(2) - 2 * d * d * n * m / (n + m)) / math.log(10)
+        return p, math.log10(p) if p > 0 else limit
+    apart = _paths_apart(round(d * math.lcm(n, m)), n, m)
+    total = math.comb(n + m, n)
+    return apart / total, math.log10(apart) - math.log10(total)
 
-    # Two samples that lie exactly so far apart: the second one is the first, moved by d * n places.
-    places, moved = np.arange(n, dtype=np.float64), round(d * n)
-    return float(ks_2samp(places, places + moved - 0.5 * (moved > 0)).pvalue)
 
+def _paths_apart(gap: int, n: int, m: int) -> int:
+    """Orders of n + m values whose KS statistic is at least `gap / lcm(n, m)`.
 
-def _log10_p(p: float, d: float, n: int, m: int) -> float:
-    if p > 0:
-        return math.log10(p)
-    # Kolmogorov's limit law, first term: 2 exp(-2 d^2 nm/(n+m)); good where p itself underflows.
-    return (math.log(2) - 2 * d * d * n * m / (n + m)) / math.log(10)
+    For equal sizes by the reflection principle (Gnedenko and Koroljuk, 1951), else by counting the
+    lattice paths from (0, 0) to (n, m) that stay closer. Whole numbers, so nothing is rounded.
+    """
+    if gap == 0:
+        return math.comb(n + m, n)
+    if n == m:
+        terms = [math.comb(2 * n, n - k) for k in range(gap, n + 1, gap)]
+        return 2 * (sum(terms[::2]) - sum(terms[1::2]))
+    step = math.gcd(n, m)
+    wide, high = m // step, n // step
+    inside = [0] * (m + 1)
+    for i in range(n + 1):
+        for j in range(m + 1):
+            if abs(i * wide - j * high) >= gap:
+                inside[j] = 0
+            elif i == j == 0:
+                inside[j] = 1
+            elif j:
+                inside[j] += inside[j - 1]
+    return math.comb(n + m, n) - inside[m]
 
 
 def _bootstrap_shift(
@@ -282,16 +220,3 @@ def _counts(values: Floats, chosen: npt.NDArray[np.int64], grid: Floats) -> npt.
     offset = np.arange(len(chosen))[:, None] * grid.size
     flat = np.bincount((place + offset).ravel(), minlength=len(chosen) * grid.size)
     return flat.reshape(len(chosen), grid.size)
-
-
-def mean_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The 95 % bootstrap interval of a mean over rows (rows,)."""
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(values.size, size=(resamples, values.size))
-    return interval(values[chosen].mean(axis=1))
-
-
-def interval(samples: Floats) -> Interval:
-    """The 2.5 and 97.5 percentiles of bootstrap samples."""
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return Interval(float(low), float(high))

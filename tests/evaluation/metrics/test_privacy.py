@@ -12,9 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.metrics import membership
-from evaluation.metrics.membership import Attack, measure_auc, measure_mean, measure_privleak
-from evaluation.metrics.statistics import exact_memorization, extraction_strength
+from evaluation.metrics import privacy
+from evaluation.metrics.bootstrap import measure_mean
+from evaluation.metrics.privacy import (
+    Attack,
+    exact_memorization,
+    extraction_strength,
+    measure_auc,
+    measure_privleak,
+)
 
 CASES: dict[str, list[dict[str, Any]]] = json.loads(
     Path(__file__).with_name("membership_cases.json").read_text()
@@ -29,25 +35,25 @@ TOKENS = st.integers(1, 20).flatmap(
 
 def test_golden_scores() -> None:
     for case in CASES["loss"]:
-        assert membership.loss_score(case["log_p"]) == pytest.approx(case["score"], abs=1e-12)
+        assert privacy.loss_score(case["log_p"]) == pytest.approx(case["score"], abs=1e-12)
     for case in CASES["zlib"]:
         assert len(zlib.compress(case["answer"].encode())) == case["bytes"]
-        found = membership.zlib_score(case["log_p"], case["answer"])
+        found = privacy.zlib_score(case["log_p"], case["answer"])
         assert found == pytest.approx(case["score"], abs=1e-12)
     for case in CASES["min_k"]:
-        found = membership.min_k_score(case["log_p"], case["k"])
+        found = privacy.min_k_score(case["log_p"], case["k"])
         assert found == pytest.approx(case["score"], abs=1e-12), case["why"]
     for case in CASES["min_k_plus_plus"]:
         values = (case["log_p"], case["mean"], case["variance"])
-        found = membership.min_k_plus_plus_score(*values, case["k"])
+        found = privacy.min_k_plus_plus_score(*values, case["k"])
         assert found == pytest.approx(case["score"], abs=1e-9), case["why"]
 
 
 def test_golden_figures() -> None:
     for case in CASES["auc"]:
-        assert membership.auc(case["forget"], case["holdout"]) == case["auc"], case["why"]
+        assert privacy.auc(case["forget"], case["holdout"]) == case["auc"], case["why"]
     for case in CASES["privleak"]:
-        found = membership.privleak(case["auc"], case["retrained"])
+        found = privacy.privleak(case["auc"], case["retrained"])
         if case["privleak"] is None:
             assert found is None
         else:
@@ -61,35 +67,35 @@ def test_golden_figures() -> None:
 @given(SCORES, SCORES)
 def test_auc_is_the_share_of_won_pairs(forget: list[int], holdout: list[int]) -> None:
     won = [1.0 if f < h else 0.5 if f == h else 0.0 for f in forget for h in holdout]
-    assert membership.auc(forget, holdout) == pytest.approx(sum(won) / len(won), abs=1e-12)
+    assert privacy.auc(forget, holdout) == pytest.approx(sum(won) / len(won), abs=1e-12)
 
 
 @given(SCORES, SCORES)
 def test_auc_depends_on_order_alone_and_swapping_mirrors_it(
     forget: list[int], holdout: list[int]
 ) -> None:
-    found = membership.auc(forget, holdout)
+    found = privacy.auc(forget, holdout)
     assert 0 <= found <= 1
-    assert membership.auc([x**3 + 7 for x in forget], [x**3 + 7 for x in holdout]) == found
-    assert membership.auc([-x for x in forget], [-x for x in holdout]) == pytest.approx(1 - found)
-    assert membership.auc(holdout, forget) == pytest.approx(1 - found)
-    assert membership.auc(forget[::-1], holdout) == found
-    assert membership.auc(forget * 2, holdout * 3) == pytest.approx(found, abs=1e-12)
+    assert privacy.auc([x**3 + 7 for x in forget], [x**3 + 7 for x in holdout]) == found
+    assert privacy.auc([-x for x in forget], [-x for x in holdout]) == pytest.approx(1 - found)
+    assert privacy.auc(holdout, forget) == pytest.approx(1 - found)
+    assert privacy.auc(forget[::-1], holdout) == found
+    assert privacy.auc(forget * 2, holdout * 3) == pytest.approx(found, abs=1e-12)
 
 
 @given(LOG_P, st.floats(0.05, 0.9))
 def test_min_k_looks_at_the_worst_tokens(log_p: list[float], k: float) -> None:
-    few, loss = membership.min_k_score(log_p, k), membership.loss_score(log_p)
-    assert membership.min_k_score(log_p, 1.0) == pytest.approx(loss, abs=1e-9)
+    few, loss = privacy.min_k_score(log_p, k), privacy.loss_score(log_p)
+    assert privacy.min_k_score(log_p, 1.0) == pytest.approx(loss, abs=1e-9)
     assert few >= loss - 1e-9
     assert few <= -min(log_p) + 1e-9
-    standard = membership.min_k_plus_plus_score(log_p, np.zeros(len(log_p)), np.ones(len(log_p)), k)
+    standard = privacy.min_k_plus_plus_score(log_p, np.zeros(len(log_p)), np.ones(len(log_p)), k)
     assert standard == pytest.approx(few, abs=1e-9)
 
 
 def test_a_share_that_is_whole_but_for_rounding_is_whole() -> None:
     log_p = -np.arange(1.0, 101.0)
-    assert membership.min_k_score(log_p, 0.29) == pytest.approx(np.arange(72, 101).mean())
+    assert privacy.min_k_score(log_p, 0.29) == pytest.approx(np.arange(72, 101).mean())
 
 
 @given(TOKENS)
@@ -105,7 +111,7 @@ def test_what_can_be_extracted_is_memorised(pair: tuple[list[int], list[int]]) -
 def test_an_interval_is_made_of_resampled_aucs(forget: list[int], holdout: list[int]) -> None:
     attack = Attack(np.array(forget, dtype=float), np.array(holdout, dtype=float))
     once = (np.ones((1, len(forget))), np.ones((1, len(holdout))))
-    assert membership._resampled_auc(attack, *once) == pytest.approx(membership.auc(*attack))
+    assert privacy._resampled_auc(attack, *once) == pytest.approx(privacy.auc(*attack))
     found = measure_auc(attack, resamples=50)
     assert found.interval is not None
     assert 0 <= found.interval.low <= found.interval.high <= 1
@@ -143,12 +149,12 @@ def test_privleak_of_a_model_against_itself_is_exactly_0() -> None:
 @pytest.mark.parametrize("k", [0.0, -0.1, 1.01])
 def test_a_share_of_no_tokens_is_refused(k: float) -> None:
     with pytest.raises(ValueError, match="share of the tokens"):
-        membership.min_k_score([-1.0], k)
+        privacy.min_k_score([-1.0], k)
 
 
 def test_empty_or_broken_scores_are_refused() -> None:
     for sides in (([], [1.0]), ([1.0], []), ([float("nan")], [1.0])):
         with pytest.raises(ValueError, match="at least one score"):
-            membership.auc(*sides)
+            privacy.auc(*sides)
     with pytest.raises(ValueError, match="at least one token"):
-        membership.loss_score([])
+        privacy.loss_score([])

@@ -1,0 +1,54 @@
+"""95 % bootstrap intervals over rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+RESAMPLES = 1000
+
+
+class Interval(NamedTuple):
+    """A 95 % percentile interval of the bootstrap over rows."""
+
+    low: float
+    high: float
+
+
+class Measure(NamedTuple):
+    """A value with its 95 % bootstrap interval over rows; None where resamples are 0."""
+
+    value: float
+    interval: Interval | None = None
+
+
+def interval(samples: Floats) -> Interval:
+    """The 2.5 and 97.5 percentiles of bootstrap samples."""
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return Interval(float(low), float(high))
+
+
+def mean_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The 95 % bootstrap interval of a mean over rows (rows,)."""
+    generator = np.random.default_rng(seed)
+    chosen = generator.integers(values.size, size=(resamples, values.size))
+    return interval(values[chosen].mean(axis=1))
+
+
+def measure_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
+    """The mean over rows (rows,) and its interval."""
+    rows = finite(values)
+    if not resamples:
+        return Measure(float(rows.mean()))
+    return Measure(float(rows.mean()), mean_interval(rows, resamples=resamples, seed=seed))
+
+
+def finite(values: npt.ArrayLike) -> Floats:
+    """`values` as an array; ValueError where there are none, or one is not finite."""
+    rows = np.asarray(values, dtype=np.float64)
+    if not rows.size or not np.isfinite(rows).all():
+        raise ValueError("needs at least one score, all of them finite")
+    return rows

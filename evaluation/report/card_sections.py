@@ -1,0 +1,286 @@
+"""The sections of a report that show a strength curve, a robustness card or a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation.report.cards import VERDICT_WORDS, Calibration, Curve, Figures, Robustness, Search
+from evaluation.report.document import (
+    Block,
+    Cell,
+    Column,
+    Heading,
+    Note,
+    Para,
+    Plots,
+    Section,
+    Table,
+    words,
+)
+from evaluation.report.numbers import DASH, fixed, p_text, plain
+from evaluation.report.plots import Chart, Point, Rule, file_key, line_chart
+
+HIGHER, LOWER = "↑ higher is better", "↓ lower is better"
+NEAR_ZERO, NEAR_REFERENCE = "→ 0 is best", "best near the reference's"
+# Heads and directions of the figures, by key.
+FIGURES = {
+    "forget_quality": ("Forget quality (p)", HIGHER),
+    "forget_quality_log10": ("log10", HIGHER),
+    "ks": ("KS D", LOWER),
+    "log_r_gap": ("Gap of log R", NEAR_ZERO),
+    "log_r_shift": ("Shift of log R", NEAR_ZERO),
+    "direction": ("Direction", ""),
+    "model_utility": ("Model utility", HIGHER),
+    "forget_nll": ("Forget NLL", NEAR_REFERENCE),
+    "retrain_forget_nll": ("Retrain's forget NLL", ""),
+    "forget_rouge_l_recall": ("Forget ROUGE-L", LOWER),
+    "forget_answer_prob": ("Forget answer prob.", LOWER),
+    "retain_answer_prob": ("Retain answer prob.", HIGHER),
+}
+STRENGTH_CURVES = {
+    "KS D": "ks", "forget answer prob.": "forget_answer_prob",
+    "retain answer prob.": "retain_answer_prob", "model utility": "model_utility",
+}  # fmt: skip
+SLOTS = {"retrain": 0, "unlearned": 1, "origin": 2}
+
+
+def calibration_section(card: Calibration, number: int) -> Section:
+    """The strength curve with the chosen strength, as plots and as a table."""
+    chosen = "none was chosen" if card.chosen_scale is None else f"{card.chosen_scale:g}"
+    facts = {"Why": "reason", "Rule": "rule", "Split": "split", "Protocol": "protocol",
+             "Tried": "tried"}  # fmt: skip
+    text = f"Chosen strength of {card.name}: {chosen}. {_sentences(card.about, facts)}"
+    blocks: list[Block] = [Para(text.strip())]
+    if charts := strength_charts(card):
+        blocks.append(Plots(tuple(charts)))
+    if card.curve:
+        is_chosen = [row["scale"] == card.chosen_scale for row in card.curve]
+        names = [
+            Cell(f"{row['scale']:g}", "chosen" if chosen else "")
+            for row, chosen in zip(card.curve, is_chosen, strict=True)
+        ]
+        kinds = tuple("total" if chosen else "measured" for chosen in is_chosen)
+        caption = f"Strength curve of {card.name}"
+        blocks.append(figure_table(caption, card.curve, Column("Strength"), names, kinds))
+    if card.evaluations:
+        names = [Cell(f"{row['scale']:g}") for row in card.evaluations]
+        caption = "Full evaluations at some strengths"
+        blocks.append(figure_table(caption, card.evaluations, Column("Strength"), names))
+    if card.held_out:
+        blocks.append(_facts_table("On rows that were not used to choose it", card.held_out))
+    return Section(f"strength-{number + 1}", f"Strength curve, {card.name}", tuple(blocks))
+
+
+def strength_charts(card: Calibration) -> list[Chart]:
+    """The gap of log R over the strength, and what each strength forgets and keeps."""
+    chosen = card.chosen_scale
+    rules = () if chosen is None else (Rule(chosen, f"chosen {chosen:g}"),)
+    x = "strength of the adapter (1 is as trained)"
+    gaps = {"log R gap": figure_points(card.curve, "scale", "log_r_gap")}
+    costs = {name: figure_points(card.curve, "scale", key) for name, key in STRENGTH_CURVES.items()}
+    charts = (
+        line_chart(
+            file_key("strength-gap", card.name), f"Gap of log R over strength, {card.name}",
+            gaps, x, "log R gap to the retrain reference",
+            rules=(Rule(0.0, "as the reference", level=True), *rules),
+        ),
+        line_chart(
+            file_key("strength-cost", card.name),
+            f"What each strength forgets and keeps, {card.name}",
+            costs, x, "value", ys=(0.0, 1.0), rules=rules,
+        ),
+    )  # fmt: skip
+    return [chart for chart in charts if chart is not None]
+
+
+def robustness_section(card: Robustness, number: int) -> Section:
+    """Verdicts, states, relearning, sampling and paraphrases: each part that was measured."""
+    facts = {"Base": "base", "Adapters": "adapters", "Split": "split", "Protocol": "protocol"}
+    text = _sentences(card.about, facts)
+    blocks: list[Block] = [Para(text)] if text else []
+    if card.about.get("limit") is not None:
+        limit = plain(card.about["limit"])
+        blocks.append(Note(f"Limited to the first {limit} rows: for a quick look only."))
+    if card.verdicts:
+        blocks.append(verdict_table(card.verdicts))
+    if card.states:
+        names = [Cell(str(row["name"])) for row in card.states]
+        caption, (head,) = "The same adapter in each state", words("State")
+        blocks.append(figure_table(caption, card.states, head, names))
+    if card.relearning:
+        blocks += [Heading("Relearning"), _settings(card.relearning_about)]
+        if charts := relearning_charts(card):
+            blocks.append(Plots(tuple(charts)))
+        keys = {"seen_answer_prob": "seen", "unseen_answer_prob": "unseen"}
+        blocks.append(_curve_table("Answer probability by step", card.relearning, "step", keys))
+    if card.sampling:
+        blocks += [Heading("Sampling"), _settings(card.sampling_about)]
+        if charts := sampling_charts(card):
+            blocks.append(Plots(tuple(charts)))
+        keys = {"share_leaked": "share leaked", "best_rouge_l_recall": "best ROUGE-L"}
+        blocks.append(_curve_table("What leaks in n answers", card.sampling, "n", keys))
+    if card.paraphrase:
+        blocks += [Heading("Paraphrases and other forms"), _paraphrase_table(card.paraphrase)]
+    if card.drop:
+        blocks += [Heading("Adapter drop"), _facts_table("With the adapter inactive", card.drop)]
+    return Section(f"robustness-{number + 1}", f"Robustness, {card.name}", tuple(blocks))
+
+
+def relearning_charts(card: Robustness) -> list[Chart]:
+    """Answer probability over steps of relearning, on rows trained on and on other rows."""
+    charts = [
+        line_chart(
+            file_key("relearning", key, card.name), f"Relearning, {rows}, {card.name}",
+            _curves(card.relearning, "step", f"{key}_answer_prob"), "steps of relearning",
+            "answer probability", ys=(0.0, 1.0), levels=True, slots=SLOTS,
+        )
+        for key, rows in (("seen", "the rows trained on"), ("unseen", "rows not trained on"))
+    ]  # fmt: skip
+    return [chart for chart in charts if chart is not None]
+
+
+def sampling_charts(card: Robustness) -> list[Chart]:
+    """What leaks when several answers are drawn."""
+    charts = [
+        line_chart(
+            file_key("sampling", key, card.name), f"Sampling: {name}, {card.name}",
+            _curves(card.sampling, "n", key), "answers drawn (log scale)",
+            f"{name} of n answers", ys=(0.0, 1.0), slots=SLOTS, log2=True,
+        )
+        for key, name in (
+            ("share_leaked", "share of rows leaked"), ("best_rouge_l_recall", "best ROUGE-L recall")
+        )
+    ]  # fmt: skip
+    return [chart for chart in charts if chart is not None]
+
+
+def search_section(search: Search, number: int) -> Section:
+    """The number of settings tried, and the chosen ones on the seed that chose and on others."""
+    blocks: list[Block] = [
+        Para(
+            f"{search.tried} configurations were tried. The configuration was chosen by its "
+            "figures on the first seed, which are therefore optimistic; the other seeds had no "
+            "part in the choice."
+        )
+    ]
+    rows = [row for row in (search.selected, *search.held_out) if row]
+    if rows:
+        roles = ["chosen by it", *["held out"] * len(search.held_out)][-len(rows) :]
+        names = [
+            Cell(f"seed {plain(row.get('seed'))}", role)
+            for row, role in zip(rows, roles, strict=True)
+        ]
+        (head,) = words("Seed")
+        blocks.append(figure_table("The chosen settings on every seed", rows, head, names))
+    if search.settings:
+        blocks.append(_facts_table("The chosen settings", search.settings))
+    return Section(f"search-{number + 1}", f"Search, {search.name}", tuple(blocks))
+
+
+def verdict_table(verdicts: Sequence[Figures]) -> Table:
+    """Every verdict beside its threshold."""
+    rows = tuple(
+        (
+            Cell(str(verdict["name"])),
+            Cell(_verdict(verdict.get("holds"))),
+            Cell(_figure(verdict.get("value"))),
+            Cell(_figure(verdict.get("threshold"))),
+            Cell(str(verdict["text"])),
+        )
+        for verdict in verdicts
+    )
+    columns = (*words("Attack", "Verdict"), Column("Value"), Column("Threshold"), *words("Meaning"))
+    return Table("Verdicts, each with its threshold", columns, rows)
+
+
+def _verdict(holds: Any) -> str:
+    sign = {True: "✓ ", False: "✗ "}.get(holds, "")
+    return sign + VERDICT_WORDS.get(holds, plain(holds))
+
+
+def figure_table(
+    caption: str,
+    rows: Sequence[Figures],
+    head: Column,
+    names: Sequence[Cell],
+    kinds: tuple[str, ...] = (),
+) -> Table:
+    """A column for each figure that any of the rows has."""
+    keys = [key for key in FIGURES if any(row.get(key) is not None for row in rows)]
+    columns = (head, *(Column(*FIGURES[key], numeric=key != "direction") for key in keys))
+    cells = tuple(
+        (name, *(Cell(_figure(row.get(key), key)) for key in keys))
+        for name, row in zip(names, rows, strict=True)
+    )
+    return Table(caption, columns, cells, kinds)
+
+
+def _figure(value: Any, key: str = "") -> str:
+    if value is None:
+        return DASH
+    if key == "forget_quality":
+        return p_text(value)
+    if isinstance(value, float):
+        return fixed(value, 3, key in ("log_r_gap", "log_r_shift"))
+    return plain(value)
+
+
+def figure_points(rows: Sequence[Figures], x: str, y: str) -> list[Point]:
+    """The measured points, in order of x."""
+    return sorted((float(row[x]), float(row[y])) for row in rows if row.get(y) is not None)
+
+
+def _curves(curves: Sequence[Curve], x: str, y: str) -> dict[str, list[Point]]:
+    return {curve.name: figure_points(curve.points, x, y) for curve in curves}
+
+
+def _curve_table(caption: str, curves: Sequence[Curve], x: str, keys: Mapping[str, str]) -> Table:
+    """A row for each x, and a column for each curve and figure."""
+    columns = {
+        f"{curve.name}, {word}": dict(points)
+        for curve in curves
+        for key, word in keys.items()
+        if (points := figure_points(curve.points, x, key))
+    }
+    places = sorted({float(point[x]) for curve in curves for point in curve.points})
+    rows = tuple(
+        (Cell(f"{place:g}"), *(Cell(fixed(values.get(place))) for values in columns.values()))
+        for place in places
+    )
+    return Table(caption, (Column(x), *map(Column, columns)), rows)
+
+
+def _paraphrase_table(rows: Sequence[Figures]) -> Table:
+    heads = {
+        "base_answer_prob": Column("Answer prob., base"),
+        "answer_prob": Column("Answer prob., unlearned", LOWER),
+        "base_rouge_l_recall": Column("ROUGE-L, base"),
+        "rouge_l_recall": Column("ROUGE-L, unlearned", LOWER),
+    }
+    cells = tuple(
+        (
+            Cell(str(row["form"])),
+            *(Cell(fixed(row.get(key))) for key in heads),
+            Cell(plain(row.get("n"))),
+        )
+        for row in rows
+    )
+    columns = (*words("Form"), *heads.values(), Column("n"))
+    return Table("The same facts asked in other words", columns, cells)
+
+
+def _sentences(about: Figures, facts: Mapping[str, str]) -> str:
+    """`Split: forget05.` for each fact that is recorded."""
+    parts = (f"{w}: {plain(about[key])}." for w, key in facts.items() if about.get(key) is not None)
+    return " ".join(parts)
+
+
+def _settings(about: Figures) -> Para:
+    text = " ".join(f"{key.replace('_', ' ')}: {plain(value)}." for key, value in about.items())
+    return Para(text or "Its settings are not recorded.")
+
+
+def _facts_table(caption: str, facts: Figures) -> Table:
+    rows = tuple((Cell(str(key)), Cell(plain(value))) for key, value in facts.items())
+    return Table(caption, words("Field", "Value"), rows)
