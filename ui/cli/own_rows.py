@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from evaluation.suite import EvalData
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.request.rows import Row
 
 OWN = "own-rows"

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
     from evaluation.protocols import Protocol
     from evaluation.suite import Effort
-    from ui.cli.console import Console
     from ui.cli.output.gates import Gate
+    from ui.console import Console
 
 LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
 INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")

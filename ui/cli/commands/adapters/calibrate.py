@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.tuning.calibrate import Settings
     from evaluation.tuning.sweep import Sweep
-    from ui.cli.console import Console
+    from ui.console import Console
 
 FILE = "calibration.json"
 COLUMNS = (
@@ -216,7 +216,7 @@ def _finish(
     from adapters.environment import versions
     from evaluation.logs.records import write_json
     from evaluation.tuning.sweep import flat
-    from ui.cli.console import json_value
+    from ui.console import json_value
 
     made = ranks.from_first(lambda: _publish(args, store, sweep, found))
     told = {

@@ -12,7 +12,7 @@ from ui.cli.commands.everyday.doctor_preview import REQUEST_HELP
 from ui.cli.commands.everyday.forget import add_run_flags, forget_config, train_request
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:

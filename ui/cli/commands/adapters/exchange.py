@@ -17,12 +17,12 @@ from ui.cli.commands.adapters.store import (
     scales_by_ref,
     verb,
 )
-from ui.cli.console import size_text
+from ui.console import size_text
 from unlearner.request.rows import did_you_mean
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 FORMATS = ("peft", "vllm", "llama.cpp", "ollama")
 

@@ -15,7 +15,7 @@ from unlearner.objectives.formulas import FORMULAS, OPTION_FORMULAS
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.console import size_text
+from ui.console import size_text
 
 if TYPE_CHECKING:
     from adapters.store.activation import StackChange
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 REF = "slug, its unique start, or label"
 SEE_LIST = "See `unlearner adapters list`."

@@ -10,7 +10,7 @@ from adapters.errors import UserError
 from ui.cli import options
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 SIDES = (("base", "base"), ("unlearned", "stack"))
 SCORES = ("rouge_l_recall", "answer_prob", "truth_ratio")

@@ -9,7 +9,7 @@ from ui.cli import options
 from unlearner.config import TrainConfig
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
     from ui.preview import Preview
 
 REQUEST_HELP = "JSONL file of question/answer rows, tofu:forget05, or 'tofu:author=NAME'"

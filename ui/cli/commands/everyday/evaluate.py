@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
     from evaluation.suite import EvalData
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:
@@ -103,8 +103,8 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     what = own_rows.name_of(args)
     console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {what} ...")
     from evaluation.logs.records import write_json, write_log
-    from ui.cli.console import json_value
     from ui.cli.output.figures import report_figures
+    from ui.console import json_value
 
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)

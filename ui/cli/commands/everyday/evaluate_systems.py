@@ -13,7 +13,7 @@ from ui.cli.output.events import progress_of
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 COLUMNS = (
     "name", "protocol", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",

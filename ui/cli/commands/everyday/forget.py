@@ -13,14 +13,14 @@ from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.commands.adapters.store import adapter_row
 from ui.cli.commands.everyday.doctor_preview import REQUEST_HELP
-from ui.cli.console import size_text
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import show_event
 from ui.cli.own_rows import mined
+from ui.console import size_text
 from unlearner.config import STREAMS, make_config
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.config import UnlearnConfig
     from unlearner.request.rows import Request
     from unlearner.training.early_stop import StopAt

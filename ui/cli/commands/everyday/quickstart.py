@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted
 from ui.cli import options
-from ui.cli.console import duration_text
 from ui.cli.output.comparison import print_comparison, stopped
 from ui.cli.output.events import show_event
+from ui.console import duration_text
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 ANSWER_TITLES = {
     "forget": "Asked to forget",

@@ -13,7 +13,7 @@ from ui.cli import options
 
 if TYPE_CHECKING:
     from evaluation.report.build import ReportRequest
-    from ui.cli.console import Console
+    from ui.console import Console
 
 OUT, TITLE = Path("report"), "Unlearning report"
 

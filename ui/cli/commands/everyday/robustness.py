@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.robustness.quantisation import Subject
     from evaluation.robustness.settings import Settings
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:
@@ -159,8 +159,8 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.suite import load_eval_data
-    from ui.cli.console import json_value
     from ui.cli.output.events import progress_of
+    from ui.console import json_value
 
     names = figure_names(STATES)
     gates = [parse_gate(text, names) for text in args.fail_if]

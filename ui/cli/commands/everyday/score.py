@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.console import cell_text
 from ui.cli.output import scoring
 from ui.cli.output.events import progress_of
 from ui.cli.output.figures import report_figures
 from ui.cli.output.gates import check_gates
+from ui.console import cell_text
 
 if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:

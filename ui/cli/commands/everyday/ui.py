@@ -14,7 +14,7 @@ from ui.cli import options
 
 if TYPE_CHECKING:
     from ui.app.data.recorded import Recorded
-    from ui.cli.console import Console
+    from ui.console import Console
 
 HOST = "127.0.0.1"
 

@@ -16,7 +16,7 @@ from unlearner.config import LoraShape
 from unlearner.request.rows import FORGET_SPLITS, did_you_mean
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 TRAIN_FIELDS = tuple(field.name for field in fields(FinetuneConfig))
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import GateFailed, Interrupted, UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
 from ui.cli import options
-from ui.cli.console import duration_text, setting_text, size_text
 from ui.cli.output.comparison import HEADS, print_comparison, stopped
 from ui.cli.output.events import show_event
+from ui.console import duration_text, setting_text, size_text
 from unlearner.config import OBJECTIVE_DEFAULTS
 from unlearner.request.rows import FORGET_SPLITS, did_you_mean
 
 if TYPE_CHECKING:
     from evaluation.experiments.reproduce import Reproduction
-    from ui.cli.console import Console
+    from ui.console import Console
 
 PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 

@@ -15,7 +15,7 @@ from ui.cli.output.events import show_event
 
 if TYPE_CHECKING:
     from evaluation.experiments.sequence_plan import Plan
-    from ui.cli.console import Console
+    from ui.console import Console
 
 COLUMNS = (
     "policy", "stage", "FQ", "shift", "asked P", "asked NLL", "waiting P", "retain P", "MU",

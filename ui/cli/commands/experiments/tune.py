@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import Interrupted, UserError
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
-from ui.cli.console import duration_text
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
+from ui.console import duration_text
 from unlearner.config import OBJECTIVE_DEFAULTS
 from unlearner.request.rows import FORGET_SPLITS, did_you_mean
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.request.rows import Request
 
 LAMBDAS = ("simnpo", "simnpo-readme")
