@@ -50,7 +50,7 @@ def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
     ran, seen = opened(
         "--base", "b", "--revision", "r", "--store", "s", "--data", "d",
         "--template", "llama2", "--dtype", "float32", "--load-in-4bit", "--device", "cpu",
-        "--retain-log", "ref.json", "--logs", "x.json", "--host", "0.0.0.0", "--port", "7999",
+        "--reference-log", "ref.json", "--logs", "x.json", "--host", "0.0.0.0", "--port", "7999",
         "--auth", auth, "--open", "--robustness", robust, "--calibration", strength,
     )  # fmt: skip
     app = seen["app"]

@@ -59,8 +59,7 @@ def _register_moves(verbs: Any) -> None:
     parser.add_argument(
         "source", metavar="FOLDER|FILE", type=Path, help="folder of an adapter, or a bundle"
     )
-    parser.add_argument("--base", required=True, metavar="B", help="the base it was trained on")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, text="the base it was trained on")
     parser.add_argument(
         "--public-key",
         action="append",

@@ -47,8 +47,7 @@ def _register_looking(verbs: Any) -> None:
     parser.add_argument("ref", metavar="REF", help=REF)
     parser = verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
     parser.add_argument("ref", metavar="REF", nargs="?", help=f"{REF}; all by default")
-    parser.add_argument("--base", metavar="B", help="also check that it belongs to this base")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, required=False, text="also check that it belongs to this base")
     parser = verb(verbs, "log", run_log, "what happened to the store, oldest first")
     parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
 

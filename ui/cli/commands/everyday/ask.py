@@ -38,13 +38,7 @@ def register(commands: Any) -> None:
         "--neighbours", type=options.positive_int, default=5, metavar="N",
         help="with --author: rows of each kept set (default: 5)",
     )  # fmt: skip
-    parser.add_argument(
-        "--adapters", type=options.name_list, metavar="A,B",
-        help="these adapters, or none (default: those active in the store)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scales", metavar="X,Y", help="one factor an adapter of --adapters (default: as filed)"
-    )
+    options.add_adapters(parser, "use these adapters, or none", scales=True)
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
         help="of the answers (default: 0, greedy)",

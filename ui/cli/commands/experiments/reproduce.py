@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import GateFailed, Interrupted, UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
 from ui.cli import options
 from ui.cli.output.comparison import HEADS, print_comparison, stopped
 from ui.cli.output.events import show_event
@@ -50,9 +49,7 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
     )
     parser.add_argument("--origin", metavar="B", help="a model that was trained on everything")
     parser.add_argument("--retrain", metavar="B", help="one that never saw the forget split")
-    parser.add_argument(
-        "--retain-log", type=Path, metavar="LOG", help="evaluation log in place of --retrain"
-    )
+    options.add_reference_log(parser, use="in place of --retrain")
     parser.add_argument(
         "--methods",
         type=options.name_list,
@@ -60,25 +57,9 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         metavar="A,B",
         help="objectives to compare (default: npo,simnpo)",
     )
-    parser.add_argument(
-        "--protocol",
-        default=DEFAULT,
-        metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)}, several with commas, or all (default: {DEFAULT})",
-    )
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="measure only the first N rows of each set: for a quick look",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("reproduce"),
-        metavar="DIR",
-        help="folder for models, stores and logs (default: ./reproduce)",
-    )
+    options.add_protocol(parser, several=True)
+    options.add_limit(parser)
+    options.add_out(parser, "folder for models, stores and logs", default="reproduce")
     _add_outcome_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
 
@@ -113,7 +94,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     split = args.target.removeprefix("tofu-")
     _check_names(args, split)
     _check_full(args)
-    protocols = tuple(protocol.name for protocol in protocols_named(args.protocol))
+    protocols = tuple(args.protocol)
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
     from adapters.base.load import BaseSpec
     from evaluation.experiments.reproduce import Reproduction, plan, reproduce
@@ -125,7 +106,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         data=args.data,
         origin=args.origin,
         retrain=args.retrain,
-        retain_log=args.retain_log,
+        retain_log=args.reference_log,
         methods=tuple(args.methods),
         base=BaseSpec("", dtype=args.dtype, device=args.device, attention=args.attention),
         load_in_4bit=args.load_in_4bit,
@@ -199,17 +180,16 @@ def release_system(
     args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
     """Folds the last method's adapter into --release, as `unlearner merge` does, measured again."""
-    from ui.cli.commands.adapters.merge import merge_release
-    from ui.cli.main import parse
+    from ui.cli.commands.adapters import merge
 
     method = run.methods[-1]
     words = ["merge", "--base", found["origin"], "--store", found["stores"][method]]
     words += ["--out", str(args.release), "--split", run.split, "--template", run.chosen.template]
-    words += ["--retain-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
+    words += ["--reference-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
     words += ["--data", str(args.data)] if args.data else []
     words += ["--limit", str(args.limit)] if args.limit else []
     console.words(f"Releasing {method}: unlearner {shlex.join(words)}")
-    return merge_release(parse(words), console)
+    return merge.merge_release(options.parse_with(merge.register, words), console)
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:

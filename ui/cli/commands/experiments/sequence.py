@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.events import show_event
@@ -46,7 +45,7 @@ def register(commands: Any) -> None:
         "author after each arrival, reverts one request, and makes good what that leaves stale. "
         "What stands in --out is not done again.",
         epilog="example:\n  unlearner sequence tofu:forget05 --base B --data TOFU "
-        "--retain-log R.json --out S --requests 3 --revert 2",
+        "--reference-log R.json --out S --requests 3 --revert 2",
     )
     _add_flags(parser)
     parser.set_defaults(run=run_sequence_command)
@@ -61,35 +60,21 @@ def _add_flags(parser: options.Parser) -> None:
         metavar="P,P",
         help="of independent, on-stack, consolidated (default: all three)",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="of all stages")
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        metavar="LOG",
-        help="evaluation of a model that never saw the split; forget quality needs it",
-    )
+    options.add_out(parser, "folder of all stages", required=True)
+    options.add_reference_log(parser)
     parser.add_argument(
         "--requests",
         type=options.positive_int,
         metavar="N",
         help="only the split's first N authors are asked for; the others are measured all the same",
     )
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="measure at most N rows of each author and of each set to be kept",
-    )
+    options.add_limit(parser, "measure at most N rows of each author and of each set to keep")
     parser.add_argument(
         "--revert", type=int, default=0, metavar="N", help="withdraw request N at the end"
     )
-    parser.add_argument(
-        "--retain",
-        metavar="ROWS",
-        help="rows to keep: a JSONL file or tofu:SPLIT (default: the split's retain rows)",
-    )
+    options.add_retain(parser, default="the split's retain rows")
     add_alternates_from(parser)
-    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default=DEFAULT)
+    options.add_protocol(parser)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -113,7 +98,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         authors=authors,
         count=args.requests or len(authors),
         utility=utility_rows(args.data, args.limit),
-        retain_log=args.retain_log,
+        retain_log=args.reference_log,
         protocol=args.protocol,
         refusals=tuple(refusals),
         revert=args.revert,

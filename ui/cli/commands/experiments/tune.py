@@ -6,7 +6,6 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
@@ -43,8 +42,8 @@ def register(commands: Any) -> None:
         "on the seed it was chosen on and on held-out ones. Settings that are given are not "
         "searched. Interrupted, the same command continues.",
         epilog="examples:\n"
-        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json\n"
-        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json "
+        "  unlearner tune forget.jsonl --base B --split forget05 --reference-log retrain.json\n"
+        "  unlearner tune tofu:forget05 --base B --split forget05 --reference-log retrain.json "
         "--compare-lambda",
     )
     _add_what(parser)
@@ -53,24 +52,10 @@ def register(commands: Any) -> None:
 
 
 def _add_what(parser: options.Parser) -> None:
-    parser.add_argument(
-        "request", metavar="REQUEST", help="JSONL file, tofu:forget05 or tofu:author=NAME"
-    )
-    parser.add_argument(
-        "--split", required=True, metavar="SPLIT", help=f"evaluated on: {', '.join(FORGET_SPLITS)}"
-    )
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        required=True,
-        metavar="LOG",
-        help="evaluation log of a model that never saw the forget set",
-    )
-    parser.add_argument(
-        "--retain",
-        metavar="ROWS",
-        help="rows to keep: JSONL file or tofu:SPLIT (default: the rest)",
-    )
+    parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
+    options.add_split(parser, required=True)
+    options.add_reference_log(parser, required=True)
+    options.add_retain(parser, default="the rest of TOFU")
     parser.add_argument(
         "--retain-known",
         type=float,
@@ -102,21 +87,14 @@ def _add_how(parser: options.Parser) -> None:
         metavar="A,B",
         help="the first is searched on, the others are held out (42,43,44)",
     )
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="measure the chosen settings on the first N rows of each set: for a quick look",
-    )
+    options.add_limit(parser, "measure the chosen settings on the first N rows of each set")
     parser.add_argument(
         "--compare-lambda",
         action="store_true",
         help="no search: the card's lambda (on the retain term) beside the README's (on the "
         "forget term), all else equal, with what was seen on the way",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("tune"), metavar="DIR", help="folder (default: ./tune)"
-    )
+    options.add_out(parser, "folder of the search", default="tune")
 
 
 def _seed_list(text: str) -> tuple[int, ...]:
@@ -191,7 +169,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         request,
         args.split,
         options.base_spec(args),
-        args.retain_log,
+        args.reference_log,
         args.out,
         data=args.data,
         objective=args.objective,
