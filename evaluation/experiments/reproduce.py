@@ -266,13 +266,13 @@ def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
         if origin is None or (retrain is None and run.reference_log is None):
             raise UserError(
                 f"The preset {preset.name} has no models for {run.split}.",
-                "Give --origin, and --retrain or --retain-log.",
+                "Give --origin, and --retrain or --reference-log.",
             )
         return origin, retrain
     if run.origin and not (run.retrain or run.reference_log):
         raise UserError(
             "An Origin is given, but nothing to compare it with.",
-            "Add --retrain, or --retain-log with the log of a retrained model.",
+            "Add --retrain, or --reference-log with the log of a retrained model.",
         )
     made = _train_pair(run, preset.small, report) if run.origin is None else {}
     return (

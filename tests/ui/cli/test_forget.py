@@ -14,10 +14,10 @@ import pytest
 
 from adapters.errors import Interrupted
 from ui.cli.commands.everyday import forget as commands_train
-from ui.cli.console import Console
 from ui.cli.main import parse
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS
 from ui.cli.output.events import show_event
+from ui.console import Console
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, UnlearnConfig
 
 FORGET = [

@@ -17,11 +17,11 @@ from ui.cli.commands.adapters.store import (
     scales_by_ref,
     verb,
 )
-from ui.cli.console import size_text
+from ui.console import size_text
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 FORMATS = ("peft", "vllm", "llama.cpp", "ollama")
 
@@ -58,8 +58,7 @@ def _register_moves(verbs: Any) -> None:
     parser.add_argument(
         "source", metavar="FOLDER|FILE", type=Path, help="folder of an adapter, or a bundle"
     )
-    parser.add_argument("--base", required=True, metavar="B", help="the base it was trained on")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, text="the base it was trained on")
     parser.add_argument(
         "--public-key",
         action="append",

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.console import size_text
+from ui.console import size_text
 
 if TYPE_CHECKING:
     from adapters.store.activation import StackChange
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 REF = "slug, its unique start, or label"
 SEE_LIST = "See `unlearner adapters list`."
@@ -47,8 +47,7 @@ def _register_looking(verbs: Any) -> None:
     parser.add_argument("ref", metavar="REF", help=REF)
     parser = verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
     parser.add_argument("ref", metavar="REF", nargs="?", help=f"{REF}; all by default")
-    parser.add_argument("--base", metavar="B", help="also check that it belongs to this base")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, required=False, text="also check that it belongs to this base")
     parser = verb(verbs, "log", run_log, "what happened to the store, oldest first")
     parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
 
