@@ -230,7 +230,7 @@ def _publish(
     args: argparse.Namespace, store: AdapterStore, sweep: Sweep, found: Mapping[str, Any]
 ) -> StoredAdapter | None:
     """The scaled adapter with the figures it was chosen by, where there is one to publish."""
-    from adapters.lora.derive import scaled
+    from adapters.store.derive import scaled
 
     scale = found["chosen_scale"]
     wanted = args.limit is None if args.publish is None else args.publish

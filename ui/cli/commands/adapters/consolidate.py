@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.commands.adapters.store import REF
+from ui.cli.adapter_rows import REF
 from ui.cli.commands.everyday.forget import add_run_flags, forget_config, train_request
 
 if TYPE_CHECKING:

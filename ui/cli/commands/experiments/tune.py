@@ -41,7 +41,7 @@ def register(commands: Any) -> None:
         "settings on the seed they were chosen on and on held-out seeds. Settings given as flags "
         "are not searched. After an interruption the same command continues.",
         epilog="example:\n"
-        "  unlearner tune tofu:forget05 --base ORIGIN --reference-log RETRAIN.json",
+        "  unlearner tune tofu:forget05 --base B --split forget05 --reference-log R.json",
     )
     _add_what(parser)
     _add_how(parser)

@@ -12,8 +12,8 @@ import torch
 from adapters.base.load import BaseSpec, load_base
 from adapters.errors import UserError
 from adapters.lora import stack
-from adapters.lora.derive import scaled
 from adapters.lora.format import read_adapter
+from adapters.store.derive import scaled
 from adapters.store.store import AdapterStore
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
