@@ -190,6 +190,9 @@ def pad_batch(rows: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id used for padding: the tokenizer's own, else EOS (never a label either way)."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(found)
+    """The id that fills padding: EOS, which every model can embed.
+
+    A tokenizer's own pad token may lie beyond the embeddings. Padding is never attended to and
+    never a label, so its id decides nothing.
+    """
+    return int(tokenizer.eos_token_id)
