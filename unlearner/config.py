@@ -307,7 +307,7 @@ def make_config(objective: str = "simnpo", **overrides: Any) -> UnlearnConfig:
         UserError: unknown objective, or settings that cannot be used, all at once.
     """
     if objective not in OBJECTIVE_DEFAULTS:
-        from unlearner.request.rows import did_you_mean
+        from adapters.errors import did_you_mean
 
         hint = did_you_mean(objective, OBJECTIVE_DEFAULTS)
         raise UserError(f"There is no objective '{objective}'.", hint)

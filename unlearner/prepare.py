@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
 from adapters.base.load import BaseSpec, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
-from adapters.errors import UserError
+from adapters.errors import UserError, did_you_mean
 from unlearner.config import TrainConfig, UnlearnConfig, streams_of
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.past_requests import (
@@ -22,7 +22,7 @@ from unlearner.request.past_requests import (
     require_all_rows,
     without_rows_of,
 )
-from unlearner.request.rows import Request, Row, did_you_mean
+from unlearner.request.rows import Request, Row
 from unlearner.tokens.batch_plan import Rows
 from unlearner.tokens.prompts import PromptFormat, Template, encode_rows, prompt_format
 

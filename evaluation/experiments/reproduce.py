@@ -34,13 +34,8 @@ from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from unlearner.baselines.full import LARGEST, refuse_large, too_large
 from unlearner.config import UnlearnConfig, make_config
-from unlearner.request.rows import (
-    FORGET_SPLITS,
-    Request,
-    Row,
-    load_refusals,
-    load_split,
-)
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_refusals, load_split
 
 # The rows that a request of the comparison keeps, and those whose answers are its alternates: for
 # `unlearner forget --retain ... --alternates-from ...`.

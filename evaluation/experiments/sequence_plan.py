@@ -10,7 +10,8 @@ from adapters.base.load import BaseSpec
 from adapters.errors import UserError
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
-from unlearner.request.rows import FORGET_SPLITS, Request, Row, load_authors, load_split
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
 
 POLICIES = ("independent", "on-stack", "consolidated")
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unlearner.request.rows import Author, Row, load_authors, load_split
+from unlearner.request.rows import Author, Row
+from unlearner.request.tofu import load_authors, load_split
 
 if TYPE_CHECKING:
     from evaluation.experiments.presets import SmallModels

@@ -299,6 +299,9 @@ def _notes(
     notes = []
     if log.meta.get("limit") is not None:
         notes.append(f"limited to the first {log.meta['limit']} rows of each set")
+    if log.meta.get("padded_because"):
+        reason = log.meta["padded_because"]
+        notes.append(f"scored as padded rows, because sharing prefixes does not fit: {reason}")
     recorded = [
         name
         for name, found in log.sets.items()

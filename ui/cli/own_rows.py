@@ -66,7 +66,8 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
         if given:
             raise UserError(f"--{given[0]} belongs to --rows.", "TOFU's splits bring their own.")
         return load_eval_data(args.split, args.data)
-    from unlearner.request.rows import load_split, read_rows
+    from unlearner.request.formats import read_rows
+    from unlearner.request.tofu import load_split
 
     forget: Sequence[Row] = read_rows(args.rows)
     if args.variants:
@@ -82,7 +83,7 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
 
 def kept_rows(args: argparse.Namespace, forget: Sequence[Row], console: Console) -> Sequence[Row]:
     """The rows of --retain, or the nearest of them."""
-    from unlearner.request.rows import rows_named
+    from unlearner.request.sources import rows_named
 
     if args.retain is None:
         if args.neighbours:
@@ -115,7 +116,7 @@ def read_rows_of_variants(path: Path) -> list[Row]:
     Raises:
         UserError: every line that is no row, at once.
     """
-    from unlearner.request.rows import read_rows
+    from unlearner.request.formats import read_rows
 
     return read_rows(path, unique=False, needs_answer=False)
 

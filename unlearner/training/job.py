@@ -19,11 +19,12 @@ from unlearner.config import UnlearnConfig
 from unlearner.memory import estimate as memory
 from unlearner.memory import probe as preflight
 from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
-from unlearner.tokens.packing import pack_attention, packs_exactly
+from unlearner.tokens.packing import pack_attention
 from unlearner.tokens.prompts import pad_id
 from unlearner.training import distributed as ranks
 from unlearner.training.callbacks import RunCallback, StopRequest
 from unlearner.training.early_stop import GapCallback
+from unlearner.training.likelihood import packs_exactly
 from unlearner.training.references import References, reference_nlls
 from unlearner.training.trainer import UnlearnTrainer
 

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from unlearner.tokens.prompts import IGNORE
+from unlearner.tokens.packing import PACK_ATTENTION, pack_rows
+from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
 # Rows of logits that exist at once: 512 x 32,000 in float32 are 62 MiB.
 CHUNK = 512
-# The attention of `unlearner.tokens.packing`, which keeps the rows of a pack apart by itself.
-PACK_ATTENTION = "unlearner_varlen"
+# Relative to the mean NLL of a row: float32 and what bf16 kernels of other shapes differ by.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+COARSE = 3e-2
 
 
 class AnswerLogits(NamedTuple):
@@ -335,3 +337,33 @@ def row_nll(logits: Tensor, found: AnswerLogits) -> AnswerNLL:
     """Summed NLL of every row under `logits` (targets, vocabulary) at the positions of `found`."""
     token = F.cross_entropy(logits.float(), found.targets, reduction="none")
     return sum_by_row(token, found)
+
+
+def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool, float]:
+    """Whether rows score the same in a pack as alone, and the largest difference per token.
+
+    Args:
+        model: as it is, adapters included.
+        rows: two or more, of different lengths.
+    """
+    first = next(model.parameters())
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed = answer_nll(model, {k: v.to(first.device) for k, v in pack_rows(rows).items()})
+            alone = [
+                answer_nll(model, {k: v.to(first.device) for k, v in pad_batch([row], 0).items()})
+                for row in rows
+            ]
+    except (TypeError, ValueError, RuntimeError):
+        # A model that takes no positions, or whose kernel knows no packs, cannot pack.
+        if first.is_cuda and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False, float("inf")
+    finally:
+        model.train(was_training)
+    single = torch.stack([one.per_token[0] for one in alone])
+    gap = float((packed.per_token - single).abs().max())
+    allowed = TOLERANCE.get(getattr(model, "dtype", first.dtype), COARSE)
+    return gap <= allowed * max(1.0, float(single.max())), gap

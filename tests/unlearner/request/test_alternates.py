@@ -19,7 +19,8 @@ from unlearner.config import TrainConfig, UnlearnConfig, make_config, streams_of
 from unlearner.objectives.sequence import OBJECTIVES
 from unlearner.prepare import prepare
 from unlearner.request.alternates import alternate_answers
-from unlearner.request.rows import Request, Row, load_split
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import load_split
 from unlearner.run import unlearn
 from unlearner.tokens.batch_plan import plan_steps
 from unlearner.tokens.prompts import IGNORE, pad_batch, pad_id, prompt_format

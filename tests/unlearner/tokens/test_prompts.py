@@ -10,7 +10,8 @@ import pytest
 from adapters.base.load import load_tokenizer
 from adapters.errors import UserError
 from unlearner.memory.estimate import LONGEST_TOFU_ROW
-from unlearner.request.rows import Row, load_split
+from unlearner.request.rows import Row
+from unlearner.request.tofu import load_split
 from unlearner.tokens.prompts import (
     EVAL_MAX_LENGTH,
     IGNORE,

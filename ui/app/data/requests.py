@@ -151,7 +151,8 @@ def look(asked: Draft, session: Session) -> tuple[str, dict[str, Any]]:
     from ui.preview import make_preview
     from unlearner.config import STREAMS
     from unlearner.prepare import prepare
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
     from unlearner.run import plan
 
     args = parse(asked.words(session))

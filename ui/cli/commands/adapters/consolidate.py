@@ -53,7 +53,7 @@ def run_consolidate(args: argparse.Namespace, console: Console) -> int:
     config = forget_config(args)
     console.words(f"Reading {', '.join(args.rows)} ...")
     from unlearner.request.past_requests import joined
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
 
     request = joined([parse_request(text, args.data, args.retain) for text in args.rows])
     return train_request(args, console, config, request, args.refs)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError
+from adapters.errors import UserError, did_you_mean
 from ui.cli import options
 from ui.cli.commands.adapters.store import (
     REF,
@@ -18,7 +18,6 @@ from ui.cli.commands.adapters.store import (
     verb,
 )
 from ui.cli.console import size_text
-from unlearner.request.rows import did_you_mean
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore

@@ -187,7 +187,7 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     """Trains and stores one adapter, or prints the plan."""
     config = forget_config(args)
     console.words(f"Reading {args.request} ...")
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
 
     request = parse_request(args.request, args.data, args.retain)
     if args.full is not None:
@@ -239,7 +239,7 @@ def _train_full(
         flag = "--" + named[0].replace("_", "-")
         raise UserError(f"{flag} says nothing with --full.", "Leave one of the two away.")
     from unlearner.baselines.full import forget_full
-    from unlearner.request.rows import load_refusals
+    from unlearner.request.tofu import load_refusals
 
     refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
     out = forget_full(
@@ -269,7 +269,8 @@ def train_request(
     """Trains `request` and stores the adapter, or prints the plan."""
     request = _with_rows(args, request, console)
     from adapters.store.store import AdapterStore
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
 
     needs_refusals = "refusal" in STREAMS[config.objective.name]
     given: dict[str, Any] = {

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import GateFailed, Interrupted, UserError
+from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
 from ui.cli import options
 from ui.cli.console import duration_text, setting_text, size_text
 from ui.cli.output.comparison import HEADS, print_comparison, stopped
 from ui.cli.output.events import show_event
 from unlearner.config import OBJECTIVE_DEFAULTS
-from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.experiments.reproduce import Reproduction

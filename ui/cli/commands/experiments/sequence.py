@@ -96,7 +96,8 @@ def _plan(args: argparse.Namespace) -> Plan:
     from evaluation.experiments.sequence_plan import Plan, split_authors, utility_rows
     from ui.cli.commands.everyday.forget import forget_config
     from unlearner.config import STREAMS
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
 
     config = forget_config(args)
     split = args.split.removeprefix("tofu:")

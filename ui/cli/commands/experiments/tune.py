@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError
+from adapters.errors import Interrupted, UserError, did_you_mean
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.console import duration_text
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
 from unlearner.config import OBJECTIVE_DEFAULTS
-from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
@@ -175,7 +175,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
 
     request = parse_request(args.request, args.data, args.retain)
     request = replace(request, others=other_rows(args))
