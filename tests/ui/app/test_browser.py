@@ -428,16 +428,16 @@ def test_runs_draw_what_is_chosen_and_make_files(
     try:
         _tab(page, "Runs")  # opening the tab reads anew
         page.wait_for_selector("#un-log-r svg.un-plot", timeout=60000)
-        assert "llama2-7b_full, mean" in page.locator("#un-log-r").inner_text()
-        page.wait_for_selector("#un-plots >> text=Relearning")
-        assert page.locator("#un-plots polyline.un-front").count() >= 1
+        assert "llama2-7b_full: mean" in page.locator("#un-log-r").inner_text()
+        page.wait_for_selector("#un-plots figcaption >> text=Relearning >> nth=0")
+        assert page.locator("#un-plots svg text", has_text="front of those measured").count() == 1
         words = page.locator(".un-command code:visible").inner_text().splitlines()
         assert [line.split()[1] for line in words] == ["score", "score"]
-        page.get_by_label("llama2-7b_full").uncheck()
+        page.get_by_role("checkbox", name="llama2-7b_full").uncheck()
         page.wait_for_function(
             "!document.querySelector('#un-log-r').innerText.includes('llama2-7b_full')"
         )
-        page.get_by_label("llama2-7b_full").check()
+        page.get_by_role("checkbox", name="llama2-7b_full").check()
         page.locator("#un-report").click()
         with page.expect_download() as download:
             page.get_by_role("button", name="HTML report", exact=True).click(timeout=60000)
