@@ -243,18 +243,15 @@ def _named(report: Report, name: str) -> Report:
 
 def _memory(run: Reproduction) -> dict[str, Any] | None:
     """Estimate for the preset's shape; None for small models and for full training."""
-    from unlearner.memory import estimate as memory
+    from unlearner.memory import plan as memory
 
     shape = run.chosen.shape
     if shape is None or run.full:
         return None
     config = run.config(run.methods[0] if run.methods else "simnpo")
-    return memory.estimate(
-        shape,
-        config,
-        [memory.LONGEST_TOFU_ROW],
-        memory.Holding(run.spec("").load_in_4bit, 2, True),
-    ).to_json()
+    precision = memory.BasePrecision(run.spec("").load_in_4bit, 2, True)
+    plan = memory.MemoryPlan(shape, config, precision, [memory.LONGEST_TOFU_ROW], 1)
+    return plan.estimate().to_json()
 
 
 def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:

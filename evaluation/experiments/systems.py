@@ -203,6 +203,7 @@ def full_and_measure(
     from evaluation.cache import key_of
     from unlearner.baselines.full import forget_full
     from unlearner.request.past_requests import joined
+    from unlearner.run import RunOptions
 
     request = joined(list(requests))
     key = key_of(
@@ -219,8 +220,7 @@ def full_and_measure(
             base,
             config,
             folder,
-            template=what.template,
-            refusals=refusals,
+            RunOptions(template=what.template, refusals=refusals),
             any_size=any_size,
             on_progress=lambda event: _pass_on(report, event, 1),
         )
@@ -240,7 +240,7 @@ def file_request(
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless the store holds it already."""
     from evaluation.cache import key_of
-    from unlearner.run import unlearn
+    from unlearner.run import RunOptions, unlearn
 
     key = key_of(
         request=request,
@@ -257,11 +257,9 @@ def file_request(
             base,
             config,
             store,
-            on_stack=False,
-            label=label,
-            resume=True,
-            template=template,
-            refusals=refusals,
+            RunOptions(
+                on_stack=False, label=label, resume=True, template=template, refusals=refusals
+            ),
             on_progress=lambda event: _pass_on(report, event, number),
         )
     if not adapter.active:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
-from unlearner.config import OBJECTIVE_DEFAULTS, LoraShape, ObjectiveConfig, TrainConfig
+from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
+from unlearner.objectives.registry import OBJECTIVES
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
@@ -366,10 +367,6 @@ SETTING_HELP = {
     "gradient_checkpointing": "recompute activations, slower with less memory: off, all, a number "
     "N for every N-th layer, or auto, as far as it is needed; without a word: all",
     "padded": "padded batches sorted by length instead of packs",
-    "sam_rho": "take the forget gradient this far towards where forgetting is undone most, so that "
-    "it holds when the model is trained again; 0 = off, published 0.01; forget rows run twice",
-    "noise_scale": "noise on the weights while training, in rounding errors of nf4, so that "
-    "forgetting holds in 4 bit; 0 = off",
     "attack_steps": "optimizer steps of one simulated attack, after which the next one begins",
     "attack_rate": "learning rate of the simulated attacker; 0 = by the model's size",
     "attack_rank": "rank of the simulated attacker's LoRA",
@@ -390,7 +387,7 @@ def settings(*, objective: bool = True) -> Parser:
             "--objective",
             metavar="NAME",
             default=ObjectiveConfig().name,
-            help=f"{', '.join(OBJECTIVE_DEFAULTS)} (default: {ObjectiveConfig().name})",
+            help=f"{', '.join(OBJECTIVES)} (default: {ObjectiveConfig().name})",
         )
         for name in OBJECTIVE_FIELDS:
             kind = type(getattr(ObjectiveConfig(), name))
@@ -433,7 +430,7 @@ def _name_tuple(text: str) -> tuple[str, ...]:
 
 def _objective_default(name: str) -> str:
     """The value most objectives start with, and those that start with another."""
-    values = {objective: getattr(c, name) for objective, c in OBJECTIVE_DEFAULTS.items()}
+    values = {objective: getattr(default_objective(objective), name) for objective in OBJECTIVES}
     first = values["simnpo"]
     others = [f"{objective} {value:g}" for objective, value in values.items() if value != first]
     return "; ".join([f"{first:g}", *others])

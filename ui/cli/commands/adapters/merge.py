@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from unlearner.objectives.formulas import FORMULAS, OPTION_FORMULAS
+from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
@@ -153,7 +153,7 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         merged,
         revision=args.revision,
         candidates=args.candidates,
-        formulas=FORMULAS | OPTION_FORMULAS,
+        formulas={n: o.formula for n, o in OBJECTIVES.items()} | OPTION_FORMULAS,
     )
     # The weights stand before the long part: interrupted, they are whole and say "not measured".
     write_release(release)

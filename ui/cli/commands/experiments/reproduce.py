@@ -14,7 +14,7 @@ from ui.cli import options
 from ui.cli.output.comparison import HEADS, print_comparison, stopped
 from ui.cli.output.events import show_event
 from ui.console import duration_text, setting_text, size_text
-from unlearner.config import OBJECTIVE_DEFAULTS
+from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def _check_names(args: argparse.Namespace, split: str) -> None:
         hint = did_you_mean(args.preset, PRESETS)
         raise UserError(f"There is no preset '{args.preset}'.", hint)
     for method in args.methods:
-        if method not in OBJECTIVE_DEFAULTS:
-            hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
+        if method not in OBJECTIVES:
+            hint = did_you_mean(method, OBJECTIVES)
             raise UserError(f"There is no objective '{method}'.", hint)
 
 

@@ -83,7 +83,7 @@ def _add_flags(parser: options.Parser) -> None:
 def _plan(args: argparse.Namespace) -> Plan:
     from evaluation.experiments.sequence import Plan, split_authors, utility_rows
     from ui.cli.commands.everyday.forget import forget_config
-    from unlearner.config import STREAMS
+    from unlearner.objectives.registry import OBJECTIVES
     from unlearner.request.sources import parse_request
     from unlearner.request.tofu import load_refusals
 
@@ -93,7 +93,9 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.retain:
         retain = parse_request(args.split, args.data, args.retain).retain
     authors = split_authors(split, args.data, retain, args.limit, other_rows(args))
-    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    refusals = (
+        load_refusals(args.data) if "refusal" in OBJECTIVES[config.objective.name].streams else []
+    )
     return Plan(
         split=split,
         data=args.data,

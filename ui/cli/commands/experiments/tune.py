@@ -14,7 +14,7 @@ from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
 from ui.console import duration_text
-from unlearner.config import OBJECTIVE_DEFAULTS
+from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"'{args.split}' is not a forget split.", did_you_mean(args.split, FORGET_SPLITS)
         )
-    if args.objective not in OBJECTIVE_DEFAULTS:
-        hint = did_you_mean(args.objective, OBJECTIVE_DEFAULTS)
+    if args.objective not in OBJECTIVES:
+        hint = did_you_mean(args.objective, OBJECTIVES)
         raise UserError(f"There is no objective '{args.objective}'.", hint)
     if args.seed is not None:
         raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
@@ -138,7 +138,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.config import STREAMS, make_config
+    from unlearner.config import make_config, streams_of
     from unlearner.request.sources import parse_request
     from unlearner.request.tofu import load_refusals
 
@@ -151,7 +151,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     fixed = options.given_settings(args, names)
     space = space_of(args.objective, fixed, args.range)
     config = make_config(args.objective)
-    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    refusals = load_refusals(args.data) if "refusal" in streams_of(config.objective) else []
     if not space:
         console.words("Every setting is given: nothing is searched, each seed is measured.")
     return Tuning(
