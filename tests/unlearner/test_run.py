@@ -15,11 +15,12 @@ import torch
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import BaseMismatch, Interrupted, UserError
-from adapters.store.store import AdapterStore, StoredAdapter
-from unlearner.config import UnlearnConfig
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
+from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig
 from unlearner.memory.plan import read_shape
 from unlearner.request.rows import Request, Row
-from unlearner.run import RunOptions, plan, prepare, unlearn
+from unlearner.run import RunOptions, plan, prepare, unlearn, with_targets
 from unlearner.tokens.prompts import prompt_format
 from unlearner.training import distributed as ranks
 
@@ -126,7 +127,7 @@ def test_the_manifest_says_how_it_was_made(
     assert (found.policy, found.parents) == ("independent", ())
     assert found.objective == config.to_json()["objective"]
     assert {**found.lora, "target_modules": tuple(found.lora["target_modules"])} == (
-        config.to_json()["lora"]
+        {**config.to_json()["lora"], "target_modules": TARGET_MODULES}
     )
     more = {
         "steps": 4, "template": "chat", "guard_rows": 0, "packed": True, "processes": 1,
@@ -555,6 +556,36 @@ def test_a_plan_tells_rows_steps_and_sizes(
     assert found["adapter_parameters"] == shape.low_rank(4, config.lora.target_modules)
     assert found["memory"]["kind"] == "estimate"
     assert "context_and_workspace" not in found["memory"]["terms_bytes"]
+
+
+@pytest.mark.parametrize("family", ["phi3", "phi"])
+def test_a_target_that_a_model_lacks_is_refused_before_loading_with_those_it_has(
+    family: str, tmp_path: Path
+) -> None:
+    """PEFT matched o_proj and down_proj of Phi-3 and trained on, without a word."""
+    from transformers import AutoConfig
+
+    from unlearner.memory.plan import meta_model
+
+    config = AutoConfig.for_model(
+        family, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    model = meta_model(tmp_path)
+    with pytest.raises(UserError, match="do not fit") as error:
+        with_targets(LoraShape(target_modules=TARGET_MODULES), model)
+    own = {"phi3": "qkv_proj", "phi": "fc1"}[family]
+    assert own in error.value.fix
+    assert own in with_targets(LoraShape(), model).target_modules
+
+
+def test_the_default_targets_of_a_llama_are_recorded_by_name(
+    request_: Request, base: BaseSpec, quick: Config
+) -> None:
+    run = prepare(request_, base, quick(), None)
+    assert run.config.lora.target_modules == TARGET_MODULES
+    assert plan(run)["settings"]["lora"]["target_modules"] == TARGET_MODULES
 
 
 # A 4-bit base

@@ -219,12 +219,12 @@ def _load(
     import torch
 
     from adapters.lora.stack import add_trainable
-    from unlearner.run import NEW, lora_config
+    from unlearner.run import NEW, lora_config, with_targets
 
     if lora is not None:
         model: Any = load_base(base)
         torch.manual_seed(seed)
-        return add_trainable(model, NEW, lora_config(lora), []), None
+        return add_trainable(model, NEW, lora_config(with_targets(lora, model)), []), None
     model = load_base(replace(base, dtype="float32"))
     model.requires_grad_(True)
     on_gpu = next(model.parameters()).is_cuda and base.dtype != "float32"
@@ -257,7 +257,7 @@ def _save(model: Any, tokenizer: Any, base: BaseSpec, work: Path, lora: LoraShap
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         return
-    from adapters.lora.combine import fold_stack
+    from adapters.lora.merge import fold_stack
     from adapters.lora.stack import save_adapter
     from unlearner.run import NEW
 

@@ -54,7 +54,7 @@ def test_the_written_files_are_measured_and_differ_from_the_base(
     evaluate = ["evaluate", "--data", data, "--split", "forget05", "--json"]
     base = run(*evaluate, "--base", tiny_base, "--adapters", "none", "--out", tmp_path / "log").json
     log = tmp_path / "log" / "eval_log.json"
-    words = ["--split", "forget05", "--data", data, "--retain-log", log, "--candidates", "3"]
+    words = ["--split", "forget05", "--data", data, "--reference-log", log, "--candidates", "3"]
     figures = merge(run, tiny_base, tmp_path, trained, *words).json["figures"]
     merged = run(*evaluate, "--base", tmp_path / "merged", "--adapters", "none").json
     for name, value in figures["before"].items():

@@ -11,7 +11,8 @@ import torch
 
 from adapters.base.load import BaseSpec
 from adapters.errors import DoesNotFit
-from adapters.store.store import AdapterStore, StoredAdapter
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
 from unlearner.memory import probe
 from unlearner.memory.probe import Measured

@@ -16,7 +16,8 @@ import torch
 from adapters.base.load import BaseSpec, load_tokenizer
 from adapters.errors import Interrupted, StoreCorrupt, UserError
 from adapters.lora.format import WEIGHTS_NAME
-from adapters.store.store import AdapterStore, StoredAdapter
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from ui.app.html.views import command, esc
 from ui.app.jobs import REQUEST
-from ui.cli.console import size_text
+from ui.console import size_text
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
@@ -234,7 +234,7 @@ def _shown(word: str) -> str:
 def job_html(view: Any) -> str:
     """A job as it stands: status, step, losses as curves, time left."""
     from evaluation.report.plots import draw_svg, line_chart
-    from ui.cli.console import duration_text
+    from ui.console import duration_text
 
     last = view.steps[-1] if view.steps else {}
     words = (

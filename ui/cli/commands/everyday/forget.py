@@ -12,15 +12,14 @@ from adapters.errors import UserError
 from ui.cli import options
 from ui.cli.adapter_rows import adapter_row
 from ui.cli.alternates import add_alternates_from, other_rows
-from ui.cli.commands.everyday.doctor_preview import REQUEST_HELP
-from ui.cli.console import size_text
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import show_event
+from ui.console import size_text
 from unlearner.config import make_config
 from unlearner.objectives.registry import OBJECTIVES
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.config import UnlearnConfig
     from unlearner.request.rows import Request
     from unlearner.training.early_stop import StopAt
@@ -47,7 +46,7 @@ def register(commands: Any) -> None:
         "  unlearner forget 'tofu:author=Hina Ameen' --base B --label request-17\n"
         "  unlearner forget rows.jsonl --retain keep.jsonl --base B --objective npo",
     )
-    parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
+    parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
     add_run_flags(parser)
     add_gap_flags(parser)
     full = parser.add_argument_group("all weights, for comparison on small models")
@@ -120,11 +119,7 @@ def add_run_flags(parser: options.Parser) -> None:
 
 
 def _add_retain_flags(parser: options.Parser) -> None:
-    parser.add_argument(
-        "--retain",
-        metavar="ROWS",
-        help="rows to keep: a JSONL file or tofu:SPLIT (default: the rest of TOFU)",
-    )
+    options.add_retain(parser, default="the rest of TOFU")
     parser.add_argument(
         "--neighbours",
         type=options.positive_int,
