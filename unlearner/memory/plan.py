@@ -83,7 +83,9 @@ def meta_model(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         with init_empty_weights():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.tie_weights()  # the empty weights are not yet shared
+        return model
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
