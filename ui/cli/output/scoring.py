@@ -36,8 +36,8 @@ def reference_flags() -> options.Parser:
         "--second-retain-log",
         type=Path,
         metavar="LOG",
-        help="log of a second such model: how far two of them lie apart is the band within which "
-        "forget quality tells nothing",
+        help="log of a second such model: forget quality cannot resolve less than the distance "
+        "between the two",
     )
     parser.add_argument(
         "--protocol",
@@ -56,7 +56,7 @@ def scoring_flags() -> options.Parser:
         action="append",
         default=[],
         metavar="GATE",
-        help='leave with 4 if it holds, e.g. "model_utility<0.55"; may be given several times',
+        help='exit with code 4 if true, e.g. "model_utility<0.55"; repeatable',
     )
     parser.add_argument(
         "--write-tofu",
@@ -138,7 +138,7 @@ def with_protocols(
 def write_for_others(
     args: argparse.Namespace, log: EvalLog, references: References, console: Console
 ) -> None:
-    """Writes the public formats that the flags ask for, each with the answers it stands for.
+    """Writes the public formats that the flags ask for, each with its own protocol's answers.
 
     open-unlearning's files hold that protocol's figures where the log has its answers, and TOFU's
     log the answers of the first protocol of TOFU's own kind; else the first protocol is written.

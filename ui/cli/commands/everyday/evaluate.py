@@ -45,7 +45,7 @@ def register(commands: Any) -> None:
         ],
         help="measure a base with its active adapters, or merged weights",
         description="Scores and answers TOFU's four sets with the base and its adapters. With "
-        "--out every finished set is kept: the same command continues after an interruption.",
+        "--out finished results are cached: the same command continues after an interruption.",
         epilog="example:\n  unlearner evaluate --base B --store S --split forget05 "
         "--retain-log retrain.json --out results",
     )
@@ -65,19 +65,19 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         "--systems",
         type=parse_systems,
         metavar="A;B,C",
-        help="measure several systems on one loaded base, a row each: 'none;r0001;r0001,r0002'",
+        help="measure several systems on one loaded base, one row each: 'none;r0001;r0001,r0002'",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the log and figures")
     parser.add_argument(
         "--limit",
         type=options.positive_int,
         metavar="N",
-        help="only the first N rows of each set: for a quick look, not for figures to compare",
+        help="only the first N rows of each set: a quick look, not figures to compare",
     )
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="padded rows and undrafted answers, to check the faster way against",
+        help="padded rows and undrafted answers, to check the faster computation",
     )
     parser.add_argument(
         "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
@@ -115,7 +115,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         if args.out is None:
             raise
         raise Interrupted(
-            f"Interrupted: the finished parts are kept in {args.out / scoring.PARTS}.",
+            f"Interrupted: finished results are cached in {args.out / scoring.PARTS}.",
             "Run the same command again to continue.",
         ) from None
     first, *others = scoring.figures_of(args, log, references)
@@ -137,7 +137,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
             _attach(stack, args, figures)
     report_figures(named, console)
     extras.report(named, console)
-    if ranks.rank() == 0:  # last: what was measured is told also where rows lack what a format asks
+    if ranks.rank() == 0:  # last: a format may need what the rows lack, and the figures are shown
         scoring.write_for_others(args, log, references, console)
     check_gates(gates, summaries[0])
     return 0
