@@ -45,7 +45,8 @@ from evaluation.logs.records import (
 from evaluation.metrics.summary import match_forget
 from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
-from unlearner.request.rows import FORGET_SPLITS, Row, load_split
+from unlearner.request.rows import Row
+from unlearner.request.tofu import FORGET_SPLITS, load_split
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:

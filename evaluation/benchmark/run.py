@@ -68,7 +68,7 @@ def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
         UserError: only one of the two is given.
     """
     from evaluation.inference.scoring import encode_answers
-    from unlearner.request.rows import load_split
+    from unlearner.request.tofu import load_split
     from unlearner.tokens.prompts import encode_rows, prompt_format
 
     if (data is None) != (tokenizer is None):

@@ -1,7 +1,7 @@
 """Per-row results of an evaluation and their JSON: our own schema, written atomically.
 
 `read_log` also takes the public formats (TOFU's aggregated log, open-unlearning's evaluation), see
-`evaluation.logs.public_formats`. Nothing here computes a metric or needs a model.
+`evaluation.logs`. Nothing here computes a metric or needs a model.
 """
 
 from __future__ import annotations
