@@ -204,8 +204,7 @@ def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:
         getattr(config, "eos_token_id", None)
         for config in (getattr(model, "generation_config", None), getattr(model, "config", None))
     ]
-    own += [fmt.tokenizer.eos_token_id, fmt.encode("a", "b").labels[-1]]
-    flat: set[int] = set()
+    flat: set[int] = set(fmt.stop_ids)
     for ids in own:
         flat.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
     return sorted(flat)
