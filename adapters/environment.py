@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,11 @@ FULL_LIMIT = 1_000_000_000
 # By size: (weights below, rate of all weights, rate of an adapter). Only the first line has been
 # tried by us; the others follow the rates at which models of that size are commonly tuned.
 _ATTACK_RATES = ((SMALL_MODEL, 3e-4, 3e-3), (FULL_LIMIT, 5e-5, 5e-4), (math.inf, 1e-5, 2e-4))
+
+
+def utc_now() -> str:
+    """The time in UTC, as written in logs and manifests."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ def make_preview(
         UserError: the request, the retain rows or the tokenizer cannot be used.
     """
     from adapters.base.load import load_tokenizer
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
     from unlearner.tokens.prompts import prompt_format
 
     asked = parse_request(request, data, retain)

@@ -72,7 +72,7 @@ def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
         UserError: a tokenizer without data.
     """
     from evaluation.inference.scoring import encode_answers
-    from unlearner.request.rows import load_split
+    from unlearner.request.tofu import load_split
     from unlearner.tokens.prompts import encode_rows, prompt_format
 
     if data is None:
@@ -204,7 +204,7 @@ def _trees(model: Any, work: Workload) -> float:
     from evaluation.inference.prefix_sharing import TREE_TOKENS, build_tree, packs_of
 
     sizes = [len(build_tree(texts).tokens) for texts in work.questions]
-    packs = packs_of(sizes, TREE_TOKENS)
+    packs = packs_of(work.questions, TREE_TOKENS)
     counted = packs[::SAMPLE]
     seen = sum(sizes[i] for pack in counted for i in pack)
     total = sum(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluation.metrics.forget_quality import ALPHA
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
-from unlearner.memory import estimate as memory
+from unlearner.memory import plan as memory
 
 if TYPE_CHECKING:
     from unlearner.tokens.prompts import Template
@@ -114,7 +114,7 @@ class Preset:
     load_in_4bit: bool = False
     split_methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     template: Template = "auto"
-    shape: dict[str, int] | None = None
+    shape: memory.ModelShape | None = None
     reference_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     published_protocol: str = ""
@@ -245,7 +245,7 @@ LLAMA2_7B = Preset(
 )
 
 
-def _llama32(size: str, shape: dict[str, int], published: Any) -> Preset:
+def _llama32(size: str, shape: memory.ModelShape, published: Any) -> Preset:
     """A preset on open-unlearning's Llama-3.2 models."""
     stem = f"open-unlearning/tofu_Llama-3.2-{size}-Instruct"
     splits = {"forget01": "99", "forget05": "95", "forget10": "90"}

@@ -362,7 +362,7 @@ def merge_and_compare(base: Path, store: Path, out: Path) -> dict[str, Any]:
 
     from adapters.base.load import load_base
     from adapters.environment import threads_for
-    from adapters.lora.combine import fold_stack
+    from adapters.lora.merge import fold_stack
     from adapters.lora.stack import load_stack
     from adapters.store.store import AdapterStore
 

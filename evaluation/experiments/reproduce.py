@@ -39,13 +39,8 @@ from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from unlearner.baselines.full import LARGEST, refuse_large, too_large
 from unlearner.config import UnlearnConfig, make_config
-from unlearner.request.rows import (
-    FORGET_SPLITS,
-    Request,
-    Row,
-    load_refusals,
-    load_split,
-)
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_refusals, load_split
 
 # The retain rows of the comparison's request, and those that its alternate answers come from, for
 # `unlearner forget --retain ... --alternates-from ...`.
@@ -248,18 +243,15 @@ def _named(report: Report, name: str) -> Report:
 
 def _memory(run: Reproduction) -> dict[str, Any] | None:
     """Estimate for the preset's shape; None for small models and for full training."""
-    from unlearner.memory import estimate as memory
+    from unlearner.memory import plan as memory
 
     shape = run.chosen.shape
     if shape is None or run.full:
         return None
     config = run.config(run.methods[0] if run.methods else "simnpo")
-    return memory.estimate(
-        shape,
-        config,
-        [memory.LONGEST_TOFU_ROW],
-        memory.Holding(run.spec("").load_in_4bit, 2, True),
-    ).to_json()
+    precision = memory.BasePrecision(run.spec("").load_in_4bit, 2, True)
+    plan = memory.MemoryPlan(shape, config, precision, [memory.LONGEST_TOFU_ROW], 1)
+    return plan.estimate().to_json()
 
 
 def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
@@ -271,13 +263,13 @@ def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
         if origin is None or (retrain is None and run.reference_log is None):
             raise UserError(
                 f"The preset {preset.name} has no models for {run.split}.",
-                "Give --origin, and --retrain or --retain-log.",
+                "Give --origin, and --retrain or --reference-log.",
             )
         return origin, retrain
     if run.origin and not (run.retrain or run.reference_log):
         raise UserError(
             "An Origin is given, but nothing to compare it with.",
-            "Add --retrain, or --retain-log with the log of a retrained model.",
+            "Add --retrain, or --reference-log with the log of a retrained model.",
         )
     made = _train_pair(run, preset.small, report) if run.origin is None else {}
     return (

@@ -38,7 +38,8 @@ from evaluation.metrics.utility import model_utility
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
-from unlearner.request.rows import FORGET_SPLITS, Request, Row, load_authors, load_split
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
@@ -345,7 +346,7 @@ class _Line:
         replaces: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The active adapter of a request and its cost, trained unless the store holds it."""
-        from unlearner.run import unlearn
+        from unlearner.run import RunOptions, unlearn
 
         store = self._store()
         adapter = next((each for each in store.list() if each.manifest.label == label), None)
@@ -357,13 +358,15 @@ class _Line:
                 self.plan.base,
                 self.plan.config,
                 store,
-                on_stack=on_stack,
-                label=label,
-                resume=True,
-                template=self.plan.template,
-                refusals=self.plan.refusals,
-                guard=guard,
-                replaces=replaces,
+                RunOptions(
+                    on_stack=on_stack,
+                    label=label,
+                    resume=True,
+                    template=self.plan.template,
+                    refusals=self.plan.refusals,
+                    guard=guard,
+                    replaces=replaces,
+                ),
                 on_progress=self._tell,
             )
             seconds.write(time.monotonic() - started)

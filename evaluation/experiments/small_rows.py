@@ -12,7 +12,8 @@ from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.environment import threads_for
 from evaluation.inference.scoring import score_rows
 from evaluation.logs.records import write_text
-from unlearner.request.rows import Author, Row, load_authors, load_split
+from unlearner.request.rows import Author, Row
+from unlearner.request.tofu import load_authors, load_split
 from unlearner.tokens.prompts import Template, prompt_format
 
 if TYPE_CHECKING:

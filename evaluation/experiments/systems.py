@@ -16,7 +16,8 @@ from unlearner.config import UnlearnConfig
 from unlearner.request.rows import Request
 
 if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore, StoredAdapter
+    from adapters.store.catalog import StoredAdapter
+    from adapters.store.store import AdapterStore
     from evaluation.suite import EvalData
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
     from unlearner.tokens.prompts import Template
@@ -202,6 +203,7 @@ def full_and_measure(
     from evaluation.cache import key_of
     from unlearner.baselines.full import forget_full
     from unlearner.request.past_requests import joined
+    from unlearner.run import RunOptions
 
     request = joined(list(requests))
     key = key_of(
@@ -218,8 +220,7 @@ def full_and_measure(
             base,
             config,
             folder,
-            template=what.template,
-            refusals=refusals,
+            RunOptions(template=what.template, refusals=refusals),
             any_size=any_size,
             on_progress=lambda event: _pass_on(report, event, 1),
         )
@@ -239,7 +240,7 @@ def file_request(
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless the store holds it already."""
     from evaluation.cache import key_of
-    from unlearner.run import unlearn
+    from unlearner.run import RunOptions, unlearn
 
     key = key_of(
         request=request,
@@ -256,11 +257,9 @@ def file_request(
             base,
             config,
             store,
-            on_stack=False,
-            label=label,
-            resume=True,
-            template=template,
-            refusals=refusals,
+            RunOptions(
+                on_stack=False, label=label, resume=True, template=template, refusals=refusals
+            ),
             on_progress=lambda event: _pass_on(report, event, number),
         )
     if not adapter.active:

@@ -20,7 +20,9 @@ from evaluation.logs.records import EvalLog, RowRecord
 from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
-from unlearner.request.rows import FORGET_SPLITS, Request, Row, load_split, read_rows
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_split
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:

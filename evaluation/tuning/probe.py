@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-
 from evaluation.metrics.summary import summarise
 from evaluation.suite import EvalData, evaluate
 
 if TYPE_CHECKING:
+    import torch
+
     from evaluation.logs.records import EvalLog
     from unlearner.tokens.prompts import PromptFormat
 
@@ -122,7 +122,7 @@ def loss_of(look: Look, origin: Look) -> float:
     return look.ks + 5.0 * lost + max(0.0, far)
 
 
-class Watch(TrainerCallback):
+class Watch:
     """Measures the model after chosen steps and at the end."""
 
     def __init__(
@@ -139,8 +139,8 @@ class Watch(TrainerCallback):
         self._shares = shares
         self._tell = tell
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __call__(self, step: int, steps: int, model: torch.nn.Module) -> None:
         """Measures after one of the chosen steps."""
-        chosen = {max(1, round(share * state.max_steps)) for share in self._shares}
-        if state.global_step in chosen:
-            self._tell(state.global_step, state.max_steps, self._probe.look(kwargs["model"]))
+        chosen = {max(1, round(share * steps)) for share in self._shares}
+        if step in chosen:
+            self._tell(step, steps, self._probe.look(model))

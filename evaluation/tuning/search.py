@@ -263,6 +263,8 @@ def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
 
 def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report) -> None:
     """Trains and measures one trial, and tells the study its loss."""
+    from unlearner.training.loop import Diverged
+
     trial = study.ask()
     config = run.config(_suggest(trial, run.space), search.retrain_nll, run.seeds[0])
     trial.set_user_attr("settings", config.to_json())
@@ -284,7 +286,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
         outcome["values"] = looks[-1]["loss"]
     except optuna.TrialPruned:
         outcome["state"] = optuna.trial.TrialState.PRUNED
-    except NotFinite as error:  # these settings break the model
+    except (NotFinite, Diverged) as error:  # these settings break the model
         trial.set_user_attr("reason", str(error))
         outcome["state"] = optuna.trial.TrialState.FAIL
     trial.set_user_attr("seconds", time.monotonic() - started)
@@ -293,7 +295,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
 def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report) -> None:
     """Trains one adapter in a temporary store."""
-    from unlearner.run import unlearn
+    from unlearner.run import RunOptions, unlearn
 
     free_memory()  # of the trial before
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=run.out) as folder:
@@ -302,10 +304,8 @@ def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report)
             run.base,
             config,
             AdapterStore.open(Path(folder) / "store", create=True),
-            on_stack=False,
-            template=run.template,
-            refusals=run.refusals,
-            callbacks=[watch],
+            RunOptions(on_stack=False, template=run.template, refusals=run.refusals),
+            after_step=watch,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from evaluation.cache import key_of
 from evaluation.suite import EvalData, OnProgress, evaluate, load_eval_data
-from unlearner.request.rows import Row, load_split, read_rows
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Row
+from unlearner.request.tofu import load_split
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from evaluation.suite import EvalData
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.request.rows import Row
 
 OWN = "own-rows"
@@ -22,16 +22,12 @@ OWN = "own-rows"
 def add_flags(parser: options.Parser) -> None:
     """--split or --rows, and for the latter --retain, --neighbours and --variants."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--split", metavar="SPLIT", help="forget split: forget01, forget05, forget10"
-    )
+    options.add_split(which)
     which.add_argument(
         "--rows", type=Path, metavar="FILE", help="JSONL of the rows that were to be forgotten"
     )
     group = parser.add_argument_group("with --rows")
-    group.add_argument(
-        "--retain", metavar="ROWS", help="rows that were to be kept: a JSONL file or tofu:SPLIT"
-    )
+    options.add_retain(group)
     group.add_argument(
         "--neighbours",
         type=options.positive_int,
@@ -66,7 +62,8 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
         if given:
             raise UserError(f"--{given[0]} belongs to --rows.", "TOFU's splits bring their own.")
         return load_eval_data(args.split, args.data)
-    from unlearner.request.rows import load_split, read_rows
+    from unlearner.request.formats import read_rows
+    from unlearner.request.tofu import load_split
 
     forget: Sequence[Row] = read_rows(args.rows)
     if args.variants:
@@ -82,7 +79,7 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
 
 def kept_rows(args: argparse.Namespace, forget: Sequence[Row], console: Console) -> Sequence[Row]:
     """The rows of --retain, or the nearest of them."""
-    from unlearner.request.rows import rows_named
+    from unlearner.request.sources import rows_named
 
     if args.retain is None:
         if args.neighbours:
@@ -115,7 +112,7 @@ def read_rows_of_variants(path: Path) -> list[Row]:
     Raises:
         UserError: every line that is no row, at once.
     """
-    from unlearner.request.rows import read_rows
+    from unlearner.request.formats import read_rows
 
     return read_rows(path, unique=False, needs_answer=False)
 

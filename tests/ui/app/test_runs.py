@@ -125,7 +125,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(run: Any, tmp_path: Path) -
         (["--data", "tofu"], "data", Path("tofu")),
         (["--origin", "o"], "origin", "o"),
         (["--retrain", "r"], "retrain", "r"),
-        (["--retain-log", "r.json"], "reference_log", Path("r.json")),
+        (["--reference-log", "r.json"], "reference_log", Path("r.json")),
         (["--methods", "kl"], "methods", ("kl",)),
         (["--out", "there"], "out", Path("there")),
         (["--protocol", "simnpo"], "protocols", ("simnpo",)),

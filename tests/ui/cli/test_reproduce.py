@@ -20,7 +20,7 @@ from evaluation.experiments.presets import (
 from evaluation.experiments.reproduce import Reproduction
 from ui.cli.commands.experiments.reproduce import PRESETS as NAMES
 from unlearner.baselines.full import RECORD
-from unlearner.request.rows import load_split
+from unlearner.request.tofu import load_split
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

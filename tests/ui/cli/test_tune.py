@@ -45,7 +45,7 @@ def rows(tmp_path: Path) -> Path:
 def words(rows: Path) -> list[Any]:
     return [
         "tune", rows / "forget.jsonl", "--retain", rows / "retain.jsonl", "--base", "b",
-        "--split", "forget05", "--retain-log", "r.json", "--out", rows / "out",
+        "--split", "forget05", "--reference-log", "r.json", "--out", rows / "out",
     ]  # fmt: skip
 
 

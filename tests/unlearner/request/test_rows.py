@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import UserError
-from unlearner.request.rows import (
+from adapters.errors import UserError, did_you_mean
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Row
+from unlearner.request.sources import parse_request
+from unlearner.request.tofu import (
     FORGET_SPLITS,
     SPLITS,
-    Row,
     author_name,
-    did_you_mean,
     load_authors,
     load_refusals,
     load_split,
-    parse_request,
-    read_rows,
 )
 
 SIZES = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from evaluation.logs.token_records import TokenRecords
     from evaluation.protocols import Protocol
     from evaluation.suite import EvalData
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.request.rows import Row
     from unlearner.tokens.prompts import PromptFormat
 
@@ -225,7 +225,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _holdout_name(args: argparse.Namespace) -> str | None:
     """The holdout rows that were asked for, by default those of the forget split."""
-    from unlearner.request.rows import HOLDOUT_SPLITS
+    from unlearner.request.tofu import HOLDOUT_SPLITS
 
     if "membership" not in args.metrics:
         return None
@@ -234,7 +234,8 @@ def _holdout_name(args: argparse.Namespace) -> str | None:
 
 
 def _holdout_rows(args: argparse.Namespace) -> Sequence[Row]:
-    from unlearner.request.rows import HOLDOUT_SPLITS, load_split, read_rows
+    from unlearner.request.formats import read_rows
+    from unlearner.request.tofu import HOLDOUT_SPLITS, load_split
 
     name = _holdout_name(args)
     if name is None:

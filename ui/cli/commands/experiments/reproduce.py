@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import GateFailed, Interrupted, UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocols_named
+from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
 from ui.cli import options
-from ui.cli.console import duration_text, setting_text, size_text
 from ui.cli.output.comparison import HEADS, print_comparison, stopped
 from ui.cli.output.events import show_event
-from unlearner.config import OBJECTIVE_DEFAULTS
-from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+from ui.console import duration_text, setting_text, size_text
+from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.experiments.reproduce import Reproduction
-    from ui.cli.console import Console
+    from ui.console import Console
 
 PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 
@@ -51,9 +50,7 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
     )
     parser.add_argument("--origin", metavar="B", help="a model trained on everything")
     parser.add_argument("--retrain", metavar="B", help="a model that never saw the forget split")
-    parser.add_argument(
-        "--retain-log", type=Path, metavar="LOG", help="evaluation log in place of --retrain"
-    )
+    options.add_reference_log(parser, use="in place of --retrain")
     parser.add_argument(
         "--methods",
         type=options.name_list,
@@ -61,25 +58,9 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         metavar="A,B",
         help="objectives to compare (default: npo,simnpo)",
     )
-    parser.add_argument(
-        "--protocol",
-        default=DEFAULT,
-        metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)}, several with commas, or all (default: {DEFAULT})",
-    )
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="measure only the first N rows of each set: for a quick look",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("reproduce"),
-        metavar="DIR",
-        help="folder for models, stores and logs (default: ./reproduce)",
-    )
+    options.add_protocol(parser, several=True)
+    options.add_limit(parser)
+    options.add_out(parser, "folder for models, stores and logs", default="reproduce")
     _add_outcome_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
 
@@ -114,7 +95,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     split = args.target.removeprefix("tofu-")
     _check_names(args, split)
     _check_full(args)
-    protocols = tuple(protocol.name for protocol in protocols_named(args.protocol))
+    protocols = tuple(args.protocol)
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
     from adapters.base.load import BaseSpec
     from evaluation.experiments.reproduce import Reproduction, plan, reproduce
@@ -126,7 +107,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         data=args.data,
         origin=args.origin,
         retrain=args.retrain,
-        reference_log=args.retain_log,
+        reference_log=args.reference_log,
         methods=tuple(args.methods),
         base=BaseSpec("", dtype=args.dtype, device=args.device, attention=args.attention),
         load_in_4bit=args.load_in_4bit,
@@ -166,8 +147,8 @@ def _check_names(args: argparse.Namespace, split: str) -> None:
         hint = did_you_mean(args.preset, PRESETS)
         raise UserError(f"There is no preset '{args.preset}'.", hint)
     for method in args.methods:
-        if method not in OBJECTIVE_DEFAULTS:
-            hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
+        if method not in OBJECTIVES:
+            hint = did_you_mean(method, OBJECTIVES)
             raise UserError(f"There is no objective '{method}'.", hint)
 
 
@@ -218,17 +199,16 @@ def release_system(
     args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
     """Merges the last method's adapter into --release and evaluates it, as `merge` does."""
-    from ui.cli.commands.adapters.merge import merge_release
-    from ui.cli.main import parse
+    from ui.cli.commands.adapters import merge
 
     method = run.methods[-1]
     words = ["merge", "--base", found["origin"], "--store", found["stores"][method]]
     words += ["--out", str(args.release), "--split", run.split, "--template", run.chosen.template]
-    words += ["--retain-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
+    words += ["--reference-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
     words += ["--data", str(args.data)] if args.data else []
     words += ["--limit", str(args.limit)] if args.limit else []
     console.words(f"Releasing {method}: unlearner {shlex.join(words)}")
-    return merge_release(parse(words), console)
+    return merge.merge_release(options.parse_with(merge.register, words), console)
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:

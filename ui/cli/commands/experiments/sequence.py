@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.events import show_event
 
 if TYPE_CHECKING:
     from evaluation.experiments.sequence import Plan
-    from ui.cli.console import Console
+    from ui.console import Console
 
 COLUMNS = (
     "policy", "stage", "FQ", "shift", "requested P", "requested NLL", "waiting P", "retain P", "MU",
@@ -49,7 +48,7 @@ def register(commands: Any) -> None:
         "reverts one request, and retrains what that leaves stale. Finished stages in --out are "
         "not repeated.",
         epilog="example:\n  unlearner sequence tofu:forget05 --base B --data TOFU "
-        "--retain-log R.json --out S --requests 3 --revert 2",
+        "--reference-log R.json --out S --requests 3 --revert 2",
     )
     _add_flags(parser)
     parser.set_defaults(run=run_sequence_command)
@@ -64,44 +63,29 @@ def _add_flags(parser: options.Parser) -> None:
         metavar="P,P",
         help="on-stack, consolidated (default: both)",
     )
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder of all stages"
-    )
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        metavar="LOG",
-        help="evaluation of a model that never saw the split; forget quality needs it",
-    )
+    options.add_out(parser, "folder of all stages", required=True)
+    options.add_reference_log(parser)
     parser.add_argument(
         "--requests",
         type=options.positive_int,
         metavar="N",
         help="request only the first N authors of the split; all are measured",
     )
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="measure at most N rows of each author and of each retained set",
-    )
+    options.add_limit(parser, "measure at most N rows of each author and of each retained set")
     parser.add_argument(
         "--revert", type=int, default=0, metavar="N", help="revert request N at the end"
     )
-    parser.add_argument(
-        "--retain",
-        metavar="ROWS",
-        help="rows to keep: a JSONL file or tofu:SPLIT (default: the split's retain rows)",
-    )
+    options.add_retain(parser, default="the split's retain rows")
     add_alternates_from(parser)
-    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default=DEFAULT)
+    options.add_protocol(parser)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     from evaluation.experiments.sequence import Plan, split_authors, utility_rows
     from ui.cli.commands.everyday.forget import forget_config
-    from unlearner.config import STREAMS
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.objectives.registry import OBJECTIVES
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
 
     config = forget_config(args)
     split = args.split.removeprefix("tofu:")
@@ -109,7 +93,9 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.retain:
         retain = parse_request(args.split, args.data, args.retain).retain
     authors = split_authors(split, args.data, retain, args.limit, other_rows(args))
-    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    refusals = (
+        load_refusals(args.data) if "refusal" in OBJECTIVES[config.objective.name].streams else []
+    )
     return Plan(
         split=split,
         data=args.data,
@@ -118,7 +104,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         authors=authors,
         count=args.requests or len(authors),
         utility=utility_rows(args.data, args.limit),
-        reference_log=args.retain_log,
+        reference_log=args.reference_log,
         protocol=args.protocol,
         refusals=tuple(refusals),
         revert=args.revert,

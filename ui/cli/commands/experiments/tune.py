@@ -6,21 +6,20 @@ import argparse
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError
+from adapters.errors import Interrupted, UserError, did_you_mean
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
-from ui.cli.console import duration_text
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
-from unlearner.config import OBJECTIVE_DEFAULTS
-from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+from ui.console import duration_text
+from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.request.rows import Request
 
 
@@ -42,7 +41,7 @@ def register(commands: Any) -> None:
         "settings on the seed they were chosen on and on held-out seeds. Settings given as flags "
         "are not searched. After an interruption the same command continues.",
         epilog="example:\n"
-        "  unlearner tune tofu:forget05 --base ORIGIN --split forget05 --retain-log RETRAIN.json",
+        "  unlearner tune tofu:forget05 --base B --split forget05 --reference-log R.json",
     )
     _add_what(parser)
     _add_how(parser)
@@ -50,24 +49,10 @@ def register(commands: Any) -> None:
 
 
 def _add_what(parser: options.Parser) -> None:
-    parser.add_argument(
-        "request", metavar="REQUEST", help="JSONL file, tofu:forget05 or tofu:author=NAME"
-    )
-    parser.add_argument(
-        "--split", required=True, metavar="SPLIT", help=f"evaluated on: {', '.join(FORGET_SPLITS)}"
-    )
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        required=True,
-        metavar="LOG",
-        help="evaluation log of a model that never saw the forget set",
-    )
-    parser.add_argument(
-        "--retain",
-        metavar="ROWS",
-        help="rows to keep: JSONL file or tofu:SPLIT (default: the rest)",
-    )
+    parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
+    options.add_split(parser, required=True)
+    options.add_reference_log(parser, required=True)
+    options.add_retain(parser, default="the rest of TOFU")
     parser.add_argument(
         "--retain-known",
         type=float,
@@ -99,15 +84,8 @@ def _add_how(parser: options.Parser) -> None:
         metavar="A,B",
         help="the first is searched on, the others are held out (42,43,44)",
     )
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="measure the chosen settings on the first N rows of each set: for a quick look",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("tune"), metavar="DIR", help="folder (default: ./tune)"
-    )
+    options.add_limit(parser, "measure the chosen settings on the first N rows of each set")
+    options.add_out(parser, "folder of the search", default="tune")
 
 
 def _seed_list(text: str) -> tuple[int, ...]:
@@ -145,8 +123,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"'{args.split}' is not a forget split.", did_you_mean(args.split, FORGET_SPLITS)
         )
-    if args.objective not in OBJECTIVE_DEFAULTS:
-        hint = did_you_mean(args.objective, OBJECTIVE_DEFAULTS)
+    if args.objective not in OBJECTIVES:
+        hint = did_you_mean(args.objective, OBJECTIVES)
         raise UserError(f"There is no objective '{args.objective}'.", hint)
     if args.seed is not None:
         raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
@@ -160,8 +138,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.config import STREAMS, make_config
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.config import make_config, streams_of
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
 
     request = parse_request(args.request, args.data, args.retain)
     request = replace(request, others=other_rows(args))
@@ -172,14 +151,14 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     fixed = options.given_settings(args, names)
     space = space_of(args.objective, fixed, args.range)
     config = make_config(args.objective)
-    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    refusals = load_refusals(args.data) if "refusal" in streams_of(config.objective) else []
     if not space:
         console.words("Every setting is given: nothing is searched, each seed is measured.")
     return Tuning(
         request,
         args.split,
         options.base_spec(args),
-        args.retain_log,
+        args.reference_log,
         args.out,
         data=args.data,
         objective=args.objective,
