@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.digests import normalised
 from adapters.errors import UserError
 from ui.cli import options
 
@@ -129,17 +130,17 @@ def with_variants(rows: Sequence[Row], variants: Sequence[Row]) -> list[Row]:
     """
     from dataclasses import replace
 
-    by_question = {row.question.strip(): row for row in variants}
-    strangers = by_question.keys() - {row.question.strip() for row in rows}
+    by_question = {normalised(row.question): row for row in variants}
+    own = {normalised(row.question) for row in rows}
+    strangers = [row.question for row in variants if normalised(row.question) not in own]
     if strangers:
         raise UserError(
-            f"{len(strangers)} variants belong to none of the rows, for example "
-            f"{sorted(strangers)[0]!r}.",
-            "A variant names the question of its row, letter by letter.",
+            f"{len(strangers)} variants belong to none of the rows, for example {strangers[0]!r}.",
+            "A variant names the question of its row.",
         )
     made = []
     for row in rows:
-        found = by_question.get(row.question.strip(), row)
+        found = by_question.get(normalised(row.question), row)
         made.append(
             replace(
                 row,
