@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,15 @@ def left_by_the_dead(name: str) -> bool:
     except OSError:
         return False
     return False
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder or file; one that another process deletes at the same time is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def disk_error(error: OSError, path: Path) -> UserError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,11 @@ FULL_LIMIT = 1_000_000_000
 # By size: (weights below, rate of all weights, rate of an adapter). Only the first line has been
 # tried by us; the others follow the rates at which models of that size are commonly tuned.
 _ATTACK_RATES = ((SMALL_MODEL, 3e-4, 3e-3), (FULL_LIMIT, 5e-5, 5e-4), (math.inf, 1e-5, 2e-4))
+
+
+def utc_now() -> str:
+    """The time in UTC, as written in logs and manifests."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def versions() -> dict[str, str]:
@@ -72,6 +79,15 @@ def describe(device: str, seed: int) -> dict[str, Any]:
         "device": device,
         "device_name": name.replace(" ", "-"),
     }
+
+
+def free_memory() -> None:
+    """Frees models that nothing refers to: a PEFT model holds itself in reference cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

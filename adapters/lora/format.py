@@ -11,14 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.atomic_files import dump_json, read_json
-from adapters.errors import StoreCorrupt, UserError
+from adapters.base.fingerprint import weight_files
+from adapters.errors import BaseMismatch, StoreCorrupt, UserError
 from adapters.tensors import TensorFile, read_header
-
-if TYPE_CHECKING:
-    from adapters.tensors import Array
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -165,6 +163,34 @@ def check_finite(files: AdapterFiles) -> None:
             )
 
 
+def require_fits(files: AdapterFiles, base_folder: Path) -> None:
+    """Raise BaseMismatch unless every targeted matrix of the base has its A and B, and no more."""
+    matrices = {
+        name.removesuffix(".weight"): info.shape
+        for path in weight_files(base_folder)
+        for name, info in read_header(path).tensors.items()
+        if len(info.shape) == 2
+    }
+    targets = set(files.config["target_modules"])
+    wanted = {path for path in matrices if path.rsplit(".", 1)[-1] in targets}
+    modules = files.modules()
+    missing, extra = sorted(wanted - set(modules)), sorted(set(modules) - wanted)
+    if missing or extra:
+        raise BaseMismatch(
+            f"The adapter covers {len(modules)} matrices where the base has {len(wanted)}: "
+            f"{(extra or missing)[0]} is {'not in the base' if extra else 'not covered'}.",
+            "Import it with the base that it was trained on.",
+        )
+    for path, (name_a, name_b) in modules.items():
+        rows, columns = matrices[path]
+        if files.tensors[name_a][1] != columns or files.tensors[name_b][0] != rows:
+            raise BaseMismatch(
+                f"{path} of the base is {rows} x {columns}, the adapter's is "
+                f"{files.tensors[name_b][0]} x {files.tensors[name_a][1]}.",
+                "Import it with the base that it was trained on.",
+            )
+
+
 def update_norms(files: AdapterFiles) -> dict[str, float]:
     """Frobenius norm of the update scale * B A, per projection over all layers, and in `total`.
 
@@ -181,12 +207,6 @@ def update_norms(files: AdapterFiles) -> dict[str, float]:
         squares[module] = squares.get(module, 0.0) + max(square, 0.0)
     squares["total"] = sum(squares.values())
     return {name: float(f"{square**0.5:.9g}") for name, square in sorted(squares.items())}
-
-
-def scaled_factors(files: AdapterFiles, path: str, scale: float) -> tuple[Array, Array]:
-    """A [r, in] and scale * alpha/r * B [out, r] of one module, float32."""
-    name_a, name_b = files.modules()[path]
-    return files.header.read(name_a), files.header.read(name_b) * (scale * files.unit)
 
 
 def _missing_weights(folder: Path) -> UserError:

@@ -11,12 +11,17 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters.atomic_files import disk_error, fsync_folder, read_json, temporary_name, write_json
+from adapters.atomic_files import (
+    disk_error,
+    fsync_folder,
+    read_json,
+    remove_tree,
+    temporary_name,
+    write_json,
+)
 from adapters.base.fingerprint import weight_files
 from adapters.errors import DoesNotFit, StoreCorrupt, UserError
-from adapters.lora.format import PROJECTIONS, AdapterFiles, check_finite, read_adapter
-from adapters.store.import_peft import require_fits
-from adapters.store.journal import remove_tree
+from adapters.lora.format import PROJECTIONS, AdapterFiles, check_finite, read_adapter, require_fits
 from adapters.tensors import ITEM_SIZE, TensorFile, read_header, write_stream
 
 if TYPE_CHECKING:

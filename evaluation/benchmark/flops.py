@@ -107,9 +107,9 @@ def training_step(
     model: Any, rows: Sequence[Encoded], *, packed: bool, checkpointing: str = "off"
 ) -> Counted:
     """Forward and backward of our way on `rows` (forget and retain alike): pack, chunked head."""
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.tokens.packing import pack_attention, pack_rows
     from unlearner.tokens.prompts import pad_batch
-    from unlearner.training.likelihood import answer_nll
 
     device = next(model.parameters()).device
     batch = batch_on(pack_rows(rows) if packed else pad_batch(rows, 0), device)
@@ -150,15 +150,15 @@ def scoring(model: Any, questions: Sequence[Sequence[Encoded]], tokens: int) -> 
     """Teacher-forced scores of questions as trees."""
     import torch
 
-    from evaluation.inference.prefix_sharing import build_tree, forward_pack, packs_of
+    from evaluation.inference.prefix_sharing import build_tree, forward_tree, packs_of
 
     _checkpoint(model, "off")
-    trees = [build_tree(texts) for texts in questions]
     flops = 0
     with torch.no_grad():
-        for indices in packs_of([len(tree.tokens) for tree in trees], tokens):
+        for indices in packs_of(questions, tokens):
+            tree = build_tree([text for i in indices for text in questions[i]])
             with _counting(model) as counted:
-                forward_pack(model, [trees[i] for i in indices])
+                forward_tree(model, tree)
                 flops += counted().flops
     return Counted(flops)
 

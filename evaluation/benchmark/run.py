@@ -190,7 +190,7 @@ def _trees(model: Any, work: Workload) -> float:
     from evaluation.inference.prefix_sharing import TREE_TOKENS, build_tree, packs_of
 
     sizes = [len(build_tree(texts).tokens) for texts in work.questions]
-    packs = packs_of(sizes, TREE_TOKENS)
+    packs = packs_of(work.questions, TREE_TOKENS)
     counted = packs[::SAMPLE]
     seen = sum(sizes[i] for pack in counted for i in pack)
     total = sum(

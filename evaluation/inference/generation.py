@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evaluation.inference.scoring import evaluating
@@ -52,6 +53,7 @@ def generate_answers(
     *,
     batch_size: int = BATCH_SIZE,
     drafts: Sequence[Draft] = (),
+    on_batch: Callable[[Mapping[str, Mapping[int, str]]], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[str]]:
     """By decoding's name, an answer to every question: no special tokens, stripped.
@@ -66,39 +68,60 @@ def generate_answers(
         questions: in any order.
         decodings: with distinct names.
         batch_size: questions in a batch.
-        drafts: one a question, or none at all: what greedy decoding is known to begin with goes in
-            with the prompt. Answers are the same, up to ties that rounding decides.
+        drafts: one per question, or none at all: what greedy decoding is known to begin with goes
+            in with the prompt. Answers are the same, up to ties that rounding decides.
+        on_batch: called after each batch with its answers by decoding and index of the question.
         on_progress: called with answered and all questions (of all passes) after each batch.
     """
     prompts = [fmt.encode_prompt(question) for question in questions]
-    greedy = [decoding for decoding in decodings if not decoding.sample]
-    passes = [greedy] if greedy else []
-    passes += [[decoding] for decoding in decodings if decoding.sample]
-    answers: dict[str, list[str]] = {}
-    for number, group in enumerate(passes):
-        before = number * len(prompts)
+    passes = passes_of(decodings)
+    answers: dict[str, dict[int, str]] = {decoding.name: {} for decoding in decodings}
 
-        def advance(done: int, before: int = before) -> None:
-            if on_progress is not None:
-                on_progress(before + done, len(passes) * len(prompts))
+    def texts_of(group: Sequence[Decoding], tokens: Mapping[int, list[int]]) -> None:
+        texts = {
+            decoding.name: {
+                i: fmt.tokenizer.decode(
+                    new[: decoding.budget(len(prompts[i]))],
+                    skip_special_tokens=True,
+                    clean_up_tokenization_spaces=False,
+                ).strip()
+                for i, new in tokens.items()
+            }
+            for decoding in group
+        }
+        for name, found in texts.items():
+            answers[name] |= found
+        if on_batch is not None:
+            on_batch(texts)
+        if on_progress is not None:
+            done = sum(len(answers[group[0].name]) for group in passes)
+            on_progress(done, len(passes) * len(prompts))
 
-        budgets = [max(d.budget(len(ids)) for d in group) for ids in prompts]
+    for group in passes:
         draw = group[0] if group[0].sample else None
-        asked = [
-            Prompt(ids, budget, drafts[i] if drafts and draw is None else Draft())
-            for i, (ids, budget) in enumerate(zip(prompts, budgets, strict=True))
-        ]
-        made = generate_tokens(model, fmt, asked, draw, batch_size=batch_size, on_progress=advance)
-        for decoding in group:
-            cut = [
-                tokens[: decoding.budget(len(ids))]
-                for tokens, ids in zip(made, prompts, strict=True)
-            ]
-            texts = fmt.tokenizer.batch_decode(
-                cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            answers[decoding.name] = [text.strip() for text in texts]
-    return answers
+        generate_tokens(
+            model,
+            fmt,
+            [
+                Prompt(
+                    ids,
+                    max(decoding.budget(len(ids)) for decoding in group),
+                    drafts[i] if drafts and draw is None else Draft(),
+                )
+                for i, ids in enumerate(prompts)
+            ],
+            draw,
+            batch_size=batch_size,
+            on_batch=partial(texts_of, group),
+        )
+    return {name: [texts[i] for i in range(len(prompts))] for name, texts in answers.items()}
+
+
+def passes_of(decodings: Sequence[Decoding]) -> list[list[Decoding]]:
+    """What one pass can answer: all greedy decodings together, each sampled one alone."""
+    greedy = [decoding for decoding in decodings if not decoding.sample]
+    sampled = [[decoding] for decoding in decodings if decoding.sample]
+    return [greedy, *sampled] if greedy else sampled
 
 
 def generate_tokens(
@@ -108,19 +131,29 @@ def generate_tokens(
     draw: Decoding | None = None,
     *,
     batch_size: int = BATCH_SIZE,
-    on_progress: Callable[[int], None] | None = None,
+    on_batch: Callable[[Mapping[int, list[int]]], None] | None = None,
 ) -> list[list[int]]:
-    """The tokens of every answer without the one that ends it; greedy unless `draw` is given."""
+    """The tokens of every answer without the one that ends it; greedy unless `draw` is given.
+
+    `on_batch` is called with the answers of each batch by index of the prompt; the first call has
+    those that need no step of the model, where there are any.
+    """
     stops = stop_tokens(model, fmt)
     begun = [prompt.begun(stops) for prompt in prompts]
-    made = {i: tokens for i, tokens in enumerate(begun) if tokens and tokens[-1] in stops}
     left = [
         Prompt([*prompt.ids, *known], prompt.budget - len(known), prompt.draft)
         for prompt, known in zip(prompts, begun, strict=True)
     ]
+    answers = {
+        i: _until(known, stops)
+        for i, known in enumerate(begun)
+        if left[i].budget <= 0 or (known and known[-1] in stops)
+    }
+    if answers and on_batch is not None:
+        on_batch(answers)
     # Prompts are padded to the longest of their batch; answers that end leave it.
     order = sorted(
-        (i for i, prompt in enumerate(left) if i not in made and prompt.budget > 0),
+        (i for i in range(len(prompts)) if i not in answers),
         key=lambda i: (len(left[i].ids), left[i].draft.expected),
         reverse=True,
     )
@@ -129,14 +162,17 @@ def generate_tokens(
             indices = order[start : start + batch_size]
             batch = [left[i] for i in indices]
             if draw is None:
-                found = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
+                new = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
             else:
-                found = _run(generator, fmt, batch, draw, stops)
-            for i, tokens in zip(indices, found, strict=True):
-                made[i] = begun[i] + _until(tokens, stops)[: left[i].budget]
-            if on_progress is not None:
-                on_progress(min(start + batch_size, len(order)))
-    return [_until(made.get(i, begun[i]), stops) for i in range(len(prompts))]
+                new = _run(generator, fmt, batch, draw, stops)
+            found = {
+                i: begun[i] + _until(tokens, stops)[: left[i].budget]
+                for i, tokens in zip(indices, new, strict=True)
+            }
+            answers |= found
+            if on_batch is not None:
+                on_batch(found)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int | None) -> Draft:

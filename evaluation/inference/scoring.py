@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapters.errors import UserError
-from evaluation.inference.prefix_sharing import score_trees, shares_exactly
+from evaluation.inference.prefix_sharing import score_trees, sharing_problem
 from evaluation.logs.records import AnswerScore, RowRecord
 from evaluation.metrics.text import words_of
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_batch, pad_id
@@ -81,6 +81,7 @@ def score_rows(
     max_length: int = EVAL_MAX_LENGTH,
     batch_tokens: int = BATCH_TOKENS,
     shared: bool = True,
+    checked: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[RowRecord]:
     """The rows with their scores, in the order given; the result does not depend on batches.
@@ -95,8 +96,9 @@ def score_rows(
         encoded: `encode_answers(fmt, rows)` where it is already there.
         max_length: texts are cut at so many tokens, prompt included.
         batch_tokens: tokens in a batch, padding included.
-        shared: what a question's texts begin with alike is computed once, where the first row
-            scores the same that way; False scores every text as a row of a padded batch.
+        shared: compute what texts begin with alike once, where that gives the same scores; False
+            scores every text as a row of a padded batch.
+        checked: that it does is known, see `sharing_problem`.
         on_progress: called with scored and all texts after each batch.
 
     Raises:
@@ -104,11 +106,11 @@ def score_rows(
     """
     if encoded is None:
         encoded = encode_answers(fmt, rows)
-    questions = [[_cut(text, max_length) for text in row.texts] for row in encoded]
+    questions = [cut_texts(row, max_length) for row in encoded]
     _refuse_empty(rows, encoded, max_length)
     agreed: list[int] = []
     with evaluating(model):
-        if shared and questions and shares_exactly(model, questions[0]):
+        if shared and questions and (checked or sharing_problem(model, questions) is None):
             found = score_trees(model, questions, on_progress=on_progress)
             scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in found for s in texts])
             agreed = [texts[0].agreed for texts in found]
@@ -128,13 +130,14 @@ def score_rows(
     return records
 
 
-def _cut(text: Encoded, max_length: int) -> Encoded:
-    return Encoded(text.input_ids[:max_length], text.labels[:max_length])
+def cut_texts(row: EncodedRow, max_length: int) -> list[Encoded]:
+    """The texts of a row, each cut at `max_length` tokens, prompt included."""
+    return [Encoded(text.input_ids[:max_length], text.labels[:max_length]) for text in row.texts]
 
 
 def _refuse_empty(rows: Sequence[Row], encoded: Sequence[EncodedRow], max_length: int) -> None:
     for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), start=1):
-        if any(_cut(text, max_length).n_targets == 0 for text in tokens.texts):
+        if any(text.n_targets == 0 for text in cut_texts(tokens, max_length)):
             raise UserError(
                 f"Row {number} has no answer token within {max_length} tokens: {row.question!r}.",
                 "Shorten the question, or take a protocol that cuts later (open-unlearning).",
@@ -151,7 +154,7 @@ def _score_texts(
     """Scores in the order of `texts`; batches hold texts of like length, the longest first."""
     import torch
 
-    from unlearner.training.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll
 
     device = next(model.parameters()).device
     found: dict[int, AnswerScore] = {}

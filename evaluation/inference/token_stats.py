@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from evaluation.inference.prefix_sharing import token_nll
 from evaluation.inference.scoring import BATCH_TOKENS, batches_of, evaluating
 from unlearner.tokens.prompts import IGNORE, pad_batch
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from unlearner.objectives.likelihood import Answers
     from unlearner.tokens.prompts import Encoded
-    from unlearner.training.likelihood import Answers
 
 OnBatch = Callable[[int, int], None]
 # Tokens whose logits exist at once, a few copies of them in float32: 4 x 128 x 32,000 are 62 MiB.
@@ -106,7 +107,7 @@ def base_kl(
     import torch
 
     from adapters.lora.stack import base_only
-    from unlearner.training.likelihood import AnswerHidden, Answers
+    from unlearner.objectives.likelihood import AnswerHidden, Answers
 
     found: list[float | None] = [None] * len(texts)
     with evaluating(model):
@@ -135,7 +136,7 @@ def _batches(
 
 
 def _batch_answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> Answers:
-    from unlearner.training.likelihood import answers
+    from unlearner.objectives.likelihood import answers
 
     return answers(model, batch)
 
@@ -146,7 +147,7 @@ def _row_columns(
     """`value(logits, targets)` (tokens, columns) of the batch, row by row, column by column."""
     import torch
 
-    from unlearner.training.likelihood import per_token
+    from unlearner.objectives.likelihood import per_token
 
     at = found.at
 
@@ -163,9 +164,8 @@ def _four(logits: Tensor, targets: Tensor) -> Tensor:
     """Log p(target), mean and variance of log p, and the first choice: (tokens, 4)."""
     import torch
 
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    target = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    log_p = log_p.clamp_min(_FLOOR)
+    target = -token_nll(logits, targets)
+    log_p = _log_softmax(logits)
     p = log_p.exp()
     mean = (p * log_p).sum(-1)
     # Around the mean, not as a difference of squares: that cancels where one token has it all.
@@ -176,10 +176,14 @@ def _four(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _divergence(pairs: Tensor, targets: Tensor) -> Tensor:
     """KL of each pair of logits (tokens, 2, vocabulary): (tokens, 1)."""
-    import torch
-
-    log_p, log_q = torch.log_softmax(pairs.float(), dim=-1).clamp_min(_FLOOR).unbind(1)
+    log_p, log_q = _log_softmax(pairs).unbind(1)
     return (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True).double()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Float32 log p over the vocabulary, by logsumexp: more exact on a CPU than log_softmax."""
+    logits = logits.float()
+    return (logits - logits.logsumexp(-1, keepdim=True)).clamp_min(_FLOOR)
 
 
 def _report(on_batch: OnBatch | None, found: Sequence[Any]) -> None:

@@ -66,7 +66,7 @@ class Actions:
 
     def stack(self) -> dict[str, Any]:
         """The store's adapters, and what the model's layers say is active."""
-        from ui.cli.commands.adapters.store import adapter_row
+        from ui.cli.adapter_rows import adapter_row
 
         rows = [adapter_row(adapter) for adapter in self.session.adapters()]
         return {"adapters": rows, "read_back": self.read_back()}

@@ -9,7 +9,7 @@ import pytest
 
 from adapters.base.load import load_tokenizer
 from adapters.errors import UserError
-from unlearner.memory.estimate import LONGEST_TOFU_ROW
+from unlearner.memory.plan import LONGEST_TOFU_ROW
 from unlearner.request.rows import Row
 from unlearner.request.tofu import load_split
 from unlearner.tokens.prompts import (

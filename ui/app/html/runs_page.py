@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from evaluation.report.card_sections import verdict_table
+from evaluation.report.card_sections import FIGURES, figure_text, verdict_table
 from evaluation.report.document import (
     Block,
     Cell,
@@ -17,7 +16,6 @@ from evaluation.report.document import (
     html_blocks,
     html_page,
 )
-from evaluation.report.numbers import DASH
 from evaluation.report.plots import (
     Chart,
     Point,
@@ -137,14 +135,17 @@ def table_html(found: runs.Runs) -> str:
 
 
 def _run_table(found: runs.Runs) -> Table:
-    rows = tuple(tuple(Cell(_cell(value)) for value in runs.cells(row)) for row in found.table)
-    texts = ("name", "source", "direction", "protocol", "limited")
-    columns = tuple(Column(name, numeric=name not in texts) for name in runs.COLUMNS)
+    columns = tuple(
+        Column(*FIGURES[name], numeric=name != "direction")
+        if name in FIGURES
+        else Column(name.capitalize(), numeric=name == "n")
+        for name in runs.COLUMNS
+    )
+    rows = tuple(
+        tuple(Cell(figure_text(row.get(name), name)) for name in runs.COLUMNS)
+        for row in found.table
+    )
     return Table("Runs", columns, rows)
-
-
-def _cell(value: Any) -> str:
-    return DASH if value is None else str(value)
 
 
 def file_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:

@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.console import size_text
+from ui.cli.adapter_rows import (
+    REF,
+    SEE_LIST,
+    adapter_row,
+    open_store,
+    report_change,
+    scales_by_ref,
+    verb,
+)
+from ui.cli.commands.adapters import exchange
+from ui.console import size_text
 
 if TYPE_CHECKING:
-    from adapters.store.activation import StackChange
-    from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
-REF = "slug, its unique start, or label"
-SEE_LIST = "See `unlearner adapters list`."
 REVERSIBLE = (
     "An adapter suppresses, it does not erase: whoever can switch it off has everything back."
 )
@@ -25,9 +31,6 @@ REVERSIBLE = (
 
 def register(commands: Any) -> None:
     """Adds `adapters` with its commands."""
-    # It builds on this module, so it is imported when both are whole.
-    from ui.cli.commands.adapters import exchange as commands_exchange
-
     parent = commands.add_parser(
         "adapters",
         help="list, activate, revert, verify and move forget adapters",
@@ -37,7 +40,7 @@ def register(commands: Any) -> None:
     _register_looking(verbs)
     _register_stack(verbs)
     _register_upkeep(verbs)
-    commands_exchange.register(verbs)
+    exchange.register(verbs)
 
 
 def _register_looking(verbs: Any) -> None:
@@ -47,8 +50,7 @@ def _register_looking(verbs: Any) -> None:
     parser.add_argument("ref", metavar="REF", help=REF)
     parser = verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
     parser.add_argument("ref", metavar="REF", nargs="?", help=f"{REF}; all by default")
-    parser.add_argument("--base", metavar="B", help="also check that it belongs to this base")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, required=False, text="also check that it belongs to this base")
     parser = verb(verbs, "log", run_log, "what happened to the store, oldest first")
     parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
 
@@ -81,25 +83,6 @@ def _register_upkeep(verbs: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
 
 
-def verb(verbs: Any, name: str, run: Any, text: str) -> options.Parser:
-    """The parser of `adapters NAME`, with the flags that all of them have."""
-    parser: options.Parser = verbs.add_parser(
-        name,
-        parents=[options.store(), options.common()],
-        help=text,
-        description=f"{text[:1].upper()}{text[1:]}.",
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def open_store(args: argparse.Namespace) -> AdapterStore:
-    """The store that --store names, which must exist."""
-    from adapters.store.store import AdapterStore
-
-    return AdapterStore.open(options.store_path(args))
-
-
 def run_list(args: argparse.Namespace, console: Console) -> int:
     """One line an adapter: status and scale, what it forgets in numbers, its size."""
     store = open_store(args)
@@ -118,25 +101,6 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
     console.words("Active: " + (", ".join(active) or "nothing, the bare base"))
     console.result({"store": str(store.path), "active": active, "table": table})
     return 0
-
-
-def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
-    """An adapter as a table row; counts and settings, never a text."""
-    manifest = adapter.manifest
-    return {
-        "name": adapter.slug,
-        "label": adapter.label,
-        "status": adapter.status,
-        "scale": adapter.scale,
-        "rows": manifest.data.get("forget", {}).get("n"),
-        "objective": manifest.objective.get("name"),
-        "lora_r": manifest.lora.get("r", manifest.lora.get("lora_r")),
-        "parents": list(manifest.parents),
-        "policy": manifest.policy,
-        "bytes": adapter.size,
-        "created": manifest.created[:19],
-        "problem": adapter.problem or None,
-    }
 
 
 def run_show(args: argparse.Namespace, console: Console) -> int:
@@ -205,24 +169,6 @@ def run_activate(args: argparse.Namespace, console: Console) -> int:
     return report_change(change, store, console)
 
 
-def scales_by_ref(args: argparse.Namespace) -> dict[str, float] | None:
-    """--scales by the REF that each is for; None when it was not given."""
-    if args.scales is None:
-        return None
-    try:
-        numbers = [float(part) for part in args.scales.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--scales {args.scales!r} is not a list of numbers.", "Write it as in --scales 1,0.5."
-        ) from None
-    if len(numbers) != len(args.refs):
-        raise UserError(
-            f"--scales has {len(numbers)} numbers for {len(args.refs)} adapters.",
-            "Give one for each, divided by commas.",
-        )
-    return dict(zip(args.refs, numbers, strict=True))
-
-
 def run_revert(args: argparse.Namespace, console: Console) -> int:
     """Takes adapters off the stack, the last of them first, and prints what is left."""
     if bool(args.refs) == args.all:
@@ -238,29 +184,6 @@ def run_revert(args: argparse.Namespace, console: Console) -> int:
         change = store.revert(slug, args.reason)
         changed |= change.changed
     return report_change(type(change)(change.stack, changed), store, console)
-
-
-def report_change(change: StackChange, store: AdapterStore, console: Console) -> int:
-    """Prints the stack, what changed, and what has to be measured again."""
-    table = [{"name": one.slug, "scale": one.scale} for one in change.stack]
-    active = [one.slug for one in change.stack]
-    console.table(table, ["name", "scale"])
-    for slug, status in change.changed.items():
-        console.words(f"{slug} is now {status}.")
-    for slug in change.stale:
-        gone = [p for p in store.catalog.parents_of(slug)[0] if p not in active]
-        trained = f"on top of {', '.join(gone)}" if gone else "on another stack"
-        console.words(
-            f"Warning: {slug} was trained {trained}: what it computes now is not measured, part "
-            "of what it forgot may be back. It needs re-evaluation."
-        )
-    if change.stale:
-        console.hint("measure the stack again with `unlearner evaluate`, or revert these too.")
-    if not change.stack:
-        console.words("The stack is empty: the bare base, bit for bit.")
-    found = {"active": active, "changed": change.changed, "stale": change.stale, "table": table}
-    console.result({"store": str(store.path), **found})
-    return 0
 
 
 def run_quarantine(args: argparse.Namespace, console: Console) -> int:
