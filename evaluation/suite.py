@@ -178,7 +178,7 @@ def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
         weights=key,
         load=base_view(model),
         device=next(model.parameters()).device.type,
-        template=fmt.name,
+        template=fmt.to_json(),
         stops=stop_tokens(model, fmt),
         engine=[effort.shared, effort.drafts],
     )

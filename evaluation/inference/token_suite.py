@@ -138,7 +138,7 @@ def measure_tokens(
         raise ValueError("resume_dir needs a key that names the weights")
     ranks.join()
     view = base_view(model)
-    cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.name))
+    cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.to_json()))
     work = _Work(model, fmt, plan, cache, batch_tokens, on_progress or _silent)
     with threads_for(model):
         sets = {

@@ -31,10 +31,14 @@ _FIX = (
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold question and answer; None: the first pair of `COLUMNS` there is."""
+    """Which columns hold question and answer; None: the first pair of `COLUMNS` there is.
+
+    Where `optional`, a file without the named columns is read by the usual names.
+    """
 
     question: str | None = None
     answer: str | None = None
+    optional: bool = False
 
 
 def read_rows(
@@ -275,7 +279,9 @@ def _column_names(
         if name
     }
     missing = [name for name in given.values() if name not in present]
-    if missing and present:
+    if missing and columns and columns.optional:
+        given = {}
+    elif missing and present:
         raise UserError(
             f"{what} has no column {missing[0]!r} (it has: {_listed(present)}).",
             "Name its columns with --question-column and --answer-column.",

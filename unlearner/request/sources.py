@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adapters.digests import normalised
@@ -35,7 +36,8 @@ def parse_request(
     else:
         kind, rows, rest = "jsonl", rows_named(text, data, columns=columns), None
     if retain is not None:
-        rest = rows_named(retain, data, columns=columns)
+        usual = replace(columns or Columns(), optional=True)
+        rest = rows_named(retain, data, columns=usual)
         _refuse_overlap(rows, rest, text, retain)
     elif rest is None:
         rest = [] if data is None else load_split("full", data)

@@ -99,7 +99,12 @@ def test_columns_are_named(name: str, tmp_path: Path) -> None:
     assert "--question-column" in error.value.fix
     with pytest.raises(UserError, match="has no column 'Fragen'"):
         read_rows(path, columns=Columns("Fragen", "Antwort"))
-    assert parse_request(str(path), columns=Columns("Frage", "Antwort")).rows == tuple(ROWS)
+    retain = tmp_path / "retain.jsonl"
+    retain.write_text('{"question": "Else?", "answer": "Yes."}\n')
+    # The retain rows may have the usual names.
+    request = parse_request(str(path), retain=str(retain), columns=Columns("Frage", "Antwort"))
+    assert request.rows == tuple(ROWS)
+    assert request.retain == (Row("Else?", "Yes."),)
 
 
 def test_a_named_column_goes_before_one_that_is_known(tmp_path: Path) -> None:
