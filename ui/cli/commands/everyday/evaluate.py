@@ -35,7 +35,7 @@ def register(commands: Any) -> None:
         "evaluate",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.store(),
             options.data(),
@@ -167,7 +167,7 @@ def _measure(
     from evaluation.suite import evaluate
     from unlearner.tokens.prompts import prompt_format
 
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     model: Any = load_base(options.base_spec(args))
     view = base_view(model)

@@ -264,8 +264,8 @@ def _reference_losses(
     from unlearner.tokens.prompts import prompt_format
 
     console.words(f"Measuring the reference base {args.reference} ...")
-    measured = prompt_format(load_tokenizer(args.base, args.revision), args.template)
-    fmt = prompt_format(load_tokenizer(args.reference), args.template)
+    measured = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    fmt = prompt_format(load_tokenizer(args.reference), args.template, args.system)
     spec = replace(options.base_spec(args), name=args.reference, revision=None)
     model: Any = load_base(spec)
     with threads_for(model):
