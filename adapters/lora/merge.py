@@ -61,19 +61,22 @@ def fold_stack(
     dtype: DtypeName | None = None,
     *,
     from_4bit_view: bool = False,
+    loaded_dtype: DtypeName | None = None,
 ) -> MergeResult:
     """The new folder `out`: a plain model with the stack folded into the base's weights.
 
     Every matrix is W + sum_i s_i a_i/r_i B_i A_i, summed in float32 and rounded once to `dtype`
     (the base's own by default). Tensors are read, folded and written one by one, in the base's own
-    shards. `from_4bit_view` folds into the projections as nf4 (quantised from the stored dtype and
-    back), the base that a QLoRA adapter was trained on. Raises UserError for a base that is stored
-    quantised, BaseMismatch for another base's adapter, DoesNotFit for a disk too small.
+    shards. `from_4bit_view` folds into the projections as nf4 (quantised and back), the base that a
+    QLoRA adapter was trained on; `loaded_dtype` is the dtype in which that base was loaded before
+    it was quantised (the stored one by default), which decides the nf4 values.
+
+    Raises UserError for a base that is stored quantised, BaseMismatch for another base's adapter, DoesNotFit for a disk too small.
     """
     base_folder, out = Path(base_folder), Path(out)
     stack = [(read_adapter(Path(path)), float(scale)) for path, scale in adapters]
     _check_request(base_folder, out, stack, dtype)
-    merge = _Merge(stack, dtype, from_4bit_view)
+    merge = _Merge(stack, dtype, from_4bit_view, loaded_dtype)
     aside = out.with_name(temporary_name(out.name))
     try:
         aside.mkdir(parents=True)
@@ -94,11 +97,16 @@ class _Merge:
     """One run over the shards, and what it counted."""
 
     def __init__(
-        self, stack: list[tuple[AdapterFiles, float]], dtype: DtypeName | None, view: bool
+        self,
+        stack: list[tuple[AdapterFiles, float]],
+        dtype: DtypeName | None,
+        view: bool,
+        loaded_dtype: DtypeName | None,
     ) -> None:
         self.modules = [(files, files.modules(), scale) for files, scale in stack]
         self.dtype = dtype
         self.view = view
+        self.loaded_dtype = loaded_dtype
         self.changes: dict[str, list[float]] = {}
         self.sizes: dict[str, int] = {}
 
@@ -139,7 +147,7 @@ class _Merge:
         matrices = [_matrices(files, names, s) for files, names, s in updates]
         squares, change = 0.0, 0.0
         for start, block in _blocks(source, name, whole=viewed):
-            result = _nf4_view(block) if viewed else block.float()
+            result = _nf4_view(block, self.loaded_dtype) if viewed else block.float()
             if updates:
                 total = _sum_of_updates(matrices, start, result)
                 squares += float(result.norm()) ** 2
@@ -211,9 +219,11 @@ def _as_bytes(values: torch.Tensor, code: str, name: str) -> memoryview:
     return memoryview(rounded.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _nf4_view(weight: torch.Tensor) -> torch.Tensor:
+def _nf4_view(weight: torch.Tensor, loaded_dtype: DtypeName | None) -> torch.Tensor:
     """The matrix as an nf4 base with double quantisation computes with it, in float32."""
     import importlib.util
+
+    import torch
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -222,6 +232,8 @@ def _nf4_view(weight: torch.Tensor) -> torch.Tensor:
         )
     from bitsandbytes import functional
 
+    if loaded_dtype is not None:
+        weight = weight.to(getattr(torch, loaded_dtype))
     packed, state = functional.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True
     )
