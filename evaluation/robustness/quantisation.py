@@ -176,8 +176,8 @@ class Workplace:
 
     def weights(self, state: str) -> int:
         """How many weights the form's files hold."""
-        from adapters.base.fingerprint import weight_files
         from adapters.base.load import resolve_base
+        from adapters.base.weights import weight_files
         from adapters.tensors import read_header
 
         spec = self._spec(state)
