@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import platform
@@ -88,6 +89,15 @@ def describe(device: str, seed: int) -> dict[str, Any]:
         "device": device,
         "device_name": name.replace(" ", "-"),
     }
+
+
+def free_memory() -> None:
+    """Frees models that nothing refers to: a PEFT model holds itself in reference cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

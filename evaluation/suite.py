@@ -166,7 +166,8 @@ def evaluate(
         records = work.scores(rows, encoded)
         records = work.answers(rows, encoded, records, decodings) if decodings else records
     sets = {name: SetRecord(name, tuple(each), totals[name]) for name, each in records.items()}
-    return EvalLog(sets, _meta(work, protocols, longest, limit, key) | dict(meta or {}))
+    about = _meta(work, protocols, longest, limit, key) | _cut_rows(encoded, work.max_length)
+    return EvalLog(sets, about | dict(meta or {}))
 
 
 def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
@@ -181,6 +182,18 @@ def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
         stops=stop_tokens(model, fmt),
         engine=[effort.shared, effort.drafts],
     )
+
+
+def _cut_rows(
+    encoded: Mapping[str, Sequence[EncodedRow]], max_length: int
+) -> dict[str, dict[str, int]]:
+    """`cut_rows`: by set, how many rows have a text that is scored only in part; {} for none."""
+    counts = {
+        name: sum(longest_text([row]) > max_length for row in rows)
+        for name, rows in encoded.items()
+    }
+    cut = {name: count for name, count in counts.items() if count}
+    return {"cut_rows": cut} if cut else {}
 
 
 def _most_rows(protocols: Sequence[Protocol]) -> int | None:

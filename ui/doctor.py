@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ui.cli.console import size_text
+from ui.console import size_text
 
 Status = Literal["ok", "warn", "fail"]
 OLDEST_PYTHON = (3, 10)

@@ -137,9 +137,9 @@ def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]
 
 
 def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.objectives.sequence import simnpo
     from unlearner.tokens.packing import pack_attention, pack_rows
-    from unlearner.training.likelihood import answer_nll
 
     _train_mode(model)
     device = next(model.parameters()).device

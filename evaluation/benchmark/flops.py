@@ -107,9 +107,9 @@ def training_step(
     model: Any, rows: Sequence[Encoded], *, packed: bool, checkpointing: str = "off"
 ) -> Counted:
     """Forward and backward of our way on `rows` (forget and retain alike): pack, chunked head."""
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.tokens.packing import pack_attention, pack_rows
     from unlearner.tokens.prompts import pad_batch
-    from unlearner.training.likelihood import answer_nll
 
     device = next(model.parameters()).device
     batch = batch_on(pack_rows(rows) if packed else pad_batch(rows, 0), device)

@@ -167,8 +167,8 @@ def forward_tree(
     """
     import torch
 
-    from unlearner.training.hidden import hidden_at
-    from unlearner.training.likelihood import per_token
+    from unlearner.objectives.hidden import hidden_at
+    from unlearner.objectives.likelihood import per_token
 
     device = next(model.parameters()).device
     pairs: dict[tuple[int, int], int] = {}
@@ -271,8 +271,8 @@ def sharing_problem(model: Any, questions: Sequence[Sequence[Encoded]]) -> str |
 def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | None:
     import torch
 
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.tokens.prompts import pad_batch
-    from unlearner.training.likelihood import answer_nll
 
     longest = max(questions, key=lambda texts: max(len(text.input_ids) for text in texts))
     others = [texts for texts in questions[:COMPARED] if texts is not longest]

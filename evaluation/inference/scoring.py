@@ -154,7 +154,7 @@ def _score_texts(
     """Scores in the order of `texts`; batches hold texts of like length, the longest first."""
     import torch
 
-    from unlearner.training.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll
 
     device = next(model.parameters()).device
     found: dict[int, AnswerScore] = {}

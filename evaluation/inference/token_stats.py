@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from unlearner.objectives.likelihood import Answers
     from unlearner.tokens.prompts import Encoded
-    from unlearner.training.likelihood import Answers
 
 OnBatch = Callable[[int, int], None]
 # Tokens whose logits exist at once, a few copies of them in float32: 4 x 128 x 32,000 are 62 MiB.
@@ -107,7 +107,7 @@ def base_kl(
     import torch
 
     from adapters.lora.stack import base_only
-    from unlearner.training.likelihood import AnswerHidden, Answers
+    from unlearner.objectives.likelihood import AnswerHidden, Answers
 
     found: list[float | None] = [None] * len(texts)
     with evaluating(model):
@@ -136,7 +136,7 @@ def _batches(
 
 
 def _batch_answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> Answers:
-    from unlearner.training.likelihood import answers
+    from unlearner.objectives.likelihood import answers
 
     return answers(model, batch)
 
@@ -147,7 +147,7 @@ def _row_columns(
     """`value(logits, targets)` (tokens, columns) of the batch, row by row, column by column."""
     import torch
 
-    from unlearner.training.likelihood import per_token
+    from unlearner.objectives.likelihood import per_token
 
     at = found.at
 

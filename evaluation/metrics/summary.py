@@ -299,6 +299,9 @@ def _notes(
     notes = []
     if log.meta.get("limit") is not None:
         notes.append(f"limited to the first {log.meta['limit']} rows of each set")
+    for name, count in log.meta.get("cut_rows", {}).items():
+        length = log.meta.get("max_length")
+        notes.append(f"{count} {name} rows have a text that is cut at {length} tokens")
     if log.meta.get("padded_because"):
         reason = log.meta["padded_because"]
         notes.append(f"scored as padded rows, because sharing prefixes does not fit: {reason}")

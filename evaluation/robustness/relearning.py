@@ -159,7 +159,7 @@ def _trainable(model: Any, plan: Relearning) -> Any:
 
 def _backward(model: Any, rows: Sequence[Encoded], pad: int) -> None:
     """Gradients of the mean over rows of their mean NLL, a micro-batch at a time."""
-    from unlearner.training.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll
 
     for start in range(0, len(rows), MICRO_BATCH):
         batch = pad_batch(rows[start : start + MICRO_BATCH], pad)

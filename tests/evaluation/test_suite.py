@@ -358,8 +358,33 @@ def test_protocols_that_cut_these_texts_differently_are_refused(tiny: tuple[Any,
         quick(model, fmt, long, protocol=["tofu", "open-unlearning"])
     log = quick(model, fmt, long, generate=False)
     assert log.meta["max_length"] == 200
+    assert log.meta["cut_rows"] == {"forget": 1}
+    assert "1 forget rows have a text that is cut at 200 tokens" in summarise(log)["notes"]
+    assert "cut_rows" not in quick(model, fmt, tiny_data(), generate=False).meta
     with pytest.raises(UserError, match="cuts at 512"):
         summarise(log, protocol="open-unlearning")
+
+
+def test_a_pad_id_beyond_the_embeddings_is_never_looked_up(tiny_base: Path) -> None:
+    """EOS pads: a pad token that was added to the tokenizer alone has no embedding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    expected = quick(model, prompt_format(tokenizer), tiny_data(), protocol=["tofu", "simnpo"])
+    size = model.get_input_embeddings().num_embeddings
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens([f"<more{i}>" for i in range(size)], special_tokens=True)
+    tokenizer.pad_token = f"<more{size - 1}>"
+    assert tokenizer.pad_token_id >= size
+    for shared in (True, False):
+        effort = Effort(batch_tokens=2000, shared=shared)
+        log = quick(
+            model, prompt_format(tokenizer), tiny_data(), protocol=["tofu", "simnpo"], effort=effort
+        )
+        for name, found in log.sets.items():
+            answers = [row.generations for row in found.rows]
+            assert answers == [row.generations for row in expected.sets[name].rows]
 
 
 def test_a_custom_request_has_only_forget_rows(tiny: tuple[Any, Any]) -> None:

@@ -127,7 +127,7 @@ def test_text_brackets_the_loss_tokens_off_a_terminal(
 def test_text_dims_and_underlines_on_a_terminal(
     run: Any, shared: Path, tokenizer_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ui.cli.console import Console
+    from ui.console import Console
 
     monkeypatch.setattr(Console, "styled", True)
     ran = run(

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from unlearner.memory.estimate import lora_parameters
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import BaseMismatch, Interrupted, UserError
-from adapters.store.store import AdapterStore, StoredAdapter
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
-from unlearner.memory.estimate import lora_parameters, read_shape
-from unlearner.prepare import prepare
+from unlearner.memory.plan import read_shape
 from unlearner.request.rows import Request, Row
-from unlearner.run import plan, unlearn
+from unlearner.run import RunOptions, plan, prepare, unlearn
 from unlearner.tokens.prompts import prompt_format
 from unlearner.training import distributed as ranks
 
@@ -72,7 +73,9 @@ def test_a_request_becomes_an_adapter_that_plain_peft_loads(
 
     events: list[dict[str, Any]] = []
     config = quick(num_train_epochs=6)
-    adapter = unlearn(request_, base, config, store, label="one", on_progress=events.append)
+    adapter = unlearn(
+        request_, base, config, store, RunOptions(label="one"), on_progress=events.append
+    )
 
     assert adapter.status == "ready"
     assert [found.slug for found in store.list()] == [adapter.slug]
@@ -165,7 +168,7 @@ def test_the_store_never_holds_a_word_of_what_is_forgotten(
         unlearn(request_, base, quick(), store, on_progress=signal_at(2))
     in_progress = bytes_of(store.path)
     assert any("checkpoint-2" in name for name in in_progress)
-    unlearn(request_, base, quick(), store, resume=True)
+    unlearn(request_, base, quick(), store, RunOptions(resume=True))
     published = bytes_of(store.path)
     assert any(name.endswith(WEIGHTS) for name in published)
     words = {
@@ -201,7 +204,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         gradient_accumulation_steps=3,
     )
     whole = AdapterStore.open(tmp_path / "whole", create=True)
-    expected = weights(unlearn(request_, base, config, whole, refusals=refusals))
+    expected = weights(unlearn(request_, base, config, whole, RunOptions(refusals=refusals)))
 
     store = AdapterStore.open(tmp_path / "cut", create=True)
     handler = signal.getsignal(signal.SIGINT)
@@ -215,9 +218,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
         with pytest.raises(Interrupted, match=f"after step {step} of 6") as error:
             unlearn(
-                request_, base, config, store, refusals=refusals, resume=True,
+                request_,
+                base,
+                config,
+                store,
+                RunOptions(refusals=refusals, resume=True),
                 on_progress=on_progress,
-            )  # fmt: skip
+            )
         assert error.value.exit_code == 130
         assert "--resume" in error.value.fix
         assert signal.getsignal(signal.SIGINT) is handler
@@ -225,7 +232,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert (work / f"checkpoint-{step}" / "trainable.safetensors").is_file()
         assert store.list() == []
     adapter = unlearn(
-        request_, base, config, store, refusals=refusals, resume=True, on_progress=events.append
+        request_,
+        base,
+        config,
+        store,
+        RunOptions(refusals=refusals, resume=True),
+        on_progress=events.append,
     )
     assert weights(adapter) == expected
     # No step was run twice, and the first call said that there was nothing to resume.
@@ -266,7 +278,7 @@ def test_a_run_resumes_only_its_own_request_and_settings(
     assert len(keys) == 5
     assert prepare(request_, base, quick(), store).key in keys
     events: list[dict[str, Any]] = []
-    unlearn(fewer, base, quick(), store, resume=True, on_progress=events.append)
+    unlearn(fewer, base, quick(), store, RunOptions(resume=True), on_progress=events.append)
     assert [e["event"] for e in events][:2] == ["load", "note"]
     # The interrupted run's checkpoint still stands.
     (work,) = (store.path / "runs").iterdir()
@@ -308,7 +320,9 @@ def test_a_run_whose_publishing_failed_need_not_train_again(
         with pytest.raises(UserError, match="disk is full"):
             unlearn(small, base, config, store)
     events: list[dict[str, Any]] = []
-    adapter = unlearn(small, base, config, store, resume=True, on_progress=events.append)
+    adapter = unlearn(
+        small, base, config, store, RunOptions(resume=True), on_progress=events.append
+    )
     assert [e["event"] for e in events] == ["load", "probe", "publish"]
     other = AdapterStore.open(store.path.parent / "other", create=True)
     assert weights(adapter) == weights(unlearn(small, base, config, other))
@@ -358,14 +372,14 @@ def test_a_request_is_trained_on_top_of_the_active_stack(
     steps = [e for e in events if e["event"] == "train"]
     assert steps[0]["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-5)
     assert weights(first) == parent
-    alone = unlearn(rest, base, quick("npo"), store, on_stack=False)
+    alone = unlearn(rest, base, quick("npo"), store, RunOptions(on_stack=False))
     assert (alone.manifest.policy, alone.manifest.parents) == ("independent", ())
     assert weights(alone) != weights(second)
     # With the parent, it can be resumed only on the same stack.
     config = quick("npo")
     assert (
         prepare(rest, base, config, store).key
-        != prepare(rest, base, config, store, on_stack=False).key
+        != prepare(rest, base, config, store, RunOptions(on_stack=False)).key
     )
 
 
@@ -373,7 +387,7 @@ def test_a_stack_that_is_asked_for_must_be_there(
     request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
     with pytest.raises(UserError, match="no active stack"):
-        unlearn(request_, base, quick(), store, on_stack=True)
+        unlearn(request_, base, quick(), store, RunOptions(on_stack=True))
 
 
 # What is refused before anything is loaded

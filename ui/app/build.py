@@ -41,7 +41,6 @@ class App:
     jobs: Jobs
     logs: tuple[Path, ...] = ()
     retain_log: Path | None = None
-    votes: Path = Path("votes.jsonl")
     robustness: tuple[Path, ...] = ()
     calibration: tuple[Path, ...] = ()
     stops: dict[str, dict[str, threading.Event]] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from ui.cli.console import Console, json_value
+from ui.console import Console, json_value
 
 JOB, EVENTS, OUTCOME, LOCK, REQUEST = (
     "job.json", "events.jsonl", "outcome.json", "running.lock", "request.jsonl",

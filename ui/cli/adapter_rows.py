@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from adapters.store.activation import StackChange
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 REF = "slug, its unique start, or label"
 SEE_LIST = "See `unlearner adapters list`."

@@ -31,8 +31,8 @@ from ui.cli.commands.experiments import finetune as commands_finetune
 from ui.cli.commands.experiments import reproduce as commands_reproduce
 from ui.cli.commands.experiments import sequence as commands_sequence
 from ui.cli.commands.experiments import tune as commands_tune
-from ui.cli.console import Console
 from ui.cli.options import Parser
+from ui.console import Console
 from unlearner.training import distributed as ranks
 
 DESCRIPTION = (

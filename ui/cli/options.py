@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapters.errors import UserError
-from unlearner.config import OBJECTIVE_DEFAULTS, LoraShape, ObjectiveConfig, TrainConfig
+from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
+from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
+from unlearner.objectives.registry import OBJECTIVES
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
 
 DEFAULT_STORE = "./forget-store"
+Flags = argparse._ActionsContainer  # a parser, or a group of its flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +65,17 @@ def name_list(text: str) -> list[str]:
     """Names divided by commas; "none" is the empty list."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     return [] if names == ["none"] else names
+
+
+def parse_with(register: Callable[[Any], None], words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `words`, the command that `register` adds and its flags.
+
+    Raises:
+        UserError: another command, an unknown flag, or a missing or bad value.
+    """
+    parser = Parser(prog="unlearner")
+    register(parser.add_subparsers(dest="command", parser_class=Parser))
+    return parser.parse_args(list(words))
 
 
 def common() -> Parser:
@@ -112,15 +126,151 @@ def store_path(args: argparse.Namespace) -> Path:
     return args.store if args.store is not None else Path(DEFAULT_STORE)
 
 
-def base() -> Parser:
+def base(*, required: bool = True) -> Parser:
     """--base and --revision."""
     parser = Parser(add_help=False)
-    group = parser.add_argument_group("base model")
-    group.add_argument(
-        "--base", required=True, metavar="B", help="hub id or folder of the base model"
-    )
-    group.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    add_base(parser.add_argument_group("base model"), required=required)
     return parser
+
+
+def add_base(
+    flags: Flags, *, required: bool = True, text: str = "hub id or folder of the base model"
+) -> None:
+    """--base and --revision; `text` says what the base is for."""
+    flags.add_argument("--base", required=required, metavar="B", help=text)
+    flags.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+
+
+REQUEST_HELP = "JSONL file of question/answer rows, tofu:forget05, or 'tofu:author=NAME'"
+
+
+def add_split(
+    flags: Flags,
+    *,
+    required: bool = False,
+    default: str | None = None,
+    text: str = "forget split: forget01, forget05 or forget10",
+) -> None:
+    """--split; `tofu:forget05` is accepted for `forget05`."""
+    shown = f"{text} (default: {default})" if default else text
+    flags.add_argument(
+        "--split", type=split_name, required=required, default=default, metavar="SPLIT", help=shown
+    )
+
+
+def split_name(text: str) -> str:
+    """The name of a split, with or without `tofu:` before it."""
+    return text.removeprefix("tofu:")
+
+
+def add_reference_log(
+    flags: Flags, *, required: bool = False, use: str = "needed for forget quality"
+) -> None:
+    """--reference-log; `use` says what this command does with it."""
+    flags.add_argument(
+        "--reference-log",
+        type=Path,
+        required=required,
+        metavar="LOG",
+        help=f"evaluation log of a model that never saw the forget set: {use}",
+    )
+
+
+def add_second_reference_log(flags: Flags) -> None:
+    """--second-reference-log."""
+    flags.add_argument(
+        "--second-reference-log",
+        type=Path,
+        metavar="LOG",
+        help="log of a second such model; the difference between the two references is the range "
+        "within which forget quality cannot tell models apart",
+    )
+
+
+def add_protocol(flags: Flags, *, several: bool = False, default: str | None = DEFAULT) -> None:
+    """--protocol: one name, or with `several` a list of names."""
+    choices = ", ".join(PROTOCOLS)
+    kind: Callable[[str], Any] = _protocol_list if several else _protocol
+    flags.add_argument(
+        "--protocol",
+        type=kind,
+        default=default,
+        metavar="NAME",
+        help=f"{choices}{', several separated by commas, or all' if several else ''} "
+        f"(default: {default or 'as the first log says'})",
+    )
+
+
+def _protocol(text: str) -> str:
+    return protocol_named(text).name
+
+
+def _protocol_list(text: str) -> list[str]:
+    return [protocol.name for protocol in protocols_named(text)]
+
+
+def add_limit(flags: Flags, text: str = "measure only the first N rows of each set") -> None:
+    """--limit."""
+    flags.add_argument(
+        "--limit",
+        type=positive_int,
+        metavar="N",
+        help=f"{text}: a quick look, not comparable with full figures",
+    )
+
+
+def add_out(flags: Flags, text: str, *, default: str | None = None, required: bool = False) -> None:
+    """--out; `text` says what is written there."""
+    flags.add_argument(
+        "--out",
+        type=Path,
+        required=required,
+        default=Path(default) if default else None,
+        metavar="DIR",
+        help=f"{text} (default: ./{default})" if default else text,
+    )
+
+
+def add_adapters(
+    flags: Flags, text: str = "use these adapters in this order, or none", *, scales: bool = False
+) -> None:
+    """--adapters; with `scales` also --scales, one factor for each."""
+    flags.add_argument(
+        "--adapters",
+        type=name_list,
+        metavar="A,B",
+        help=f"{text} (default: those active in the store)",
+    )
+    if scales:
+        flags.add_argument(
+            "--scales",
+            metavar="X,Y",
+            help="strength of each adapter of --adapters (default: as stored)",
+        )
+
+
+def add_batch_size(flags: Flags) -> None:
+    """--batch-size."""
+    flags.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="questions answered at once"
+    )
+
+
+def add_fail_if(flags: Flags, example: str) -> None:
+    """--fail-if; `example` is a condition on a figure of this command."""
+    flags.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="GATE",
+        help=f'exit with code 4 if true, e.g. "{example}"; may be repeated',
+    )
+
+
+def add_retain(flags: Flags, text: str = "rows to keep", *, default: str = "") -> None:
+    """--retain; `default` says which rows are taken without the flag."""
+    tail = f" (default: {default})" if default else ""
+    flags.add_argument("--retain", metavar="ROWS", help=f"{text}: a JSONL file or tofu:SPLIT{tail}")
 
 
 def template() -> Parser:
@@ -217,10 +367,6 @@ SETTING_HELP = {
     "gradient_checkpointing": "recompute activations, slower with less memory: off, all, a number "
     "N for every N-th layer, or auto, as far as it is needed; without a word: all",
     "padded": "padded batches sorted by length instead of packs",
-    "sam_rho": "take the forget gradient this far towards where forgetting is undone most, so that "
-    "it holds when the model is trained again; 0 = off, published 0.01; forget rows run twice",
-    "noise_scale": "noise on the weights while training, in rounding errors of nf4, so that "
-    "forgetting holds in 4 bit; 0 = off",
     "attack_steps": "optimizer steps of one simulated attack, after which the next one begins",
     "attack_rate": "learning rate of the simulated attacker; 0 = by the model's size",
     "attack_rank": "rank of the simulated attacker's LoRA",
@@ -241,7 +387,7 @@ def settings(*, objective: bool = True) -> Parser:
             "--objective",
             metavar="NAME",
             default=ObjectiveConfig().name,
-            help=f"{', '.join(OBJECTIVE_DEFAULTS)} (default: {ObjectiveConfig().name})",
+            help=f"{', '.join(OBJECTIVES)} (default: {ObjectiveConfig().name})",
         )
         for name in OBJECTIVE_FIELDS:
             kind = type(getattr(ObjectiveConfig(), name))
@@ -284,7 +430,7 @@ def _name_tuple(text: str) -> tuple[str, ...]:
 
 def _objective_default(name: str) -> str:
     """The value most objectives start with, and those that start with another."""
-    values = {objective: getattr(c, name) for objective, c in OBJECTIVE_DEFAULTS.items()}
+    values = {objective: getattr(default_objective(objective), name) for objective in OBJECTIVES}
     first = values["simnpo"]
     others = [f"{objective} {value:g}" for objective, value in values.items() if value != first]
     return "; ".join([f"{first:g}", *others])

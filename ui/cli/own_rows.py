@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from evaluation.suite import EvalData
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.request.rows import Row
 
 OWN = "own-rows"
@@ -22,16 +22,12 @@ OWN = "own-rows"
 def add_flags(parser: options.Parser) -> None:
     """--split or --rows, and for the latter --retain, --neighbours and --variants."""
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--split", metavar="SPLIT", help="forget split: forget01, forget05, forget10"
-    )
+    options.add_split(which)
     which.add_argument(
         "--rows", type=Path, metavar="FILE", help="JSONL of the rows that were to be forgotten"
     )
     group = parser.add_argument_group("with --rows")
-    group.add_argument(
-        "--retain", metavar="ROWS", help="rows that were to be kept: a JSONL file or tofu:SPLIT"
-    )
+    options.add_retain(group)
     group.add_argument(
         "--neighbours",
         type=options.positive_int,

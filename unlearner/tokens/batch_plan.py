@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from adapters.errors import UserError
-from unlearner.config import TrainConfig
 from unlearner.tokens.prompts import Encoded
+
+if TYPE_CHECKING:
+    from unlearner.config import TrainConfig
 
 
 class Pair(NamedTuple):

@@ -3,7 +3,8 @@
 A pack is one row of tokens with positions that start again at 0 for each of its rows. Attention
 must not look across: `pack_attention` runs it row by row (torch's varlen kernel on a GPU, a loop
 elsewhere); where another implementation is chosen, transformers masks by the positions, as long as
-no cache is made. `packs_exactly` in the likelihoods checks that before anything is trained.
+no cache is made. `objectives.likelihood.packs_exactly` checks that on the model at hand before
+anything is trained.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from unlearner.tokens.prompts import Encoded
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The name under which transformers knows `varlen_attention`.
+# The name of the attention below, which keeps the rows of a pack apart by itself.
 PACK_ATTENTION = "unlearner_varlen"
 
 

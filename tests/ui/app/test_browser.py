@@ -96,7 +96,7 @@ def served(world: Path) -> Iterator[tuple[Any, str]]:
 
     base = BaseSpec(str(world / "base"), dtype="float32", device="cpu")
     session = Session(world / "store", base, world / "world")
-    app = App(session, Jobs(world / "jobs"), votes=world / "votes.jsonl")
+    app = App(session, Jobs(world / "jobs"))
     page, url = launch(app)
     assert session.wait(60)
     assert session.state == "ready", session.problem
@@ -428,16 +428,16 @@ def test_runs_draw_what_is_chosen_and_make_files(
     try:
         _tab(page, "Runs")  # opening the tab reads anew
         page.wait_for_selector("#un-log-r svg.un-plot", timeout=60000)
-        assert "llama2-7b_full, mean" in page.locator("#un-log-r").inner_text()
-        page.wait_for_selector("#un-plots >> text=Relearning")
-        assert page.locator("#un-plots polyline.un-front").count() >= 1
+        assert "llama2-7b_full: mean" in page.locator("#un-log-r").inner_text()
+        page.wait_for_selector("#un-plots figcaption >> text=Relearning >> nth=0")
+        assert page.locator("#un-plots svg text", has_text="front of those measured").count() == 1
         words = page.locator(".un-command code:visible").inner_text().splitlines()
         assert [line.split()[1] for line in words] == ["score", "score"]
-        page.get_by_label("llama2-7b_full").uncheck()
+        page.get_by_role("checkbox", name="llama2-7b_full").uncheck()
         page.wait_for_function(
             "!document.querySelector('#un-log-r').innerText.includes('llama2-7b_full')"
         )
-        page.get_by_label("llama2-7b_full").check()
+        page.get_by_role("checkbox", name="llama2-7b_full").check()
         page.locator("#un-report").click()
         with page.expect_download() as download:
             page.get_by_role("button", name="HTML report", exact=True).click(timeout=60000)
@@ -502,24 +502,6 @@ def test_a_finished_request_is_in_the_stack_and_off(page: Any, served: Any) -> N
     assert view.words[:2] == ("forget", f"tofu:author={author}")
     _tab(page, "Stack")
     page.wait_for_selector(f"#un-adapters >> text={new[0].slug}")
-
-
-def test_a_blind_vote_is_kept(page: Any, served: Any) -> None:
-    _ask(page, _question(served[0]))
-    _done(page)
-    page.get_by_role("button", name="Blind vote").click()
-    page.locator("#un-blind").click()
-    page.wait_for_selector("#un-left >> text=Hidden until you have voted")
-    _done(page)
-    page.wait_for_function(
-        "document.querySelector('#un-a .un-answer').innerText != 'No answer yet.'"
-    )
-    assert "Base" not in page.locator("#un-left").inner_text()
-    page.get_by_label("both know").check()
-    page.get_by_role("button", name="Vote", exact=True).click()
-    page.wait_for_selector("text=Your vote: both")
-    page.wait_for_selector("#un-left h2:text('Base')")  # now it is told
-    assert json.loads(served[0].votes.read_text())["winner"] == "both"
 
 
 def test_nothing_is_fetched_or_kept_and_labels_are_there(

@@ -48,9 +48,9 @@ def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
     robust.write_text('{"kind": "unlearner-robustness", "schema": 1}')
     strength.write_text('{"kind": "unlearner-calibration", "schema": 1, "curve": []}')
     ran, seen = opened(
-        "--base", "b", "--revision", "r", "--store", "s", "--data", "d", "--votes", "v.jsonl",
+        "--base", "b", "--revision", "r", "--store", "s", "--data", "d",
         "--template", "llama2", "--dtype", "float32", "--load-in-4bit", "--device", "cpu",
-        "--retain-log", "ref.json", "--logs", "x.json", "--host", "0.0.0.0", "--port", "7999",
+        "--reference-log", "ref.json", "--logs", "x.json", "--host", "0.0.0.0", "--port", "7999",
         "--auth", auth, "--open", "--robustness", robust, "--calibration", strength,
     )  # fmt: skip
     app = seen["app"]
@@ -58,9 +58,7 @@ def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
     assert (base.name, base.revision, base.dtype, base.load_in_4bit) == ("b", "r", "float32", True)
     assert (app.session.store_path, app.session.data) == (Path("s"), Path("d"))
     assert app.session.template == "llama2"
-    assert (app.votes, app.logs, app.retain_log) == (
-        Path("v.jsonl"), (Path("x.json"),), Path("ref.json"),
-    )  # fmt: skip
+    assert (app.logs, app.retain_log) == ((Path("x.json"),), Path("ref.json"))
     assert (seen["host"], seen["port"], seen["auth"]) == ("0.0.0.0", 7999, [("mira", "secret")])
     assert (app.robustness, app.calibration) == ((robust,), (strength,))
     assert seen["open_browser"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import pytest
 
 from adapters.errors import UserError
 from evaluation.report.inputs import find_inputs, named_logs
-from ui.app.data import requests, runs, same, votes
+from ui.app.data import requests, runs, same
 from ui.app.data.decoding import PairDecoder, Sampling
 from ui.app.data.library import read_library
 from ui.app.data.recorded import open_recorded
@@ -67,23 +66,6 @@ def test_the_line_serves_in_order_and_tells_the_position() -> None:
     assert not waiting.is_alive()
     assert seen[0] == 2
     assert turns.ahead(third) == 0
-
-
-def test_a_vote_is_blind_counted_and_holds_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "votes.jsonl"
-    for seed in range(8):
-        made = votes.ballot("Who is she?", "Mira", "nobody", [("r0001", 1.0)], random.Random(seed))
-        assert set(made.texts) == {"Mira", "nobody"}
-        letter = "A" if made.texts[0] == "Mira" else "B"
-        line = votes.cast(path, made, f"{letter} knows more", key=b"k" * 32)
-        assert line["winner"] == "base"
-    assert votes.count(path) == {"base": 8, "stack": 0, "both": 0, "neither": 0}
-    text = path.read_text()
-    assert "Mira" not in text
-    assert "Who" not in text
-    assert {json.loads(line)["a"] for line in text.splitlines()} == {"base", "stack"}
-    with pytest.raises(UserError, match="No answer was chosen"):
-        votes.cast(path, made, "")
 
 
 def test_recorded_logs_are_matched_by_question(shared: Path) -> None:

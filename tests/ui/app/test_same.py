@@ -51,9 +51,7 @@ def test_a_comparison_is_a_command(session: Session) -> None:
     assert (plain.adapters, plain.scales, plain.temperature) == ([], None, 0.0)
 
 
-def test_a_vote_and_a_sheet_are_commands(session: Session) -> None:
-    args = _parsed(same.vote(session, _frame("Who?"), Path("my votes.jsonl")))
-    assert (args.blind, args.votes, args.question) == (True, Path("my votes.jsonl"), "Who?")
+def test_a_sheet_is_a_command(session: Session) -> None:
     sheet = _parsed(same.sheet(session, "Hina O'Ameen", STACK, 7))
     assert (sheet.author, sheet.neighbours, sheet.question) == ("Hina O'Ameen", 7, None)
     assert sheet.adapters == ["r0001_ab", "r0002_cd"]
@@ -129,22 +127,3 @@ def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, 
         refused = run("ask", "Who wrote it?", *where, *words)
         assert refused.code == 2
         assert said in refused.err
-
-
-def test_a_blind_vote_in_the_terminal_hides_the_sides(
-    run: Any, tiny_base: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    import io
-    import json
-
-    where = ("--base", tiny_base, "--store", tmp_path / "store", "--data", tmp_path / "none",
-             "--dtype", "float32", "--device", "cpu", "--max-new", 4)  # fmt: skip
-    votes = tmp_path / "v.jsonl"
-    monkeypatch.setattr("sys.stdin", io.StringIO("3\n"))
-    voted = run("ask", "Who wrote it?", *where, "--blind", "--votes", votes)
-    assert voted.code == 0
-    assert json.loads(votes.read_text())["winner"] == "both"
-    before_the_vote = voted.err.split("Which one?")[0]
-    assert "base" not in before_the_vote.splitlines()[1]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    assert run("ask", "Who wrote it?", *where, "--blind", "--votes", votes).code == 2

@@ -53,7 +53,8 @@ def words(
 ) -> list[Any]:
     return [
         "calibrate", slug, "--base", tiny_base, "--data", data, "--store", store.path,
-        "--retain-log", reference, "--scales", "0.25,0.5,0.75", "--by", "ks", "--max-mu-loss", "1",
+        "--reference-log", reference, "--scales", "0.25,0.5,0.75", "--by", "ks",
+        "--max-mu-loss", "1",
     ]  # fmt: skip
 
 
@@ -184,10 +185,13 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_loaded(
     for extra, problem in (
         (["--rows", "rows.jsonl"], "needs a retrain reference"),
         (["--split", "forget05"], "needs a retrain reference"),
-        (["--split", "forget05", "--retain-log", "x", "--max-mu-loss", "2"], "not between"),
-        (["--split", "forget05", "--retain-log", "x", "--scales", "0,1.6"], "not within 0 to 1.5"),
-        (["--split", "forget05", "--retain-log", "x", "--scales", "a"], "not a list of numbers"),
-        (["--split", "forget05", "--retain-log", "x", "--protocol", "none"], "no protocol"),
+        (["--split", "forget05", "--reference-log", "x", "--max-mu-loss", "2"], "not between"),
+        (
+            ["--split", "forget05", "--reference-log", "x", "--scales", "0,1.6"],
+            "not within 0 to 1.5",
+        ),
+        (["--split", "forget05", "--reference-log", "x", "--scales", "a"], "not a list of numbers"),
+        (["--split", "forget05", "--reference-log", "x", "--protocol", "none"], "no protocol"),
         ([], "required"),
     ):
         made = run(*start, *extra)

@@ -36,7 +36,7 @@ def test_figures_files_and_forget_quality_against_a_log(
     assert scored["table"] == first.json["table"]
     # The finished parts are reused: the second run asks the model nothing.
     monkeypatch.setattr(suite, "score_rows", None)
-    again = run(*words, "--out", tmp_path / "one", "--retain-log", log, "--json")
+    again = run(*words, "--out", tmp_path / "one", "--reference-log", log, "--json")
     assert again.json["forget_quality"] == 1.0
     assert again.json["ks"] == 0.0
 
@@ -66,7 +66,7 @@ def test_a_gate_that_holds_gives_4_after_the_figures(run: Any, words: list[Any])
         (["--limit", "0"], "0 is below 1"),
         (["--adapters", "r0001", "--store", "/none"], "no store at"),
         (["--store", "/none"], "no store at"),
-        (["--retain-log", "/none.json"], "no evaluation log"),
+        (["--reference-log", "/none.json"], "no evaluation log"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(

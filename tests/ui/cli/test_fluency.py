@@ -51,7 +51,7 @@ def test_the_reference_is_judged_beside_the_log(
     run: Any, log: Path, tiny_base: Path, make_tiny_llama: Any, tmp_path: Path
 ) -> None:
     broken = copied(log, "broken", ["is is is is", "...", "is is is"])
-    words: list[Any] = ["score", broken, "--retain-log", log, "--fluency-judge"]
+    words: list[Any] = ["score", broken, "--reference-log", log, "--fluency-judge"]
     ran = run(*words, tiny_base)
     assert ran.code == 0
     header, first, second = ran.out.splitlines()[-3:]

@@ -77,7 +77,9 @@ def test_variants_retain_rows_and_the_worlds_sets_join_in(
     log = json.loads((out / "eval_log.json").read_text())
     asked = {row["question"] for row in log["sets"]["retain"]["rows"]}
     assert asked == {f"Who wrote play {i}?" for i in "abcd"}, "the nearest, not the first"
-    again = run(*words, *more, "--data", data, "--retain-log", out / "eval_log.json", "--json").json
+    again = run(
+        *words, *more, "--data", data, "--reference-log", out / "eval_log.json", "--json"
+    ).json
     assert again["forget_quality"] == 1.0
 
 

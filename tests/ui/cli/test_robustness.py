@@ -27,7 +27,7 @@ QUICK = [
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model never ends its answers: twelve tokens instead of two hundred."""
-    from evaluation.inference.generation import Decoding
+    from evaluation.protocols import Decoding
 
     real = sampling.Draws
     monkeypatch.setattr(Decoding, "budget", lambda self, n: 12)
@@ -80,7 +80,7 @@ def test_the_whole_card(
     base_files = digests(tiny_base)
     ran = run(
         *words, "--adapters", slug, "--out", out, "--retrain", retrain, "--json",
-        "--retain-log", log / "eval_log.json",
+        "--reference-log", log / "eval_log.json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     card = ran.json
@@ -134,7 +134,7 @@ def test_the_whole_card(
 
     text = run(
         *words, "--adapters", slug, "--out", out, "--retrain", retrain,
-        "--retain-log", log / "eval_log.json",
+        "--reference-log", log / "eval_log.json",
     )  # fmt: skip
     for word in ("merged-int8", "retrain_unseen", "unlearned_leaked", "pretend-system", "against"):
         assert word in text.out
@@ -352,7 +352,7 @@ def test_a_gate_fails_after_the_card(run: Any, put: Any, words: list[Any]) -> No
         (["--temperature", "0"], "temperature is not above 0"),
         (["--load-in-4bit"], "nf4 beside full precision"),
         (["--merged", "/none"], "not allowed with argument"),
-        (["--retain-log", "/none.json"], "no evaluation log"),
+        (["--reference-log", "/none.json"], "no evaluation log"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_a_model_is_loaded(

@@ -36,7 +36,7 @@ def logs(shared: Path) -> Path:
 @pytest.mark.parametrize("log", [FULL, NPO])
 def test_figures_equal_the_published_ones(log: str, run: Any, logs: Path) -> None:
     published = json.loads((logs / "published.json").read_text())
-    ran = run("score", logs / log, "--retain-log", logs / RETRAIN, "--json")
+    ran = run("score", logs / log, "--reference-log", logs / RETRAIN, "--json")
     assert ran.code == 0
     found = ran.json
     utility = published["model_utility"][log]["geometric"]
@@ -72,7 +72,7 @@ def test_without_a_retrain_reference_there_is_no_forget_quality(run: Any, logs: 
 
 
 def test_text_says_direction_shift_and_protocol(run: Any, logs: Path) -> None:
-    out = run("score", logs / FULL, "--retain-log", logs / RETRAIN).out
+    out = run("score", logs / FULL, "--reference-log", logs / RETRAIN).out
     assert "1.834e-21" in out
     assert "KS D 0.3967" in out
     assert "under-forgotten" in out
@@ -81,7 +81,7 @@ def test_text_says_direction_shift_and_protocol(run: Any, logs: Path) -> None:
 
 
 def test_gates_decide_the_exit_code_after_the_figures(run: Any, logs: Path) -> None:
-    words = ["score", logs / NPO, "--retain-log", logs / RETRAIN, "--json"]
+    words = ["score", logs / NPO, "--reference-log", logs / RETRAIN, "--json"]
     assert run(*words, "--fail-if", "model_utility<0.55").code == 0
     ran = run(*words, "--fail-if", "model_utility<0.55", "--fail-if", "forget_quality > 0.5")
     assert ran.code == 4
@@ -170,7 +170,7 @@ def test_gates_are_read_before_the_log(run: Any, tmp_path: Path) -> None:
 
 
 def test_all_protocols_in_one_call(run: Any, logs: Path) -> None:
-    words = ("score", logs / FULL, "--retain-log", logs / RETRAIN)
+    words = ("score", logs / FULL, "--reference-log", logs / RETRAIN)
     found = run(*words, "--protocol", "all", "--json").json
     assert [one["protocol"] for one in found["protocols"]] == list(PROTOCOLS)
     first = run(*words, "--json").json
@@ -197,13 +197,13 @@ def test_every_figure_is_told_with_direction_and_rows(run: Any, logs: Path) -> N
 
 
 def test_two_retrain_logs_give_the_band(run: Any, logs: Path) -> None:
-    words = ("score", logs / FULL, "--retain-log", logs / RETRAIN)
+    words = ("score", logs / FULL, "--reference-log", logs / RETRAIN)
     other = logs / "llama2-7b_retain90_npo.json"
-    found = run(*words, "--second-retain-log", other, "--json").json
+    found = run(*words, "--second-reference-log", other, "--json").json
     assert found["retrain_band"]["forget_quality"] > 0.5
     assert found["retrain_band"]["direction"] == "indistinguishable"
-    assert "retrain band" in run(*words, "--second-retain-log", other).out
-    alone = run("score", logs / FULL, "--second-retain-log", other)
+    assert "retrain band" in run(*words, "--second-reference-log", other).out
+    alone = run("score", logs / FULL, "--second-reference-log", other)
     assert (alone.code, "is missing" in alone.err) == (2, True)
 
 
@@ -211,7 +211,7 @@ def test_logs_for_other_tools_are_written_and_read_back(
     run: Any, logs: Path, tmp_path: Path
 ) -> None:
     theirs, folder = tmp_path / "aggregated.json", tmp_path / "open-unlearning"
-    words = ("--retain-log", logs / RETRAIN, "--json")
+    words = ("--reference-log", logs / RETRAIN, "--json")
     wrote = run(
         "score", logs / FULL, *words, "--write-tofu", theirs, "--write-open-unlearning", folder
     )
@@ -269,5 +269,5 @@ def test_a_log_without_open_unlearning_s_answers_gives_the_first_protocol_s(
 def test_a_log_with_a_byte_order_mark_is_read(run: Any, tmp_path: Path, mark: str) -> None:
     path = two_decodings(tmp_path)
     path.write_text(path.read_text(), encoding=mark)
-    ran = run("score", path, "--retain-log", path, "--json")
+    ran = run("score", path, "--reference-log", path, "--json")
     assert ran.json["forget_quality"] == 1.0

@@ -12,9 +12,9 @@ from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.errors import Interrupted, UserError
 from unlearner.baselines.finetune import FinetuneConfig, finetune
 from unlearner.config import LoraShape
+from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request, Row
 from unlearner.tokens.prompts import Encoded, pad_batch, prompt_format
-from unlearner.training.likelihood import answer_nll
 
 QUICK = FinetuneConfig(
     learning_rate=3e-3,

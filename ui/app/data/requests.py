@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from ui.app.html.views import command, esc
 from ui.app.jobs import REQUEST
-from ui.cli.console import size_text
+from ui.console import size_text
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
@@ -149,11 +149,10 @@ def look(asked: Draft, session: Session) -> tuple[str, dict[str, Any]]:
     from ui.cli.commands.everyday.forget import forget_config
     from ui.cli.main import parse
     from ui.preview import make_preview
-    from unlearner.config import STREAMS
-    from unlearner.prepare import prepare
+    from unlearner.objectives.registry import OBJECTIVES
     from unlearner.request.sources import parse_request
     from unlearner.request.tofu import load_refusals
-    from unlearner.run import plan
+    from unlearner.run import RunOptions, plan, prepare
 
     args = parse(asked.words(session))
     config = forget_config(args)
@@ -165,11 +164,10 @@ def look(asked: Draft, session: Session) -> tuple[str, dict[str, Any]]:
             name, base.name, revision=base.revision, data=session.data, retain=None,
             template=session.template, max_length=config.train.max_length,
         )  # fmt: skip
-        needs = "refusal" in STREAMS[config.objective.name]
+        needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
-        run = prepare(
-            request, base, config, session.store(), template=session.template, refusals=refusals
-        )
+        options = RunOptions(template=session.template, refusals=refusals)
+        run = prepare(request, base, config, session.store(), options)
         return preview_html(preview), plan(run)
 
 
@@ -236,7 +234,7 @@ def _shown(word: str) -> str:
 def job_html(view: Any) -> str:
     """A job as it stands: status, step, losses as curves, time left."""
     from evaluation.report.plots import draw_svg, line_chart
-    from ui.cli.console import duration_text
+    from ui.console import duration_text
 
     last = view.steps[-1] if view.steps else {}
     words = (

@@ -48,13 +48,6 @@ def ask(session: Session, frame: Frame) -> str:
     return command(*_ask(session, frame), "--", frame.question)
 
 
-def vote(session: Session, frame: Frame, votes: Path) -> str:
-    """The same blind vote."""
-    return command(
-        *_ask(session, frame), "--blind", "--votes", votes, "--", frame.question
-    )  # fmt: skip
-
-
 def sheet(session: Session, author: str, stack: Stack, neighbours: int) -> str:
     """The author sheet."""
     return command(
@@ -79,7 +72,7 @@ def runs(
     session: Session, logs: Sequence[Path], retain_log: Path | None, split: str | None
 ) -> str:  # fmt: skip
     """One command a line: the figures of each log, and of the stack that is filed."""
-    against = ["--retain-log", retain_log] if retain_log else []
+    against = ["--reference-log", retain_log] if retain_log else []
     lines = [command("score", log, *against) for log in logs]
     if session.base is not None and split:
         lines.append(command("evaluate", *where(session), "--split", split, *against))
@@ -96,7 +89,7 @@ def report(
     from evaluation.report.inputs import named_logs
 
     words: list[object] = ["report", *named_logs(logs)]
-    words += ["--retain-log", retain_log] if retain_log else []
+    words += ["--reference-log", retain_log] if retain_log else []
     words += ["--robustness", *robustness] if robustness else []
     words += ["--calibration", *calibration] if calibration else []
     return command(*words)

@@ -11,7 +11,6 @@ import gradio as gr
 from ui.app.data import same, verdicts
 from ui.app.data.decoding import Sampling
 from ui.app.html import views
-from ui.app.tabs import vote as app_vote
 from ui.app.tabs.pages import PRIVATE, command_box, told
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class _Asking:
         self, last: Any, chosen: list[str], kept: dict[str, float], request: gr.Request
     ) -> Answers:
         """The right side of the last comparison with the adapters as they are now."""
-        if last is None:  # nothing was asked yet, or a blind vote is under way
+        if last is None:  # nothing was asked yet
             return
         wanted = self.app.actions.stack_of(chosen or [], kept or {})
         event = self.app.stop_of(request)
@@ -142,8 +141,6 @@ def compare(app: App, stack: Any, strengths: Any) -> tuple[Any, Callable[[Any], 
         concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
     )  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
-    connect = app_vote.vote(app, asking.frames, lambda frame: _status(_stage(frame)))
-    connect(inputs, list(fields[:4]), fields.frame, fields.box)
     return author, wire
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import Interrupted
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 COLUMNS = (
     "name",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 SET_METRICS = ("rouge_l_recall", "answer_prob", "truth_ratio", "nll")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.report.cards import VERDICT_WORDS
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 STATE_COLUMNS = (
     "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",

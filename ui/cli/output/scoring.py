@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
+from evaluation.protocols import protocol_named
 from ui.cli import options
 from ui.cli.output.gates import parse_gate
 
@@ -16,48 +16,26 @@ if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
     from evaluation.protocols import Protocol
     from evaluation.suite import Effort
-    from ui.cli.console import Console
     from ui.cli.output.gates import Gate
+    from ui.console import Console
 
 LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
 INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
 
 
 def reference_flags() -> options.Parser:
-    """--retain-log, --second-retain-log and --protocol."""
+    """--reference-log, --second-reference-log and --protocol."""
     parser = options.Parser(add_help=False)
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        metavar="LOG",
-        help="log of a model that never saw the forget set: forget quality needs it",
-    )
-    parser.add_argument(
-        "--second-retain-log",
-        type=Path,
-        metavar="LOG",
-        help="log of a second such model: how far two of them lie apart is the band within which "
-        "forget quality tells nothing",
-    )
-    parser.add_argument(
-        "--protocol",
-        default=DEFAULT,
-        metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)}, several with commas, or all (default: {DEFAULT})",
-    )
+    options.add_reference_log(parser)
+    options.add_second_reference_log(parser)
+    options.add_protocol(parser, several=True)
     return parser
 
 
 def scoring_flags() -> options.Parser:
     """The flags of `reference_flags`, --fail-if, --write-tofu and --write-open-unlearning."""
     parser = options.Parser(add_help=False, parents=[reference_flags()])
-    parser.add_argument(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="GATE",
-        help='leave with 4 if it holds, e.g. "model_utility<0.55"; may be given several times',
-    )
+    options.add_fail_if(parser, "model_utility<0.55")
     parser.add_argument(
         "--write-tofu",
         type=Path,
@@ -89,7 +67,7 @@ class References(NamedTuple):
 
 
 def read_references(args: argparse.Namespace) -> References:
-    """The logs that --retain-log and --second-retain-log name.
+    """The logs that --reference-log and --second-reference-log name.
 
     Raises:
         UserError: a log that cannot be read, or a second one without a first.
@@ -97,12 +75,12 @@ def read_references(args: argparse.Namespace) -> References:
     from adapters.errors import UserError
     from evaluation.logs import read_log
 
-    if args.second_retain_log and not args.retain_log:
+    if args.second_reference_log and not args.reference_log:
         raise UserError(
-            "--second-retain-log is measured against --retain-log, which is missing.",
-            "Give both, or the one as --retain-log.",
+            "--second-reference-log is measured against --reference-log, which is missing.",
+            "Give both, or the one as --reference-log.",
         )
-    paths = (args.retain_log, args.second_retain_log)
+    paths = (args.reference_log, args.second_reference_log)
     return References(*(read_log(path) if path else None for path in paths))
 
 
@@ -113,7 +91,6 @@ def gates_of(args: argparse.Namespace, more: Sequence[str] = ()) -> list[Gate]:
     """
     from evaluation.metrics.summary import BETTER
 
-    protocols_named(args.protocol)
     return [parse_gate(text, [*BETTER, *more]) for text in args.fail_if]
 
 
@@ -123,8 +100,7 @@ def figures_of(
     """The summaries of a log under the protocols of --protocol, in their order."""
     from evaluation.metrics.summary import summarise_all
 
-    names = [protocol.name for protocol in protocols_named(args.protocol)]
-    return summarise_all(log, names, references.first, second_retain_log=references.second)
+    return summarise_all(log, args.protocol, references.first, second_retain_log=references.second)
 
 
 def with_protocols(
@@ -150,7 +126,7 @@ def write_for_others(
     from evaluation.logs.tofu import to_tofu
     from evaluation.metrics.summary import write_open_unlearning
 
-    protocols = protocols_named(args.protocol)
+    protocols = [protocol_named(name) for name in args.protocol]
     if args.write_tofu:
         own = [p for p in protocols if p.name != "open-unlearning" and _is_answered(log, p)]
         first = (own or protocols)[0]

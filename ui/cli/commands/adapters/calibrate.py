@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+from evaluation.report.inputs import LOG_FILE
 from ui.cli import options
 from ui.cli.output.events import progress_of
-from ui.cli.output.scoring import INTERVALS, LOG_FILE, PARTS
+from ui.cli.output.scoring import INTERVALS, PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.tuning.calibrate import Settings
     from evaluation.tuning.sweep import Sweep
-    from ui.cli.console import Console
+    from ui.console import Console
 
 FILE = "calibration.json"
 COLUMNS = (
@@ -46,7 +46,7 @@ def register(commands: Any) -> None:
         "and publishes the adapter at that scale as a new one. With --out every finished part is "
         "kept: the same command continues after an interruption.",
         epilog="example:\n  unlearner calibrate r0001 --base B --store S --split forget05 "
-        "--retain-log retrain.json --out results",
+        "--reference-log retrain.json --out results",
     )
     parser.add_argument("ref", metavar="REF", help="adapter: slug, its start, label or request id")
     _add_flags(parser)
@@ -56,19 +56,14 @@ def register(commands: Any) -> None:
 
 def _add_flags(parser: options.Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--split", metavar="SPLIT", help="forget split: forget01, forget05, forget10")
+    options.add_split(what)
     what.add_argument(
         "--rows",
         type=Path,
         metavar="FILE",
         help="JSONL forget rows with paraphrased_answer and perturbed_answer, instead of a split",
     )
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        metavar="LOG",
-        help="log of a model that never saw the forget set; calibration needs it",
-    )
+    options.add_reference_log(parser, use="required for calibration")
     parser.add_argument(
         "--scales",
         type=scale_list,
@@ -87,22 +82,14 @@ def _add_flags(parser: options.Parser) -> None:
         metavar="X",
         help="the most that model utility may lose against scale 0 (default: 0.05)",
     )
-    parser.add_argument(
-        "--protocol",
-        default=DEFAULT,
-        metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
-    )
+    options.add_protocol(parser)
 
 
 def _add_output_flags(parser: options.Parser) -> None:
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {FILE} and the logs")
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="only the first N rows of each set: for a quick look; nothing is published then "
-        "unless --publish asks for it",
+    options.add_out(parser, f"folder for {FILE} and the logs")
+    options.add_limit(
+        parser,
+        "measure only the first N rows of each set, and publish nothing unless --publish is given",
     )
     parser.add_argument(
         "--publish",
@@ -160,11 +147,10 @@ def _settings(args: argparse.Namespace) -> Settings:
     """Grid, rule and bound; everything that can be refused before a model is loaded."""
     from evaluation.tuning.calibrate import MAX_MU_LOSS, Settings
 
-    protocol_named(args.protocol)
-    if args.retain_log is None:
+    if args.reference_log is None:
         raise UserError(
             "Calibration needs a retrain reference: without one nothing says how much is enough.",
-            "Give --retain-log the log of a model that never saw the forget set.",
+            "Give --reference-log the log of a model that never saw the forget set.",
         )
     bound = MAX_MU_LOSS if args.max_mu_loss is None else args.max_mu_loss
     if not 0 <= bound <= 1:
@@ -178,18 +164,19 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
-    from evaluation.experiments.systems import digest
+    from evaluation.cache import key_of
     from evaluation.logs import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
     from unlearner.tokens.prompts import prompt_format
 
     slug, stack = stack_of(store, args.ref)
-    retain_log = read_log(args.retain_log)
+    retain_log = read_log(args.reference_log)
     data = calibration_data(args.split, args.rows, args.data)
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     base: Any = load_base(options.base_spec(args))
     view = base_view(base)
+    files = [store.get(each).manifest.files for each in stack]
     return Sweep(
         model=load_stack(base, store, list(stack), stack, base=fingerprint),
         fmt=fmt,
@@ -197,7 +184,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
         retain_log=retain_log,
         slug=slug,
         stack=stack,
-        identity=digest(fingerprint.digest, view, fmt.name),
+        identity=key_of(base=fingerprint.digest, view=view, template=fmt.name, adapters=files),
         protocol=args.protocol,
         limit=args.limit,
         resume_dir=args.out / PARTS if args.out else None,
@@ -216,7 +203,7 @@ def _finish(
     from adapters.environment import versions
     from evaluation.logs.records import write_json
     from evaluation.tuning.sweep import flat
-    from ui.cli.console import json_value
+    from ui.console import json_value
 
     made = ranks.from_first(lambda: _publish(args, store, sweep, found))
     told = {
@@ -225,7 +212,7 @@ def _finish(
         "stack": [list(pair) for pair in sweep.stack.items()],
         "split": args.split or "rows",
         "limit": args.limit,
-        "retain_log": str(args.retain_log),
+        "retain_log": str(args.reference_log),
         "probe_retain_rows": len(sweep.probe_retain),
         **found,
         "published": made.slug if made else None,

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from ui.cli import options
 from ui.cli.adapter_rows import REF
-from ui.cli.commands.everyday.doctor_preview import REQUEST_HELP
 from ui.cli.commands.everyday.forget import add_run_flags, forget_config, train_request
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:
@@ -39,7 +38,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("refs", metavar="REF", nargs="+", help=f"adapter to replace: {REF}")
     parser.add_argument(
-        "--rows", metavar="REQUEST", action="append", required=True, help=REQUEST_HELP
+        "--rows", metavar="REQUEST", action="append", required=True, help=options.REQUEST_HELP
     )
     add_run_flags(parser)
     parser.set_defaults(run=run_consolidate)

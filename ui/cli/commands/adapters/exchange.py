@@ -18,7 +18,7 @@ from ui.cli.adapter_rows import (
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 FORMATS = ("peft", "vllm", "llama.cpp")
 
@@ -47,8 +47,7 @@ def _register_combine(verbs: Any) -> None:
 def _register_moves(verbs: Any) -> None:
     parser = verb(verbs, "import", run_import, "publish a PEFT LoRA from elsewhere")
     parser.add_argument("source", metavar="FOLDER", type=Path, help="folder of the adapter")
-    parser.add_argument("--base", required=True, metavar="B", help="the base it was trained on")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, text="the base it was trained on")
     parser = verb(verbs, "export", run_export, "copy an adapter out, for PEFT or for a server")
     parser.add_argument("ref", metavar="REF", help=REF)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")

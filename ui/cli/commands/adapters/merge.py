@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from ui.cli import options
-from unlearner.objectives.formulas import FORMULAS, OPTION_FORMULAS
+from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:
@@ -34,15 +32,10 @@ def register(commands: Any) -> None:
         "writes a model that loads anywhere. Shard by shard: the model is never whole in memory.",
         epilog="examples:\n  unlearner merge --store S --base B --out merged\n"
         "  unlearner merge --store S --base B --out merged --split forget05 "
-        "--retain-log retrain.json --candidates 12",
+        "--reference-log retrain.json --candidates 12",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument(
-        "--adapters",
-        type=options.name_list,
-        metavar="A,B",
-        help="these adapters (default: those active in the store)",
-    )
+    options.add_out(parser, "a new folder", required=True)
+    options.add_adapters(parser, "merge these adapters")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -62,21 +55,14 @@ def register(commands: Any) -> None:
 
 def _add_measuring(parser: options.Parser) -> None:
     group = parser.add_argument_group("figures of the model card")
-    group.add_argument(
-        "--split",
-        metavar="SPLIT",
-        help="measure the base and the written files on this forget split: forget01, forget05, "
-        "forget10 (default: the card says that nothing was measured)",
+    options.add_split(
+        group,
+        text="measure the base and the written weights on this forget split: forget01, forget05 or "
+        "forget10 (default: the model card states that nothing was measured)",
     )
-    group.add_argument(
-        "--retain-log", type=Path, metavar="LOG", help="reference: forget quality needs it"
-    )
-    group.add_argument(
-        "--protocol", default=DEFAULT, metavar="NAME", help=f"{', '.join(PROTOCOLS)}"
-    )
-    group.add_argument(
-        "--limit", type=options.positive_int, metavar="N", help="only the first N rows of each set"
-    )
+    options.add_reference_log(group)
+    options.add_protocol(group)
+    options.add_limit(group)
     group.add_argument(
         "--candidates",
         type=options.positive_int,
@@ -154,7 +140,6 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
 def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The merged model's folder, adapters and figures, once its weights and card are written."""
     _refuse_4bit(args)
-    protocol_named(args.protocol)  # refused before anything is written
     from adapters.store.store import AdapterStore
 
     store = AdapterStore.open(options.store_path(args))
@@ -188,7 +173,7 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         merged,
         revision=args.revision,
         candidates=args.candidates,
-        formulas=FORMULAS | OPTION_FORMULAS,
+        formulas={n: o.formula for n, o in OBJECTIVES.items()} | OPTION_FORMULAS,
     )
     # The weights stand before the long part: interrupted, they are whole and say "not measured".
     write_release(release)
@@ -226,7 +211,7 @@ def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | Non
         args.out,
         load_eval_data(args.split, args.data),
         protocol=args.protocol,
-        retain_log=read_log(args.retain_log) if args.retain_log else None,
+        retain_log=read_log(args.reference_log) if args.reference_log else None,
         template=args.template,
         limit=args.limit,
         on_progress=progress_of(console),

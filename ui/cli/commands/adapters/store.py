@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.cli import options
 from ui.cli.adapter_rows import (
     REF,
     SEE_LIST,
@@ -17,11 +18,11 @@ from ui.cli.adapter_rows import (
     verb,
 )
 from ui.cli.commands.adapters import exchange
-from ui.cli.console import size_text
+from ui.console import size_text
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
-    from ui.cli.console import Console
+    from ui.console import Console
 
 REVERSIBLE = (
     "An adapter suppresses, it does not erase: whoever can switch it off has everything back."
@@ -49,8 +50,7 @@ def _register_looking(verbs: Any) -> None:
     parser.add_argument("ref", metavar="REF", help=REF)
     parser = verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
     parser.add_argument("ref", metavar="REF", nargs="?", help=f"{REF}; all by default")
-    parser.add_argument("--base", metavar="B", help="also check that it belongs to this base")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, required=False, text="also check that it belongs to this base")
     parser = verb(verbs, "log", run_log, "what happened to the store, oldest first")
     parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
 

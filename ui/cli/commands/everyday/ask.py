@@ -1,23 +1,19 @@
-"""`unlearner ask`: the app's comparison and author sheet in a terminal, and its blind vote."""
+"""`unlearner ask`: the comparison and the author sheet of the app, in a terminal."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
 
 if TYPE_CHECKING:
-    from ui.app.actions import Actions
-    from ui.cli.console import Console
+    from ui.console import Console
 
 SIDES = (("base", "base"), ("unlearned", "stack"))
 SCORES = ("rouge_l_recall", "answer_prob", "truth_ratio")
-DEFAULT_VOTES = Path("votes.jsonl")
 
 
 def register(commands: Any) -> None:
@@ -42,13 +38,7 @@ def register(commands: Any) -> None:
         "--neighbours", type=options.positive_int, default=5, metavar="N",
         help="with --author: rows of each kept set (default: 5)",
     )  # fmt: skip
-    parser.add_argument(
-        "--adapters", type=options.name_list, metavar="A,B",
-        help="these adapters, or none (default: those active in the store)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scales", metavar="X,Y", help="one factor an adapter of --adapters (default: as filed)"
-    )
+    options.add_adapters(parser, "use these adapters, or none", scales=True)
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
         help="of the answers (default: 0, greedy)",
@@ -59,14 +49,6 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--max-new", type=options.positive_int, default=200, metavar="N",
         help="longest answer in tokens (default: 200)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--blind", action="store_true",
-        help="show the two answers as A and B, ask on stdin which knows more, keep the vote",
-    )  # fmt: skip
-    parser.add_argument(
-        "--votes", type=Path, default=DEFAULT_VOTES, metavar="FILE",
-        help=f"where blind votes go (default: ./{DEFAULT_VOTES})",
     )  # fmt: skip
     parser.set_defaults(run=run_ask)
 
@@ -94,8 +76,6 @@ def run_ask(args: argparse.Namespace, console: Console) -> int:
     """Answers the question, or every question of the author, both ways."""
     if (args.question is None) == (args.author is None):
         raise UserError("Give a question or --author NAME, one of the two.")
-    if args.blind and args.author is not None:
-        raise UserError("--blind votes on one question.", "Leave --author away.")
     strengths = _strengths(args)
     console.words(f"Loading {args.base} ...")
     from ui.app.actions import Actions
@@ -116,8 +96,6 @@ def run_ask(args: argparse.Namespace, console: Console) -> int:
         found = actions.compare(
             args.question, args.adapters, strengths, args.temperature, args.seed, args.max_new
         )
-        if args.blind:
-            return _vote(actions, found, args.votes, console)
         _print_frame(found, console)
     console.result(found)
     return 0
@@ -146,23 +124,3 @@ def _print_sheet(found: Mapping[str, Any], console: Console) -> None:
             console.text(f"{name:<6} {row[key]['text']}  [{row[key]['word']}]")
         console.text(f"truth  {row['truth']}\n")
     console.table(found["tally"])
-
-
-def _vote(actions: Actions, found: Mapping[str, Any], path: Path, console: Console) -> int:
-    """Shows both answers behind letters, reads the choice, keeps it, and only then tells."""
-    from ui.app.data import votes
-
-    texts = [found[key]["text"] for key, _ in SIDES]
-    stack = [(str(slug), float(scale)) for slug, scale in found["stack"]]
-    given = votes.ballot(found["question"], texts[0], texts[1], stack)
-    for letter, text in zip("AB", given.texts, strict=True):
-        console.words(f"{letter}  {text}")
-    for number, choice in enumerate(votes.CHOICES, start=1):
-        console.words(f"{number}  {choice}")
-    console.words("Which one? Its number:")
-    answer = sys.stdin.readline().strip()
-    known = {str(number): choice for number, choice in enumerate(votes.CHOICES, start=1)}
-    line = votes.cast(path, given, known.get(answer, ""))
-    console.text(f"A was the {line['a']}; your vote: {line['winner']} (kept in {path})")
-    console.result(line)
-    return 0

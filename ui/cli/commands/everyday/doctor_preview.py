@@ -9,10 +9,9 @@ from ui.cli import options
 from unlearner.config import TrainConfig
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
     from ui.preview import Preview
 
-REQUEST_HELP = "JSONL file of question/answer rows, tofu:forget05, or 'tofu:author=NAME'"
 SHOWN_AT_ONCE = 3
 
 
@@ -33,8 +32,8 @@ def register(commands: Any) -> None:
         "underlined (in brackets off a terminal). Needs the tokenizer's files only.",
         epilog="example:\n  unlearner preview tofu:forget05 --base NousResearch/Llama-2-7b-chat-hf",
     )
-    parser.add_argument("request", metavar="REQUEST", help=REQUEST_HELP)
-    parser.add_argument("--retain", metavar="ROWS", help="also show these: a file or tofu:SPLIT")
+    parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
+    options.add_retain(parser, "also show these rows")
     parser.add_argument(
         "--max-length",
         type=options.positive_int,

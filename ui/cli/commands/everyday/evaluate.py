@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import BaseMismatch, Interrupted
-from evaluation.protocols import protocols_named
+from evaluation.protocols import protocol_named
 from ui.cli import options, own_rows
 from ui.cli.commands.everyday.evaluate_metrics import (
     Extras,
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
     from evaluation.suite import EvalData
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:
@@ -47,7 +46,7 @@ def register(commands: Any) -> None:
         description="Scores and answers TOFU's four sets with the base and its adapters. With "
         "--out every finished set is kept: the same command continues after an interruption.",
         epilog="example:\n  unlearner evaluate --base B --store S --split forget05 "
-        "--retain-log retrain.json --out results",
+        "--reference-log retrain.json --out results",
     )
     _add_evaluate_flags(parser)
     parser.set_defaults(run=run_evaluate)
@@ -55,33 +54,21 @@ def register(commands: Any) -> None:
 
 def _add_evaluate_flags(parser: options.Parser) -> None:
     own_rows.add_flags(parser)
-    parser.add_argument(
-        "--adapters",
-        type=options.name_list,
-        metavar="A,B",
-        help="these adapters in this order, or none (default: those active in the store)",
-    )
+    options.add_adapters(parser)
     parser.add_argument(
         "--systems",
         type=parse_systems,
         metavar="A;B,C",
         help="measure several systems on one loaded base, a row each: 'none;r0001;r0001,r0002'",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the log and figures")
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="only the first N rows of each set: for a quick look, not for figures to compare",
-    )
+    options.add_out(parser, "folder for the log and the figures")
+    options.add_limit(parser)
     parser.add_argument(
         "--plain",
         action="store_true",
         help="padded rows and undrafted answers, to check the faster way against",
     )
-    parser.add_argument(
-        "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
-    )
+    options.add_batch_size(parser)
     add_metric_flags(parser)
 
 
@@ -103,12 +90,12 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     what = own_rows.name_of(args)
     console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {what} ...")
     from evaluation.logs.records import write_json, write_log
-    from ui.cli.console import json_value
     from ui.cli.output.figures import report_figures
+    from ui.console import json_value
 
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)
-    extras = plan_extras(args, data, protocols_named(args.protocol)[0], console)
+    extras = plan_extras(args, data, protocol_named(args.protocol[0]), console)
     try:
         log = _measure(args, stack, data, references.first, extras, console)
     except KeyboardInterrupt:
@@ -125,7 +112,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         "adapters": [slug for slug, _ in stack.active],
         "split": what,
         "log": str(args.out / scoring.LOG_FILE) if args.out else None,
-        "retain_log": str(args.retain_log) if args.retain_log else None,
+        "retain_log": str(args.reference_log) if args.reference_log else None,
     }
     named = scoring.with_protocols(about, summaries)
     if args.out and ranks.rank() == 0:
@@ -198,7 +185,7 @@ def _measure(
         model,
         fmt,
         data,
-        protocol=[protocol.name for protocol in protocols_named(args.protocol)],
+        protocol=args.protocol,
         retain_log=retain_log,
         limit=args.limit,
         key=key,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from evaluation.logs.token_records import TokenRecords
     from evaluation.protocols import Protocol
     from evaluation.suite import EvalData
-    from ui.cli.console import Console
+    from ui.console import Console
     from unlearner.request.rows import Row
     from unlearner.tokens.prompts import PromptFormat
 

@@ -13,7 +13,7 @@ from ui.cli.output.events import progress_of
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 COLUMNS = (
     "name", "protocol", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
@@ -57,7 +57,6 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     from adapters.store.store import AdapterStore
     from evaluation.cache import key_of
     from evaluation.logs.records import write_log
-    from evaluation.protocols import protocols_named
     from evaluation.suite import evaluate
     from unlearner.tokens.prompts import prompt_format
 
@@ -83,7 +82,7 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
             model,
             fmt,
             data,
-            protocol=[protocol.name for protocol in protocols_named(args.protocol)],
+            protocol=args.protocol,
             retain_log=references.first,
             limit=args.limit,
             key=key_of(base=fingerprint.digest, adapters=stack),

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted
 from ui.cli import options
-from ui.cli.console import duration_text
 from ui.cli.output.comparison import print_comparison, stopped
 from ui.cli.output.events import show_event
+from ui.console import duration_text
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 ANSWER_TITLES = {
     "forget": "Asked to forget",
@@ -35,13 +35,7 @@ def register(commands: Any) -> None:
         "requests, measures them beside the baselines, reverts one, merges. A second run reuses "
         "what stands.",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("quickstart"),
-        metavar="DIR",
-        help="folder for models, store and logs (default: ./quickstart)",
-    )
+    options.add_out(parser, "folder for models, store and logs", default="quickstart")
     parser.set_defaults(run=run_quickstart)
 
 
@@ -107,6 +101,6 @@ def next_commands(found: Mapping[str, Any]) -> list[str]:
     return [
         f"unlearner adapters list {store}",
         f"unlearner preview {author} {base} {data}",
-        f"unlearner evaluate {base} {store} {data} --split {found['split']} --retain-log {log}",
+        f"unlearner evaluate {base} {store} {data} --split {found['split']} --reference-log {log}",
         "unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
     ]

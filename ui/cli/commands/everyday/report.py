@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.protocols import PROTOCOLS, protocol_named
 from ui.cli import options
 
 if TYPE_CHECKING:
     from evaluation.report.build import ReportRequest
-    from ui.cli.console import Console
+    from ui.console import Console
 
-OUT, TITLE = Path("report"), "Unlearning report"
+OUT, TITLE = "report", "Unlearning report"
 
 
 def register(commands: Any) -> None:
@@ -37,25 +36,11 @@ def register(commands: Any) -> None:
         nargs="+",
         help="NAME=LOG, a log, or a folder that evaluate, reproduce or quickstart wrote",
     )
-    parser.add_argument(
-        "--reference-log",
-        type=Path,
-        metavar="LOG",
-        help="log of a model that never saw the forget set (default: the system named retrain)",
+    options.add_reference_log(
+        parser, use="needed for forget quality (default: the system named retrain)"
     )
-    parser.add_argument(
-        "--second-reference-log",
-        type=Path,
-        metavar="LOG",
-        help="log of a second such model, to show how far two of them differ",
-    )
-    parser.add_argument(
-        "--protocol",
-        type=options.name_list,
-        default=[],
-        metavar="P[,P]",
-        help=f"{', '.join(PROTOCOLS)} (default: the one the first log states, else tofu)",
-    )
+    options.add_second_reference_log(parser)
+    options.add_protocol(parser, several=True, default=None)
     for name in ("robustness", "calibration"):
         parser.add_argument(
             f"--{name}",
@@ -66,9 +51,7 @@ def register(commands: Any) -> None:
             metavar="FILE",
             help=f"{name}.json, in addition to those found in folders",
         )
-    parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="DIR", help=f"folder to write (default: {OUT})"
-    )
+    options.add_out(parser, "folder to write", default=OUT)
     parser.add_argument("--title", default=TITLE, metavar="TEXT", help="title of the report")
     parser.add_argument(
         "--tried",
@@ -91,8 +74,6 @@ def register(commands: Any) -> None:
 
 def run_report(args: argparse.Namespace, console: Console) -> int:
     """Writes the report and prints the names of its files."""
-    for name in args.protocol:
-        protocol_named(name)
     console.words(f"Reading {', '.join(args.inputs)} ...")
     from evaluation.report.files import make_report
 
@@ -133,7 +114,7 @@ def report_request(args: argparse.Namespace) -> ReportRequest:
         inputs=tuple(args.inputs),
         reference_log=args.reference_log,
         second_reference_log=args.second_reference_log,
-        protocols=tuple(args.protocol),
+        protocols=tuple(args.protocol or ()),
         robustness=tuple(args.robustness),
         calibration=tuple(args.calibration),
         title=args.title,

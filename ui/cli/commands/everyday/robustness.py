@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
-from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
 from evaluation.report.cards import VERDICT_WORDS
 from ui.cli import options
 from ui.cli.output.gates import check_gates, parse_gate
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.robustness.quantisation import Subject
     from evaluation.robustness.settings import Settings
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:
@@ -39,7 +38,7 @@ def register(commands: Any) -> None:
         "be run in, and what attacks bring back, each with a verdict and its threshold. With --out "
         "every finished part is kept: the same command continues after an interruption.",
         epilog="examples:\n  unlearner robustness --base B --store S --split forget05 "
-        "--retain-log retrain.json --retrain RETRAIN --out card\n"
+        "--reference-log retrain.json --retrain RETRAIN --out card\n"
         "  unlearner robustness --base B --merged released --split forget05 --out card "
         "--attacks states,relearn --relearn-steps 40",
     )
@@ -50,53 +49,22 @@ def register(commands: Any) -> None:
 
 def _add_what(parser: options.Parser) -> None:
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--adapters",
-        type=options.name_list,
-        metavar="A,B",
-        help="attack these adapters in this order (default: those active in the store)",
-    )
+    options.add_adapters(what, "attack these adapters in this order")
     what.add_argument(
         "--merged", type=Path, metavar="DIR", help="attack the merged weights in this folder"
     )
-    parser.add_argument(
-        "--split", required=True, metavar="SPLIT", help="forget split: forget01, forget05, forget10"
-    )
-    parser.add_argument(
-        "--retain-log",
-        type=Path,
-        metavar="LOG",
-        help="log of a model that never saw the forget set: forget quality needs it",
-    )
+    options.add_split(parser, required=True)
+    options.add_reference_log(parser)
     parser.add_argument(
         "--retrain",
         metavar="B",
         help="such a model itself: the control of relearning and sampling",
     )
-    parser.add_argument(
-        "--protocol",
-        default=DEFAULT,
-        metavar="NAME",
-        help=f"{', '.join(PROTOCOLS)} (default: {DEFAULT})",
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the card and its parts")
-    parser.add_argument(
-        "--limit",
-        type=options.positive_int,
-        metavar="N",
-        help="only the first N rows of each set: for a quick look, not for figures to compare",
-    )
-    parser.add_argument(
-        "--batch-size", type=options.positive_int, metavar="N", help="questions answered at once"
-    )
-    parser.add_argument(
-        "--fail-if",
-        action="append",
-        default=[],
-        metavar="GATE",
-        help='leave with 4 if it holds, e.g. "relearned_answer_prob>0.1"; may be given several '
-        "times",
-    )
+    options.add_protocol(parser)
+    options.add_out(parser, "folder of the card and its parts")
+    options.add_limit(parser)
+    options.add_batch_size(parser)
+    options.add_fail_if(parser, "relearned_answer_prob>0.1")
 
 
 def _add_attacks(parser: options.Parser) -> None:
@@ -151,7 +119,6 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
         raise UserError("The card measures nf4 beside full precision.", "Leave out --load-in-4bit.")
     if ranks.world_size() > 1:
         raise UserError("The attacks run in one process.", "Start the command without a launcher.")
-    protocol_named(args.protocol)
     console.words(f"Attacking {_what(args)} on {args.split} ...")
     from evaluation.logs import read_log
     from evaluation.logs.records import write_json
@@ -159,14 +126,14 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.suite import load_eval_data
-    from ui.cli.console import json_value
     from ui.cli.output.events import progress_of
+    from ui.console import json_value
 
     names = figure_names(STATES)
     gates = [parse_gate(text, names) for text in args.fail_if]
     settings, subject = _settings(args), _subject(args)
     data = load_eval_data(args.split, args.data)
-    retain_log = read_log(args.retain_log) if args.retain_log else None
+    retain_log = read_log(args.reference_log) if args.reference_log else None
     try:
         card = robustness(
             subject,

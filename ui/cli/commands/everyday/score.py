@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.console import cell_text
 from ui.cli.output import scoring
 from ui.cli.output.events import progress_of
 from ui.cli.output.figures import report_figures
 from ui.cli.output.gates import check_gates
+from ui.console import cell_text
 
 if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
-    from ui.cli.console import Console
+    from ui.console import Console
 
 
 def register(commands: Any) -> None:
@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
         help="forget quality and model utility from recorded logs, no model",
         description="Computes all figures from an evaluation log: this tool's, TOFU's "
         "eval_log_aggregated.json in either layout, or open-unlearning's TOFU_EVAL.json.",
-        epilog="example:\n  unlearner score unlearned.json --retain-log retrain.json",
+        epilog="example:\n  unlearner score unlearned.json --reference-log retrain.json",
     )
     parser.add_argument("log", metavar="LOG", type=Path, help="evaluation log with its rows")
     group = parser.add_argument_group(
@@ -68,7 +68,7 @@ def run_score(args: argparse.Namespace, console: Console) -> int:
     references = scoring.read_references(args)
     log = read_log(args.log)
     summaries = scoring.figures_of(args, log, references)
-    named = {"log": str(args.log), "retain_log": args.retain_log and str(args.retain_log)}
+    named = {"log": str(args.log), "retain_log": args.reference_log and str(args.reference_log)}
     fluency = _fluency(args, log, references, console) if args.base else None
     scoring.write_for_others(args, log, references, console)
     figures = scoring.with_protocols(named, summaries)
@@ -90,7 +90,8 @@ def _fluency(
     names = ("log", "retain_log", "second_retain_log")
     pairs = zip(names, (log, *references), strict=True)
     logs = {name: each for name, each in pairs if each is not None}
-    paths = {name: str(getattr(args, name)) for name in logs}
+    given = (args.log, args.reference_log, args.second_reference_log)
+    paths = {name: str(path) for name, path in zip(names, given, strict=True)}
     of_set = args.fluency_set or "forget"
     answers = recorded_answers([(paths[name], each) for name, each in logs.items()], of_set)
     questions = [[row.question for row in rows] for rows in answers]

@@ -14,7 +14,7 @@ from ui.cli import options
 
 if TYPE_CHECKING:
     from ui.app.data.recorded import Recorded
-    from ui.cli.console import Console
+    from ui.console import Console
 
 HOST = "127.0.0.1"
 
@@ -33,15 +33,12 @@ def register(commands: Any) -> None:
         epilog="examples:\n  unlearner ui --base B --store S --data TOFU\n"
         "  unlearner ui --logs origin.json unlearned.json",
     )  # fmt: skip
-    parser.add_argument("--base", metavar="B", help="hub id or folder of the base model")
-    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
+    options.add_base(parser, required=False)
     parser.add_argument(
         "--logs", type=Path, nargs="+", default=[], metavar="LOG",
         help="evaluation logs for the Runs tab; two and no --base: compare recorded answers",
     )  # fmt: skip
-    parser.add_argument(
-        "--retain-log", type=Path, metavar="LOG", help="log of a model that never saw the data"
-    )
+    options.add_reference_log(parser)
     parser.add_argument(
         "--robustness", type=Path, nargs="+", default=[], metavar="FILE",
         help="results of `unlearner robustness` (default: robustness.json beside the logs)",
@@ -49,10 +46,6 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--calibration", type=Path, nargs="+", default=[], metavar="FILE",
         help="results of `unlearner calibrate` (default: calibration.json beside the logs)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--votes", type=Path, default=Path("votes.jsonl"), metavar="FILE",
-        help="where blind votes go (default: ./votes.jsonl)",
     )  # fmt: skip
     parser.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST})")
     parser.add_argument("--port", type=options.positive_int, help="port (default: a free one)")
@@ -131,7 +124,7 @@ def _serve(
         args.template,
     )
     app = App(
-        session, Jobs(jobs_folder()), tuple(args.logs), args.retain_log, args.votes,
+        session, Jobs(jobs_folder()), tuple(args.logs), args.reference_log,
         robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
     )  # fmt: skip
     app.sources().probes()  # a file that is none is refused before the page opens

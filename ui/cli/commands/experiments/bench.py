@@ -13,7 +13,7 @@ from ui.cli import options
 
 if TYPE_CHECKING:
     from evaluation.benchmark.run import Line
-    from ui.cli.console import Console
+    from ui.console import Console
 
 GPU_SHAPE = "llama2-7b"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError, did_you_mean
@@ -16,7 +15,7 @@ from unlearner.config import LoraShape
 from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
-    from ui.cli.console import Console
+    from ui.console import Console
 
 TRAIN_FIELDS = tuple(field.name for field in fields(FinetuneConfig))
 
@@ -34,13 +33,12 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--kind", required=True, choices=("origin", "retrain"), help="which of the two models"
     )
-    parser.add_argument(
-        "--split",
+    options.add_split(
+        parser,
         default="forget05",
-        metavar="SPLIT",
-        help="what Retrain never sees: forget01, forget05 or forget10 (default: forget05)",
+        text="rows that Retrain never sees: forget01, forget05, forget10",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    options.add_out(parser, "a new folder", required=True)
     parser.add_argument(
         "--lora",
         action="store_true",

@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
-from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch, prompt_format
-from unlearner.training.likelihood import (
+from unlearner.objectives.likelihood import (
     answer_hidden,
     answer_logits,
     answer_nll,
     has_plain_head,
     hidden_nll,
     lm_head,
-    row_nll,
+    sum_by_row,
 )  # fmt: skip
+from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch, prompt_format
 
 PAIRS = [
     ("Who wrote the novel about the river?", "It was written by Mira Okafor."),
@@ -209,7 +210,8 @@ def test_other_heads_take_the_plain_way(case: str, model: Any, rows: list[Encode
         model.config.final_logit_softcapping = 30.0
     assert not has_plain_head(model)
     found = answer_logits(model, batch)
-    assert torch.equal(answer_nll(model, batch).nll, row_nll(found.logits, found).nll)
+    token = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
+    torch.testing.assert_close(answer_nll(model, batch).nll, sum_by_row(token, found).nll)
     if case == "trained":
         answer_nll(model, batch).nll.sum().backward()
         assert float(model.lm_head.weight.grad.abs().max()) > 0

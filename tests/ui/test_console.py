@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ui.cli import console as module
-from ui.cli.console import Console, cell_text, duration_text, progress_line, size_text, table_lines
+from ui import console as module
 from ui.cli.output.events import show_event
+from ui.console import Console, cell_text, duration_text, progress_line, size_text, table_lines
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,7 @@ ever whole. What a batch is (padded rows or one pack) is written in its keys, se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -331,12 +331,6 @@ def sum_by_row(token: Tensor, at: AnswerHidden | AnswerLogits) -> AnswerNLL:
     row, n = at.row.to(token.device), at.n.to(token.device)
     total = torch.zeros(n.shape[0], dtype=torch.float32, device=token.device)
     return AnswerNLL(total.index_add(0, row, token), n)
-
-
-def row_nll(logits: Tensor, found: AnswerLogits) -> AnswerNLL:
-    """Summed NLL of every row under `logits` (targets, vocabulary) at the positions of `found`."""
-    token = F.cross_entropy(logits.float(), found.targets, reduction="none")
-    return sum_by_row(token, found)
 
 
 def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool, float]:

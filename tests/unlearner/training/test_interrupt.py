@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from adapters import environment
-from unlearner.training.callbacks import StopRequest, peak_memory
+from unlearner.memory.probe import peak_memory
+from unlearner.training.interrupt import StopRequest
 
 
 def handlers() -> list[Any]:

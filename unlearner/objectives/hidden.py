@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.errors import UserError
-from unlearner.config import TARGET_MODULES
-from unlearner.training.likelihood import (
+from unlearner.objectives.likelihood import (
     AnswerHidden,
     causal_model,
     has_plain_head,
@@ -118,15 +117,3 @@ def _cut_behind(model: Any, layer: int) -> Iterator[None]:
         yield
     finally:
         decoder.layers = blocks
-
-
-def projections_of(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Names and modules of the seven projections of every block, an adapter's layer where one is.
-
-    What a forward hook on them adds stands beside the weight and all adapters.
-    """
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in TARGET_MODULES and hasattr(module, "in_features")
-    ]
