@@ -172,8 +172,8 @@ class Workplace:
 
     def weights(self, state: str) -> int:
         """How many weights the form's files hold."""
-        from adapters.base.fingerprint import weight_files
         from adapters.base.load import resolve_base
+        from adapters.base.weights import weight_files
         from adapters.tensors import read_header
 
         spec = self._spec(state)
@@ -197,8 +197,8 @@ class Workplace:
 
     @cached_property
     def merged_folder(self) -> Path:
-        """The merged weights: the subject's own, else those of its adapters, merged now."""
-        from adapters.atomic_files import left_by_the_dead, temporary_name
+        """The merged weights: the subject's own, else its adapters folded into the base now."""
+        from adapters.atomic_files import is_stale_temp, temporary_name
         from adapters.base.fingerprint import fingerprint_base
         from adapters.lora.merge import fold_stack
 
@@ -211,7 +211,7 @@ class Workplace:
         self._scratch.mkdir(parents=True, exist_ok=True)
         # A killed process leaves its weights behind: many gigabytes of a large model.
         for path in self._scratch.glob(".tmp-*-merged"):
-            if left_by_the_dead(path.name):
+            if is_stale_temp(path):
                 shutil.rmtree(path, ignore_errors=True)
         self._folded = self._scratch / temporary_name("merged")
         return fold_stack(self._base_folder, stack, self._folded).path

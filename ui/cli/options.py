@@ -326,7 +326,7 @@ def loading(*, either_way: bool = False) -> Parser:
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the weights in memory (default: auto: bfloat16 on a GPU, float32 on a CPU)",
     )
