@@ -122,6 +122,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"`unlearner {words}` takes no further argument {extra[0]!r}.",
             f"See `unlearner {words} --help`.",
         )
+    args.words = list(argv)
     return args
 
 
@@ -159,8 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse(words)
-        args.words = words
-        _quiet_libraries(console)
+        quiet_libraries(console)
         # Only the console writes data: what a library prints is words, and goes to stderr.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             if not debug:
@@ -221,7 +221,7 @@ def unexpected(error: Exception) -> tuple[str, str]:
     )
 
 
-def _quiet_libraries(console: Console) -> None:
+def quiet_libraries(console: Console) -> None:
     """Libraries say only what is wrong; their bars move on a terminal only."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -5,26 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.app.data import commands
 from ui.app.data.probes import Probes, gather_probes, is_probe
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
     from evaluation.report.build import ReportRequest
-    from ui.app.session import Answer
 
 REFERENCE = "retrain reference"
-PER_MODEL = {
-    "rouge_l_recall": "rouge_l", "answer_prob": "answer_prob", "truth_ratio": "truth_ratio",
-}  # fmt: skip
 COLUMNS = (
     "name", "source", "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction",
     "model_utility", "forget_rouge_l_recall", "forget_answer_prob", "n", "protocol", "limited",
@@ -70,30 +65,10 @@ class Sources:
         return gather_probes(self.store, self.logs, self.robustness, self.calibration)
 
 
-def write_report(sources: Sources, out: Path) -> Path:
-    """The HTML report of what the Runs tab shows, at `out`: `unlearner report` on logs and probes.
-
-    Figures filed in a store have no rows and no log to hash: where they are all there is, the
-    page's own tables and plots are written instead. Made in the one place for button and tests.
-    """
-    request = report_request(sources)
-    if request is None:
-        from ui.app.html.runs_page import file_html
-
-        out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
-        return out
-    from evaluation.report.files import make_report
-
-    with tempfile.TemporaryDirectory(prefix="unlearner-report-") as folder:
-        shutil.copyfile(make_report(request, Path(folder)).html, out)
-    return out
-
-
 def report_request(sources: Sources) -> ReportRequest | None:
     """What `unlearner report` is asked for; None without any log or file of a probe."""
     from evaluation.report.build import ReportRequest
     from evaluation.report.inputs import named_logs
-    from ui.cli.commands.everyday.report import command_text
 
     if not (sources.logs or sources.robustness or sources.calibration):
         return None
@@ -103,7 +78,10 @@ def report_request(sources: Sources) -> ReportRequest | None:
         robustness=sources.robustness,
         calibration=sources.calibration,
     )
-    return replace(request, command=command_text(request))
+    words = commands.report(
+        sources.logs, sources.retain_log, sources.robustness, sources.calibration
+    )
+    return replace(request, command=words)
 
 
 def gather(
@@ -194,41 +172,3 @@ def as_csv(runs: Runs) -> str:
     writer.writeheader()
     writer.writerows(runs.table)
     return out.getvalue()
-
-
-def comparator(
-    rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]
-) -> dict[str, Any]:
-    """LLM Comparator's JSON (PAIR) of rows: set, question, and the answers of A and B.
-
-    The score is ROUGE-L of A less that of B, null where one was not measured: positive where A
-    holds more of the true answer. A field that is per model holds A's value, then B's.
-    """
-    return {
-        "metadata": {
-            "source_path": "unlearner",
-            "custom_fields_schema": [
-                *({"name": name, "type": "per_model_number"} for name in PER_MODEL.values()),
-                {"name": "verdict", "type": "per_model_category"},
-            ],
-        },
-        "models": [{"name": name} for name in names],
-        "examples": [_example(*row) for row in rows],
-    }
-
-
-def _example(group: str, question: str, a: Answer, b: Answer) -> dict[str, Any]:
-    scores = (a.rouge_l_recall, b.rouge_l_recall)
-    known = [score for score in scores if score is not None]
-    return {
-        "input_text": question,
-        "tags": [group],
-        "output_text_a": a.text,
-        "output_text_b": b.text,
-        "score": known[0] - known[1] if len(known) == 2 else None,
-        "individual_rater_scores": [],
-        "custom_fields": {
-            **{name: [getattr(a, key), getattr(b, key)] for key, name in PER_MODEL.items()},
-            "verdict": [a.word or None, b.word or None],
-        },
-    }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evaluation.report.card_sections import verdict_table
@@ -156,3 +159,20 @@ def file_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
         blocks = _log_r_blocks(found, list(found.log_r))
         sections.append(Section("log-r", "Log R", tuple(blocks)))
     return html_page("unlearner: runs", sections)
+
+
+def write_report(sources: runs.Sources, out: Path) -> Path:
+    """The HTML report of what the Runs tab shows, at `out`: `unlearner report` on logs and probes.
+
+    Figures filed in a store have no rows and no log to hash: where they are all there is, the
+    page's own tables and plots are written instead. Made in the one place for button and tests.
+    """
+    request = runs.report_request(sources)
+    if request is None:
+        out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
+        return out
+    from evaluation.report.files import make_report
+
+    with tempfile.TemporaryDirectory(prefix="unlearner-report-") as folder:
+        shutil.copyfile(make_report(request, Path(folder)).html, out)
+    return out

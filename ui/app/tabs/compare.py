@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui.app.data import same, verdicts
+from ui.app.data import commands, verdicts
 from ui.app.data.decoding import Sampling
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, command_box, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
-    from ui.app.session import Frame
+    from ui.app.data.answers import Frame
 
 FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
 SETTLE_SECONDS = 0.25  # a slider that moves on within this time is not answered yet
@@ -155,7 +155,7 @@ def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
         shown, last_stage = now, frame.stage
         yield (_status(_stage(frame)), *views.frame_cards(frame, names),
                views.scores_table(frame), frame, 
-               views.command_html(same.ask(app.session, frame)))  # fmt: skip
+               views.command_html(commands.ask(app.session, frame)))  # fmt: skip
 
 
 def _status(text: str) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui.app.data import requests, same
-from ui.app.html import views
+from ui.app.data import commands
+from ui.app.html import request_page, views
 from ui.app.tabs.pages import PRIVATE, command_box, told
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def first(app: App) -> First:
                 "Stop and keep what is done", visible=False, elem_id="un-demo-stop", size="md",
                 scale=0, min_width=240,
             )  # fmt: skip
-        words = command_box(same.demo(folder(app)))
+        words = command_box(commands.demo(folder(app)))
     began = make.click(told(lambda: _begin(app)), None, None, **PRIVATE)
     stop.click(told(lambda: _stop(app)), None, None, **PRIVATE)
     return First([box, live, make, stop, words], [began])
@@ -91,11 +91,11 @@ def shown(app: App) -> tuple[Any, ...]:
     words = "Go on with the demo world" if halted else "Make the demo world"
     return (
         gr.update(visible=offers(app)),
-        "" if view is None else requests.job_html(view),
+        "" if view is None else request_page.job_html(view),
         gr.update(value=words, visible=not busy),
         gr.update(visible=busy),
         # The card of a job holds its command already.
-        views.command_html(same.demo(folder(app))) if view is None else "",
+        views.command_html(commands.demo(folder(app))) if view is None else "",
     )
 
 

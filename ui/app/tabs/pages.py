@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
-from ui.app.data import runs
+from ui.app.data.comparator import comparator
 from ui.app.html import views
 
 if TYPE_CHECKING:
     from ui.app.build import App
-    from ui.app.session import Answer
+    from ui.app.data.comparator import Pair
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 LOG = logging.getLogger("unlearner.app")
@@ -67,10 +67,8 @@ def note(text: str) -> str:
     return f'<p class="un-note">{views.esc(text)}</p>'
 
 
-def comparator_file(
-    app: App, rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]
-) -> str:  # fmt: skip
-    """A file in LLM Comparator's JSON; rows are set, question and both answers."""
+def comparator_file(app: App, rows: Sequence[Pair], names: tuple[str, str]) -> str:
+    """A file in LLM Comparator's JSON; for <https://pair-code.github.io/llm-comparator/>."""
     path = app.new_file("comparator.json")
-    path.write_text(json.dumps(runs.comparator(rows, names)), encoding="utf-8")
+    path.write_text(json.dumps(comparator(rows, names)), encoding="utf-8")
     return str(path)

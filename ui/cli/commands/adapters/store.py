@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.adapter_row import adapter_row
 from ui.cli import options
 from ui.console import size_text
 
 if TYPE_CHECKING:
     from adapters.store.activation import StackChange
-    from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
     from ui.console import Console
 
@@ -117,25 +117,6 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
     console.words("Active: " + (", ".join(active) or "nothing, the bare base"))
     console.result({"store": str(store.path), "active": active, "table": table})
     return 0
-
-
-def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
-    """An adapter as a table row; counts and settings, never a text."""
-    manifest = adapter.manifest
-    return {
-        "name": adapter.slug,
-        "label": adapter.label,
-        "status": adapter.status,
-        "scale": adapter.scale,
-        "rows": manifest.data.get("forget", {}).get("n"),
-        "objective": manifest.objective.get("name"),
-        "lora_r": manifest.lora.get("r", manifest.lora.get("lora_r")),
-        "parents": list(manifest.parents),
-        "policy": manifest.policy,
-        "bytes": adapter.size,
-        "created": manifest.created[:19],
-        "problem": adapter.problem or None,
-    }
 
 
 def run_show(args: argparse.Namespace, console: Console) -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.adapter_row import adapter_row
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
-from ui.cli.commands.adapters.store import adapter_row
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import show_event
 from ui.cli.own_rows import mined
