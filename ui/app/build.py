@@ -156,14 +156,17 @@ def _live(app: App, page: gr.Blocks) -> None:
 
 def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[Any, Any]) -> None:
     """Header, adapters, authors and jobs: once a second while something is under way."""
-    timer, seen = gr.Timer(1.0), gr.State(("", ""))
+    timer, seen = gr.Timer(1.0), gr.State(("", "", False))
     request, first = watched
 
-    def look(chosen: list[str], last: tuple[str, str]) -> tuple[Any, ...]:
+    def look(chosen: list[str], last: tuple[str, str, bool]) -> tuple[Any, ...]:
         busy = app_request.advance(app)
-        now = (str(app.session.store_path), repr((_head(app), _choices(app))))
+        opened = last[2] or (app.session.state == "ready" and bool(app.session.askable()))
+        now = (str(app.session.store_path), repr((_head(app), _choices(app))), opened)
         # An open list would close under the reader's hand: it is filled anew only where it must.
-        parts = [gr.skip()] * 5 if now == last else _renewed(app, chosen, now[0] == last[0])
+        parts = (
+            [gr.skip()] * 5 if now == last else _renewed(app, chosen, now[0] == last[0], last[2])
+        )
         return (
             *parts,
             *app_request.shown(app, find=not last[0]),
@@ -182,16 +185,19 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
         begun.then(**wake, **quiet)
 
 
-def _renewed(app: App, chosen: list[str], same_store: bool) -> list[Any]:
+def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> list[Any]:
     """Header, adapters and the three lists of authors; ticks stay while the store is the same."""
     choices = _choices(app)
     known = [slug for _, slug in choices]
     kept = [slug for slug in chosen or [] if slug in known]
     asked, authors = list(app.session.askable()), list(app.session.library.authors)
+    # A new page opens with an answer: the first author is chosen, and that asks once.
+    opening = {"value": asked[0]} if asked and not opened and app.session.state == "ready" else {}
     return [
         _head(app),
         gr.update(choices=choices, value=kept if same_store else _on(app)),
-        *[gr.update(choices=names) for names in (asked, asked, authors)],
+        gr.update(choices=asked, **opening),
+        *[gr.update(choices=names) for names in (asked, authors)],
     ]
 
 

@@ -7,6 +7,7 @@ change of the active adapters is read back from the model's layers before it is 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from adapters.errors import UserError
 from ui.app.data.answers import Answer, Frame, Stack, judged
 from ui.app.data.library import Library, read_library, requested
 from ui.app.turns import Turns
+
+LOG = logging.getLogger("unlearner.app")
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
@@ -46,11 +49,15 @@ class Session:
     _fingerprint: Any = None
     _quantised: bool = False
     _ready: threading.Event = field(default_factory=threading.Event)
+    _starting: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
-        """Begins to load base and questions in the background."""
-        self.state = "loading" if self.base is not None else "no base"
-        self._ready.clear()
+        """Begins to load base and questions in the background, unless that is under way."""
+        with self._starting:
+            if self.state == "loading":
+                return
+            self.state = "loading" if self.base is not None else "no base"
+            self._ready.clear()
         threading.Thread(target=self._load, name="load the base", daemon=True).start()
 
     def _load(self) -> None:
@@ -61,8 +68,9 @@ class Session:
                 self._load_model(self.base)
         except UserError as error:
             self.state, self.problem = "failed", str(error)
-        except Exception as error:  # told on the page: a thread has nobody else to tell
+        except Exception as error:  # a thread can report to nobody but the page
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
+            LOG.debug("loading failed", exc_info=error)
         finally:
             self._ready.set()
 
@@ -90,8 +98,15 @@ class Session:
 
     def rest(self) -> None:
         """Lets go of the model's memory, for a training that needs it; `start` loads it again."""
+        import gc
+
+        import torch
+
         with self.turns.turn():
             self._model, self.state = None, "resting"
+            gc.collect()  # peft's layers and their model hold each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def require(self) -> tuple[Any, PromptFormat]:
         """The model and its prompt format, or a UserError that says why there is none yet."""

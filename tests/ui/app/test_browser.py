@@ -119,6 +119,7 @@ def page(browser: Any, served: tuple[Any, str]) -> Iterator[Any]:
 def _open(page: Any, url: str) -> None:
     page.goto(url)
     page.wait_for_function("document.querySelector('#un-state')?.textContent == 'ready'")
+    _wait_for(page, "#un-status", "Done: both sides")  # a new page answers its first question
 
 
 def _wait_for(page: Any, where: str, words: str) -> None:
@@ -131,6 +132,14 @@ def _wait_for(page: Any, where: str, words: str) -> None:
 def _ask(page: Any, question: str) -> None:
     page.locator("#un-question textarea, #un-question input").first.fill(question)
     page.locator("#un-question textarea, #un-question input").first.press("Enter")
+    _asked(page, question)
+
+
+def _asked(page: Any, question: str) -> None:
+    """Waits until what is shown answers this question, not one before it."""
+    page.wait_for_function(
+        "text => document.querySelector('#un-status p')?.dataset.question === text", arg=question
+    )
 
 
 def _done(page: Any, how: str = "both sides") -> tuple[str, str]:
@@ -164,6 +173,18 @@ def _pick(page: Any, where: str, text: str) -> None:
 def _question(app: Any) -> str:
     author = list(app.session.library.authors)[-1]
     return str(app.session.library.authors[author][0].question)
+
+
+def test_a_new_page_has_asked_its_first_question(page: Any, served: Any) -> None:
+    author, rows = next(iter(served[0].session.askable().items()))
+    _asked(page, rows[0].question)
+    assert page.locator("#un-author input").input_value() == author
+    assert page.locator("#un-list input").input_value() == rows[0].question
+    assert page.locator("#un-left .un-answer").inner_text()
+    assert page.locator("#un-figures tbody tr").count() == 3
+    _pick(page, "#un-list", rows[1].question)  # choosing another does not ask it
+    page.wait_for_timeout(500)
+    _asked(page, rows[0].question)
 
 
 def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served: Any) -> None:
@@ -400,8 +421,10 @@ def test_everything_can_be_reached_and_done_by_keyboard(page: Any, served: Any) 
     assert any(name.startswith("BUTTON Compare") for _, name in seen)
     page.keyboard.press("Shift+Tab")  # from Stop to Ask to the question
     page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Control+A")
     page.keyboard.type(_question(served[0]))
     page.keyboard.press("Enter")
+    _asked(page, _question(served[0]))
     assert _done(page)[0]
     page.locator("[role=tab][aria-selected=true]").first.focus()
     page.keyboard.press("Tab")
@@ -512,6 +535,7 @@ def test_nothing_is_fetched_or_kept_and_labels_are_there(
     fetched: list[str] = []
     page.on("request", lambda request: fetched.append(request.url))
     page.reload()
+    _wait_for(page, "#un-status", "Done: both sides")
     _ask(page, "Is a question kept?")
     _done(page)
     away = [url for url in fetched if not url.startswith((served[1], "data:", "blob:"))]
@@ -523,7 +547,7 @@ def test_nothing_is_fetched_or_kept_and_labels_are_there(
 
     monkeypatch.setattr(type(served[0].session), "compare", fail)
     page.get_by_role("button", name="Ask both").click()
-    page.wait_for_selector("text=RuntimeError. See the terminal")
+    page.wait_for_selector("text=RuntimeError. Start")
     said = "".join(capfd.readouterr()) + caplog.text
     assert "RuntimeError in" in said  # what happened is logged, not what was asked
     assert "Is a question kept?" not in said

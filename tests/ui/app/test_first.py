@@ -42,22 +42,17 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
         last = jobs.view(name).steps[-1]
         assert last["steps"] >= last["step"] >= 0
         page.locator("#un-demo-stop").click()
-        page.wait_for_selector("text=Go on with the demo world")
+        page.wait_for_selector("text=Continue the demo world")
         assert jobs.view(name).status == "saved"
         assert app.session.state == "no base"
         page.reload()  # whoever comes back can go on
-        page.get_by_role("button", name="Go on with the demo world").click()
+        page.get_by_role("button", name="Continue the demo world").click()
         page.wait_for_function("document.querySelector('#un-state').textContent == 'ready'")
         page.locator("#un-first").wait_for(state="hidden")
         assert [view.name for view in jobs.views()] == [name]  # it went on, it did not begin anew
         assert app.session.store_path == tmp_path / "mine" / "unlearner-demo" / "forget-store"
         assert len(app.session.filed_stack()) == 2
         page.wait_for_function("document.querySelectorAll('#un-stack input:checked').length == 2")
-        page.locator("#un-author input").click()
-        page.get_by_role("option").first.click()
-        page.locator("#un-list input").click()
-        page.get_by_role("option").first.click()
-        page.get_by_role("button", name="Ask both").click()
         page.wait_for_function("document.querySelector('#un-status').textContent.includes('Done:')")
         assert "2 adapters" in page.locator("#un-right h2").inner_text()
         assert app.retain_log is not None

@@ -154,14 +154,12 @@ def look(
         return preview, plan(run)
 
 
-def free_memory(session: Session) -> int | None:
-    """Free bytes where the training would run; None where the system does not say."""
+def free_memory(session: Session) -> int:
+    """Free bytes where the training would run."""
+    import psutil
     import torch
 
     spec = session.base
     if torch.cuda.is_available() and (spec is None or spec.device != "cpu"):
         return int(torch.cuda.mem_get_info()[0])
-    from ui.doctor import memory_bytes
-
-    free = memory_bytes()[1]
-    return None if free is None else int(free)
+    return int(psutil.virtual_memory().available)

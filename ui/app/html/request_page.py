@@ -42,13 +42,11 @@ def preview_html(preview: Preview) -> str:
     )
 
 
-def plan_html(plan: dict[str, Any], free: int | None) -> str:
+def plan_html(plan: dict[str, Any], free: int) -> str:
     """Steps, size and whether the estimate fits the free memory."""
     memory = plan["memory"]
     low, high = memory["low_bytes"], memory["high_bytes"]
-    if free is None:
-        fits = "how much is free here is not known"
-    elif high <= free:
+    if high <= free:
         fits = f"{size_text(free)} free: fits"
     elif low <= free:
         fits = f"{size_text(free)} free: may not fit"

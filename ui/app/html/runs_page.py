@@ -142,7 +142,7 @@ def table_html(found: runs.Runs) -> str:
 def _run_table(found: runs.Runs) -> Table:
     rows = tuple(tuple(Cell(_cell(value)) for value in runs.cells(row)) for row in found.table)
     texts = ("name", "source", "direction", "protocol", "limited")
-    columns = tuple(Column(name, numeric=name not in texts) for name in runs.COLUMNS)
+    columns = tuple(Column(runs.LABELS[name], numeric=name not in texts) for name in runs.COLUMNS)
     return Table("Runs", columns, rows)
 
 

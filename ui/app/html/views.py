@@ -183,6 +183,8 @@ def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]
         quality, utility = found.get("forget_quality"), found.get("model_utility")
         said = [f"FQ {quality:.3g}" if quality is not None else "FQ needs a reference"]
         said += [f"MU {utility:.3f}"] if utility is not None else []
+        if found.get("limit") is not None:
+            said.append(f"only the first {found['limit']} rows of each set")
         figures.append(f"{name}: {', '.join(said)}")
     rows = manifest.data.get("forget", {}).get("n")
     return [

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ui.app.jobs import JobView
 
 OFFER = (
-    "<h2>Nothing is here yet</h2><p>The store is empty and no base was named. Make the demo "
-    "world: fictitious authors, a small model that read about them, and two requests to forget. "
-    "It is trained on this machine's CPU in minutes, downloads nothing, and this page goes over "
-    "to it when it is done.</p><p>To work on a model of your own: <code>unlearner ui --base B "
+    "<h2>Nothing is here yet</h2><p>The store is empty and no base was given. The demo "
+    "world has fictitious authors, a small model trained on them, and two requests to forget. It "
+    "trains on this machine's CPU in minutes, downloads nothing, and opens here when it is "
+    "ready.</p><p>To use your own model: <code>unlearner ui --base B "
     "--store S</code></p>"
 )
 
@@ -88,7 +88,7 @@ def shown(app: App) -> tuple[Any, ...]:
     view = job(app)
     busy = view is not None and not view.ended
     halted = view is not None and view.status in ("saved", "died")
-    words = "Go on with the demo world" if halted else "Make the demo world"
+    words = "Continue the demo world" if halted else "Make the demo world"
     return (
         gr.update(visible=offers(app)),
         "" if view is None else request_page.job_html(view),

@@ -29,11 +29,21 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     def fail(error: Exception) -> gr.Error:
         if isinstance(error, UserError):
             return gr.Error(str(error), title="That did not work", print_exception=False)
-        LOG.error("%s in %s", type(error).__name__, function.__name__)
+        debug = LOG.isEnabledFor(logging.DEBUG)
+        # A message may quote a question: without --debug only its type is logged.
+        LOG.error(
+            "%s in %s", type(error).__name__, function.__name__, exc_info=error if debug else None
+        )
+        place = (
+            "The terminal shows the traceback."
+            if debug
+            else (
+                "Start `unlearner ui --debug` to see the traceback; `unlearner doctor` checks this "
+                "machine."
+            )
+        )
         return gr.Error(
-            f"{type(error).__name__}. See the terminal; `unlearner doctor` checks this machine.",
-            title="Something unforeseen",
-            print_exception=False,
+            f"{type(error).__name__}. {place}", title="Unexpected error", print_exception=False
         )
 
     if inspect.isgeneratorfunction(function):

@@ -141,13 +141,15 @@ def _watch(app: App) -> tuple[Any, Any, list[Any]]:
         cancel = gr.Button(
             "Cancel and save", elem_id="un-cancel", size="md", scale=1, min_width=140
         )
-        resume = gr.Button("Go on", elem_id="un-resume", size="md", scale=1, min_width=100)
+        resume = gr.Button("Continue", elem_id="un-resume", size="md", scale=1, min_width=100)
+        clear = gr.Button(
+            "Clear history", elem_id="un-clear-history", size="md", scale=1, min_width=120
+        )
     said = gr.HTML("")
 
     def act(action: str) -> Callable[[str | None], str]:
         def run(name: str | None) -> str:
-            text = getattr(app.jobs, action)(name or _only(app))
-            return note(str(text or "It goes on."))
+            return note(getattr(app.jobs, action)(name or _only(app)))
 
         return run
 
@@ -155,6 +157,13 @@ def _watch(app: App) -> tuple[Any, Any, list[Any]]:
         cancel.click(told(act("cancel")), job, said, **PRIVATE),
         resume.click(told(act("resume")), job, said, **PRIVATE),
     ]
+
+    def clear_history() -> tuple[Any, ...]:
+        count = app.jobs.clear_history()
+        text = note(f"{count} ended jobs deleted." if count else "No job has ended.")
+        return text, _jobs_html(app), gr.update(choices=_jobs(app), value=None)
+
+    clear.click(told(clear_history), None, [said, live, job], **PRIVATE)
     return live, job, events
 
 
@@ -174,7 +183,7 @@ def advance(app: App) -> bool:
     if not busy:
         app_first.adopt(app)
         if app.session.state == "resting":
-            app.session.start()
+            app.session.start()  # does nothing where another page was first
     return busy
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ui.app.build import App
 
 EMPTY = (
-    "No evaluation yet. `unlearner evaluate --store S ...` files its figures with the adapter; "
-    "`unlearner ui --logs LOG ...` shows logs."
+    '<p class="un-note">No evaluation yet. <code>unlearner evaluate --store S ...</code> stores '
+    "its figures with the adapter; <code>unlearner ui --logs LOG ...</code> shows logs.</p>"
 )
 
 
@@ -39,7 +39,7 @@ class _Reading:
         first = names[: runs_page.SHOWN_CURVES]
         words = commands.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
         return (
-            notes or ("" if found.table else note(EMPTY)),
+            notes or ("" if found.table else EMPTY),
             [runs_data.cells(row) for row in found.table],
             gr.update(choices=names, value=first, visible=bool(names)),
             runs_page.log_r_html(found, first),
@@ -68,8 +68,9 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     """The Runs tab; what reads it anew, and the fields that fills."""
     said = gr.HTML("")
     grid = gr.Dataframe(
-        headers=list(runs_data.COLUMNS), value=[], interactive=False, elem_id="un-runs",
-        label="Evaluations, measured before; nothing is computed here", max_height=420,
+        headers=[runs_data.LABELS[name] for name in runs_data.COLUMNS], value=[],
+        interactive=False, elem_id="un-runs", max_height=420,
+        label="Evaluations, measured before; nothing is computed here",
     )  # fmt: skip
     chosen = gr.CheckboxGroup(
         [], label="Runs whose log R is drawn", elem_id="un-chosen", visible=False,
