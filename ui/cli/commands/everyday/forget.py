@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.errors import UserError
+from ui.adapter_row import adapter_row
 from ui.cli import options
-from ui.cli.adapter_rows import adapter_row
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import show_event
