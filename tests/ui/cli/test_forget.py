@@ -254,7 +254,7 @@ def test_a_flag_of_the_run_reaches_unlearn(
     seen: list[dict[str, Any]] = []
 
     def stop(*args: Any, **options: Any) -> None:
-        seen.append(options)
+        seen.append({**vars(args[4]), **options})
         raise Interrupted("Stopped.", "Go on with --resume.")
 
     monkeypatch.setattr(recipe, "unlearn", stop)
@@ -272,7 +272,7 @@ def test_refusals_come_from_the_data_folder(
     from unlearner.run import prepare as preparing
 
     seen: list[Any] = []
-    monkeypatch.setattr(preparing, "prepare", lambda *args, **options: seen.append(options))
+    monkeypatch.setattr(preparing, "prepare", lambda *args: seen.append(vars(args[4])))
     monkeypatch.setattr(recipe, "plan", raising_stop)
     (tmp_path / "idontknow.jsonl").write_text("I cannot say.\nNo idea.\n")
     words = ["forget", *request_files, "--base", tiny_base, "--data", tmp_path, "--dry-run"]
