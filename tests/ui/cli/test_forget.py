@@ -269,10 +269,9 @@ def test_refusals_come_from_the_data_folder(
     run: Any, tiny_base: Path, request_files: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     from unlearner import run as recipe
-    from unlearner.run import prepare as preparing
 
     seen: list[Any] = []
-    monkeypatch.setattr(preparing, "prepare", lambda *args: seen.append(vars(args[4])))
+    monkeypatch.setattr(recipe, "prepare", lambda *args: seen.append(vars(args[4])))
     monkeypatch.setattr(recipe, "plan", raising_stop)
     (tmp_path / "idontknow.jsonl").write_text("I cannot say.\nNo idea.\n")
     words = ["forget", *request_files, "--base", tiny_base, "--data", tmp_path, "--dry-run"]
@@ -527,7 +526,7 @@ def test_full_writes_a_model_and_refuses_flags_of_adapters(
     for flags in (["--lora-r", "4"], ["--label", "x"], ["--on-stack"], ["--store", tmp_path]):
         refused = run(*words, *flags)
         assert refused.code == 2
-        assert f"{flags[0]} says nothing with --full" in refused.err
+        assert f"{flags[0]} has no effect with --full" in refused.err
     assert run(*words, "--load-in-4bit").code == 2
     done = run(*words, "--num-train-epochs", 1, "--json")
     assert done.code == 0
