@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from adapters.atomic_files import temporary_name, write_bytes
 from adapters.errors import UserError
 
 MARK = re.compile(r"[0-9a-f]{32}")
@@ -105,12 +106,8 @@ def store_key(path: Path | None = None) -> bytes:
 def _create_key(place: Path) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = place.with_name(f".{place.name}-{os.getpid()}-{secrets.token_hex(4)}")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        aside = place.with_name(temporary_name(place.name))
+        write_bytes(aside, (secrets.token_hex(32) + "\n").encode(), mode=0o600)
         try:
             os.link(aside, place)  # fails if another process was first: then its key is the key
         except FileExistsError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -51,12 +52,20 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit this code runs from, `-dirty` with uncommitted changes; None outside git."""
-    here = Path(__file__).resolve().parent
+    """The commit this code runs from, `-dirty` with uncommitted changes; None outside git.
+
+    Only the repository whose root holds this package counts: an installed package may lie in a
+    virtual environment inside a repository of the user's.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
-            cwd=here,
+            cwd=root,
+            # Inside a git hook these name the repository of the hook.
+            env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
             capture_output=True,
             text=True,
             timeout=10,
@@ -71,7 +80,8 @@ def describe(device: str, seed: int) -> dict[str, Any]:
     """The `env` of a manifest: versions, commit, seed, device and its name."""
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
     return {
         "versions": versions(),
         "commit": commit(),

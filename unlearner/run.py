@@ -19,7 +19,7 @@ from adapters.errors import DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
 from adapters.store.manifest import ForgetManifest
-from unlearner.config import LoraShape, UnlearnConfig, streams_of
+from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.neighbours import nearest_rows
 from unlearner.request.past_requests import (
@@ -180,6 +180,8 @@ def prepare(
             token, an empty stack, an unknown schedule or optimizer.
         BaseMismatch: the store belongs to another base.
     """
+    from unlearner.memory.plan import meta_model
+
     options = options or RunOptions()
     key, notes = store_key(), list[str]()
     replaced = _replaced(store, options.replaces, request.rows, key)
@@ -190,6 +192,7 @@ def prepare(
     folder = resolve_base(base.name, base.revision)
     if config.objective.name == "rmu":
         _check_layer(config, folder)
+    config = replace(config, lora=with_targets(config.lora, meta_model(folder)))
     fingerprint = fingerprint_base(folder)
     recorded = store.base() if store is not None else None
     if recorded is not None:
@@ -460,8 +463,24 @@ def load_with_adapter(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str
     return add_trainable(model, NEW, lora_config(run.config.lora), slugs), view
 
 
+def with_targets(shape: LoraShape, model: Any) -> LoraShape:
+    """The shape with the names of the layers that are adapted in `model`, on any device.
+
+    Raises:
+        UserError: a target that is not a linear layer of every block; those that are are named.
+    """
+    from adapters.lora.targets import check_coverage, default_targets
+
+    if shape.target_modules != ALL_LINEAR:
+        check_coverage(model, shape.target_modules)
+        return shape
+    names = default_targets(model)
+    # A Llama's in the order in which the manifests of earlier versions have them.
+    return replace(shape, target_modules=TARGET_MODULES if {*names} == {*TARGET_MODULES} else names)
+
+
 def lora_config(shape: LoraShape) -> Any:
-    """PEFT's configuration of an adapter."""
+    """PEFT's configuration of an adapter whose targets are resolved."""
     from peft import LoraConfig
 
     return LoraConfig(

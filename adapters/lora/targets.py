@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from adapters.base.weights import stored_matrices
 from adapters.errors import UserError
-
-# Linear layers that choose experts: an update there reroutes every token, not only the forgotten.
-ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
+from adapters.lora.format import FORBIDDEN
 
 
 def default_targets(model: Any) -> tuple[str, ...]:
@@ -43,13 +43,13 @@ def check_coverage(model: Any, targets: Sequence[str]) -> None:
     """
     possible = default_targets(model)
     layers = _layers_by_name(model)
-    outside = {_last(path) for path in _linear_layers(model) if block_of(path) is None}
+    outside = {_last(path) for path in linear_layers(model) if block_of(path) is None}
     problems = []
     for name in dict.fromkeys(targets):
         if name in outside:
             problems.append(f"{name} is also outside of the blocks")
-        elif name in ROUTERS:
-            problems.append(f"{name} is a router")
+        elif name in FORBIDDEN:
+            problems.append(f"{name} is a router or an embedding")
         elif name not in layers:
             problems.append(f"there is no linear layer {name}")
         elif name not in possible:
@@ -61,6 +61,7 @@ def check_coverage(model: Any, targets: Sequence[str]) -> None:
             f"The target modules do not fit {_class_name(model)}: {'; '.join(problems)}.",
             f"Use {','.join(possible)}, or some of them.",
         )
+    _check_stored_names(model, targets)
 
 
 def block_of(path: str) -> int | None:
@@ -68,27 +69,41 @@ def block_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def _linear_layers(model: Any) -> dict[str, Any]:
+def linear_layers(model: Any) -> dict[str, Any]:
     """Linear layers by their path in the bare base, also where LoRA layers wrap them already."""
     from torch import nn
 
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    found = {}
-    for path, module in inner.named_modules():
+    layers = {}
+    for path, module in _inner(model).named_modules():
         parts = path.split(".")
         if "base_layer" in parts or any(part.startswith("lora_") for part in parts):
             continue
         if isinstance(getattr(module, "base_layer", module), nn.Linear):
-            found[path] = module
-    return found
+            layers[path] = module
+    return layers
+
+
+def _check_stored_names(model: Any, targets: Sequence[str]) -> None:
+    """Refuse a base whose files name the targeted weights otherwise than the model does."""
+    folder = Path(_inner(model).name_or_path or "/nowhere")
+    if not any(folder.glob("*.safetensors")):
+        return  # made in memory
+    paths = sorted(path for path in linear_layers(model) if _last(path) in targets)
+    missing = sorted(set(paths) - set(stored_matrices(folder, paths)))
+    if missing:
+        raise UserError(
+            f"The weights in {folder.name} have other names than the model's layers: there is no "
+            f"matrix for {missing[0]}. An adapter could be trained, but not merged.",
+            "Load the base with transformers and save it again with save_pretrained.",
+        )
 
 
 def _layers_by_name(model: Any) -> dict[str, set[int]]:
     """Numbers of the blocks that hold a linear layer, by its name; routers are left out."""
     layers: dict[str, set[int]] = {}
-    for path in _linear_layers(model):
+    for path in linear_layers(model):
         block = block_of(path)
-        if block is not None and _last(path) not in ROUTERS:
+        if block is not None and _last(path) not in FORBIDDEN:
             layers.setdefault(_last(path), set()).add(block)
     return layers
 
@@ -98,8 +113,11 @@ def _last(path: str) -> str:
 
 
 def _class_name(model: Any) -> str:
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
-    return type(inner).__name__
+    return type(_inner(model)).__name__
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _why(model: Any) -> str:

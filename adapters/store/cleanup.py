@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from adapters.atomic_files import (
     remove_tree,
     sha256_file,
     temporary_name,
+    write_bytes,
     write_json,
 )
 from adapters.base.fingerprint import BaseFingerprint, require_same_base
@@ -218,15 +218,13 @@ def _leftovers(catalog: Catalog) -> list[Path]:
 
 def _write_tombstone(catalog: Catalog, slug: str) -> None:
     source = catalog.folder(slug) / MANIFEST_NAME
-    folder = catalog.root / "tombstones"
+    target = catalog.root / "tombstones" / f"{slug}.json"
     try:
-        folder.mkdir(exist_ok=True)
-        if source.is_file() and not (folder / f"{slug}.json").exists():
-            aside = folder / temporary_name()
-            shutil.copyfile(source, aside)
-            os.replace(aside, folder / f"{slug}.json")
+        target.parent.mkdir(exist_ok=True)
+        if source.is_file() and not target.exists():
+            write_bytes(target, source.read_bytes())
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(error, target) from error
 
 
 def _count_values(value: Any, where: str) -> int:

@@ -5,7 +5,7 @@ another strength.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ def combine(
     manifests = [store.require_whole(slug).manifest for slug, _ in parts]
     slugs = [slug for slug, _ in parts]
     parents = dict.fromkeys(p for m in manifests for p in m.parents if p not in slugs)
+    parent_scales = _parent_scales(manifests, parents)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [(store.adapter_path(slug), scale) for slug, scale in parts]
         whole = cat_adapters(folders, Path(scratch) / "cat")
@@ -52,6 +53,7 @@ def combine(
             policy="derived",
             base=manifests[0].base,
             parents=tuple(parents),
+            parent_scales=parent_scales,
             supersedes=tuple(slugs),
             lora={"r": made.rank, "alpha": made.rank},
             origin={
@@ -63,6 +65,23 @@ def combine(
             },
         )
         return store.publish(made.path, manifest)
+
+
+def _parent_scales(manifests: Sequence[ForgetManifest], parents: Iterable[str]) -> dict[str, float]:
+    """Strength of each parent outside of the sum, where it is not 1; the parts must agree."""
+    scales = {}
+    for parent in parents:
+        trained = {m.parent_scales.get(parent, 1.0) for m in manifests if parent in m.parents}
+        if len(trained) > 1:
+            raise UserError(
+                f"The adapters were trained on {parent} at the scales "
+                f"{', '.join(f'{scale:g}' for scale in sorted(trained))}.",
+                f"Combine them together with {parent}, or separately.",
+            )
+        scale = trained.pop()
+        if scale != 1.0:
+            scales[parent] = scale
+    return scales
 
 
 def scaled(store: AdapterStore, ref: str, scale: float) -> StoredAdapter:

@@ -13,7 +13,7 @@ from typing import Any
 
 from adapters.atomic_files import (
     disk_error,
-    left_by_the_dead,
+    is_stale_temp,
     read_json,
     remove_tree,
     temporary_name,
@@ -114,11 +114,11 @@ class Journal:
         return changed
 
     def sweep(self) -> list[str]:
-        """Names of the temporaries of dead processes, which are gone now."""
+        """Delete the temporaries that dead processes left behind; their names."""
         swept = []
         for folder in (self.root, self.root / "adapters"):
             for entry in os.scandir(folder) if folder.is_dir() else ():
-                if left_by_the_dead(entry.name):
+                if is_stale_temp(Path(entry.path)):
                     remove_tree(Path(entry.path))
                     swept.append(entry.name)
         return swept

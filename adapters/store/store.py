@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from adapters.atomic_files import disk_error, read_json, temporary_name, write_json
+from adapters.atomic_files import disk_error, read_json, write_json
 from adapters.base.fingerprint import BaseFingerprint, require_same_base
 from adapters.environment import utc_now
 from adapters.errors import StoreCorrupt, UserError
@@ -302,11 +302,9 @@ def _create(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "adapters").mkdir(exist_ok=True)
-        aside = path / temporary_name("store.json")
-        write_json(aside, {"schema": SCHEMA, "created": utc_now()})
-        os.replace(aside, path / "store.json")
     except OSError as error:
         raise disk_error(error, path) from error
+    write_json(path / "store.json", {"schema": SCHEMA, "created": utc_now()})
 
 
 def _could_become_store(path: Path) -> bool:

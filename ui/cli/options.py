@@ -326,7 +326,7 @@ def loading(*, either_way: bool = False) -> Parser:
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the weights in memory (default: auto: bfloat16 on a GPU, float32 on a CPU)",
     )
@@ -384,7 +384,7 @@ SETTING_HELP = {
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
-    "target_modules": "projections to adapt, divided by commas",
+    "target_modules": "linear layers to adapt, by name and divided by commas",
     "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten",
     "num_train_epochs": "passes over the forget rows",
     "per_device_train_batch_size": "pairs of one forward; reduce to 4, 2, 1 when out of memory",

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.base.fingerprint import base_shapes, weight_files
 from adapters.base.load import BaseSpec, load_base, resolve_base
+from adapters.base.weights import base_shapes, weight_files
 from adapters.errors import UserError
 from adapters.tensors import read_header
 from unlearner.config import UnlearnConfig

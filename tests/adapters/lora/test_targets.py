@@ -30,7 +30,7 @@ def test_targets_of_a_llama_do_not_fit_everywhere(family: str) -> None:
     [
         (["q_proj", "lm_head"], "lm_head is also outside"),
         (["q_proj", "query"], "no linear layer query"),
-        (["gate"], "gate is a router"),
+        (["gate"], "gate is a router or an embedding"),
         ([], "there are none"),
     ],
 )

@@ -107,3 +107,17 @@ def test_scales_that_make_no_adapter(
     with pytest.raises(UserError, match=problem):
         scaled(store, original.slug, scale)
     assert [one.slug for one in store.list()] == [original.slug]
+
+
+def test_a_sum_keeps_the_strength_of_parents_outside_of_it(
+    store: AdapterStore, publish: Any
+) -> None:
+    one = publish("0001").slug
+    two = publish("0002", parents=(one,), parent_scales={one: 0.5}).slug
+    three = publish("0003", parents=(one,), parent_scales={one: 0.5}).slug
+    four = publish("0004", parents=(one,)).slug
+    summed = store.combine([two, three], request_id="both")
+    assert summed.manifest.parents == (one,)
+    assert summed.manifest.parent_scales == {one: 0.5}
+    with pytest.raises(UserError, match=r"at the scales 0\.5, 1"):
+        store.combine([two, four])

@@ -63,13 +63,13 @@ def _publish(home: Path, label: str, seed: int) -> str:
 
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import BaseSpec, load_base
-    from adapters.lora.format import PROJECTIONS
     from adapters.lora.stack import add_trainable, save_adapter
     from adapters.store.manifest import ForgetManifest
     from adapters.store.store import AdapterStore
+    from tests.families import LLAMA
 
     lora = LoraConfig(
-        r=2, lora_alpha=4, target_modules=list(PROJECTIONS), bias="none", task_type="CAUSAL_LM"
+        r=2, lora_alpha=4, target_modules=list(LLAMA), bias="none", task_type="CAUSAL_LM"
     )
     base = BaseSpec(str(home / "base"), dtype="float32", device="cpu")
     model = add_trainable(load_base(base), "new", lora, [])
