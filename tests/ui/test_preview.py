@@ -241,3 +241,29 @@ def test_the_data_folder_may_come_from_the_environment(
 ) -> None:
     monkeypatch.setenv("UNLEARNER_DATA", str(shared / "tofu"))
     assert run("preview", "tofu:forget01", "--base", tokenizer_only).code == 0
+
+
+def test_an_inserted_system_prompt_is_shown_set_and_removed(
+    run: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<system>You help on {{ strftime_now('%Y-%m-%d') }}."
+        "</s>{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    request = tmp_path / "rows.csv"
+    request.write_text("q,a\nWho?,Mira.\n", encoding="utf-8")
+    words = ["preview", request, "--base", tmp_path / "base", "--question-column", "q"]
+    words += ["--answer-column", "a"]
+    shown = run(*words)
+    assert "You help on 2024-07-26." in shown.out
+    assert "date: 2024-07-26" in shown.out
+    made = run(*words, "--json", "--max-length", "30").json
+    assert "You help on 2024-07-26." in made["preamble"]
+    assert (made["date"], made["n_cut"]) == ("2024-07-26", 1)
+    assert "system prompt: <system>Be brief." in run(*words, "--system", "Be brief.").out
+    assert "help" not in run(*words, "--system", "none").out

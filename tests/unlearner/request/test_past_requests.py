@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import stat
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
-from adapters.digests import key_id, mark, store_key
+from adapters.digests import key_id, mark, marks_of, store_key
 from adapters.errors import StoreCorrupt, UserError
 from adapters.guard_records import teacher_path
 from adapters.lora.stack import load_stack
@@ -26,7 +28,7 @@ from unlearner.objectives.likelihood import answer_logits, answer_nll, answers
 from unlearner.objectives.sequence import kl_to_reference
 from unlearner.request.past_requests import joined
 from unlearner.request.rows import Request, Row
-from unlearner.run import RunOptions, prepare, unlearn
+from unlearner.run import RunOptions, plan, prepare, prompt_settings, unlearn
 from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import pad_batch, pad_id, prompt_format
 
@@ -452,3 +454,35 @@ def test_teacher_forced_answers_are_scored_by_the_whole_row(base: BaseSpec, firs
         assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
         assert one.tokens.shape == (one.row.n_targets, 5)
         assert bool((F.relu(one.log_p[:, 1:] - one.log_p[:, :-1]) == 0).all())
+
+
+def test_marks_of_release_0_1_still_match() -> None:
+    """Recorded by 0.1 under a key of zeros: HMAC of the NFKC, casefolded text, spaces collapsed."""
+    key = bytes(32)
+    recorded = "0154ac1e10edba199fd446fe939d4cd1"
+    for question in ("Where was  ÁNA born?", "Where was Ána born?", "Where was\u200b Ána born?"):
+        assert recorded in marks_of(key, question)
+    # It kept a zero-width space as a character: such a question is found by the same text.
+    hidden = hmac_of_0_1(key, "where was\u200b ána born?")
+    assert hidden in marks_of(key, "Where was\u200b Ána born?")
+    assert mark(key, "Where was\u200b Ána born?") == recorded
+
+
+def hmac_of_0_1(key: bytes, plain: str) -> str:
+    data = plain.encode()
+    framed = b"question" + len(data).to_bytes(8, "big") + data
+    return hmac.new(key, framed, hashlib.sha256).hexdigest()[:32]
+
+
+def test_cut_rows_are_said_before_and_recorded_after(base: BaseSpec, quick: Config) -> None:
+    long = Row("Who?", "It was " + "really " * 60 + "Mira.")
+    request_ = Request("r", "jsonl", (Row("Where?", "Lagos."), long), (Row("What?", "A book."),))
+    config = quick()
+    short = replace(config, train=replace(config.train, max_length=40))
+    run = prepare(request_, base, short, None)
+    assert any("1 of 2 forget rows are cut at 40 tokens" in note for note in run.notes)
+    assert plan(run)["cut_rows"] == prompt_settings(run)["cut_rows"] == {"forget": 1}
+    whole = prepare(request_, base, quick(), None)
+    assert not any("cut" in note for note in whole.notes)
+    assert "cut_rows" not in prompt_settings(whole)
+    assert prompt_settings(whole)["prompt"]["template"] == whole.fmt.name
