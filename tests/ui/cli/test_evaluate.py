@@ -95,20 +95,23 @@ def test_ctrl_c_keeps_the_finished_parts_and_says_how_to_go_on(
     run: Any, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = suite.generate_answers
-    calls = []
+    calls: list[Any] = []
 
-    def stop_at_the_second_set(*args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
+    def stop_at_the_second_batch(*args: Any, **options: Any) -> Any:
+        def keep(batch: Any) -> None:
+            calls.append(batch)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            options["on_batch"](batch)
 
-    monkeypatch.setattr(suite, "generate_answers", stop_at_the_second_set)
+        return real(*args, **{**options, "on_batch": keep, "batch_size": 1})
+
+    monkeypatch.setattr(suite, "generate_answers", stop_at_the_second_batch)
     ran = run(*words, "--out", tmp_path, "--json")
     assert ran.code == 130
     assert ran.out == ""
     assert "Run the same command again" in ran.err
-    assert list((tmp_path / "parts").glob("forget-greedy*"))
+    assert list((tmp_path / "parts").glob("answers-greedy*"))
     monkeypatch.undo()
     assert run(*words, "--limit", "1", "--json").code == 0
 
