@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the written weights (default: auto: as the base's own)",
+        help="dtype of the written weights (default: auto, that of the base)",
     )
     parser.add_argument(
         "--from-4bit-view",
@@ -175,7 +175,7 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         candidates=args.candidates,
         formulas={n: o.formula for n, o in OBJECTIVES.items()} | OPTION_FORMULAS,
     )
-    # The weights stand before the long part: interrupted, they are whole and say "not measured".
+    # Write the card before measuring: after an interruption it is there and says "not measured".
     write_release(release)
     store.mark_merged([slug for slug, _ in chosen], args.out.name)
     figures = _figures(args, console)
