@@ -86,8 +86,8 @@ def scaled(store: AdapterStore, ref: str, scale: float) -> StoredAdapter:
     """A new adapter: the original at another strength; status ready.
 
     `B' = scale * alpha/r * B` with `alpha' = r`, one float32 rounding per weight, so that it
-    computes at strength 1 what the original computes at `scale`. It supersedes the original, forgets
-    the same rows and has the same parents.
+    computes at strength 1 what the original computes at `scale`. It supersedes the original,
+    forgets the same rows and has the same parents.
 
     Args:
         store: where the original lies and the new one is published.
