@@ -16,6 +16,11 @@ from adapters.atomic_files import temporary_name, write_bytes
 from adapters.errors import UserError
 
 MARK = re.compile(r"[0-9a-f]{32}")
+# Unicode's default-ignorable characters outside of category Cf: fillers and variation selectors.
+_NOT_SHOWN = frozenset(
+    map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, 0xFFA0,
+              *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
+)  # fmt: skip
 
 
 def digest_rows(key: bytes, rows: Iterable[tuple[str, str]]) -> str:
@@ -31,13 +36,33 @@ def digest_rows(key: bytes, rows: Iterable[tuple[str, str]]) -> str:
     return hmac.new(key, b"rows" + b"".join(marks), hashlib.sha256).hexdigest()
 
 
+def normalised(text: str) -> str:
+    """The text without what does not make it another one: case, Unicode form, white space and
+    characters that are not shown (zero-width spaces and joiners, soft hyphens, byte-order marks).
+
+    Two questions are the same one if and only if this is equal.
+    """
+    shown = "".join(c for c in text if unicodedata.category(c) != "Cf" and c not in _NOT_SHOWN)
+    folded = unicodedata.normalize("NFKC", shown).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
 def mark(key: bytes, question: str) -> str:
     """32 hex digits that recognise one question again, for who holds the key.
 
-    The question alone, with case, Unicode form and spacing evened out: the same question answered
-    in other words is about the same thing, and must not be trained back.
+    The question alone, `normalised`: the same question answered in other words is about the same
+    thing, and must not be trained back.
     """
-    plain = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    return _mark(key, normalised(question))
+
+
+def marks_of(key: bytes, question: str) -> frozenset[str]:
+    """`mark`, and what release 0.1 recorded for this question, which kept characters not shown."""
+    old = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    return frozenset({mark(key, question), _mark(key, old)})
+
+
+def _mark(key: bytes, plain: str) -> str:
     return hmac.new(key, b"question" + _framed(plain), hashlib.sha256).hexdigest()[:32]
 
 

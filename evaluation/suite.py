@@ -1,7 +1,7 @@
-"""Evaluates a model as it stands: every set scored and answered once, resumable set by set.
+"""Evaluates a model with its active adapters: every set is scored and answered once, resumably.
 
-The result is a log of rows; `metrics.summary.summarise` turns it into figures, under every
-protocol whose scores and answers the log holds.
+The result is a log of rows. `metrics.summary.summarise` turns it into figures, under every protocol
+whose scores and answers the log holds.
 """
 
 from __future__ import annotations
@@ -75,9 +75,13 @@ class EvalData:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a batch may hold: tokens when scoring (padding included), questions when answering;
-    whether the answers of a question share the computation of what they begin with, and whether
-    greedy answers start from what their scores have shown already.
+    """How the work is done.
+
+    Attributes:
+        batch_tokens: tokens of a batch of padded rows, padding included.
+        shared: compute what texts begin with alike once, instead of padded rows.
+        drafts: start greedy answers with the tokens that scoring has shown already.
+        batch_size: questions answered at once.
     """
 
     batch_tokens: int = BATCH_TOKENS
@@ -120,18 +124,18 @@ def evaluate(
     effort: Effort | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> EvalLog:
-    """The rows of every set with scores and answers, in one pass for all protocols asked for.
+    """The rows of every set with scores and answers, in one pass for all protocols named.
 
     Args:
-        model: a causal LM with its active adapters; left in the mode it came in.
+        model: a causal LM with its active adapters; its mode is restored.
         fmt: prompts and tokenizer.
         data: what to evaluate.
         protocol: one name or several; greedy budgets share one pass, scores always do.
-        retain_log: only checked, before any work: it must hold the same forget rows.
+        retain_log: reference log, only checked before any work: it must hold the same forget rows.
         limit: only the first so many rows of each set; the log and its summary say so.
         generate: False leaves out the answers, and with them ROUGE and model utility.
         key: names the weights (base, adapters, scales) in `resume_dir`.
-        resume_dir: finished parts are kept here and reused for the same key, rows and settings.
+        resume_dir: cache of finished results; see `evaluation.cache`.
         on_progress: called with a label, done and all.
         effort: sizes of batches; they do not change the result.
         meta: more to write into the log's `meta`.
@@ -146,11 +150,11 @@ def evaluate(
         raise ValueError("resume_dir needs a key that names the weights")
     if limit is not None and limit < 1:
         raise UserError(f"A limit of {limit} rows leaves nothing to evaluate.", "Use 1 or more.")
-    rows = {name: found[: _most_rows(protocols)][:limit] for name, found in data.sets.items()}
-    totals = {name: len(found) for name, found in data.sets.items()}
+    rows = {name: each[: _most_rows(protocols)][:limit] for name, each in data.sets.items()}
+    totals = {name: len(each) for name, each in data.sets.items()}
     if retain_log is not None:
         _check_reference(rows, totals, retain_log, protocols, limit)
-    encoded = {name: encode_answers(fmt, found) for name, found in rows.items()}
+    encoded = {name: encode_answers(fmt, each) for name, each in rows.items()}
     longest = max(map(longest_text, encoded.values()), default=0)
     effort = effort or Effort()
     work = _Work(
@@ -178,7 +182,7 @@ def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
         weights=key,
         load=base_view(model),
         device=next(model.parameters()).device.type,
-        template=fmt.name,
+        template=fmt.to_json(),
         stops=stop_tokens(model, fmt),
         engine=[effort.shared, effort.drafts],
     )
@@ -197,13 +201,13 @@ def _cut_rows(
 
 
 def _most_rows(protocols: Sequence[Protocol]) -> int | None:
-    """How many rows of a set the widest protocol looks at; None for all."""
+    """How many rows of a set the widest protocol uses; None for all."""
     counts = [p.max_rows for p in protocols if p.max_rows is not None]
     return max(counts) if len(counts) == len(protocols) else None
 
 
 def _silent(label: str, done: int, total: int) -> None:
-    """Nobody watches."""
+    """Reports nothing."""
 
 
 def _distinct(decodings: Sequence[Decoding]) -> tuple[Decoding, ...]:
@@ -265,7 +269,7 @@ class _Work:
 
     Attributes:
         padded_because: why texts were scored as padded rows, None where they shared prefixes or
-            padded rows were asked for.
+            padded rows were wanted.
     """
 
     model: torch.nn.Module
@@ -364,11 +368,11 @@ class _Work:
 
             def answer(places: Sequence[int], group: Sequence[Decoding] = group) -> list[list[str]]:
                 def keep(batch: Mapping[str, Mapping[int, str]]) -> None:
-                    for name, found in batch.items():
-                        texts[name] |= {prompts[places[i]]: text for i, text in found.items()}
+                    for name, new in batch.items():
+                        texts[name] |= {prompts[places[i]]: text for i, text in new.items()}
                         entries[name].write(texts[name])
 
-                made = generate_answers(
+                texts_by_decoding = generate_answers(
                     self.model,
                     self.fmt,
                     [every[i].question for i in places],
@@ -378,7 +382,7 @@ class _Work:
                     on_batch=keep,
                     on_progress=lambda done, total: self.on_progress("answers", done, total),
                 )
-                return [[made[d.name][i] for d in group] for i in range(len(places))]
+                return [[texts_by_decoding[d.name][i] for d in group] for i in range(len(places))]
 
             answers = ranks.spread(missing, answer)
             for column, name in enumerate(names):

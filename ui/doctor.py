@@ -1,10 +1,9 @@
-"""What this machine can run: one finding each, with the fix where something is amiss."""
+"""Checks of this machine: one finding each, with a fix where something is wrong."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import sys
@@ -13,6 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from ui.console import size_text
 
@@ -23,7 +26,7 @@ LOW_DISK, LOW_MEMORY = 10e9, 4e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `fix` is empty where there is nothing to do."""
+    """The result of one check; `fix` is empty if there is nothing to do."""
 
     name: str
     status: Status
@@ -36,7 +39,7 @@ class Finding:
 
 
 def findings(store: Path) -> Iterator[Finding]:
-    """Every finding as soon as it is known, cheap ones first."""
+    """Every finding as soon as it is known, cheap checks first."""
     checks: list[Callable[[], Finding]] = [
         _python,
         _our_adapters,
@@ -47,7 +50,6 @@ def findings(store: Path) -> Iterator[Finding]:
         _gpu,
         lambda: _package("transformers"),
         lambda: _package("peft"),
-        lambda: _package("trl"),
         lambda: _package("datasets"),
         _four_bit,
         _attention,
@@ -70,9 +72,7 @@ def _our_adapters() -> Finding:
     spec = importlib.util.find_spec("adapters")
     home = Path(spec.origin).parent if spec and spec.origin else None
     ours = Path(__file__).resolve().parent.parent / "adapters"
-    fix = (
-        "Install unlearner in an environment of its own: `pip uninstall adapters`, then reinstall."
-    )
+    fix = "Use a separate environment for unlearner: `pip uninstall adapters`, then reinstall."
     if home is None or home.resolve() != ours:
         return Finding("adapters package", "fail", f"imported from {home}, not from {ours}", fix)
     if _version("adapters") is not None:
@@ -82,32 +82,12 @@ def _our_adapters() -> Finding:
 
 
 def _memory() -> Finding:
-    total, free = memory_bytes()
-    if free is None:
-        return Finding("memory", "warn", "free memory cannot be read here", "Watch it yourself.")
-    of = f" of {size_text(total)}" if total else ""
-    detail = f"{size_text(free)} free{of}"
-    if free < LOW_MEMORY:
+    memory = psutil.virtual_memory()
+    detail = f"{size_text(memory.available)} free of {size_text(memory.total)}"
+    if memory.available < LOW_MEMORY:
         fix = "Close other programs, or use --load-in-4bit and small batches."
         return Finding("memory", "warn", detail, fix)
     return Finding("memory", "ok", detail)
-
-
-def memory_bytes() -> tuple[float | None, float | None]:
-    """Total and available memory of the machine, None where the system does not say."""
-    table = Path("/proc/meminfo")
-    if table.is_file():
-        values = {
-            line.split(":")[0]: float(line.split()[1]) * 1024
-            for line in table.read_text().splitlines()
-            if line.endswith("kB")
-        }
-        return values.get("MemTotal"), values.get("MemAvailable")
-    try:
-        page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None, None
-    return float(page * pages), None
 
 
 def _disk(folder: Path) -> Finding:
@@ -138,11 +118,27 @@ def _version(package: str) -> str | None:
 
 
 def _package(name: str) -> Finding:
-    found = _version(name)
-    if found is None:
-        fix = "Install it: `pip install unlearner` brings everything that is needed."
+    version = _version(name)
+    fix = "Run `pip install --upgrade unlearner`, which brings every package that it needs."
+    if version is None:
         return Finding(name, "fail", "not installed", fix)
-    return Finding(name, "ok", found)
+    wanted = _required(name)
+    if not wanted.contains(version, prereleases=True):
+        return Finding(name, "fail", f"{version}, but {name}{wanted} is needed", fix)
+    return Finding(name, "ok", version)
+
+
+def _required(name: str) -> SpecifierSet:
+    """The versions of a package that unlearner needs, as its metadata states."""
+    try:
+        lines = importlib.metadata.requires("unlearner") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        lines = []
+    requirements = [Requirement(line) for line in lines]
+    return next(
+        (each.specifier for each in requirements if each.name == name and each.marker is None),
+        SpecifierSet(),
+    )
 
 
 def _torch() -> Finding:
@@ -164,7 +160,8 @@ def _gpu() -> Finding:
         )
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
-    bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = "bf16" if native else "no bf16"
     detail = f"{name}, {bf16}, {size_text(free)} of {size_text(total)} free"
     if bf16 != "bf16":
         return Finding("gpu", "warn", detail, "Use --dtype float32: this GPU has no bf16.")
@@ -188,7 +185,7 @@ def _four_bit() -> Finding:
     try:
         error = _four_bit_error(torch, bnb, device)
     except Exception as problem:  # bitsandbytes raises whatever its backend raises
-        fix = "Reinstall bitsandbytes for this torch, or do without --load-in-4bit."
+        fix = "Reinstall bitsandbytes for this torch, or omit --load-in-4bit."
         return Finding("4-bit", "warn", f"bitsandbytes {bnb.__version__}: {problem}", fix)
     detail = f"bitsandbytes {bnb.__version__} on {device}, nf4 product off by {error:.1%}"
     if error > 0.2:
@@ -214,8 +211,7 @@ def _attention() -> Finding:
     if torch is None or not torch.cuda.is_available():
         return Finding("attention", "ok", "sdpa (flash-attention 2 is for GPUs)")
     if importlib.util.find_spec("flash_attn") is None:
-        fix = "Faster on long rows: `pip install 'unlearner[flash]'`."
-        return Finding("attention", "ok", "sdpa", fix)
+        return Finding("attention", "ok", "sdpa")
     return Finding("attention", "ok", f"flash-attention {_version('flash_attn') or '2'}")
 
 
@@ -241,12 +237,17 @@ def _store(path: Path) -> Finding:
     try:
         store = AdapterStore.open(path)
         results = store.verify(None, None)
-        store.verify_log()
+        log = store.verify_log()
     except UserError as error:
         return Finding("store", "fail", error.problem, error.fix)
+    if not log.ok:
+        fix = "See `unlearner adapters log --verify`; restore audit.jsonl from a copy."
+        return Finding(
+            "store", "fail", f"the audit log was changed: {'; '.join(log.problems)}", fix
+        )
     bad = [result for result in results if not result.ok]
     if bad:
         detail = "; ".join(f"{result.slug}: {', '.join(result.problems)}" for result in bad)
         fix = "Import the adapter again from a copy, or remove it."
         return Finding("store", "fail", detail, fix)
-    return Finding("store", "ok", f"{path}: {len(results)} adapters, all whole")
+    return Finding("store", "ok", f"{path}: {len(results)} adapters, all intact, log unbroken")

@@ -10,7 +10,9 @@ from typing import Any
 from adapters.errors import UserError, did_you_mean
 from unlearner.objectives.registry import OBJECTIVES
 
-# The seven projections of a Llama block: peft's "all-linear" without the LM head.
+# PEFT's word for all linear layers of the blocks, without the head; routers are left out too.
+ALL_LINEAR = ("all-linear",)
+# What these are in a Llama.
 TARGET_MODULES = (
     "q_proj",
     "k_proj",
@@ -96,13 +98,14 @@ class LoraShape:
         lora_r: rank; published LoRA unlearning uses 4 to 32.
         lora_alpha: the update is scaled by alpha / r.
         lora_dropout: 0, since it makes evaluation differ from training and costs memory.
-        target_modules: the seven projections; embeddings and head stay untouched.
+        target_modules: names of linear layers; by default all that every block of the model has.
+            Embeddings, head and routers are never adapted.
     """
 
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = TARGET_MODULES
+    target_modules: tuple[str, ...] = ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -232,10 +235,6 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (lora.lora_alpha > 0, f"lora_alpha {lora.lora_alpha} is not above 0"),
         (0 <= lora.lora_dropout < 1, f"lora_dropout {lora.lora_dropout} is not in [0, 1)"),
         (bool(lora.target_modules), "target_modules is empty"),
-        (
-            set(lora.target_modules) <= set(TARGET_MODULES),
-            f"target_modules {','.join(lora.target_modules)} go beyond {','.join(TARGET_MODULES)}",
-        ),
         (
             len(set(lora.target_modules)) == len(lora.target_modules),
             "target_modules names a projection twice",

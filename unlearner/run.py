@@ -19,7 +19,7 @@ from adapters.errors import DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
 from adapters.store.manifest import ForgetManifest
-from unlearner.config import LoraShape, UnlearnConfig, streams_of
+from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.neighbours import nearest_rows
 from unlearner.request.past_requests import (
@@ -63,6 +63,7 @@ class RunOptions:
         resume: continue an interrupted run of the same request and settings.
         restart: discard such a run instead. Without either it is refused.
         template: prompt format, see `prompt_format`.
+        system: system prompt, see `PromptFormat`.
         refusals: answers for the objectives idk and dpo.
         neighbours: keep only so many of the retain rows, those nearest to the request.
         guard: rows of earlier requests of the stack, which must stay forgotten
@@ -81,6 +82,7 @@ class RunOptions:
     resume: bool = False
     restart: bool = False
     template: Template = "auto"
+    system: str | None = None
     refusals: Sequence[str] = ()
     neighbours: int | None = None
     guard: Sequence[Row] = ()
@@ -178,6 +180,8 @@ def prepare(
             token, an empty stack, an unknown schedule or optimizer.
         BaseMismatch: the store belongs to another base.
     """
+    from unlearner.memory.plan import meta_model
+
     options = options or RunOptions()
     key, notes = store_key(), list[str]()
     replaced = _replaced(store, options.replaces, request.rows, key)
@@ -188,6 +192,7 @@ def prepare(
     folder = resolve_base(base.name, base.revision)
     if config.objective.name == "rmu":
         _check_layer(config, folder)
+    config = replace(config, lora=with_targets(config.lora, meta_model(folder)))
     fingerprint = fingerprint_base(folder)
     recorded = store.base() if store is not None else None
     if recorded is not None:
@@ -195,9 +200,14 @@ def prepare(
     parents = _parents(store, options.on_stack, replaced)
     earlier = [past for past in in_force if past.slug in {parent.slug for parent in parents}]
     check_guard(earlier, options.guard, request.rows, key)
-    fmt = prompt_format(load_tokenizer(str(folder)), options.template)
+    fmt = prompt_format(load_tokenizer(str(folder)), options.template, options.system)
     refusals = options.refusals if "refusal" in streams_of(config.objective) else ()
     rows = _encode(request, config, fmt, refusals, options.guard)
+    notes += [
+        f"{n} of {total} {name} rows are cut at {config.train.max_length} tokens: the end of their "
+        "answers is not trained (raise --max-length)"
+        for name, n, total in rows.cut
+    ]
     marks = [mark(key, row.question) for row in request.rows]
     digests = {
         "forget": {
@@ -215,7 +225,7 @@ def prepare(
         "base": fingerprint.digest,
         "spec": asdict(base),
         "parents": [(parent.slug, parent.scale) for parent in parents],
-        "template": fmt.name,
+        "prompt": fmt.to_json(),
         "refusals": list(refusals),
         "guard": _digest(key, options.guard, "guard")["digest"],
         "replaces": replaced,
@@ -369,6 +379,16 @@ def _digest(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
     return {"n": len(pairs), "digest": digest_rows(key, pairs), "kind": kind}
 
 
+def prompt_settings(run: Prepared) -> dict[str, Any]:
+    """What a manifest says of the prompts, and how many rows were cut (only where some were)."""
+    cut = {name: n for name, n, _ in run.rows.cut}
+    return {
+        "template": run.fmt.name,
+        "prompt": run.fmt.to_json(),
+        **({"cut_rows": cut} if cut else {}),
+    }
+
+
 def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
     """What a run would do, for `--dry-run`: rows, steps, adapter size and a memory estimate.
 
@@ -406,6 +426,8 @@ def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
         "settings": run.config.to_json(),
         "replaces": list(run.supersedes),
         "guard_rows": len(run.rows.guard),
+        "cut_rows": {name: n for name, n, _ in run.rows.cut},
+        "prompt": run.fmt.to_json(),
         "notes": list(run.notes),
     }
 
@@ -441,8 +463,24 @@ def load_with_adapter(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str
     return add_trainable(model, NEW, lora_config(run.config.lora), slugs), view
 
 
+def with_targets(shape: LoraShape, model: Any) -> LoraShape:
+    """The shape with the names of the layers that are adapted in `model`, on any device.
+
+    Raises:
+        UserError: a target that is not a linear layer of every block; those that are are named.
+    """
+    from adapters.lora.targets import check_coverage, default_targets
+
+    if shape.target_modules != ALL_LINEAR:
+        check_coverage(model, shape.target_modules)
+        return shape
+    names = default_targets(model)
+    # A Llama's in the order in which the manifests of earlier versions have them.
+    return replace(shape, target_modules=TARGET_MODULES if {*names} == {*TARGET_MODULES} else names)
+
+
 def lora_config(shape: LoraShape) -> Any:
-    """PEFT's configuration of an adapter."""
+    """PEFT's configuration of an adapter whose targets are resolved."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -776,7 +814,7 @@ def publish(
         supersedes=run.supersedes,
         objective=asdict(config.objective),
         lora=asdict(config.lora),
-        train={**config.to_json()["train"], **summary, "template": run.fmt.name},
+        train={**config.to_json()["train"], **summary, **prompt_settings(run)},
         env=describe(device, config.train.seed),
     )
     with tempfile.TemporaryDirectory(prefix="unlearner-") as folder:

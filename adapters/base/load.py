@@ -40,7 +40,7 @@ class BaseSpec:
 
 
 def resolve_base(name: str, revision: str | None = None, *, tokenizer_only: bool = False) -> Path:
-    """Folder of the base: a local folder as it is, else the hub's snapshot of `name`.
+    """Folder of the base: a local folder, a dequantised GGUF, else the hub's snapshot of `name`.
 
     Only safetensors, JSON and tokenizer files are fetched, and with `tokenizer_only` no weights; a
     snapshot that is already in the cache is found without a network.
@@ -48,6 +48,10 @@ def resolve_base(name: str, revision: str | None = None, *, tokenizer_only: bool
     Raises:
         UserError: there is no such folder or repository.
     """
+    from adapters.base.gguf import dequantised, find_gguf
+
+    if (file := find_gguf(name)) is not None:
+        return dequantised(file)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

@@ -34,7 +34,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as tokens, how many tokens its answer may have, and what is known of it."""
+    """A prompt as tokens, its answer's budget in tokens, and how the answer is known to begin."""
 
     ids: list[int]
     budget: int
@@ -89,8 +89,8 @@ def generate_answers(
             }
             for decoding in group
         }
-        for name, found in texts.items():
-            answers[name] |= found
+        for name, new_texts in texts.items():
+            answers[name] |= new_texts
         if on_batch is not None:
             on_batch(texts)
         if on_progress is not None:
@@ -165,13 +165,13 @@ def generate_tokens(
                 new = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
             else:
                 new = _run(generator, fmt, batch, draw, stops)
-            found = {
+            finished = {
                 i: begun[i] + _until(tokens, stops)[: left[i].budget]
                 for i, tokens in zip(indices, new, strict=True)
             }
-            answers |= found
+            answers |= finished
             if on_batch is not None:
-                on_batch(found)
+                on_batch(finished)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -180,7 +180,7 @@ def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int |
 
     Args:
         fmt: how prompts are made.
-        question: what is asked.
+        question: its text.
         answer: the true answer as it was scored, prompt included.
         agreed: how many of its leading tokens are the model's first choice.
     """
@@ -193,7 +193,7 @@ def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int |
 
 
 def _through(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The tokens up to the first that stops, with it."""
+    """The tokens up to and including the first stop token."""
     end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
     return list(tokens[:end])
 
@@ -204,35 +204,34 @@ def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:
         getattr(config, "eos_token_id", None)
         for config in (getattr(model, "generation_config", None), getattr(model, "config", None))
     ]
-    own += [fmt.tokenizer.eos_token_id, fmt.encode("a", "b").labels[-1]]
-    flat: set[int] = set()
+    flat: set[int] = set(fmt.stop_ids)
     for ids in own:
         flat.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
     return sorted(flat)
 
 
 def _until(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The tokens before the first that stops."""
+    """The tokens before the first stop token."""
     end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return list(tokens[:end])
 
 
 @contextmanager
 def _own_config(model: Any) -> Iterator[Any]:
-    """The plain transformers model inside, with an empty generation config for the while.
+    """The plain transformers model inside, with an empty generation config inside.
 
     `generate` fills every unset field from the model's own config: a model that ships with
-    temperature and top-p would warn about them, or sample, when greedy answers are asked for.
+    temperature and top-p would warn about them, or sample, where greedy answers are wanted.
     """
     from transformers import GenerationConfig
 
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = plain.generation_config
+    config = plain.generation_config
     plain.generation_config = GenerationConfig()
     try:
         yield plain
     finally:
-        plain.generation_config = kept
+        plain.generation_config = config
 
 
 def greedy(
@@ -250,7 +249,7 @@ def greedy(
     ids = batch["input_ids"].to(model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     rows = list(range(len(prompts)))
-    made: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     ended = set(stops)
     cache: Any = None
     while rows:
@@ -265,20 +264,22 @@ def greedy(
         cache = out.past_key_values
         best = out.logits[:, -1].float().argmax(-1)
         for row, token in zip(rows, best.tolist(), strict=True):
-            if not _is_over(made[row], prompts[row].budget, ended):
-                made[row].append(token)
-        alive = [i for i, r in enumerate(rows) if not _is_over(made[r], prompts[r].budget, ended)]
+            if not _is_over(answers[row], prompts[row].budget, ended):
+                answers[row].append(token)
+        alive = [
+            i for i, r in enumerate(rows) if not _is_over(answers[r], prompts[r].budget, ended)
+        ]
         if not alive:
             break
         if len(rows) - len(alive) >= max(1, LEAVE * len(rows)):
-            kept = torch.tensor(alive, device=model.device)
-            cache.batch_select_indices(kept)
-            mask, positions, best = mask[kept], positions[kept], best[kept]
+            remaining = torch.tensor(alive, device=model.device)
+            cache.batch_select_indices(remaining)
+            mask, positions, best = mask[remaining], positions[remaining], best[remaining]
             rows = [rows[i] for i in alive]
         ids = best.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return made
+    return answers
 
 
 def _is_over(tokens: Sequence[int], budget: int, stops: set[int]) -> bool:
@@ -321,7 +322,7 @@ class _Draw:
     """Turns greedy choice into a draw: temperature, top-k, top-p, then Gumbel noise.
 
     The likeliest token after adding Gumbel noise is a draw from the softmax. The noise comes from
-    one generator a prompt, so a row's answer does not depend on its batch, as it does where all
+    one generator per prompt, so a row's answer does not depend on its batch, as it does where all
     rows share one random state.
     """
 

@@ -176,13 +176,13 @@ def forward_tree(
         for pair in leaf:
             pairs.setdefault(pair, len(pairs))
     nodes, targets = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    kept, index = torch.unique(nodes, return_inverse=True)
+    positions, index = torch.unique(nodes, return_inverse=True)
     inputs = {
         "input_ids": torch.tensor([tree.tokens], device=device),
         "position_ids": torch.tensor([tree.depths], device=device),
         "attention_mask": _mask_for(model, torch.from_numpy(ancestors(tree.parents)).to(device)),
     }
-    hidden, head = hidden_at(model, inputs, kept.to(device))
+    hidden, head = hidden_at(model, inputs, positions.to(device))
     wanted = targets.to(device)
     first: list[torch.Tensor] = []
 

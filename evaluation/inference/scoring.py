@@ -86,11 +86,11 @@ def score_rows(
 ) -> list[RowRecord]:
     """The rows with their scores, in the order given; the result does not depend on batches.
 
-    Mean NLL a token (EOS counted) from a float32 log-softmax, whatever the weights are stored in.
-    Where a row has no paraphrase its answer stands for it, scored once.
+    Mean NLL per token (EOS counted), in float32 whatever dtype the weights have. Where a row has no
+    paraphrase, its answer is used in its place and scored once.
 
     Args:
-        model: a causal LM, as it is (active adapters included); stays in its mode.
+        model: a causal LM with its active adapters; its mode is restored.
         fmt: turns rows into tokens.
         rows: with or without paraphrases and perturbed answers.
         encoded: `encode_answers(fmt, rows)` where it is already there.
@@ -111,9 +111,9 @@ def score_rows(
     agreed: list[int] = []
     with evaluating(model):
         if shared and questions and (checked or sharing_problem(model, questions) is None):
-            found = score_trees(model, questions, on_progress=on_progress)
-            scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in found for s in texts])
-            agreed = [texts[0].agreed for texts in found]
+            trees = score_trees(model, questions, on_progress=on_progress)
+            scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in trees for s in texts])
+            agreed = [texts[0].agreed for texts in trees]
         else:
             flat = [text for texts in questions for text in texts]
             pad = pad_id(fmt.tokenizer)
@@ -157,16 +157,16 @@ def _score_texts(
     from unlearner.objectives.likelihood import answer_nll
 
     device = next(model.parameters()).device
-    found: dict[int, AnswerScore] = {}
+    scores: dict[int, AnswerScore] = {}
     for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
         batch = pad_batch([texts[i] for i in indices], pad)
         result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
         totals = result.nll.to(torch.float64).tolist()
         for i, total, n in zip(indices, totals, result.n.tolist(), strict=True):
-            found[i] = AnswerScore(total / n, n)
+            scores[i] = AnswerScore(total / n, n)
         if on_progress is not None:
-            on_progress(len(found), len(texts))
-    return [found[i] for i in range(len(texts))]
+            on_progress(len(scores), len(texts))
+    return [scores[i] for i in range(len(texts))]
 
 
 def batches_of(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -186,35 +186,35 @@ def judge_losses(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[float | None]:
-    """The judge's mean NLL of each answer behind its question's prompt, nats a token; (rows,).
+    """The judge's mean NLL of each answer behind its question's prompt, nats per token; (rows,).
 
     Only the answer's tokens count, and no EOS behind them: a log does not say whether the model
     ended the answer or its budget of tokens did, and cut answers would be charged for an end that
     nobody wrote. Texts are scored uncut. None where the answer has no word, or no token of its own.
 
     Args:
-        model: a causal LM that never saw the rows; stays in its mode.
+        model: a causal LM that never saw the rows; its mode is restored.
         fmt: turns question and answer into the judge's tokens.
         rows: question and generated answer.
         on_progress: called with scored and all answers after each batch.
     """
     worded = [i for i, row in enumerate(rows) if words_of(row.answer)]
     encoded = [_without_end(row, fmt) for row in encode_answers(fmt, [rows[i] for i in worded])]
-    kept = [(i, text) for i, text in zip(worded, encoded, strict=True) if text.answer.n_targets]
-    texts = [text for _, text in kept]
+    scorable = [(i, text) for i, text in zip(worded, encoded, strict=True) if text.answer.n_targets]
+    texts = [text for _, text in scorable]
     records = score_rows(
         model,
         fmt,
-        [rows[i] for i, _ in kept],
+        [rows[i] for i, _ in scorable],
         encoded=texts,
         max_length=longest_text(texts),
-        shared=False,  # one text a question: nothing to share
+        shared=False,  # one text per question: nothing to share
         on_progress=on_progress,
     )
-    found: list[float | None] = [None] * len(rows)
-    for (i, _), record in zip(kept, records, strict=True):
-        found[i] = record.answer_score.mean_nll if record.answer_score else None
-    return found
+    losses: list[float | None] = [None] * len(rows)
+    for (i, _), record in zip(scorable, records, strict=True):
+        losses[i] = record.answer_score.mean_nll if record.answer_score else None
+    return losses
 
 
 def _without_end(row: EncodedRow, fmt: PromptFormat) -> EncodedRow:

@@ -52,7 +52,7 @@ class AnswerTokens:
 
     @property
     def mean_nll(self) -> float:
-        """Nats a token (SPEC: nbar)."""
+        """Nats per token (SPEC: nbar)."""
         return float(-self.log_p.mean())
 
 
@@ -64,27 +64,27 @@ def answer_tokens(
     batch_tokens: int = BATCH_TOKENS,
     on_batch: OnBatch | None = None,
 ) -> list[AnswerTokens]:
-    """Every answer's tokens under `model` as it stands, in the order of `texts`.
+    """Every answer's tokens under `model`, in the order of `texts`.
 
     Args:
-        model: a causal LM with its active adapters; stays in its mode.
-        texts: encoded rows, cut; each has at least one label.
+        model: a causal LM with its active adapters; its mode is restored.
+        texts: encoded rows, cut; each has at least each label.
         pad: id that fills the padding.
         batch_tokens: tokens of a batch, padding included.
         on_batch: called with finished and all texts.
     """
-    found: list[AnswerTokens | None] = [None] * len(texts)
+    per_text: list[AnswerTokens | None] = [None] * len(texts)
     with evaluating(model):
         for indices, batch in _batches(model, texts, pad, batch_tokens):
             rows = _row_columns(_batch_answers(model, batch), _four)
             for i, columns in zip(indices, rows, strict=True):
                 labels = [label for label in texts[i].labels if label != IGNORE]
                 log_p, mean, variance, first = columns
-                found[i] = AnswerTokens(
+                per_text[i] = AnswerTokens(
                     np.array(labels, dtype=np.int64), first.astype(np.int64), log_p, mean, variance
                 )
-            _report(on_batch, found)
-    return [one for one in found if one is not None]
+            _report(on_batch, per_text)
+    return [each for each in per_text if each is not None]
 
 
 def base_kl(
@@ -95,7 +95,7 @@ def base_kl(
     batch_tokens: int = BATCH_TOKENS,
     on_batch: OnBatch | None = None,
 ) -> list[float]:
-    """`KL(base || stack) = sum_v p_base (log p_base - log p_stack)`, nats a token, of each answer.
+    """`KL(base || stack) = sum_v p_base (log p_base - log p_stack)`, per token, in nats.
 
     The mean over the answer's positions, EOS included. Base and stack are the same loaded model,
     with its adapters off and on: no second copy, and exactly 0 where the adapters do nothing.
@@ -109,20 +109,20 @@ def base_kl(
     from adapters.lora.stack import base_only
     from unlearner.objectives.likelihood import AnswerHidden, Answers
 
-    found: list[float | None] = [None] * len(texts)
+    divergences: list[float | None] = [None] * len(texts)
     with evaluating(model):
         for indices, batch in _batches(model, texts, pad, batch_tokens):
             stack = _batch_answers(model, batch)
             with base_only(model):
                 base = _batch_answers(model, batch)
-            # The head is one and frozen: it takes the hidden states of both as pairs.
+            # The head is each and frozen: it takes the hidden states of both as pairs.
             pairs = torch.stack([base.at.hidden, stack.at.hidden], dim=1)
             both = Answers(AnswerHidden(pairs, *stack.at[1:]), stack.head)
             for i, columns in zip(indices, _row_columns(both, _divergence), strict=True):
                 # Never below 0 but by rounding.
-                found[i] = max(0.0, float(columns[0].mean()))
-            _report(on_batch, found)
-    return [one for one in found if one is not None]
+                divergences[i] = max(0.0, float(columns[0].mean()))
+            _report(on_batch, divergences)
+    return [each for each in divergences if each is not None]
 
 
 def _batches(
@@ -142,20 +142,20 @@ def _batch_answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> Answers:
 
 
 def _row_columns(
-    found: Answers, value: Callable[[Tensor, Tensor], Tensor]
+    states: Answers, value: Callable[[Tensor, Tensor], Tensor]
 ) -> list[list[npt.NDArray[np.float64]]]:
     """`value(logits, targets)` (tokens, columns) of the batch, row by row, column by column."""
     import torch
 
     from unlearner.objectives.likelihood import per_token
 
-    at = found.at
+    at = states.at
 
     def of_chunk(logits: Tensor, part: slice) -> Tensor:
         return value(logits, at.targets[part].to(logits.device))
 
     # Float64 holds token ids exactly beside the float32 values.
-    columns = per_token(at.hidden, found.head, of_chunk, CHUNK).to("cpu", torch.float64).numpy()
+    columns = per_token(at.hidden, states.head, of_chunk, CHUNK).to("cpu", torch.float64).numpy()
     ends = np.cumsum(at.n.cpu().numpy())[:-1]
     return [list(rows.T) for rows in np.split(columns, ends)]
 
@@ -186,6 +186,6 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return (logits - logits.logsumexp(-1, keepdim=True)).clamp_min(_FLOOR)
 
 
-def _report(on_batch: OnBatch | None, found: Sequence[Any]) -> None:
+def _report(on_batch: OnBatch | None, results: Sequence[Any]) -> None:
     if on_batch is not None:
-        on_batch(sum(one is not None for one in found), len(found))
+        on_batch(sum(each is not None for each in results), len(results))

@@ -141,6 +141,7 @@ def _trainable(model: Any, plan: Relearning) -> Any:
     from peft import LoraConfig
 
     from adapters.lora.stack import add_trainable
+    from adapters.lora.targets import default_targets
     from unlearner.config import LoraShape
 
     shape = LoraShape()
@@ -150,7 +151,7 @@ def _trainable(model: Any, plan: Relearning) -> Any:
             r=shape.lora_r,
             lora_alpha=shape.lora_alpha,
             lora_dropout=0.0,
-            target_modules=list(shape.target_modules),
+            target_modules=list(default_targets(model)),
             bias="none",
             task_type="CAUSAL_LM",
         )

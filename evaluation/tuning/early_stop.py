@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adapters.digests import normalised
 from adapters.errors import UserError
 from evaluation.inference.scoring import encode_answers, score_rows
 from evaluation.logs.matching import match_rows
@@ -49,8 +50,10 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
     elif given is not None:
         rows = read_rows(Path(given))
     elif request.kind == "tofu-author":
-        asked = {row.question.strip() for row in request.rows}
-        rows = [r for r in load_split("forget10_perturbed", data) if r.question.strip() in asked]
+        asked = {normalised(row.question) for row in request.rows}
+        rows = [
+            r for r in load_split("forget10_perturbed", data) if normalised(r.question) in asked
+        ]
     else:
         rows = list(request.rows)
     bare = [row for row in rows if row.paraphrased_answer is None or not row.perturbed_answers]

@@ -59,7 +59,7 @@ def losses(records: list[Any]) -> torch.Tensor:
 
 def plain_nll(model: Any, fmt: Any, question: str, answer: str) -> tuple[float, int]:
     """The definition, one row, no padding: sum of -log p over the answer's labels."""
-    ids, labels = fmt.encode(question, answer, 200)
+    ids, labels, _ = fmt.encode(question, answer, 200)
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double()
     log_p = logits.log_softmax(-1)

@@ -13,7 +13,7 @@ from ui import doctor
 
 NAMES = [
     "python", "adapters package", "memory", "disk", "write access", "torch", "gpu", "transformers",
-    "peft", "trl", "datasets", "4-bit", "attention", "hub", "store",
+    "peft", "datasets", "4-bit", "attention", "hub", "store",
 ]  # fmt: skip
 
 
@@ -83,9 +83,10 @@ def test_a_place_that_cannot_be_written_fails(
 def test_little_memory_and_disk_are_warnings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(doctor, "memory_bytes", lambda: (8e9, 1e9))
+    memory = SimpleNamespace(total=8e9, available=1e9)
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: memory)
     assert doctor._memory().status == "warn"
-    monkeypatch.setattr(doctor, "memory_bytes", lambda: (64e9, 50e9))
+    memory.total, memory.available = 64e9, 50e9
     assert doctor._memory() == doctor.Finding("memory", "ok", "50.0 GB free of 64.0 GB")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e9))
     assert doctor._disk(tmp_path).status == "warn"
@@ -110,3 +111,30 @@ def test_a_broken_store_fails(tmp_path: Path) -> None:
     finding = doctor._store(tmp_path)
     assert finding.status == "fail"
     assert finding.fix
+
+
+def test_a_tampered_log_fails(run: Any, put: Any, tmp_path: Path) -> None:
+    put("1")
+    store = tmp_path / "store"
+    before = run("doctor", "--store", store, "--json").json["table"]
+    assert {row["name"]: row["status"] for row in before}["store"] == "ok"
+    log = store / "audit.jsonl"
+    log.write_text(log.read_text().replace('"publish', '"forged', 1))
+    ran = run("doctor", "--store", store, "--json")
+    row = next(r for r in ran.json["table"] if r["name"] == "store")
+    assert ran.code == 1
+    assert row["status"] == "fail"
+    assert "log" in row["detail"]
+    log.unlink()
+    assert run("doctor", "--store", store).code == 1
+
+
+def test_a_package_that_is_too_old_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "requires", lambda name: ["peft>=0.21", 'x>=1; extra == "ui"']
+    )
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "adapters" else "0.20.1")
+    rows = {row["name"]: row for row in run("doctor", "--json").json["table"]}
+    assert rows["peft"]["status"] == "fail"
+    assert "0.20.1, but peft>=0.21 is needed" in rows["peft"]["detail"]
+    assert rows["trl"]["status"] == "ok"

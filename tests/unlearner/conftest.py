@@ -11,11 +11,11 @@ import pytest
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.lora.stack import add_trainable, attach, save_adapter
-from unlearner.config import LoraShape, UnlearnConfig, make_config
+from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig, make_config
 from unlearner.objectives.guard import teach
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request, Row
-from unlearner.run import lora_config
+from unlearner.run import lora_config, with_targets
 from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
 from unlearner.training.interrupt import StopRequest
@@ -116,7 +116,9 @@ def parent(base: BaseSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     torch.manual_seed(7)
-    model = add_trainable(load_base(base), "parent", lora_config(LoraShape(2, 4)), [])
+    model = add_trainable(
+        load_base(base), "parent", lora_config(LoraShape(2, 4, target_modules=TARGET_MODULES)), []
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -134,7 +136,9 @@ def fresh_model(base: BaseSpec, parent: Path) -> Callable[..., Any]:
         if on_parent:
             model = attach(model, "parent", parent)
         torch.manual_seed(seed)
-        return add_trainable(model, "new", lora_config(shape), ["parent"] if on_parent else [])
+        return add_trainable(
+            model, "new", lora_config(with_targets(shape, model)), ["parent"] if on_parent else []
+        )
 
     return make
 

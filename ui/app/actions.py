@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 
 if TYPE_CHECKING:
+    from ui.app.data.answers import Frame
     from ui.app.data.runs import Sources
     from ui.app.jobs import Jobs
-    from ui.app.session import Frame, Session
+    from ui.app.session import Session
 
 
 class Actions:
@@ -66,7 +67,7 @@ class Actions:
 
     def stack(self) -> dict[str, Any]:
         """The store's adapters, and what the model's layers say is active."""
-        from ui.cli.adapter_rows import adapter_row
+        from ui.adapter_row import adapter_row
 
         rows = [adapter_row(adapter) for adapter in self.session.adapters()]
         return {"adapters": rows, "read_back": self.read_back()}

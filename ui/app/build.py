@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
+from ui.app import guard
 from ui.app.actions import Actions
 from ui.app.data.runs import Sources
 from ui.app.html import views
@@ -19,7 +20,6 @@ from ui.app.jobs import Jobs
 from ui.app.style import CSS, HEAD
 from ui.app.tabs import compare as app_compare
 from ui.app.tabs import first as app_first
-from ui.app.tabs import recorded as app_recorded
 from ui.app.tabs import request as app_request
 from ui.app.tabs import runs as app_runs
 from ui.app.tabs import sheet as app_sheet
@@ -27,18 +27,23 @@ from ui.app.tabs import stack as app_stack
 from ui.app.tabs.pages import PRIVATE, told
 
 if TYPE_CHECKING:
-    from ui.app.data.recorded import Recorded
     from ui.app.session import Session
+    from unlearner.config import UnlearnConfig
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = "127.0.0.1"
 
 
 @dataclass
 class App:
-    """What the pages share: session, jobs, files, and each browser's stop button."""
+    """What the pages share: session, jobs, files, and each browser's stop button.
+
+    `config_of` gives the settings of a `forget` command; the command line's parser is passed in,
+    because the app imports nothing of the command line.
+    """
 
     session: Session
     jobs: Jobs
+    config_of: Callable[[Sequence[str]], UnlearnConfig]
     logs: tuple[Path, ...] = ()
     retain_log: Path | None = None
     robustness: tuple[Path, ...] = ()
@@ -79,13 +84,10 @@ class App:
         return Path(tempfile.mkdtemp(prefix="unlearner-", dir=self.scratch)) / name
 
 
-def build(app: App, recorded: Recorded | None = None) -> gr.Blocks:
-    """All pages; with `recorded` the page of recorded answers, without a model."""
+def build(app: App) -> gr.Blocks:
+    """All pages."""
     with gr.Blocks(title="unlearner", analytics_enabled=False) as page:
-        if recorded is not None:
-            app_recorded.build(app, recorded)
-        else:
-            _live(app, page)
+        _live(app, page)
     return page
 
 
@@ -154,14 +156,17 @@ def _live(app: App, page: gr.Blocks) -> None:
 
 def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[Any, Any]) -> None:
     """Header, adapters, authors and jobs: once a second while something is under way."""
-    timer, seen = gr.Timer(1.0), gr.State(("", ""))
+    timer, seen = gr.Timer(1.0), gr.State(("", "", False))
     request, first = watched
 
-    def look(chosen: list[str], last: tuple[str, str]) -> tuple[Any, ...]:
+    def look(chosen: list[str], last: tuple[str, str, bool]) -> tuple[Any, ...]:
         busy = app_request.advance(app)
-        now = (str(app.session.store_path), repr((_head(app), _choices(app))))
+        opened = last[2] or (app.session.state == "ready" and bool(app.session.askable()))
+        now = (str(app.session.store_path), repr((_head(app), _choices(app))), opened)
         # An open list would close under the reader's hand: it is filled anew only where it must.
-        parts = [gr.skip()] * 5 if now == last else _renewed(app, chosen, now[0] == last[0])
+        parts = (
+            [gr.skip()] * 5 if now == last else _renewed(app, chosen, now[0] == last[0], last[2])
+        )
         return (
             *parts,
             *app_request.shown(app, find=not last[0]),
@@ -180,16 +185,19 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
         begun.then(**wake, **quiet)
 
 
-def _renewed(app: App, chosen: list[str], same_store: bool) -> list[Any]:
+def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> list[Any]:
     """Header, adapters and the three lists of authors; ticks stay while the store is the same."""
     choices = _choices(app)
     known = [slug for _, slug in choices]
     kept = [slug for slug in chosen or [] if slug in known]
     asked, authors = list(app.session.askable()), list(app.session.library.authors)
+    # A new page opens with an answer: the first author is chosen, and that asks once.
+    opening = {"value": asked[0]} if asked and not opened and app.session.state == "ready" else {}
     return [
         _head(app),
         gr.update(choices=choices, value=kept if same_store else _on(app)),
-        *[gr.update(choices=names) for names in (asked, asked, authors)],
+        gr.update(choices=asked, **opening),
+        *[gr.update(choices=names) for names in (asked, authors)],
     ]
 
 
@@ -270,20 +278,20 @@ def theme() -> Any:
 
 
 def check_address(host: str, auth: object) -> None:
-    """Refuses to open the page to others without a password.
+    """Refuses to listen beyond this machine without passwords.
 
     Raises:
-        UserError: another address than this machine's, and nobody has to log in.
+        UserError: `host` is no loopback address and `auth` is empty.
     """
-    if host not in LOCAL and not auth:
+    if not guard.is_loopback(host) and not auth:
         raise UserError(
-            f"At {host} everybody who reaches this machine could use the app.",
-            "Give --auth FILE with lines of name:password, or leave --host away.",
+            f"Without a password, anyone who can reach {host or 'this machine'} could use the app.",
+            "Pass --auth FILE with lines of name:password, or omit --host.",
         )
 
 
 def launch(
-    app: App, *, recorded: Recorded | None = None, host: str = LOCAL[0], port: int | None = None,
+    app: App, *, host: str = LOCAL, port: int | None = None,
     auth: list[tuple[str, str]] | None = None, open_browser: bool = False,
 ) -> tuple[gr.Blocks, str]:  # fmt: skip
     """The running page and its address; it is up before the base is loaded.
@@ -292,7 +300,7 @@ def launch(
         UserError: another address without `auth`, or a port that is taken.
     """
     check_address(host, auth)
-    page = build(app, recorded)
+    page = build(app)
     page.queue(default_concurrency_limit=16)
     try:
         _, url, _ = page.launch(
@@ -300,9 +308,9 @@ def launch(
             run_history=False, prevent_thread_lock=True, quiet=True, footer_links=["api"],
             allowed_paths=[], max_file_size="6mb", theme=theme(), css=CSS, head=HEAD,
             enable_monitoring=False, ssr_mode=False, mcp_server=False,
+            app_kwargs={"middleware": guard.middleware(host, app.scratch)},
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"The page cannot be opened: {error}", "Choose another --port.") from error
-    if recorded is None:
-        app.session.start()
+    app.session.start()
     return page, str(url)

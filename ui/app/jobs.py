@@ -1,12 +1,16 @@
 """Long work as processes of their own: they outlive the page and the app, and are found again.
 
-A job is a command of the command line in a private folder: `job.json` (its words and its name),
-`events.jsonl` (what it told), `outcome.json` (how it ended), `running.lock` (held while it runs).
-`python -m ui.app.jobs FOLDER` runs it. Ctrl-C's signal makes a training finish its step and save.
+A job is a command of the command line in a private folder: `job.json` (title and words),
+`events.jsonl` (its progress), `outcome.json` (how it ended), `process.json` (who runs it).
+`python -m ui.cli.job FOLDER` runs it. Ctrl-C's signal makes a training finish its step and save.
+
+Whatever names a person is removed when the job can no longer continue: only the command, numbers
+and an outcome without those names stay in the folder. `clear_history` deletes ended jobs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,19 +19,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import UserError
-from ui.console import Console, json_value
+import psutil
+from filelock import FileLock
 
-JOB, EVENTS, OUTCOME, LOCK, REQUEST = (
-    "job.json", "events.jsonl", "outcome.json", "running.lock", "request.jsonl",
+from adapters.errors import UserError
+from ui.console import json_value
+
+JOB, EVENTS, OUTCOME, PROCESS, REQUEST, ERRORS = (
+    "job.json", "events.jsonl", "outcome.json", "process.json", "request.jsonl", "stderr.txt",
 )  # fmt: skip
-STOPPING, RESUMED = "stopping", "Going on."
+STARTED = "started.json"
+STOPPING, RESUMED = "stopping", "Continuing."
 ENDED = ("done", "saved", "failed", "died", "withdrawn")
+CONTINUABLE = ("saved", "died")
+STARTUP_SECONDS = 60  # an interpreter that imports torch on a slow disk
+REMOVED = "[removed]"
 
 
 @dataclass(frozen=True)
@@ -54,56 +65,77 @@ class JobView:
 
 
 class Jobs:
-    """The jobs in a folder; one runs at a time, the others wait in the order they came."""
+    """The jobs in a folder; one runs at a time, the others wait in the order they came.
 
-    def __init__(self, folder: Path, runner: Sequence[str] = ("-m", "ui.app.jobs")) -> None:
+    Several app processes may share the folder: a file lock lets only one of them change it.
+    """
+
+    def __init__(self, folder: Path, runner: Sequence[str] = ("-m", "ui.cli.job")) -> None:
         """`runner` is what the interpreter is given to run a job's folder."""
         self.folder = folder
         self._runner = list(runner)
-        self._starting = threading.Lock()
+        self._logs: dict[str, _EventLog] = {}
+        self._reading = threading.Lock()
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.chmod(self.folder, 0o700)
+        with FileLock(self.folder / ".lock"):
+            yield
 
     def submit(
-        self, title: str, words: Sequence[str], request: str | None = None, name: str | None = None
+        self,
+        title: str,
+        words: Sequence[str],
+        request: str | None = None,
+        name: str | None = None,
+        private: Sequence[str] = (),
     ) -> str:
         """The name of a new job that runs `unlearner WORDS`; starts at once if nothing runs.
 
         `request` is put into a private file that stands where `words` hold `REQUEST`; it is
-        deleted when the job is done.
+        deleted when the job is done. `private` are names that must not outlive the job.
         """
         name = name or time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()
-        place = self.folder / name
-        place.mkdir(parents=True, mode=0o700)
-        os.chmod(self.folder, 0o700)
-        filled = [str(place / REQUEST) if word == REQUEST else word for word in words]
-        if request is not None:
-            descriptor = os.open(place / REQUEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(request)
-        _write(place / JOB, {"title": title, "words": filled, "made": time.time_ns()})
+        with self._changing():
+            place = self.folder / name
+            place.mkdir(mode=0o700)
+            filled = [str(place / REQUEST) if word == REQUEST else word for word in words]
+            if request is not None:
+                descriptor = os.open(place / REQUEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(request)
+            job = {"title": title, "words": filled, "made": time.time_ns()}
+            _write(place / JOB, {**job, "private": list(private)})
         self.advance()
         return name
 
-    def resume(self, name: str) -> None:
-        """Puts a saved job, or one whose process died, back in line.
+    def resume(self, name: str) -> str:
+        """Queues a saved job, or one whose process died, again; what to tell the reader.
 
-        It goes on from its last checkpoint, a job without one from the start.
+        It continues from its last checkpoint, or from the start if it has none.
         """
         place = self._place(name)
-        if self.view(name).status not in ("saved", "died"):
-            raise UserError("Only an interrupted job can go on.")
-        job = _read(place / JOB)
-        # The quickstart goes on by itself; a training is told to.
-        told = "--resume" in job["words"] or job["words"][0] != "forget"
-        words = [*job["words"], *([] if told else ["--resume"])]
-        _append(place, {"said": RESUMED})
-        (place / OUTCOME).unlink(missing_ok=True)
-        (place / "started").unlink(missing_ok=True)
-        _write(place / JOB, {**job, "words": words, "made": time.time_ns()})
+        with self._changing():
+            if self.view(name).status not in CONTINUABLE:
+                raise UserError("Only an interrupted job can continue.")
+            job = _read(place / JOB)
+            # The quickstart continues by itself; a training needs the flag.
+            flagged = "--resume" in job["words"] or job["words"][0] != "forget"
+            words = [*job["words"], *([] if flagged else ["--resume"])]
+            append_event(place, {"said": RESUMED})
+            for file in (OUTCOME, STARTED):
+                (place / file).unlink(missing_ok=True)
+            _write(place / JOB, {**job, "words": words, "made": time.time_ns()})
         self.advance()
+        return "The job is queued again."
 
     def advance(self) -> None:
-        """Starts the first job in line unless one is running."""
-        with self._starting:
+        """Starts the first waiting job unless one is running."""
+        if not self.folder.is_dir():
+            return
+        with self._changing():
             views = self.views()
             if any(view.status in ("starting", "running", "stopping") for view in views):
                 return
@@ -114,7 +146,9 @@ class Jobs:
     def _start(self, place: Path) -> None:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        with (place / "stderr.txt").open("ab") as errors:
+        # Noted first: an app that dies between the two lines must not start the job twice.
+        _write(place / STARTED, {"time": time.time()})
+        with (place / ERRORS).open("ab") as errors:
             # A session of its own: closing the app's terminal must not stop the training.
             process = subprocess.Popen(
                 [sys.executable, *self._runner, str(place)],
@@ -124,49 +158,50 @@ class Jobs:
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": path},
             )
-        _write(place / "started", {"pid": process.pid, "time": time.time()})
-        threading.Thread(target=process.wait, daemon=True).start()  # no zombie is left behind
+        threading.Thread(target=process.wait, daemon=True).start()  # leaves no zombie
 
     def cancel(self, name: str) -> str:
-        """What became of it: a running job saves and ends, a waiting one is withdrawn."""
-        view, place = self.view(name), self._place(name)
-        if view.status == "waiting":
-            _write(place / OUTCOME, {"status": "withdrawn", "text": "Withdrawn before it began."})
-            (place / REQUEST).unlink(missing_ok=True)
-            return "Withdrawn."
+        """Stops a job: a running one saves and ends, a waiting one is withdrawn."""
+        place = self._place(name)
+        with self._changing():
+            view = self.view(name)
+            if view.status == "waiting":
+                end(place, {"status": "withdrawn", "text": "Withdrawn before it began."})
+                return "Withdrawn."
         if view.ended:
-            return "It has ended already."
+            return "The job has already ended."
         if view.status == "starting":
             raise UserError("The job is just starting.", "Cancel it in a moment.")
-        os.kill(int(_read(place / LOCK)["pid"]), signal.SIGINT)
-        return "It finishes its step and saves."
+        os.kill(int(_read(place / PROCESS)["pid"]), signal.SIGINT)
+        return "It finishes this step and saves."
 
-    def forget(self, name: str) -> None:
-        """Deletes what is known of an ended job."""
-        if not self.view(name).ended:
-            raise UserError("The job has not ended.", "Cancel it first.")
-        shutil.rmtree(self._place(name))
+    def clear_history(self) -> int:
+        """Deletes every ended job; how many. Interrupted ones can then no longer continue."""
+        with self._changing():
+            ended = [view.name for view in self.views() if view.ended]
+            for name in ended:
+                shutil.rmtree(self._place(name))
+                self._logs.pop(name, None)
+        return len(ended)
 
     def views(self) -> list[JobView]:
         """All jobs, the oldest first."""
         if not self.folder.is_dir():
             return []
-        names = [path.parent.name for path in self.folder.glob(f"*/{JOB}")]
-        found = sorted(names, key=lambda name: _read(self.folder / name / JOB)["made"])
+        jobs = {path.parent.name: _read(path) for path in self.folder.glob(f"*/{JOB}")}
         views: list[JobView] = []
-        for name in found:
-            ahead = sum(not view.ended for view in views)
-            views.append(self.view(name, ahead))
+        for name in sorted(jobs, key=lambda name: int(jobs[name].get("made", 0))):
+            if (self.folder / name / JOB).is_file():  # another app may have cleared it
+                views.append(self.view(name, sum(not view.ended for view in views)))
         return views
 
     def view(self, name: str, position: int = 0) -> JobView:
-        """One job as it stands."""
+        """One job as it is now."""
         place = self._place(name)
+        with self._reading:
+            steps, said, stopping = self._logs.setdefault(name, _EventLog(place / EVENTS)).read()
         job, outcome = _read(place / JOB), _read(place / OUTCOME)
-        events = _events(place / EVENTS)
-        steps = tuple(e for e in events if e.get("step") is not None)
-        said = next((str(e["said"]) for e in reversed(events) if "said" in e), "")
-        status = str(outcome.get("status") or _status(place, events))
+        status = str(outcome.get("status") or _status(place, stopping))
         return JobView(
             name, job["title"], tuple(job["words"]), status, position, steps, said, outcome
         )
@@ -178,126 +213,139 @@ class Jobs:
         return place
 
 
-def _status(place: Path, events: Sequence[Mapping[str, Any]]) -> str:
-    if not (place / "started").is_file():
-        return "waiting"
-    if not (place / LOCK).is_file() or not _alive(place):
-        # The lock comes seconds after the start, with the interpreter.
-        fresh = time.time() - float(_read(place / "started").get("time", 0)) < 60
-        begun = (place / LOCK).is_file() and _read(place / LOCK).get("for") == _stamp(place)
-        return "starting" if fresh and not begun else "died"
-    # A job that goes on was asked to stop once, but that is over.
-    signs = [e["said"] for e in events if e.get("said") in (STOPPING, RESUMED)]
-    return "stopping" if signs[-1:] == [STOPPING] else "running"
+class _EventLog:
+    """The events of one job; only what was appended since the last look is read."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._clear()
 
-def _stamp(place: Path) -> Any:
-    return _read(place / JOB).get("made")
+    def _clear(self) -> None:
+        self._offset, self._file = 0, 0
+        self._steps: list[dict[str, Any]] = []
+        self._said, self._stopping = "", False
 
-
-def _alive(place: Path) -> bool:
-    """Whether the process in the lock file lives and is still the one that wrote it."""
-    held = _read(place / LOCK)
-    if held.get("for") != _stamp(place):
-        return False
-    return _birth(int(held["pid"])) == held.get("birth")
-
-
-def _birth(pid: int) -> str | None:
-    """What tells a process from a later one with the same number; None when it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return None
+    def read(self) -> tuple[tuple[dict[str, Any], ...], str, bool]:
+        """All steps, the last words, and whether the job was told to stop."""
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        return str(pid)
-    fields = stat.rsplit(")", 1)[1].split()
-    return None if fields[0] == "Z" else fields[19]
+            with self._path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._file or stat.st_size < self._offset:
+                    self._clear()  # rewritten
+                self._file = stat.st_ino
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            self._clear()
+            text = b""
+        whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            event = json.loads(line)
+            if event.get("step") is not None:
+                self._steps.append(event)
+            if "said" in event:
+                self._said = str(event["said"])
+            # A job that continues was told to stop once, but that is over.
+            if event.get("said") in (STOPPING, RESUMED):
+                self._stopping = event["said"] == STOPPING
+        return tuple(self._steps), self._said, self._stopping
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one may be half written
-    return [json.loads(line) for line in lines]
+def _status(place: Path, stopping: bool) -> str:
+    if not (place / STARTED).is_file():
+        return "waiting"
+    process = _read(place / PROCESS)
+    begun = process.get("for") == _read(place / JOB).get("made")
+    if begun and _born(int(process["pid"])) == process["born"]:
+        return "stopping" if stopping else "running"
+    # The process file comes seconds after the start, with the interpreter.
+    fresh = time.time() - float(_read(place / STARTED).get("time", 0)) < STARTUP_SECONDS
+    return "starting" if fresh and not begun else "died"
 
 
-def _append(place: Path, event: Mapping[str, Any]) -> None:
+def _born(pid: int) -> float | None:
+    """When the process began, which tells it from a later one of the same id; None if gone."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def begin(place: Path) -> list[str]:
+    """Notes that this process runs the job in `place`; the words of its command."""
+    job = _read(place / JOB)
+    pid = os.getpid()
+    _write(place / PROCESS, {"pid": pid, "born": _born(pid), "for": job["made"]})
+    words: list[str] = job["words"]
+    return words
+
+
+def end(place: Path, outcome: Mapping[str, Any]) -> None:
+    """Files how a job ended and, unless it can continue, removes what names a person."""
+    if outcome["status"] in CONTINUABLE:
+        _write(place / OUTCOME, outcome)
+        return
+    job = _read(place / JOB)
+    private = sorted({*job.get("private", ()), *_row_texts(place / REQUEST)}, key=len, reverse=True)
+    for name in (REQUEST, ERRORS):
+        (place / name).unlink(missing_ok=True)
+    if private:
+        job = _without(job, private)
+        outcome = _without(dict(outcome), private)
+    # Words may quote a row: only numbers are needed for the curves.
+    steps, _, _ = _EventLog(place / EVENTS).read()
+    kept = [{key: v for key, v in step.items() if not isinstance(v, str)} for step in steps]
+    _replace(place / EVENTS, "".join(json.dumps(step) + "\n" for step in kept))
+    _write(place / JOB, {**job, "private": []})
+    _write(place / OUTCOME, outcome)
+
+
+def _row_texts(path: Path) -> set[str]:
+    """Every text of the rows in a request's file."""
+    texts: set[str] = set()
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line that is no row is private as it is
+                row = json.loads(line)
+                values = row.values() if isinstance(row, dict) else ()
+                texts |= {value for value in values if isinstance(value, str)}
+            texts.add(line)
+    return {text for text in texts if text.strip()}
+
+
+def _without(value: Any, private: Sequence[str]) -> Any:
+    """`value` with each private text replaced, wherever it occurs."""
+    if isinstance(value, Mapping):
+        return {key: _without(part, private) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(part, private) for part in value]
+    if isinstance(value, str):
+        for text in private:
+            value = value.replace(text, REMOVED)
+    return value
+
+
+def append_event(place: Path, event: Mapping[str, Any]) -> None:
+    """Appends one event to those of the job in `place`."""
     with (place / EVENTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({**json_value(event), "time": time.time()}) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return value
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
+    _replace(path, json.dumps(json_value(value)))
+
+
+def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    aside.write_text(json.dumps(json_value(value)), encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
-
-
-class JobConsole(Console):
-    """A console that writes what a command tells into the job's folder."""
-
-    def __init__(self, place: Path) -> None:
-        super().__init__(as_json=True)
-        self.found: dict[str, Any] = {}
-        self._place = place
-
-    def _tell(self, event: Mapping[str, Any]) -> None:
-        _append(self._place, event)
-
-    def words(self, text: str) -> None:
-        """A line of words."""
-        self._tell({"said": text})
-
-    def urgent(self, text: str) -> None:
-        """The word that it was asked to stop; comes from inside a signal handler."""
-        self._tell({"said": STOPPING})
-
-    def progress(self, event: Mapping[str, Any]) -> None:
-        """One step."""
-        self._tell(event)
-
-    def result(self, value: Mapping[str, Any]) -> None:
-        """The result, kept until the end."""
-        self.found = dict(value)
-
-
-def main(place: Path) -> int:
-    """Runs the job in `place`; the command's exit code."""
-    from adapters.errors import Interrupted
-    from ui.cli.main import _quiet_libraries, parse, unexpected
-
-    job = _read(place / JOB)
-    _write(place / LOCK, {"pid": os.getpid(), "birth": _birth(os.getpid()), "for": job["made"]})
-    console = JobConsole(place)
-    try:
-        args = parse(job["words"])
-        _quiet_libraries(console)
-        code: int = args.run(args, console)
-        outcome = {"status": "done", "text": "Done.", "result": console.found}
-    except Interrupted as error:
-        code, outcome = error.exit_code, {"status": "saved", "text": error.problem}
-    except KeyboardInterrupt:
-        code, outcome = 130, {"status": "failed", "text": "Stopped at once; nothing was saved."}
-    except UserError as error:
-        code, outcome = error.exit_code, {"status": "failed", "text": str(error)}
-    except Exception as error:
-        code, outcome = 1, {"status": "failed", "text": " ".join(unexpected(error))}
-    if outcome["status"] != "saved":
-        (place / REQUEST).unlink(missing_ok=True)
-    _write(place / OUTCOME, outcome)
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

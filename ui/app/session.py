@@ -7,6 +7,7 @@ change of the active adapters is read back from the model's layers before it is 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.errors import UserError
+from ui.app.data.answers import Answer, Frame, Stack, judged
 from ui.app.data.library import Library, read_library, requested
-from ui.app.data.verdicts import verdict
 from ui.app.turns import Turns
+
+LOG = logging.getLogger("unlearner.app")
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
@@ -28,47 +31,6 @@ if TYPE_CHECKING:
     from unlearner.request.rows import Row
     from unlearner.tokens.prompts import PromptFormat, Template
 
-Stack = Sequence[tuple[str, float]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One side of a comparison; scores are None where the question has no true answer on record."""
-
-    text: str
-    tokens: int = 0
-    seconds: float = 0.0
-    rouge_l_recall: float | None = None
-    answer_prob: float | None = None
-    truth_ratio: float | None = None
-    word: str = ""
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens a second, None before the first."""
-        return self.tokens / self.seconds if self.tokens and self.seconds else None
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A comparison as far as it has come. `stack` is what the model's layers said.
-
-    `base_whole` says that the base's answer is complete and scored, so that it can be kept while
-    the right side answers again; `kept` says that it was.
-    """
-
-    question: str
-    base: Answer
-    unlearned: Answer
-    stack: tuple[tuple[str, float], ...]
-    truth: str | None = None
-    one_batch: bool = False
-    stage: Literal["waiting", "answering", "scoring", "done", "stopped"] = "answering"
-    ahead: int = 0
-    sampling: Sampling | None = None
-    base_whole: bool = False
-    kept: bool = False
-
 
 @dataclass
 class Session:
@@ -78,6 +40,7 @@ class Session:
     base: BaseSpec | None = None
     data: Path | None = None
     template: Template = "auto"
+    system: str | None = None
     turns: Turns = field(default_factory=Turns)
     state: Literal["no base", "loading", "ready", "failed", "resting"] = "no base"
     problem: str = ""
@@ -87,11 +50,15 @@ class Session:
     _fingerprint: Any = None
     _quantised: bool = False
     _ready: threading.Event = field(default_factory=threading.Event)
+    _starting: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
-        """Begins to load base and questions in the background."""
-        self.state = "loading" if self.base is not None else "no base"
-        self._ready.clear()
+        """Begins to load base and questions in the background, unless that is under way."""
+        with self._starting:
+            if self.state == "loading":
+                return
+            self.state = "loading" if self.base is not None else "no base"
+            self._ready.clear()
         threading.Thread(target=self._load, name="load the base", daemon=True).start()
 
     def _load(self) -> None:
@@ -102,8 +69,9 @@ class Session:
                 self._load_model(self.base)
         except UserError as error:
             self.state, self.problem = "failed", str(error)
-        except Exception as error:  # told on the page: a thread has nobody else to tell
+        except Exception as error:  # a thread can report to nobody but the page
             self.state, self.problem = "failed", f"{type(error).__name__}: {error}"
+            LOG.debug("loading failed", exc_info=error)
         finally:
             self._ready.set()
 
@@ -114,7 +82,7 @@ class Session:
         from unlearner.tokens.prompts import prompt_format
 
         folder = resolve_base(spec.name, spec.revision)
-        self._fmt = prompt_format(load_tokenizer(str(folder)), self.template)
+        self._fmt = prompt_format(load_tokenizer(str(folder)), self.template, self.system)
         self._fingerprint = fingerprint_base(folder)
         model: Any = load_base(spec)
         if sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
@@ -131,8 +99,15 @@ class Session:
 
     def rest(self) -> None:
         """Lets go of the model's memory, for a training that needs it; `start` loads it again."""
+        import gc
+
+        import torch
+
         with self.turns.turn():
             self._model, self.state = None, "resting"
+            gc.collect()  # peft's layers and their model hold each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def require(self) -> tuple[Any, PromptFormat]:
         """The model and its prompt format, or a UserError that says why there is none yet."""
@@ -324,16 +299,3 @@ def _framed(frame: Frame, pair: Any, clock: _Clock) -> Frame:
     ]
     base = frame.base if frame.base_whole else sides[0]
     return dataclasses.replace(frame, base=base, unlearned=sides[1])
-
-
-def judged(answer: Answer, row: Row | None, scores: tuple[float, float | None] | None) -> Answer:
-    """The answer with its scores and its verdict; `scores` are `Session.teacher_forced`'s."""
-    from evaluation.metrics.text import rouge_recall
-
-    if row is None or scores is None:
-        return dataclasses.replace(answer, word=verdict(answer.text))
-    recall = rouge_recall([answer.text], [row.answer])[0].rouge_l_recall
-    word = verdict(answer.text, recall, scores[0])
-    return dataclasses.replace(
-        answer, rouge_l_recall=recall, answer_prob=scores[0], truth_ratio=scores[1], word=word
-    )

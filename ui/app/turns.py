@@ -15,6 +15,10 @@ class Turns:
         self._line: deque[object] = deque()
         self._changed = threading.Condition()
 
+    def __len__(self) -> int:
+        """How many are in the line, the one being served included."""
+        return len(self._line)
+
     def join(self) -> object:
         """A ticket at the end of the line."""
         ticket = object()

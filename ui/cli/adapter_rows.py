@@ -10,7 +10,6 @@ from ui.cli import options
 
 if TYPE_CHECKING:
     from adapters.store.activation import StackChange
-    from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
     from ui.console import Console
 
@@ -35,25 +34,6 @@ def open_store(args: argparse.Namespace) -> AdapterStore:
     from adapters.store.store import AdapterStore
 
     return AdapterStore.open(options.store_path(args))
-
-
-def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
-    """An adapter as a table row; counts and settings, never a text."""
-    manifest = adapter.manifest
-    return {
-        "name": adapter.slug,
-        "label": adapter.label,
-        "status": adapter.status,
-        "scale": adapter.scale,
-        "rows": manifest.data.get("forget", {}).get("n"),
-        "objective": manifest.objective.get("name"),
-        "lora_r": manifest.lora.get("r", manifest.lora.get("lora_r")),
-        "parents": list(manifest.parents),
-        "policy": manifest.policy,
-        "bytes": adapter.size,
-        "created": manifest.created[:19],
-        "problem": adapter.problem or None,
-    }
 
 
 def scales_by_ref(args: argparse.Namespace) -> dict[str, float] | None:

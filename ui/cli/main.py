@@ -36,58 +36,78 @@ from ui.console import Console
 from unlearner.training import distributed as ranks
 
 DESCRIPTION = (
-    "Makes a language model forget: each request becomes a small adapter on a frozen base, kept "
-    "in a store, measured against a model that never saw the data, reverted by switching it off."
+    "Unlearns selected training data from a language model with small LoRA adapters on a frozen "
+    "base. Adapters are kept in a store, evaluated against a model that never saw the data, and "
+    "reverted by deactivating them."
 )
 EXAMPLES = """\
 first steps:
-  unlearner quickstart                                  the whole story on this machine, no download
+  unlearner quickstart                                  a complete run on this machine, no download
   unlearner doctor                                      what this machine can run
   unlearner forget tofu:forget05 --base B --dry-run     what a request would cost
-exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 preflight says no, 4 quality gate failed,
-130 interrupted and saved"""
-MODULES = (
-    commands_ask,
-    commands_bench,
-    commands_calibrate,
-    commands_quickstart,
-    commands_reproduce,
-    commands_sequence,
-    commands_info,
-    commands_train,
-    commands_consolidate,
-    commands_store,
-    commands_merge,
-    commands_eval,
-    commands_score,
-    commands_report,
-    commands_robustness,
-    commands_finetune,
-    commands_tune,
-    commands_ui,
-)
+exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit in memory, 4 quality gate failed,
+130 interrupted and saved
+`unlearner COMMAND --help` shows the flags of a command."""
+# The sections of `unlearner --help`: each command module, in the order of the list.
+SECTIONS = {
+    "everyday": (
+        commands_quickstart,
+        commands_info,
+        commands_train,
+        commands_ask,
+        commands_eval,
+        commands_score,
+        commands_robustness,
+        commands_report,
+        commands_ui,
+    ),
+    "adapters": (
+        commands_store,
+        commands_calibrate,
+        commands_consolidate,
+        commands_merge,
+    ),
+    "experiments": (
+        commands_finetune,
+        commands_reproduce,
+        commands_sequence,
+        commands_tune,
+        commands_bench,
+    ),
+}
 FAILURE, INTERRUPTED = 1, 130
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and the parser of each command by its words (`adapters list`)."""
-    parser = Parser(prog="unlearner", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = Parser(
+        prog="unlearner",
+        usage="unlearner COMMAND ...",
+        description=DESCRIPTION,
+    )
     parser.add_argument("--version", action="version", version=version())
     commands: Any = parser.add_subparsers(
-        dest="command", metavar="COMMAND", title="commands", parser_class=Parser
+        dest="command", metavar="COMMAND", help=argparse.SUPPRESS, parser_class=Parser
     )
-    for module in MODULES:
-        module.register(commands)
+    sections = []
+    for title, modules in SECTIONS.items():
+        start = len(commands._choices_actions)
+        for module in modules:
+            module.register(commands)
+        entries = [(entry.dest, entry.help) for entry in commands._choices_actions[start:]]
+        lines = [f"  {name:<12} {text}" for name, text in entries]
+        sections.append("\n".join([f"{title}:", *lines]))
+    parser.epilog = "\n\n".join([*sections, EXAMPLES])
     return parser, _leaves("", commands)
 
 
 def _leaves(prefix: str, commands: Any) -> dict[str, Parser]:
-    found: dict[str, Parser] = {}
+    leaves: dict[str, Parser] = {}
     for name, parser in commands.choices.items():
         words = f"{prefix} {name}".strip()
         nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-        found |= _leaves(words, nested[0]) if nested else {words: parser}
-    return found
+        leaves |= _leaves(words, nested[0]) if nested else {words: parser}
+    return leaves
 
 
 def version() -> str:
@@ -106,9 +126,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises:
         UserError: unknown command or flag (with the nearest known one), missing or bad value.
-        SystemExit: after --help and --version.
+        SystemExit: after --help, --version and without any argument, which prints the help.
     """
     parser, leaves = build_parser()
+    if not argv:
+        parser.print_help()
+        raise SystemExit(0)
     _check_command(argv, leaves)
     args, extra = parser.parse_known_args(argv)
     if extra:
@@ -121,12 +144,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"`unlearner {words}` takes no further argument {extra[0]!r}.",
             f"See `unlearner {words} --help`.",
         )
+    args.words = list(argv)
     return args
 
 
 def _check_command(argv: Sequence[str], leaves: dict[str, Parser]) -> None:
-    """Refuses a command that does not exist, before argparse lists all of them."""
-    if not argv or argv[0].startswith("-"):
+    """Refuses an unknown command with the nearest one; argparse would list all of them."""
+    if argv[0].startswith("-"):
         if "--help" in argv or "-h" in argv or "--version" in argv:
             return
         raise UserError("No command was given.", "See `unlearner --help`.")
@@ -158,29 +182,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse(words)
-        args.words = words
-        _quiet_libraries(console)
+        quiet_libraries(console)
         # Only the console writes data: what a library prints is words, and goes to stderr.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             if not debug:
                 warnings.simplefilter("ignore")
                 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for processes it starts
             code: int = args.run(args, console)
-            ranks.wait()  # a process that leaves early takes its connections with it
+            ranks.wait()  # a process that exits early closes its connections
             return code
-    except SystemExit as stop:  # argparse leaves this way after --help and --version
+    except SystemExit as stop:  # after --help and --version
         return stop.code if isinstance(stop.code, int) else FAILURE
     except BrokenPipeError:
         return _reader_left()
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        console.words("Interrupted: stopped at once; what was finished before stays as it is.")
+        console.words("Interrupted. Parts that were finished are kept.")
         return INTERRUPTED
     except UserError as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, Interrupted):  # what was asked for, not a mistake
+        if isinstance(error, Interrupted):  # not a mistake
             console.words(f"{error.problem}\n{error.fix}".strip())
         else:
             console.error(error.problem, error.fix)
@@ -195,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _console(as_json: bool) -> Console:
-    """The console; of several processes of one job only the first says anything."""
+    """The console; of several processes of one job only the first prints."""
     if ranks.rank() == 0:
         return Console(as_json=as_json)
     nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
@@ -203,10 +226,10 @@ def _console(as_json: bool) -> Console:
 
 
 def unexpected(error: Exception) -> tuple[str, str]:
-    """Problem and fix of an error that no one foresaw."""
+    """Problem and fix of an unexpected error."""
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return (
-            "The memory ran out.",
+            "Out of memory.",
             "Use a smaller --per-device-train-batch-size or --max-length, "
             "--gradient-checkpointing or --load-in-4bit.",
         )
@@ -220,8 +243,8 @@ def unexpected(error: Exception) -> tuple[str, str]:
     )
 
 
-def _quiet_libraries(console: Console) -> None:
-    """Libraries say only what is wrong; their bars move on a terminal only."""
+def quiet_libraries(console: Console) -> None:
+    """Libraries log errors only, and show progress bars only on a terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

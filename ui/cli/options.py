@@ -17,6 +17,7 @@ from unlearner.objectives.registry import OBJECTIVES
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
+    from unlearner.request.formats import Columns
 
 DEFAULT_STORE = "./forget-store"
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
@@ -141,7 +142,10 @@ def add_base(
     flags.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
 
 
-REQUEST_HELP = "JSONL file of question/answer rows, tofu:forget05, or 'tofu:author=NAME'"
+REQUEST_HELP = (
+    "rows to forget: a file (JSONL, JSON, CSV, TSV or Parquet, also gzipped), a folder that "
+    "`datasets` saved, hub:OWNER/NAME:SPLIT, a TOFU split such as forget05, or 'tofu:author=NAME'"
+)
 
 
 def add_split(
@@ -270,12 +274,38 @@ def add_fail_if(flags: Flags, example: str) -> None:
 def add_retain(flags: Flags, text: str = "rows to keep", *, default: str = "") -> None:
     """--retain; `default` says which rows are taken without the flag."""
     tail = f" (default: {default})" if default else ""
-    flags.add_argument("--retain", metavar="ROWS", help=f"{text}: a JSONL file or tofu:SPLIT{tail}")
+    flags.add_argument(
+        "--retain", metavar="ROWS", help=f"{text}: a file, hub:OWNER/NAME or a TOFU split{tail}"
+    )
 
 
-def template() -> Parser:
-    """--template."""
+def add_columns(flags: Flags) -> None:
+    """--question-column and --answer-column."""
+    for key in ("question", "answer"):
+        flags.add_argument(
+            f"--{key}-column",
+            metavar="NAME",
+            help=f"column of the {key} in your files (default: found by its usual names)",
+        )
+
+
+def columns(args: argparse.Namespace) -> Columns:
+    """The columns that these flags name."""
+    from unlearner.request.formats import Columns
+
+    return Columns(args.question_column, args.answer_column)
+
+
+def template(*, system: bool = False) -> Parser:
+    """--template, and --system where the command can use it."""
     parser = Parser(add_help=False)
+    if system:
+        parser.add_argument(
+            "--system",
+            metavar="TEXT",
+            help="system prompt of every row; `none` removes the one that a chat template inserts "
+            "by itself (default: the template's own)",
+        )
     parser.add_argument(
         "--template",
         choices=("auto", "llama2", "chat", "open-unlearning"),
@@ -354,7 +384,7 @@ SETTING_HELP = {
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
-    "target_modules": "projections to adapt, divided by commas",
+    "target_modules": "linear layers to adapt, by name and divided by commas",
     "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten",
     "num_train_epochs": "passes over the forget rows",
     "per_device_train_batch_size": "pairs of one forward; reduce to 4, 2, 1 when out of memory",

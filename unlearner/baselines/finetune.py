@@ -11,13 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.errors import Interrupted, UserError
 from unlearner.config import LoraShape, TrainConfig
 from unlearner.request.rows import Row
-from unlearner.run import NEW, lora_config
 from unlearner.tokens.prompts import Encoded, encode_rows, pad_batch, pad_id, prompt_format
 from unlearner.training import distributed
 
@@ -153,10 +150,12 @@ class FinetuneTask:
             pad: the id that fills padding.
             packed: whether the rows of a micro-batch form one pack; otherwise they are padded.
         """
+        import numpy
+
         self._rows, self._pad, self._packed = rows, pad, packed
         self._size = config.per_device_train_batch_size
         per_step = self._size * config.gradient_accumulation_steps * distributed.world_size()
-        random = np.random.default_rng(config.seed)
+        random = numpy.random.default_rng(config.seed)
         orders = [random.permutation(len(rows)) for _ in range(config.num_train_epochs)]
         self._steps = [
             order[start : start + per_step].tolist()
@@ -220,11 +219,12 @@ def _load(
     import torch
 
     from adapters.lora.stack import add_trainable
+    from unlearner.run import NEW, lora_config, with_targets
 
     if lora is not None:
         model: Any = load_base(base)
         torch.manual_seed(seed)
-        return add_trainable(model, NEW, lora_config(lora), []), None
+        return add_trainable(model, NEW, lora_config(with_targets(lora, model)), []), None
     model = load_base(replace(base, dtype="float32"))
     model.requires_grad_(True)
     on_gpu = next(model.parameters()).is_cuda and base.dtype != "float32"
@@ -259,6 +259,7 @@ def _save(model: Any, tokenizer: Any, base: BaseSpec, work: Path, lora: LoraShap
         return
     from adapters.lora.merge import fold_stack
     from adapters.lora.stack import save_adapter
+    from unlearner.run import NEW
 
     adapter = save_adapter(model, NEW, work / "adapter")
     fold_stack(resolve_base(base.name, base.revision), [(adapter, 1.0)], whole)

@@ -21,7 +21,7 @@ from adapters.tensors import read_header
 from unlearner.config import UnlearnConfig
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import Request
-from unlearner.run import RunOptions, prepare, train
+from unlearner.run import RunOptions, prepare, prompt_settings, train
 from unlearner.training import distributed
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _save(model: Any, run: Any, folder: Path, summary: dict[str, Any]) -> None:
         "data": run.digests,
         "objective": config.to_json()["objective"],
         "formula": OBJECTIVES[config.objective.name].formula,
-        "train": config.to_json()["train"] | summary | {"template": run.fmt.name},
+        "train": config.to_json()["train"] | summary | prompt_settings(run),
         "env": describe(next(model.parameters()).device.type, config.train.seed),
     }
     write_json(folder / RECORD, record)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from unlearner.config import UnlearnConfig, streams_of
+from unlearner.config import ALL_LINEAR, UnlearnConfig, streams_of
 
 GIB = 1024**3
 # nf4 with double quantisation, measured on 7B: 4.127 bits per weight.
@@ -71,27 +71,33 @@ class ModelShape:
         return rank * sum((into + out) * count for into, out, count in chosen)
 
 
-def read_shape(folder: Path) -> ModelShape:
-    """The shape of the model in `folder`, from its config.json; no weights are read.
+def meta_model(folder: Path) -> Any:
+    """The model in `folder` on the meta device, from its config.json; no weights are read.
 
     Raises:
         UserError: transformers cannot build a causal language model from it.
     """
-    import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         with init_empty_weights():
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"{folder} has no config.json that transformers can use: {reason}",
             "Give a folder that holds a whole causal language model.",
         ) from error
-    text = config.get_text_config()
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape of the model in `folder`, from its config.json; see `meta_model`."""
+    import torch
+
+    model = meta_model(folder)
+    text = model.config.get_text_config()
     blocks = model.get_decoder().layers
     linear: dict[str, tuple[int, int, int]] = {}
     for name, module in blocks.named_modules():
@@ -212,7 +218,10 @@ class MemoryPlan:
     def adapter_parameters(self) -> int:
         """Trainable weights: `r * (inputs + outputs)` per adapted layer."""
         lora = self.config.lora
-        return self.shape.low_rank(lora.lora_r, lora.target_modules)
+        names = (
+            lora.target_modules if lora.target_modules != ALL_LINEAR else tuple(self.shape.linear)
+        )
+        return self.shape.low_rank(lora.lora_r, names)
 
     @property
     def attacker_parameters(self) -> int:

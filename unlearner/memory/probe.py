@@ -127,7 +127,8 @@ def peak(device: torch.device) -> int:
 def peak_memory() -> int:
     """The peak bytes of this process: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        devices = range(torch.cuda.device_count())
+        return max(int(torch.cuda.max_memory_allocated(device)) for device in devices)
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

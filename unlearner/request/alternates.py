@@ -19,8 +19,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from adapters.digests import normalised
 from adapters.errors import UserError
-from unlearner.request.neighbours import SAME, plain, tf_idf
+from unlearner.request.neighbours import SAME, tf_idf
 from unlearner.request.rows import Row
 
 # What stands in quotes is a title; an apostrophe inside a word ends nothing.
@@ -52,15 +53,17 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
     Raises:
         UserError: the pool has no answer for some row.
     """
-    asked = {plain(row.question) for row in forget}
+    asked = {normalised(row.question) for row in forget}
     here = len(forget)
     answers = tf_idf([row.answer for row in (*forget, *pool)])
     told = (answers[:here] @ answers[here:].T).max(axis=0).toarray()[0] if pool else []
-    said = {plain(row.answer) for row in forget}
+    said = {normalised(row.answer) for row in forget}
     kept = [
         row
         for row, likeness in zip(pool, told, strict=True)
-        if likeness < SAME and plain(row.question) not in asked and plain(row.answer) not in said
+        if likeness < SAME
+        and normalised(row.question) not in asked
+        and normalised(row.answer) not in said
     ]
     every = [row.question for row in (*forget, *kept)]
     named, questions = subjects(every), tf_idf(every)
@@ -76,9 +79,9 @@ def alternate_answers(forget: Sequence[Row], pool: Sequence[Row], count: int) ->
             if old and new:
                 answer = renamed(answer, old, new)
                 # In that name it may be what is to be forgotten.
-                if plain(answer) in said or _tells(answer, row.answer):
+                if normalised(answer) in said or _tells(answer, row.answer):
                     continue
-            found.setdefault(plain(answer), answer)
+            found.setdefault(normalised(answer), answer)
         if not found:
             raise UserError(
                 f"No row has another answer for {row.question!r}.",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.errors import UserError
 
+# Of one problem in many rows the first places are told, and the first of many problems.
+SAME_SHOWN, PROBLEMS_SHOWN = 3, 20
 # JSON may escape one half of a pair; no tokenizer takes it.
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
@@ -48,30 +50,38 @@ class Request:
 
 
 def check_row(
-    raw: Any, where: str, problems: list[str], needed: Sequence[str] = ("question", "answer")
+    raw: Mapping[str, Any],
+    problems: list[str],
+    needed: Sequence[str] = ("question", "answer"),
+    names: Mapping[str, str] | None = None,
 ) -> Row | None:
-    """The row in `raw`, or None after writing down everything that is wrong with it."""
-    if not isinstance(raw, dict):
-        problems.append(f"{where}: not a JSON object but {type(raw).__name__}")
-        return None
+    """The row in `raw`, or None after everything that is wrong with it is added to `problems`.
+
+    Args:
+        raw: columns by name.
+        problems: gets a text per problem.
+        needed: which of question and answer there must be.
+        names: what the columns question and answer are called in the file.
+    """
     before = len(problems)
     for key in needed:
-        if key not in raw:
-            problems.append(f"{where}: no '{key}' (it has: {', '.join(raw) or 'nothing'})")
+        name = (names or {}).get(key, key)
+        if raw.get(key) is None:
+            problems.append(f"no '{name}' (it has: {', '.join(raw) or 'nothing'})")
         elif not isinstance(raw[key], str):
-            problems.append(f"{where}: '{key}' is {type(raw[key]).__name__}, not text")
+            problems.append(f"'{name}' is {type(raw[key]).__name__}, not text")
         elif not raw[key].strip():
-            problems.append(f"{where}: '{key}' is empty")
+            problems.append(f"'{name}' is empty")
         elif _HALF_CHARACTER.search(raw[key]):
-            problems.append(f"{where}: '{key}' holds half a character (a lone surrogate)")
+            problems.append(f"'{name}' holds half a character (a lone surrogate)")
     perturbed = raw.get("perturbed_answer") or ()
     if isinstance(perturbed, str):
         perturbed = (perturbed,)
     if not isinstance(perturbed, Sequence) or not all(isinstance(t, str) for t in perturbed):
-        problems.append(f"{where}: 'perturbed_answer' is not a list of texts")
+        problems.append("'perturbed_answer' is not a list of texts")
     for key in ("paraphrased_answer", "paraphrased_question"):
         if not isinstance(raw.get(key), str | None):
-            problems.append(f"{where}: '{key}' is {type(raw[key]).__name__}, not text")
+            problems.append(f"'{key}' is {type(raw[key]).__name__}, not text")
     if len(problems) > before:
         return None
     return Row(
@@ -83,9 +93,31 @@ def check_row(
     )
 
 
-def refuse_problems(what: str, problems: Sequence[str], fix: str) -> None:
-    """Raises one UserError that names every problem, if there is any."""
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise UserError(f"{what} has {count}:\n{listed}\n", fix)
+def refuse_problems(what: str, problems: Sequence[tuple[str, str]], fix: str) -> None:
+    """Raises one UserError that names every problem, if there is any.
+
+    Args:
+        what: the file or data set.
+        problems: where (such as "line 3", or nothing) and what. One that is the same in many
+            places is told once, and of very many only the first are told.
+        fix: what to do.
+    """
+    places: dict[str, list[str]] = {}
+    for where, problem in problems:
+        places.setdefault(problem, []).append(where)
+    lines = []
+    for problem, wheres in places.items():
+        if len(wheres) > SAME_SHOWN:
+            shown = ", ".join(wheres[:SAME_SHOWN])
+            lines.append(f"{problem} ({shown} and {len(wheres) - SAME_SHOWN:,} more)")
+        else:
+            lines += [f"{where}: {problem}" if where else problem for where in wheres]
+    if not lines:
+        return
+    count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
+    if len(lines) == 1 and len(problems) > 1:
+        raise UserError(f"{what} has {count}: {lines[0]}.", fix)
+    if len(lines) > PROBLEMS_SHOWN:
+        lines = [*lines[:PROBLEMS_SHOWN], f"... and {len(lines) - PROBLEMS_SHOWN:,} more"]
+    listed = "\n".join(f"  - {line}" for line in lines)
+    raise UserError(f"{what} has {count}:\n{listed}\n", fix)

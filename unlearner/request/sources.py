@@ -3,37 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from adapters.digests import normalised
 from adapters.errors import UserError, did_you_mean
-from unlearner.request.formats import read_rows
+from unlearner.request.formats import HUB_PREFIX, Columns, read_hub, read_rows
 from unlearner.request.rows import Request, Row, refuse_problems
-from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
+from unlearner.request.tofu import FORGET_SPLITS, SPLITS, load_authors, load_split, split_name
 
 
-def parse_request(text: str, data: Path | None = None, retain: str | None = None) -> Request:
+def parse_request(
+    text: str,
+    data: Path | None = None,
+    retain: str | None = None,
+    columns: Columns | None = None,
+) -> Request:
     """The forget request that `text` names, with its retain rows.
 
     Args:
-        text: a JSONL file, `tofu:forget05`, or `tofu:author=NAME`.
+        text: `forget05` or `tofu:forget05`, `tofu:author=NAME`, `hub:OWNER/NAME`, or a file of
+            rows (see `read_rows`).
         data: folder of TOFU's JSON-lines files, else the hub.
-        retain: a JSONL file or `tofu:SPLIT` to keep; by default the rest of TOFU.
+        retain: the rows to keep, named like the request; by default the rest of TOFU.
+        columns: which columns of the files hold question and answer.
 
     Raises:
         UserError: naming all problems at once; a question in both sets is one.
     """
-    if text.startswith("tofu:"):
-        kind, rows, rest = _tofu_request(text.removeprefix("tofu:"), data)
+    if text.startswith("tofu:") or (text in FORGET_SPLITS and not Path(text).exists()):
+        kind, rows, rest = _tofu_request(split_name(text), data)
     else:
-        kind, rows, rest = "jsonl", read_rows(Path(text)), None
+        kind, rows, rest = "jsonl", rows_named(text, data, columns=columns), None
     if retain is not None:
-        rest = rows_named(retain, data)
+        usual = replace(columns or Columns(), optional=True)
+        rest = rows_named(retain, data, columns=usual)
         _refuse_overlap(rows, rest, text, retain)
     elif rest is None:
         rest = [] if data is None else load_split("full", data)
-        asked = {row.question.strip() for row in rows}
-        rest = [row for row in rest if row.question.strip() not in asked]
+        forgotten = {normalised(row.question) for row in rows}
+        rest = [row for row in rest if normalised(row.question) not in forgotten]
     return Request(text, kind, tuple(rows), tuple(rest))
+
+
+def rows_named(
+    text: str, data: Path | None = None, *, unique: bool = True, columns: Columns | None = None
+) -> list[Row]:
+    """The rows of a TOFU split (`retain90`, `tofu:retain90`), a file or `hub:OWNER/NAME`.
+
+    Raises:
+        UserError: what `load_split`, `read_rows` and `read_hub` refuse.
+    """
+    if text.startswith(HUB_PREFIX):
+        return read_hub(text.removeprefix(HUB_PREFIX), unique=unique, columns=columns)
+    if text.startswith("tofu:") or (text in SPLITS and not Path(text).exists()):
+        return load_split(text, data)
+    return read_rows(Path(text), unique=unique, columns=columns)
 
 
 def _tofu_request(text: str, data: Path | None) -> tuple[str, list[Row], list[Row]]:
@@ -53,18 +78,12 @@ def _tofu_request(text: str, data: Path | None) -> tuple[str, list[Row], list[Ro
     return "tofu-author", list(found[0].rows), kept
 
 
-def rows_named(text: str, data: Path | None = None, *, unique: bool = True) -> list[Row]:
-    """The rows of `tofu:SPLIT` or a JSONL file; refuses what `load_split` or `read_rows` does."""
-    split = text.removeprefix("tofu:")
-    return load_split(split, data) if split != text else read_rows(Path(text), unique=unique)
-
-
 def _refuse_overlap(forget: Sequence[Row], retain: Sequence[Row], name: str, kept: str) -> None:
-    asked = {row.question.strip(): number for number, row in enumerate(forget, start=1)}
+    numbers = {normalised(row.question): number for number, row in enumerate(forget, start=1)}
     problems = [
-        f"row {asked[row.question.strip()]} is also row {number} of {kept}: {row.question!r}"
-        for number, row in enumerate(retain, start=1)
-        if row.question.strip() in asked
+        ("", f"row {number} is also row {i} of {kept}: {row.question!r}")
+        for i, row in enumerate(retain, start=1)
+        if (number := numbers.get(normalised(row.question)))
     ]
     why = "A question is either forgotten or kept: remove it from one of the two."
     refuse_problems(name, problems, why)

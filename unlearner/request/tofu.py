@@ -14,8 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from adapters.errors import UserError, did_you_mean
-from unlearner.request.formats import read_rows
-from unlearner.request.rows import Author, Row, check_row, refuse_problems
+from unlearner.request.formats import read_hub, read_rows
+from unlearner.request.rows import Author, Row
 
 HUB_ID = "locuslab/TOFU"
 FORGET_SPLITS = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
@@ -36,20 +36,26 @@ ROWS_PER_AUTHOR = 20
 WORLD_FILE = "world.json"
 
 
+def split_name(text: str) -> str:
+    """The name of a split that was written `forget05` or `tofu:forget05`."""
+    return text.removeprefix("tofu:")
+
+
 def load_split(name: str, data: Path | None = None) -> list[Row]:
     """The rows of a TOFU split, in the data set's order.
 
     Args:
-        name: one of `SPLITS` or `HOLDOUT_SPLITS`.
+        name: one of `SPLITS` or `HOLDOUT_SPLITS`, with or without `tofu:`.
         data: folder of TOFU's JSON-lines files; without it the hub's `locuslab/TOFU` is read.
 
     Raises:
         UserError: unknown split, missing folder or file, no way to the hub.
     """
+    name = split_name(name)
     if name not in (*SPLITS, *HOLDOUT_SPLITS.values()):
         raise UserError(f"There is no TOFU split '{name}'.", did_you_mean(name, SPLITS))
     if data is None:
-        return _load_hub_split(name)
+        return read_hub(f"{HUB_ID}:{name}:train", unique=False)
     if not data.is_dir():
         raise UserError(
             f"The data folder {data} does not exist.", "Give --data a folder that does."
@@ -62,22 +68,6 @@ def load_split(name: str, data: Path | None = None) -> list[Row]:
         f"The data folder {data} has no {name}.json (it has: {', '.join(found) or 'none'}).",
         "Give --data a folder of TOFU's JSON-lines files.",
     )
-
-
-def _load_hub_split(name: str) -> list[Row]:
-    from datasets import load_dataset
-
-    try:
-        table = load_dataset(HUB_ID, name, split="train")
-    except (OSError, ConnectionError, ValueError) as error:
-        raise UserError(
-            f"TOFU's split '{name}' could not be read from the hub ({error}).",
-            "Check the connection, or give --data a folder of TOFU's JSON-lines files.",
-        ) from error
-    problems: list[str] = []
-    rows = [check_row(raw, f"row {i}", problems) for i, raw in enumerate(table)]
-    refuse_problems(f"{HUB_ID}:{name}", problems, "Pin a revision of the data set that is whole.")
-    return [row for row in rows if row is not None]
 
 
 def load_refusals(data: Path | None = None) -> list[str]:

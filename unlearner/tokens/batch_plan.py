@@ -53,6 +53,19 @@ class Rows:
         rows = (*self.forget, *self.retain, *more, *self.guard)
         return [len(row.input_ids) for row in rows]
 
+    @property
+    def cut(self) -> list[tuple[str, int, int]]:
+        """Name, cut rows and all rows of every set in which some row was cut."""
+        sets = {
+            "forget": self.forget,
+            "retain": self.retain,
+            "refusal": [row for choices in self.refusals for row in choices],
+            "guard": self.guard,
+            "alternate": [row for choices in self.alternates for row in choices],
+        }
+        counts = [(name, sum(row.cut for row in rows), len(rows)) for name, rows in sets.items()]
+        return [count for count in counts if count[1]]
+
     def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
         """The rows of a stream for `pairs`: forget, retain, refusal, guard or alternate."""
         if name == "forget":

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from adapters.errors import UserError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -25,7 +27,16 @@ def rank() -> int:
 
 
 def join() -> None:
-    """Initialise the process group, which the functions below need with several processes."""
+    """Initialise the process group, which the functions below need with several processes.
+
+    Raises:
+        UserError: the launcher was configured for FSDP.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UserError(
+            "Training under FSDP is not supported: the base is frozen and shared as it is.",
+            "Start the processes with torchrun, or set distributed_type to MULTI_GPU.",
+        )
     if world_size() > 1:
         import torch
         from accelerate import PartialState

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError, did_you_mean
@@ -49,7 +49,7 @@ def check_names(config: TrainConfig) -> None:
         if value not in known:
             hint = did_you_mean(value, known)
             raise UserError(f"There is no {name} '{value}'.", hint)
-    if config.optim in _BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+    if config.optim in _BITSANDBYTES and find_spec("bitsandbytes") is None:
         raise UserError(
             f"The optimizer {config.optim} needs the package bitsandbytes.",
             "Install it with pip install bitsandbytes, or use --optim adamw_torch.",

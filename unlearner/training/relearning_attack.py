@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.environment import attack_rates
-from unlearner.config import TARGET_MODULES
+from adapters.lora.targets import default_targets
 from unlearner.training.checkpoint import read_state, write_state
 
 if TYPE_CHECKING:
@@ -157,12 +157,13 @@ class Attacker:
 
 
 def projections_of(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Names and modules of the seven projections of every block, an adapter's layer where one is.
+    """Names and modules of the linear layers of every block, an adapter's layer where one is.
 
     What a forward hook on them adds stands beside the weight and all adapters.
     """
+    names = set(default_targets(model))
     return [
         (name, module)
         for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in TARGET_MODULES and hasattr(module, "in_features")
+        if name.rsplit(".", 1)[-1] in names and hasattr(module, "in_features")
     ]

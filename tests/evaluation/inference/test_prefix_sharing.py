@@ -60,7 +60,7 @@ def rows(shared: Path) -> list[Row]:
 def test_trees_and_rows_give_the_same_scores(
     attention: str, max_length: int, fmt: Any, rows: list[Row]
 ) -> None:
-    """Largest difference 1e-5 nats a token of up to 20, grouped heads, cut rows included."""
+    """Largest difference 1e-5 nats per token of up to 20, grouped heads, cut rows included."""
     model = llama(attn_implementation=attention)
     plain = score_rows(model, fmt, rows, shared=False, max_length=max_length)
     tree = score_rows(model, fmt, rows, shared=True, max_length=max_length)
@@ -78,7 +78,7 @@ def texts_of(record: Any) -> list[Any]:
 
 
 def test_bf16_differs_by_its_rounding_only(fmt: Any, rows: list[Row]) -> None:
-    """bf16: largest difference 0.1 nats a token of up to 20."""
+    """bf16: largest difference 0.1 nats per token of up to 20."""
     model = llama().bfloat16()
     plain, tree = (score_rows(model, fmt, rows[:4], shared=s) for s in (False, True))
     for a, b in zip(plain, tree, strict=True):

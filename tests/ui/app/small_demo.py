@@ -11,9 +11,9 @@ SIZES = {"n_authors": 6, "forget_authors": 2, "evaluated_authors": 2, "requests"
 
 
 def main(place: Path) -> int:
-    """`ui.app.jobs.main` with small sizes; everything else is the real quickstart."""
+    """`ui.cli.job.main` with small sizes; everything else is the real quickstart."""
     from evaluation.experiments import quickstart
-    from ui.app.build import jobs
+    from ui.cli import job
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 
     small = quickstart.Quickstart(
@@ -28,7 +28,7 @@ def main(place: Path) -> int:
         npo=_once(quickstart.NPO),
     )  # fmt: skip
     quickstart.quickstart = functools.partial(quickstart.quickstart, settings=small)
-    return jobs.main(place)
+    return job.main(place)
 
 
 def _once(config):

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from ui.cli.commands.everyday.ui import config_of
+
 
 @pytest.fixture
 def opened(run: Any, monkeypatch: Any) -> Any:
@@ -44,6 +46,7 @@ def _interrupt(self: threading.Event, timeout: float | None = None) -> bool:
 def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
     auth = tmp_path / "auth"
     auth.write_text("mira:secret\n")
+    auth.chmod(0o600)
     robust, strength = tmp_path / "r.json", tmp_path / "c.json"
     robust.write_text('{"kind": "unlearner-robustness", "schema": 1}')
     strength.write_text('{"kind": "unlearner-calibration", "schema": 1, "curve": []}')
@@ -74,12 +77,6 @@ def test_by_default_it_is_this_machine_and_nothing_is_loaded(opened: Any) -> Non
     assert ran.json == {"url": "http://127.0.0.1:1/"}
 
 
-def test_two_logs_without_a_base_are_recorded_mode(opened: Any, shared: Path) -> None:
-    logs = sorted((shared / "reference-logs").glob("llama2-7b_*.json"))[:2]
-    assert opened("--logs", *logs)[1]["recorded"].names == tuple(path.stem for path in logs)
-    assert opened("--logs", *logs, "--base", "b")[1]["recorded"] is None
-
-
 def test_jobs_lie_in_a_private_place_that_can_be_named(monkeypatch: Any, tmp_path: Path) -> None:
     from ui.cli.commands.everyday.ui import jobs_folder
 
@@ -106,7 +103,7 @@ def test_the_page_is_there_before_the_base_and_behind_a_password(
 
     monkeypatch.setattr(Session, "_load_model", slow)
     session = Session(tmp_path / "store", BaseSpec("b"), tmp_path / "nowhere")
-    page, url = launch(App(session, Jobs(tmp_path / "jobs")), auth=[("mira", "secret")])
+    page, url = launch(App(session, Jobs(tmp_path / "jobs"), config_of), auth=[("mira", "secret")])
     try:
         assert session.state == "loading"
         assert urllib.request.urlopen(url, timeout=10).status == 200  # the login form
@@ -150,7 +147,9 @@ def test_the_page_is_for_this_machine_and_keeps_and_shares_nothing(
         return None, "http://127.0.0.1:1/", None
 
     monkeypatch.setattr(gr.Blocks, "launch", launch)
-    app_module.launch(app_module.App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs")))
+    app_module.launch(
+        app_module.App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), config_of)
+    )
     assert seen["server_name"] == "127.0.0.1"
     for name in ("share", "run_history", "analytics", "enable_monitoring", "mcp_server"):
         assert seen[name] is False, name
@@ -166,7 +165,7 @@ def test_only_this_machine_is_listened_to(tmp_path: Path) -> None:
     from ui.app.jobs import Jobs
     from ui.app.session import Session
 
-    page, url = launch(App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs")))
+    page, url = launch(App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), config_of))
     try:
         port = urlparse(url).port
         assert port is not None
@@ -219,5 +218,5 @@ def test_a_file_that_is_no_probe_is_refused_before_the_page_opens(
     path.write_text("{}")
     ran, seen = opened("--robustness", path)
     assert ran.code == 2
-    assert "no robustness result" in ran.err
+    assert "not 'unlearner-robustness'" in ran.err
     assert not seen

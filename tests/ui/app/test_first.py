@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from ui.cli.commands.everyday.ui import config_of
+
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 RUNNER = Path(__file__).with_name("small_demo.py")
 PATIENCE = 180_000  # milliseconds; the small demo takes about 20 s on two idle cores
@@ -23,7 +25,7 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
     monkeypatch.setenv("UNLEARNER_CACHE", str(tmp_path / "cache"))
     jobs = Jobs(tmp_path / "jobs", runner=[str(RUNNER)])
-    app = App(Session(tmp_path / "mine" / "store"), jobs)
+    app = App(Session(tmp_path / "mine" / "store"), jobs, config_of)
     served, url = launch(app)
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
@@ -40,22 +42,17 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
         last = jobs.view(name).steps[-1]
         assert last["steps"] >= last["step"] >= 0
         page.locator("#un-demo-stop").click()
-        page.wait_for_selector("text=Go on with the demo world")
+        page.wait_for_selector("text=Continue the demo world")
         assert jobs.view(name).status == "saved"
         assert app.session.state == "no base"
         page.reload()  # whoever comes back can go on
-        page.get_by_role("button", name="Go on with the demo world").click()
+        page.get_by_role("button", name="Continue the demo world").click()
         page.wait_for_function("document.querySelector('#un-state').textContent == 'ready'")
         page.locator("#un-first").wait_for(state="hidden")
         assert [view.name for view in jobs.views()] == [name]  # it went on, it did not begin anew
         assert app.session.store_path == tmp_path / "mine" / "unlearner-demo" / "forget-store"
         assert len(app.session.filed_stack()) == 2
         page.wait_for_function("document.querySelectorAll('#un-stack input:checked').length == 2")
-        page.locator("#un-author input").click()
-        page.get_by_role("option").first.click()
-        page.locator("#un-list input").click()
-        page.get_by_role("option").first.click()
-        page.get_by_role("button", name="Ask both").click()
         page.wait_for_function("document.querySelector('#un-status').textContent.includes('Done:')")
         assert "2 adapters" in page.locator("#un-right h2").inner_text()
         assert app.retain_log is not None
@@ -76,7 +73,7 @@ def test_a_demo_of_another_place_or_that_is_gone_is_not_taken_over(
     from ui.app.tabs import first as app_first
 
     jobs = Jobs(tmp_path / "jobs")
-    app = App(Session(tmp_path / "store"), jobs)
+    app = App(Session(tmp_path / "store"), jobs, config_of)
 
     def made(folder: Path) -> None:
         place = tmp_path / "jobs" / folder.parent.name

@@ -1,4 +1,4 @@
-"""The app's logic without a page: verdicts, differences, the line, jobs, votes, logs."""
+"""The app's logic without a page: verdicts, differences, the line, jobs, logs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import pytest
 
 from adapters.errors import UserError
 from evaluation.report.inputs import find_inputs, named_logs
-from ui.app.data import requests, runs, same
+from ui.app.data import commands, requests, runs
+from ui.app.data.answers import Answer, Frame
+from ui.app.data.comparator import comparator, recorded_pairs
 from ui.app.data.decoding import PairDecoder, Sampling
 from ui.app.data.library import read_library
-from ui.app.data.recorded import open_recorded
 from ui.app.data.sheet import SheetRow, tally
 from ui.app.data.verdicts import verdict
 from ui.app.html import views
 from ui.app.jobs import Jobs
-from ui.app.session import Answer, Frame, Session
-from ui.app.tabs.runs import _pair
+from ui.app.session import Session
+from ui.app.tabs.runs import pair_file
 from ui.app.turns import Turns
 from ui.cli.commands.everyday.ui import read_auth
 
@@ -70,15 +71,11 @@ def test_the_line_serves_in_order_and_tells_the_position() -> None:
 
 def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
     logs = shared / "reference-logs"
-    found = open_recorded([logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json"])
-    questions = found.questions("to forget")
-    assert len(questions) == 300
-    frame = found.frame("to forget", questions[0])
-    assert frame.base.word == "still knows"
-    assert frame.truth
-    assert frame.base.text != frame.unlearned.text
-    with pytest.raises(UserError, match="1 logs were given"):
-        open_recorded([logs / "llama2-7b_full.json"])
+    pairs = recorded_pairs(logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
+    group, _, first, second = pairs[0]
+    assert sum(pair[0] == "to forget" for pair in pairs) == 300
+    assert (group, first.word) == ("to forget", "still knows")
+    assert first.text != second.text
 
 
 def test_runs_hold_the_reference_and_export(shared: Path) -> None:
@@ -111,19 +108,18 @@ def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> 
     assert names == ["full", "full (2)", "npo", "npo (2)", "llama2-7b_retain90_tofu"]
     assert set(found.log_r) == set(names)
     assert found.log_r["full"] == found.log_r["full (2)"] != found.log_r["npo"]
-    assert open_recorded([made[0], made[2]]).names == ("full", "npo")
     assert list(find_inputs(named_logs(made)).logs) == names[:4], "the report takes them too"
-    assert f"'full (2)={made[1]}'" in same.report(made, None, (), ())
+    assert f"'full (2)={made[1]}'" in commands.report(made, None, (), ())
     app: Any = SimpleNamespace(logs=made, retain_log=None, new_file=lambda name: tmp_path / name)
     for chosen in (["npo (2)", "full"], ["full (2)", "full"]):
-        layout = json.loads(Path(_pair(app, chosen)).read_text())
+        layout = json.loads(Path(pair_file(app, chosen)).read_text())
         assert [model["name"] for model in layout["models"]] == chosen
 
 
 def test_comparator_json_has_the_layout_of_its_reader() -> None:
     a, b = Answer("x", rouge_l_recall=1.0), Answer("y", rouge_l_recall=0.25)
     rows = [("to forget", "q", a, b), ("kept", "p", a, Answer("z"))]
-    made = runs.comparator(rows, ("base", "stack"))
+    made = comparator(rows, ("base", "stack"))
     assert set(made) == {"metadata", "models", "examples"}
     assert made["models"] == [{"name": "base"}, {"name": "stack"}]
     example = made["examples"][0]
@@ -224,6 +220,11 @@ def test_names_and_passwords_come_from_a_file(tmp_path: Path) -> None:
     assert read_auth(None) is None
     path = tmp_path / "auth"
     path.write_text("mira:a:b\n\n")
+    for mode in (0o644, 0o640, 0o606):
+        path.chmod(mode)
+        with pytest.raises(UserError, match="Others can read the passwords"):
+            read_auth(path)
+    path.chmod(0o600)
     assert read_auth(path) == [("mira", "a:b")]
     path.write_text("mira\n")
     with pytest.raises(UserError, match="names and passwords"):
@@ -233,10 +234,12 @@ def test_names_and_passwords_come_from_a_file(tmp_path: Path) -> None:
 def test_another_address_needs_a_password() -> None:
     from ui.app.build import check_address
 
-    check_address("127.0.0.1", None)
+    for host in ("127.0.0.1", "127.0.0.2", "localhost", "::1"):
+        check_address(host, None)
     check_address("0.0.0.0", [("a", "b")])
-    with pytest.raises(UserError, match="everybody"):
-        check_address("0.0.0.0", None)
+    for host in ("0.0.0.0", "::", "192.168.1.2", "my-machine", ""):
+        with pytest.raises(UserError, match="Without a password"):
+            check_address(host, None)
 
 
 def test_all_authors_of_tofu_can_be_asked(shared: Path) -> None:
@@ -362,13 +365,11 @@ def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any)
 def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> None:
     script = tmp_path / "runner.py"
     script.write_text(
-        "import json, os, sys, time\n"
+        "import sys, time\n"
         "from pathlib import Path\n"
-        "from ui.app.jobs import LOCK, _birth\n"
+        "from ui.app.jobs import begin\n"
         "place = Path(sys.argv[1])\n"
-        "made = json.loads((place / 'job.json').read_text())['made']\n"
-        "lock = {'pid': os.getpid(), 'birth': _birth(os.getpid()), 'for': made}\n"
-        "(place / LOCK).write_text(json.dumps(lock))\n"
+        "begin(place)\n"
         "while not (place / 'leave').exists(): time.sleep(0.05)\n"
     )
     jobs = Jobs(tmp_path / "jobs", runner=[str(script)])
@@ -386,3 +387,139 @@ def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> 
         jobs.resume(name)
     (place / "leave").touch()
     _until(lambda: jobs.view(name).ended)
+
+
+def test_two_apps_on_one_folder_start_a_job_once(tmp_path: Path) -> None:
+    """Two processes that look at the same moment: one file lock decides."""
+    import subprocess
+    import sys
+
+    (tmp_path / "runner.py").write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from ui.app.jobs import begin\n"
+        "place = Path(sys.argv[1])\n"
+        "with (place / 'starts').open('a') as file: file.write('x')\n"
+        "begin(place)\n"
+        "while not (place / 'leave').exists(): time.sleep(0.05)\n"
+    )
+    (tmp_path / "app.py").write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from ui.app.jobs import Jobs\n"
+        "jobs = Jobs(Path(sys.argv[1]), runner=[sys.argv[2]])\n"
+        "time.sleep(max(0, float(sys.argv[3]) - time.time()))\n"
+        "for _ in range(20): jobs.advance()\n"
+    )
+    jobs = Jobs(tmp_path / "jobs", runner=[str(tmp_path / "runner.py")])
+    hold = jobs.submit("first", ["quickstart"], name="a")
+    second = jobs.submit("second", ["quickstart"], name="b")
+    places = {name: tmp_path / "jobs" / name for name in (hold, second)}
+    _until(lambda: jobs.view(hold).status == "running")
+    (places[hold] / "leave").touch()
+    _until(lambda: jobs.view(hold).ended)
+    import time
+
+    words = [tmp_path / "app.py", tmp_path / "jobs", tmp_path / "runner.py", time.time() + 2]
+    apps = [subprocess.Popen([sys.executable, *map(str, words)]) for _ in range(3)]
+    assert [app.wait(60) for app in apps] == [0, 0, 0]
+    _until(lambda: jobs.view(second).status == "running")
+    assert (places[second] / "starts").read_text() == "x"
+    (places[second] / "leave").touch()
+    _until(lambda: jobs.view(second).ended)
+
+
+def test_no_name_outlives_its_job(tmp_path: Path) -> None:
+    """Titles, words, events, errors and outcomes of ended jobs name nobody."""
+    jobs = Jobs(tmp_path / "jobs")
+    author = jobs.submit(
+        "forget Mira Okafor",
+        ["forget", "tofu:author=Mira Okafor", "--base", str(tmp_path / "none")],
+        private=["Mira Okafor"],
+    )
+    _until(lambda: jobs.view(author).ended)
+    rows = json.dumps({"question": "Who is Ola Berg?", "answer": "Ola Berg is a poet."})
+    request = jobs.submit("rows", ["forget", "request.jsonl", "--base", "none"], rows + "\n{Ola")
+    _until(lambda: jobs.view(request).ended)
+    assert {jobs.view(name).status for name in (author, request)} == {"failed"}
+    assert jobs.view(author).title == "forget [removed]"
+    assert jobs.view(author).outcome["text"], "why it failed is still told"
+    for path in (path for path in jobs.folder.rglob("*") if path.is_file()):
+        for word in (b"Mira", b"Okafor", b"Ola"):
+            assert word not in path.read_bytes(), path
+
+
+def test_history_is_cleared_but_not_what_is_under_way(tmp_path: Path, monkeypatch: Any) -> None:
+    jobs = Jobs(tmp_path / "jobs")
+    monkeypatch.setattr(jobs, "advance", lambda: None)
+    gone, waiting = jobs.submit("a", ["score"], name="a"), jobs.submit("b", ["score"], name="b")
+    jobs.cancel(gone)
+    assert jobs.clear_history() == 1
+    assert [view.name for view in jobs.views()] == [waiting]
+    assert not (jobs.folder / gone).exists()
+    assert jobs.clear_history() == 0
+
+
+def test_only_new_events_are_read(tmp_path: Path, monkeypatch: Any) -> None:
+    import ui.app.jobs
+
+    jobs = Jobs(tmp_path / "jobs")
+    monkeypatch.setattr(jobs, "advance", lambda: None)
+    place = jobs.folder / jobs.submit("t", ["score"])
+    for step in range(100):
+        ui.app.jobs.append_event(place, {"step": step, "steps": 200})
+    assert len(jobs.view(place.name).steps) == 100
+    parsed: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr(
+        ui.app.jobs.json, "loads", lambda text, **_: parsed.append(str(text)) or loads(text)
+    )
+    with (place / "events.jsonl").open("a") as file:
+        file.write('{"step": 100, "st')  # half a line, as a reader may meet it
+    assert len(jobs.view(place.name).steps) == 100
+    with (place / "events.jsonl").open("a") as file:
+        file.write('eps": 200}\n')
+    assert jobs.view(place.name).steps[-1]["step"] == 100
+    assert sum('"step"' in text for text in parsed) == 1
+
+
+def test_another_site_cannot_use_the_page(tmp_path: Path, monkeypatch: Any) -> None:
+    import http.client
+    from urllib.parse import urlparse
+
+    from ui.app import guard
+    from ui.app.build import App, launch
+    from ui.cli.commands.everyday.ui import config_of
+
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(scratch))
+    app = App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), config_of, scratch=scratch)
+    page, url = launch(app)
+    port = int(urlparse(url).port or 0)
+    here = f"127.0.0.1:{port}"
+
+    def status(method: str, path: str, body: bytes = b"", **headers: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request(method, path, body, {"Host": here, **headers})
+        return connection.getresponse().status
+
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n1\r\n--x--\r\n'
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    upload = "/gradio_api/upload"
+    try:
+        assert status("GET", "/config") == 200
+        assert status("GET", "/config", Host=f"localhost:{port}") == 200
+        for host in ("evil.example", f"evil.example:{port}", f"127.0.0.1.evil.example:{port}"):
+            assert status("GET", "/config", Host=host) == 400  # a rebound name
+            assert status("POST", "/gradio_api/call/stack", b"{}", Host=host) == 400
+        assert status("POST", upload, form, **kind) == 200
+        assert status("POST", upload, form, **kind, Origin=f"http://{here}") == 200
+        for origin in ("http://evil.example", f"http://127.0.0.1:{port + 1}", "null"):
+            assert status("POST", upload, form, **kind, Origin=origin) == 403
+        monkeypatch.setattr(guard, "UPLOAD_QUOTA", len(form) - 1)
+        assert status("POST", upload, form, **kind) == 413
+    finally:
+        page.close(verbose=False)

@@ -183,13 +183,13 @@ def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path, shared: Pat
         None, (logs / "llama2-7b_full.json",), logs / "llama2-7b_retain90_tofu.json",
         (_write(tmp_path / "r.json", ROBUST),),
     )  # fmt: skip
-    text = runs.write_report(sources, tmp_path / "report.html").read_text()
+    text = runs_page.write_report(sources, tmp_path / "report.html").read_text()
     assert "llama2-7b_full" in text
     assert "Relearning" in text
     assert "src=" not in text
     assert "<link" not in text
     assert "Content-Security-Policy" in text
     assert "unlearner report " in text, "the command that makes the same file"
-    filed = runs.write_report(runs.Sources(), tmp_path / "filed.html").read_text()
+    filed = runs_page.write_report(runs.Sources(), tmp_path / "filed.html").read_text()
     assert "Content-Security-Policy" in filed
     assert "unlearner report" not in filed, "without a log there is no command"

@@ -106,7 +106,7 @@ def test_every_command_has_json_debug_and_help(words: str, run: Any) -> None:
         (["score"], "required: LOG", "unlearner score --help"),
         (["score", "x.json", "--protcol", "tofu"], "no option --protcol", "'--protocol'"),
         (["score", "x.json", "y.json"], "no further argument 'y.json'", "score --help"),
-        (["score", "x.json", "--retain"], "no option --retain", "'--reference-log'"),
+        (["score", "x.json", "--reference"], "no option --reference", "'--reference-log'"),
         (["preview", "x.jsonl"], "required: --base", "preview --help"),
         (["preview", "x", "--base", "b", "--max-length", "0"], "0 is below 1", "--help"),
         (["preview", "x", "--base", "b", "--max-length", "many"], "'many' is not", "--help"),

@@ -347,7 +347,7 @@ def test_a_gate_fails_after_the_card(run: Any, put: Any, words: list[Any]) -> No
         (["--states", "int4"], "no state 'int4'"),
         (["--fail-if", "relearned>1"], "no figure 'relearned'"),
         (["--protocol", "tofoo"], "no protocol 'tofoo'"),
-        (["--limit", "1"], "two forget rows at least"),
+        (["--limit", "1"], "at least two forget rows"),
         (["--relearn-share", "1.5"], "relearn_share is not between"),
         (["--temperature", "0"], "temperature is not above 0"),
         (["--load-in-4bit"], "nf4 beside full precision"),

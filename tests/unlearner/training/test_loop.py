@@ -17,7 +17,7 @@ from unlearner.config import TrainConfig, UnlearnConfig, default_objective
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import Request
-from unlearner.run import lora_config
+from unlearner.run import lora_config, with_targets
 from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
 from unlearner.tokens.packing import pack_attention
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
@@ -433,7 +433,7 @@ def test_bf16_weights_under_autocast_give_the_losses_of_float32(
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
         loaded: Any = load_base(replace(base, dtype=dtype))
-        model = add_trainable(loaded, "new", lora_config(config.lora), [])
+        model = add_trainable(loaded, "new", lora_config(with_targets(config.lora, loaded)), [])
         plan = plan_steps(len(rows.forget), len(rows.retain), len(rows.refusals[0]), config.train)
         task = UnlearnTask(model, UnlearnData(rows, plan, pad, packed), config)
         events: list[dict[str, Any]] = []

@@ -65,9 +65,9 @@ class PairDecoder:
         self.sides = (_Side(done=right_only), _Side())
         self.one_batch = (len(self.stack) == 1 and not quantised) if mixed is None else mixed
         self.one_batch = self.one_batch and not right_only
-        self._budget = sampling.max_new
+        self.budget = sampling.max_new
         self._prompt = prompt
-        self._stops = set(stop_tokens(model, fmt))
+        self.stops = set(stop_tokens(model, fmt))
         self._caches: list[Any] = []
         self._draws = self._processors(prompt, sampling)
 
@@ -122,11 +122,11 @@ class PairDecoder:
         if self._draws:
             scores = self._draws[number](None, scores[None])[0]
         token = int(scores.argmax())
-        if token in self._stops:
+        if token in self.stops:
             side.done = True
             return
         side.tokens.append(token)
-        side.done = len(side.tokens) >= self._budget
+        side.done = len(side.tokens) >= self.budget
 
     def _both(self) -> list[torch.Tensor]:
         """Next-token scores of both rows of one batch; an ended row goes on unread."""

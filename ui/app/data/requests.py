@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.app.html.views import command, esc
+from ui.app.data.commands import base_words, command
 from ui.app.jobs import REQUEST
 from ui.console import size_text
 
 if TYPE_CHECKING:
-    from adapters.base.load import BaseSpec
     from ui.app.session import Session
     from ui.preview import Preview
+    from unlearner.config import UnlearnConfig
 
-SHOWN = 3
-SHOWN_STEPS = 300
-# Of a training, by the name of its term.
-CURVES = (
-    ("forget loss", "forget_loss"),
-    ("forget loss under attack", "attack_loss"),
-    ("retain loss", "retain_loss"),
-)
 LARGEST_UPLOAD = 5_000_000
 
 
@@ -59,17 +51,6 @@ class Draft:
         """The same for a shell; pasted rows are named as a file of the reader's own."""
         shown = ["rows.jsonl" if word == REQUEST else word for word in self.words(session)]
         return command(*shown)
-
-
-def base_words(spec: BaseSpec) -> list[str]:
-    """The flags that name a base and how it is loaded."""
-    words = ["--base", spec.name]
-    words += ["--revision", spec.revision] if spec.revision else []
-    words += ["--dtype", spec.dtype] if spec.dtype != "auto" else []
-    words += ["--load-in-4bit"] if spec.load_in_4bit else []
-    words += ["--device", spec.device] if spec.device != "auto" else []
-    words += ["--attention", spec.attention] if spec.attention != "auto" else []
-    return words
 
 
 def draft(
@@ -140,22 +121,23 @@ def _named(asked: Draft) -> Iterator[str]:
             raise UserError(error.problem.replace(str(path), "The request"), error.fix) from None
 
 
-def look(asked: Draft, session: Session) -> tuple[str, dict[str, Any]]:
-    """What is trained on, as HTML, and the plan with its memory; loads no weights.
+def look(
+    asked: Draft, session: Session, config_of: Callable[[Sequence[str]], UnlearnConfig]
+) -> tuple[Preview, dict[str, Any]]:
+    """What is trained on, and the plan with its memory; loads no weights.
+
+    `config_of` gives the settings of a `forget` command.
 
     Raises:
         UserError: all that is wrong with the rows, a store of another base, no retain rows.
     """
-    from ui.cli.commands.everyday.forget import forget_config
-    from ui.cli.main import parse
     from ui.preview import make_preview
     from unlearner.objectives.registry import OBJECTIVES
     from unlearner.request.sources import parse_request
     from unlearner.request.tofu import load_refusals
     from unlearner.run import RunOptions, plan, prepare
 
-    args = parse(asked.words(session))
-    config = forget_config(args)
+    config = config_of(asked.words(session))
     base = session.base
     assert base is not None  # `words` refuses a session without one
     with _named(asked) as name:
@@ -167,106 +149,15 @@ def look(asked: Draft, session: Session) -> tuple[str, dict[str, Any]]:
         needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
         options = RunOptions(template=session.template, refusals=refusals)
-        run = prepare(request, base, config, session.store(), options)
-        return preview_html(preview), plan(run)
+        return preview, plan(prepare(request, base, config, session.store(), options))
 
 
-def preview_html(preview: Preview) -> str:
-    """The first rows: the prompt dim, the loss tokens underlined."""
-    from ui.preview import split_text
-
-    parts = []
-    for row in preview.forget[:SHOWN]:
-        prompt, targets = split_text(row.encoded, preview.fmt.tokenizer)
-        parts.append(
-            f'<p class="un-preview"><span class="un-quiet">{esc(prompt)}</span>'
-            f"<u>{esc(targets)}</u></p>"
-        )
-    more = len(preview.forget) - SHOWN
-    tail = f", {more} more like these" if more > 0 else ""
-    cut = f" {len(preview.cut)} rows lose their end." if preview.cut else ""
-    return (
-        f'<div class="un-previews">{"".join(parts)}<p class="un-foot">{len(preview.forget)} rows '
-        f"to forget{tail}. Underlined is what the loss is taken on.{esc(cut)}</p></div>"
-    )
-
-
-def free_memory(session: Session) -> int | None:
-    """Free bytes where the training would run; None where the system does not say."""
+def free_memory(session: Session) -> int:
+    """Free bytes where the training would run."""
+    import psutil
     import torch
 
     spec = session.base
     if torch.cuda.is_available() and (spec is None or spec.device != "cpu"):
         return int(torch.cuda.mem_get_info()[0])
-    from ui.doctor import memory_bytes
-
-    free = memory_bytes()[1]
-    return None if free is None else int(free)
-
-
-def plan_html(plan: dict[str, Any], free: int | None) -> str:
-    """Steps, size and whether the estimate fits the free memory."""
-    memory = plan["memory"]
-    low, high = memory["low_bytes"], memory["high_bytes"]
-    if free is None:
-        fits = "how much is free here is not known"
-    elif high <= free:
-        fits = f"{size_text(free)} free: fits"
-    elif low <= free:
-        fits = f"{size_text(free)} free: may not fit"
-    else:
-        fits = f"{size_text(free)} free: does not fit; use 4 bit or a smaller batch"
-    parents = ", ".join(plan["parents"]) or "the bare base"
-    return (
-        f"<dl class='un-plan'><dt>Rows</dt><dd>forget {plan['forget_rows']}, retain "
-        f"{plan['retain_rows']}</dd><dt>Trained on</dt><dd>{esc(parents)}</dd><dt>Plan</dt><dd>"
-        f"{plan['steps']} steps of {plan['pairs_per_step']} pairs, "
-        f"{plan['adapter_parameters']:,} parameters</dd><dt>Memory</dt><dd>estimate "
-        f"{size_text(low)} to {size_text(high)}; {esc(fits)}</dd></dl>"
-    )
-
-
-def _shown(word: str) -> str:
-    """A word of a job's command; the private file of pasted rows is the reader's own file."""
-    return "rows.jsonl" if word.endswith(f"/{REQUEST}") else word
-
-
-def job_html(view: Any) -> str:
-    """A job as it stands: status, step, losses as curves, time left."""
-    from evaluation.report.plots import draw_svg, line_chart
-    from ui.console import duration_text
-
-    last = view.steps[-1] if view.steps else {}
-    words = (
-        {
-            "waiting": f"Waiting in line, {view.position} ahead.",
-            "starting": "Starting its process …",
-            "stopping": "Finishing its step and saving …",
-            "died": "Its process ended without a word (stopped from outside, or out of memory).",
-        }.get(view.status)
-        or view.outcome.get("text")
-        or ("Training." if last.get("event") == "train" else view.said or "Running.")
-    )
-    bar = ""
-    if last:
-        left = last.get("remaining")
-        doing = " ".join(str(last.get("message") or "").split())
-        at = f"{doing or 'step'} {last['step']} of {last['steps']}"
-        time_left = "" if view.ended or left is None else f", about {duration_text(left)} left"
-        bar = (
-            f'<progress max="{last["steps"]}" value="{last["step"]}" aria-label="Progress">'
-            f'</progress><p class="un-foot">{esc(at + time_left)}</p>'
-        )
-    # A plot has a few hundred points to show, however long the run.
-    thin = view.steps[:: max(1, len(view.steps) // SHOWN_STEPS)]
-    curves = {
-        name: [(s["step"], s[key]) for s in thin if s.get(key) is not None] for name, key in CURVES
-    }
-    chart = line_chart("losses", f"Losses of {view.title}", curves, "step", "loss")
-    plot = "" if chart is None else draw_svg(chart)
-    return (
-        f'<section class="un-card" aria-label="{esc(view.title)}"><header><h2>{esc(view.title)}'
-        f'</h2><span class="un-verdict">{esc(view.status)}</span></header>'
-        f'<p class="un-sub" role="status">{esc(words)}</p>{bar}{plot}'
-        f'<p class="un-foot"><code>{esc(command(*map(_shown, view.words)))}</code></p></section>'
-    )
+    return int(psutil.virtual_memory().available)

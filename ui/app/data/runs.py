@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import functools
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.app.data import commands
 from ui.app.data.probes import Probes, gather_probes, is_probe
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
     from evaluation.report.build import ReportRequest
-    from ui.app.session import Answer
 
 REFERENCE = "retrain reference"
-PER_MODEL = {
-    "rouge_l_recall": "rouge_l", "answer_prob": "answer_prob", "truth_ratio": "truth_ratio",
-}  # fmt: skip
 COLUMNS = (
     "name", "source", "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction",
     "model_utility", "forget_rouge_l_recall", "forget_answer_prob", "n", "protocol", "limited",
@@ -70,30 +63,10 @@ class Sources:
         return gather_probes(self.store, self.logs, self.robustness, self.calibration)
 
 
-def write_report(sources: Sources, out: Path) -> Path:
-    """The HTML report of what the Runs tab shows, at `out`: `unlearner report` on logs and probes.
-
-    Figures filed in a store have no rows and no log to hash: where they are all there is, the
-    page's own tables and plots are written instead. Made in the one place for button and tests.
-    """
-    request = report_request(sources)
-    if request is None:
-        from ui.app.html.runs_page import file_html
-
-        out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
-        return out
-    from evaluation.report.files import make_report
-
-    with tempfile.TemporaryDirectory(prefix="unlearner-report-") as folder:
-        shutil.copyfile(make_report(request, Path(folder)).html, out)
-    return out
-
-
 def report_request(sources: Sources) -> ReportRequest | None:
     """What `unlearner report` is asked for; None without any log or file of a probe."""
     from evaluation.report.build import ReportRequest
     from evaluation.report.inputs import named_logs
-    from ui.cli.commands.everyday.report import command_text
 
     if not (sources.logs or sources.robustness or sources.calibration):
         return None
@@ -103,55 +76,104 @@ def report_request(sources: Sources) -> ReportRequest | None:
         robustness=sources.robustness,
         calibration=sources.calibration,
     )
-    return replace(request, command=command_text(request))
+    words = commands.report(
+        sources.logs, sources.retain_log, sources.robustness, sources.calibration
+    )
+    return replace(request, command=words)
 
 
 def gather(
-    store: AdapterStore | None,
-    logs: Sequence[Path] = (),
-    retain_log: Path | None = None,
-    protocol: str = "tofu",
+    store: AdapterStore | None, logs: Sequence[Path] = (), retain_log: Path | None = None
 ) -> Runs:
-    """All evaluations that can be found, measured before; nothing is computed with a model.
+    """All evaluations that can be found, measured before; no model is run.
+
+    Each log is summarised under the protocol it states, the default one otherwise. Published rows
+    are added if the evaluations name one split and it has some.
 
     Raises:
         UserError: a log that cannot be read.
     """
-    from evaluation.experiments.presets import PUBLISHED_FORGET05
-    from evaluation.logs import read_log
-    from evaluation.metrics.summary import set_values, summarise
-    from evaluation.protocols import protocol_named
+    from evaluation.report.build import PUBLISHED
     from evaluation.report.inputs import log_names
 
     table: list[dict[str, Any]] = []
     log_r: dict[str, list[float]] = {}
     notes: list[str] = []
-    reference = read_log(retain_log) if retain_log is not None else None
     paths = all_logs(logs, retain_log)
+    reference = None if retain_log is None else _version(retain_log)
     for name, path in zip(log_names(paths), paths, strict=True):
-        log = read_log(path)
-        figures = _figures(log, reference, protocol, name, notes, summarise)
-        source = "log"
-        if retain_log is not None and path.resolve() == retain_log.resolve():
-            source = REFERENCE
-        table.append({"name": name, "source": source, **figures})
-        if "forget" in log.sets:
-            found = set_values("forget", log.sets["forget"].rows, protocol_named(protocol))
-            if "log_r" in found:
-                log_r[name] = [float(value) for value in found["log_r"]]
+        measured = _measured(_version(path), reference)
+        is_reference = reference is not None and path.resolve() == reference[0]
+        source = REFERENCE if is_reference else "log"
+        table.append({"name": name, "source": source, **measured.figures})
+        notes += [f"{name}: {measured.problem}"] if measured.problem else []
+        if measured.log_r is not None:
+            log_r[name] = list(measured.log_r)
     for adapter in store.list() if store is not None else []:
-        if adapter.problem:
+        if adapter.problem or store is None:
             continue
-        for key, figures in store.evals(adapter.slug).items() if store is not None else []:
-            if is_probe(key):
-                continue
-            table.append({"name": f"{adapter.label} {key}", "source": adapter.slug, **figures})
+        for key, figures in store.evals(adapter.slug).items():
+            if not is_probe(key):
+                limited = figures.get("limited", figures.get("limit") is not None)
+                row = {"name": f"{adapter.label} {key}", "source": adapter.slug, **figures}
+                table.append({**row, "limited": limited})
+    runs = Runs(table, log_r, [], notes)
+    rows = PUBLISHED.get(split_of(runs) or "", {})
     published = [
         (name, math.log10(quality), utility)
-        for name, (quality, utility) in PUBLISHED_FORGET05.items()
+        for name, (quality, utility) in rows.items()
         if quality > 0
     ]
-    return Runs(table, log_r, published, notes)
+    return replace(runs, published=published)
+
+
+Version = tuple[Path, int, int]  # a file's path, time of change and size
+
+
+def _version(path: Path) -> Version:
+    try:
+        status = path.stat()
+    except OSError:
+        return path.resolve(), 0, 0  # reading it says what is wrong
+    return path.resolve(), status.st_mtime_ns, status.st_size
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one log says; `problem` is why the reference could not be used."""
+
+    figures: dict[str, Any]
+    log_r: tuple[float, ...] | None
+    problem: str = ""
+
+
+@functools.lru_cache(maxsize=64)
+def _measured(log_version: Version, reference_version: Version | None) -> _Measured:
+    """The figures of a log: computed once for each version of its file and its reference's."""
+    from evaluation.logs import read_log
+    from evaluation.logs.records import protocol_rows
+    from evaluation.metrics.summary import set_values, summarise
+    from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named
+
+    log = read_log(log_version[0])
+    reference = None if reference_version is None else read_log(reference_version[0])
+    stated = [name for name in log.meta.get("protocols", ()) if name in PROTOCOLS]
+    protocol = protocol_named(stated[0] if stated else DEFAULT)
+    problem = ""
+    try:
+        figures = summarise(log, reference, protocol=protocol.name, resamples=200)
+    except UserError as error:
+        if reference is None:
+            raise
+        problem = error.problem
+        figures = summarise(log, None, protocol=protocol.name, resamples=200)
+    if log.meta.get("split"):
+        figures = {**figures, "split": log.meta["split"]}
+    log_r = None
+    if "forget" in log.sets:
+        values = set_values("forget", protocol_rows(log.sets["forget"], protocol), protocol)
+        log_r = tuple(float(value) for value in values["log_r"]) if "log_r" in values else None
+    return _Measured(figures, log_r, problem)
 
 
 def all_logs(logs: Sequence[Path], retain_log: Path | None) -> list[Path]:
@@ -161,19 +183,13 @@ def all_logs(logs: Sequence[Path], retain_log: Path | None) -> list[Path]:
     return [*logs, retain_log]
 
 
-def _figures(
-    log: EvalLog, reference: EvalLog | None, protocol: str, name: str, notes: list[str],
-    summarise: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """The summary; without the reference, and noted, where the two hold different rows."""
-    try:
-        found: dict[str, Any] = summarise(log, reference, protocol=protocol, resamples=200)
-    except UserError as error:
-        if reference is None:
-            raise
-        notes.append(f"{name}: {error.problem}")
-        found = summarise(log, None, protocol=protocol, resamples=200)
-    return found
+LABELS = {
+    "name": "Run", "source": "Source", "forget_quality": "Forget quality (p)",
+    "forget_quality_log10": "log10 FQ", "ks": "KS distance", "log_r_shift": "log R shift",
+    "direction": "Direction", "model_utility": "Model utility",
+    "forget_rouge_l_recall": "Forget ROUGE-L", "forget_answer_prob": "Forget probability",
+    "n": "Rows", "protocol": "Protocol", "limited": "Limited",
+}  # fmt: skip
 
 
 def cells(row: Mapping[str, Any]) -> list[Any]:
@@ -188,47 +204,7 @@ def split_of(runs: Runs) -> str | None:
 
 
 def as_csv(runs: Runs) -> str:
-    """The table as CSV, figures unrounded."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(runs.table)
-    return out.getvalue()
+    """The table as CSV, figures unrounded; no cell is a formula for a spreadsheet."""
+    from evaluation.report.files import csv_text
 
-
-def comparator(
-    rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]
-) -> dict[str, Any]:
-    """LLM Comparator's JSON (PAIR) of rows: set, question, and the answers of A and B.
-
-    The score is ROUGE-L of A less that of B, null where one was not measured: positive where A
-    holds more of the true answer. A field that is per model holds A's value, then B's.
-    """
-    return {
-        "metadata": {
-            "source_path": "unlearner",
-            "custom_fields_schema": [
-                *({"name": name, "type": "per_model_number"} for name in PER_MODEL.values()),
-                {"name": "verdict", "type": "per_model_category"},
-            ],
-        },
-        "models": [{"name": name} for name in names],
-        "examples": [_example(*row) for row in rows],
-    }
-
-
-def _example(group: str, question: str, a: Answer, b: Answer) -> dict[str, Any]:
-    scores = (a.rouge_l_recall, b.rouge_l_recall)
-    known = [score for score in scores if score is not None]
-    return {
-        "input_text": question,
-        "tags": [group],
-        "output_text_a": a.text,
-        "output_text_b": b.text,
-        "score": known[0] - known[1] if len(known) == 2 else None,
-        "individual_rater_scores": [],
-        "custom_fields": {
-            **{name: [getattr(a, key), getattr(b, key)] for key, name in PER_MODEL.items()},
-            "verdict": [a.word or None, b.word or None],
-        },
-    }
+    return csv_text(COLUMNS, runs.table)

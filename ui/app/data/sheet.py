@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
-from ui.app.session import Answer, judged
+from ui.app.data.answers import Answer, judged
 
 if TYPE_CHECKING:
-    from ui.app.session import Session, Stack
+    from ui.app.data.answers import Stack
+    from ui.app.session import Session
     from unlearner.request.rows import Row
 
 FILED, AUTHOR = "to forget", "this author"

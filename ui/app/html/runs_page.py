@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from evaluation.report.card_sections import FIGURES, figure_text, verdict_table
+from evaluation.report.card_sections import verdict_table
 from evaluation.report.document import (
     Block,
     Cell,
@@ -16,6 +20,7 @@ from evaluation.report.document import (
     html_blocks,
     html_page,
 )
+from evaluation.report.numbers import DASH
 from evaluation.report.plots import (
     Chart,
     Point,
@@ -135,17 +140,14 @@ def table_html(found: runs.Runs) -> str:
 
 
 def _run_table(found: runs.Runs) -> Table:
-    columns = tuple(
-        Column(*FIGURES[name], numeric=name != "direction")
-        if name in FIGURES
-        else Column(name.capitalize(), numeric=name == "n")
-        for name in runs.COLUMNS
-    )
-    rows = tuple(
-        tuple(Cell(figure_text(row.get(name), name)) for name in runs.COLUMNS)
-        for row in found.table
-    )
+    rows = tuple(tuple(Cell(_cell(value)) for value in runs.cells(row)) for row in found.table)
+    texts = ("name", "source", "direction", "protocol", "limited")
+    columns = tuple(Column(runs.LABELS[name], numeric=name not in texts) for name in runs.COLUMNS)
     return Table("Runs", columns, rows)
+
+
+def _cell(value: Any) -> str:
+    return DASH if value is None else str(value)
 
 
 def file_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
@@ -157,3 +159,20 @@ def file_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
         blocks = _log_r_blocks(found, list(found.log_r))
         sections.append(Section("log-r", "Log R", tuple(blocks)))
     return html_page("unlearner: runs", sections)
+
+
+def write_report(sources: runs.Sources, out: Path) -> Path:
+    """The HTML report of what the Runs tab shows, at `out`: `unlearner report` on logs and probes.
+
+    Figures filed in a store have no rows and no log to hash: where they are all there is, the
+    page's own tables and plots are written instead. Made in the one place for button and tests.
+    """
+    request = runs.report_request(sources)
+    if request is None:
+        out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
+        return out
+    from evaluation.report.files import make_report
+
+    with tempfile.TemporaryDirectory(prefix="unlearner-report-") as folder:
+        shutil.copyfile(make_report(request, Path(folder)).html, out)
+    return out

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import html
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from evaluation.report.answers import word_differences
+from evaluation.report.numbers import fixed
 from ui.app.data.probes import is_probe, probe_text
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
-    from ui.app.session import Answer, Frame
+    from ui.app.data.answers import Answer, Frame
 
 # What each status means to the reader, where the word alone does not say it.
 STATUS_NOTES = {
@@ -28,7 +27,6 @@ STATUS_NOTES = {
     "merged": "folded into released weights",
     "purged": "its files are deleted",
 }
-WORD = re.compile(r"\s+")
 
 
 def esc(text: object) -> str:
@@ -36,22 +34,16 @@ def esc(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure for people; a dash where it could not be measured."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def differences(left: str, right: str) -> tuple[str, str]:
-    """Both texts as HTML, with the words that only one of them has marked bold and underlined."""
-    one, other = left.split(), right.split()
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    shown: tuple[list[str], list[str]] = ([], [])
-    for kind, a, b, c, d in matcher.get_opcodes():
-        for words, parts in ((one[a:b], shown[0]), (other[c:d], shown[1])):
-            text = esc(" ".join(words))
-            if text:
-                parts.append(text if kind == "equal" else f'<mark class="un-diff">{text}</mark>')
-    return " ".join(shown[0]), " ".join(shown[1])
+    """Both texts as HTML; the words that only one of them has are bold and underlined."""
+    left_runs, right_runs = word_differences(left, right)
+    return _marked(left_runs), _marked(right_runs)
+
+
+def _marked(runs: Sequence[tuple[str, bool]]) -> str:
+    return " ".join(
+        f'<mark class="un-diff">{esc(text)}</mark>' if own else esc(text) for text, own in runs
+    )
 
 
 def answer_card(title: str, body: str, answer: Answer | None, note: str = "") -> str:
@@ -117,8 +109,8 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
         before, after = getattr(frame.base, key), getattr(frame.unlearned, key)
         rows.append(
             f'<tr><th scope="row">{name}<small>{means}</small></th>'
-            f"<td>{number(before) if done or frame.base_whole else dots}</td>"
-            f"<td>{f'{number(after)} {arrow(before, after)}' if done else dots}</td></tr>"
+            f"<td>{fixed(before) if done or frame.base_whole else dots}</td>"
+            f"<td>{f'{fixed(after)} {arrow(before, after)}' if done else dots}</td></tr>"
         )
     truth = (
         f'<p class="un-truth"><b>True answer</b> {esc(frame.truth)}</p>'
@@ -154,10 +146,10 @@ def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         f'<tr><th scope="row">{esc(line["group"])}</th><td>{line["n"]}</td>'
         f"<td>{line['base_knows']}</td><td>{line['unlearned_knows']}</td>"
-        f"<td>{number(line['base_rouge_l_recall'], 2)}</td>"
-        f"<td>{number(line['unlearned_rouge_l_recall'], 2)}</td>"
-        f"<td>{number(line['base_answer_prob'], 2)}</td>"
-        f"<td>{number(line['unlearned_answer_prob'], 2)}</td></tr>"
+        f"<td>{fixed(line['base_rouge_l_recall'], 2)}</td>"
+        f"<td>{fixed(line['unlearned_rouge_l_recall'], 2)}</td>"
+        f"<td>{fixed(line['base_answer_prob'], 2)}</td>"
+        f"<td>{fixed(line['unlearned_answer_prob'], 2)}</td></tr>"
         for line in lines
     )
     heads = "".join(
@@ -191,6 +183,8 @@ def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]
         quality, utility = found.get("forget_quality"), found.get("model_utility")
         said = [f"FQ {quality:.3g}" if quality is not None else "FQ needs a reference"]
         said += [f"MU {utility:.3f}"] if utility is not None else []
+        if found.get("limit") is not None:
+            said.append(f"only the first {found['limit']} rows of each set")
         figures.append(f"{name}: {', '.join(said)}")
     rows = manifest.data.get("forget", {}).get("n")
     return [
@@ -264,8 +258,3 @@ def command_html(text: str) -> str:
         f'<pre tabindex="0" role="group" aria-label="Command"><code>{esc(text)}</code></pre>'
         '<button type="button" class="un-copy" data-un-copy>Copy the command</button></section>'
     )
-
-
-def command(*words: object) -> str:
-    """A command line that can be pasted into a shell."""
-    return shlex.join(["unlearner", *[str(word) for word in words]])

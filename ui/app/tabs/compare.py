@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui.app.data import same, verdicts
+from ui.app.data import commands, verdicts
 from ui.app.data.decoding import Sampling
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, command_box, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
-    from ui.app.session import Frame
+    from ui.app.data.answers import Frame
 
 FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
 SETTLE_SECONDS = 0.25  # a slider that moves on within this time is not answered yet
@@ -100,6 +100,14 @@ class _Asking:
         found = self.frames(asked, chosen, kept, temperature, number, most, request)
         yield from _pictures(self.app, found)
 
+    def opening(
+        self, last: Any, asked: str, chosen: list[str], kept: dict[str, float],
+        temperature: float, number: float, most: float, request: gr.Request,
+    ) -> Answers:  # fmt: skip
+        """Both sides of the first question, unless something was asked before."""
+        if last is None and asked:
+            yield from self.run(asked, chosen, kept, temperature, number, most, request)
+
     def again(
         self, last: Any, chosen: list[str], kept: dict[str, float], request: gr.Request
     ) -> Answers:
@@ -122,9 +130,10 @@ def compare(app: App, stack: Any, strengths: Any) -> tuple[Any, Callable[[Any], 
     fields = _answers()
     asking = _Asking(app)
 
-    def questions(name: str | None) -> Any:
-        rows = app.session.askable().get(name or "", ())
-        return gr.update(choices=[row.question for row in rows], value=None)
+    def questions(name: str | None, last: Any, text: str) -> tuple[Any, Any]:
+        rows = [row.question for row in app.session.askable().get(name or "", ())]
+        first = rows[0] if rows and last is None and not text else None
+        return gr.update(choices=rows, value=first), gr.skip() if first is None else first
 
     def wire(event: Any) -> Any:
         # Many may be under way: a new one ends those before it within a token.
@@ -133,9 +142,15 @@ def compare(app: App, stack: Any, strengths: Any) -> tuple[Any, Callable[[Any], 
             concurrency_limit=16, trigger_mode="multiple", show_progress="hidden", **PRIVATE,
         )  # fmt: skip
 
-    author.change(questions, author, question_list, **PRIVATE)
-    question_list.change(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
     inputs = [question, stack, strengths, *more]
+    chosen = author.change(
+        questions, [author, fields.frame, question], [question_list, question], **PRIVATE
+    )
+    chosen.then(
+        told(asking.opening), [fields.frame, *inputs], list(fields),
+        concurrency_limit=16, show_progress="hidden", **PRIVATE,
+    )  # fmt: skip
+    question_list.input(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
     gr.on(
         [ask.click, question.submit], told(asking.run), inputs, list(fields),
         concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
@@ -153,13 +168,16 @@ def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
         if frame.stage == last_stage and now - shown < FRAME_SECONDS:
             continue
         shown, last_stage = now, frame.stage
-        yield (_status(_stage(frame)), *views.frame_cards(frame, names),
+        yield (_status(_stage(frame), frame.question), *views.frame_cards(frame, names),
                views.scores_table(frame), frame, 
-               views.command_html(same.ask(app.session, frame)))  # fmt: skip
+               views.command_html(commands.ask(app.session, frame)))  # fmt: skip
 
 
-def _status(text: str) -> str:
-    return f'<p class="un-foot" role="status" aria-live="polite">{views.esc(text)}</p>'
+def _status(text: str, question: str = "") -> str:
+    return (
+        f'<p class="un-foot" role="status" aria-live="polite" '
+        f'data-question="{views.esc(question)}">{views.esc(text)}</p>'
+    )
 
 
 def _stage(frame: Frame) -> str:

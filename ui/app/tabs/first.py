@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui.app.data import requests, same
-from ui.app.html import views
+from ui.app.data import commands
+from ui.app.html import request_page, views
 from ui.app.tabs.pages import PRIVATE, command_box, told
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ui.app.jobs import JobView
 
 OFFER = (
-    "<h2>Nothing is here yet</h2><p>The store is empty and no base was named. Make the demo "
-    "world: fictitious authors, a small model that read about them, and two requests to forget. "
-    "It is trained on this machine's CPU in minutes, downloads nothing, and this page goes over "
-    "to it when it is done.</p><p>To work on a model of your own: <code>unlearner ui --base B "
+    "<h2>Nothing is here yet</h2><p>The store is empty and no base was given. The demo "
+    "world has fictitious authors, a small model trained on them, and two requests to forget. It "
+    "trains on this machine's CPU in minutes, downloads nothing, and opens here when it is "
+    "ready.</p><p>To use your own model: <code>unlearner ui --base B "
     "--store S</code></p>"
 )
 
@@ -45,7 +45,7 @@ def first(app: App) -> First:
                 "Stop and keep what is done", visible=False, elem_id="un-demo-stop", size="md",
                 scale=0, min_width=240,
             )  # fmt: skip
-        words = command_box(same.demo(folder(app)))
+        words = command_box(commands.demo(folder(app)))
     began = make.click(told(lambda: _begin(app)), None, None, **PRIVATE)
     stop.click(told(lambda: _stop(app)), None, None, **PRIVATE)
     return First([box, live, make, stop, words], [began])
@@ -88,14 +88,14 @@ def shown(app: App) -> tuple[Any, ...]:
     view = job(app)
     busy = view is not None and not view.ended
     halted = view is not None and view.status in ("saved", "died")
-    words = "Go on with the demo world" if halted else "Make the demo world"
+    words = "Continue the demo world" if halted else "Make the demo world"
     return (
         gr.update(visible=offers(app)),
-        "" if view is None else requests.job_html(view),
+        "" if view is None else request_page.job_html(view),
         gr.update(value=words, visible=not busy),
         gr.update(visible=busy),
         # The card of a job holds its command already.
-        views.command_html(same.demo(folder(app))) if view is None else "",
+        views.command_html(commands.demo(folder(app))) if view is None else "",
     )
 
 

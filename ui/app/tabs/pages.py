@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
-from ui.app.data import runs
+from ui.app.data.comparator import comparator
 from ui.app.html import views
 
 if TYPE_CHECKING:
     from ui.app.build import App
-    from ui.app.session import Answer
+    from ui.app.data.comparator import Pair
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 LOG = logging.getLogger("unlearner.app")
@@ -29,11 +29,21 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     def fail(error: Exception) -> gr.Error:
         if isinstance(error, UserError):
             return gr.Error(str(error), title="That did not work", print_exception=False)
-        LOG.error("%s in %s", type(error).__name__, function.__name__)
+        debug = LOG.isEnabledFor(logging.DEBUG)
+        # A message may quote a question: without --debug only its type is logged.
+        LOG.error(
+            "%s in %s", type(error).__name__, function.__name__, exc_info=error if debug else None
+        )
+        place = (
+            "The terminal shows the traceback."
+            if debug
+            else (
+                "Start `unlearner ui --debug` to see the traceback; `unlearner doctor` checks this "
+                "machine."
+            )
+        )
         return gr.Error(
-            f"{type(error).__name__}. See the terminal; `unlearner doctor` checks this machine.",
-            title="Something unforeseen",
-            print_exception=False,
+            f"{type(error).__name__}. {place}", title="Unexpected error", print_exception=False
         )
 
     if inspect.isgeneratorfunction(function):
@@ -67,10 +77,8 @@ def note(text: str) -> str:
     return f'<p class="un-note">{views.esc(text)}</p>'
 
 
-def comparator_file(
-    app: App, rows: Sequence[tuple[str, str, Answer, Answer]], names: tuple[str, str]
-) -> str:  # fmt: skip
-    """A file in LLM Comparator's JSON; rows are set, question and both answers."""
+def comparator_file(app: App, rows: Sequence[Pair], names: tuple[str, str]) -> str:
+    """A file in LLM Comparator's JSON; for <https://pair-code.github.io/llm-comparator/>."""
     path = app.new_file("comparator.json")
-    path.write_text(json.dumps(runs.comparator(rows, names)), encoding="utf-8")
+    path.write_text(json.dumps(comparator(rows, names)), encoding="utf-8")
     return str(path)

@@ -10,7 +10,7 @@ import gradio as gr
 
 from adapters.errors import UserError
 from ui.app.data import requests
-from ui.app.html import views
+from ui.app.html import request_page, views
 from ui.app.tabs import first as app_first
 from ui.app.tabs.pages import PRIVATE, command_box, note, told
 
@@ -105,8 +105,9 @@ def request(app: App) -> RequestTab:
     live, job, events = _watch(app)
 
     def looked(asked: requests.Draft) -> str:
-        rows, plan = requests.look(asked, app.session)
-        return rows + requests.plan_html(plan, requests.free_memory(app.session))
+        preview, plan = requests.look(asked, app.session, app.config_of)
+        free = requests.free_memory(app.session)
+        return request_page.preview_html(preview) + request_page.plan_html(plan, free)
 
     def look(*values: Any) -> tuple[str, str]:
         asked = _draft(*values)
@@ -118,7 +119,10 @@ def request(app: App) -> RequestTab:
         if app.session.on_gpu:
             app.session.rest()
         title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
-        name = app.jobs.submit(title, asked.words(app.session), asked.rows or None)
+        name = app.jobs.submit(
+            title, asked.words(app.session), asked.rows or None,
+            private=(asked.author,) if asked.author else (),
+        )  # fmt: skip
         return (seen, views.command_html(asked.command(app.session)),
                 gr.update(choices=_jobs(app), value=name), _jobs_html(app))  # fmt: skip
 
@@ -137,13 +141,15 @@ def _watch(app: App) -> tuple[Any, Any, list[Any]]:
         cancel = gr.Button(
             "Cancel and save", elem_id="un-cancel", size="md", scale=1, min_width=140
         )
-        resume = gr.Button("Go on", elem_id="un-resume", size="md", scale=1, min_width=100)
+        resume = gr.Button("Continue", elem_id="un-resume", size="md", scale=1, min_width=100)
+        clear = gr.Button(
+            "Clear history", elem_id="un-clear-history", size="md", scale=1, min_width=120
+        )
     said = gr.HTML("")
 
     def act(action: str) -> Callable[[str | None], str]:
         def run(name: str | None) -> str:
-            text = getattr(app.jobs, action)(name or _only(app))
-            return note(str(text or "It goes on."))
+            return note(getattr(app.jobs, action)(name or _only(app)))
 
         return run
 
@@ -151,6 +157,13 @@ def _watch(app: App) -> tuple[Any, Any, list[Any]]:
         cancel.click(told(act("cancel")), job, said, **PRIVATE),
         resume.click(told(act("resume")), job, said, **PRIVATE),
     ]
+
+    def clear_history() -> tuple[Any, ...]:
+        count = app.jobs.clear_history()
+        text = note(f"{count} ended jobs deleted." if count else "No job has ended.")
+        return text, _jobs_html(app), gr.update(choices=_jobs(app), value=None)
+
+    clear.click(told(clear_history), None, [said, live, job], **PRIVATE)
     return live, job, events
 
 
@@ -170,7 +183,7 @@ def advance(app: App) -> bool:
     if not busy:
         app_first.adopt(app)
         if app.session.state == "resting":
-            app.session.start()
+            app.session.start()  # does nothing where another page was first
     return busy
 
 
@@ -189,4 +202,4 @@ def _jobs(app: App) -> list[tuple[str, str]]:
 def _jobs_html(app: App) -> str:
     views = app.jobs.views()
     shown_ = [view for view in views if not view.ended][:3] or views[-1:]
-    return "".join(map(requests.job_html, shown_))
+    return "".join(map(request_page.job_html, shown_))

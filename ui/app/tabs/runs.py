@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
+from ui.app.data import commands
 from ui.app.data import runs as runs_data
-from ui.app.data import same
 from ui.app.html import runs_page, views
 from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, note, told
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ui.app.build import App
 
 EMPTY = (
-    "No evaluation yet. `unlearner evaluate --store S ...` files its figures with the adapter; "
-    "`unlearner ui --logs LOG ...` shows logs."
+    '<p class="un-note">No evaluation yet. <code>unlearner evaluate --store S ...</code> stores '
+    "its figures with the adapter; <code>unlearner ui --logs LOG ...</code> shows logs.</p>"
 )
 
 
@@ -37,9 +37,9 @@ class _Reading:
         notes = "".join(map(note, [*found.notes, *probes.notes]))
         names = list(found.log_r)
         first = names[: runs_page.SHOWN_CURVES]
-        words = same.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
+        words = commands.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
         return (
-            notes or ("" if found.table else note(EMPTY)),
+            notes or ("" if found.table else EMPTY),
             [runs_data.cells(row) for row in found.table],
             gr.update(choices=names, value=first, visible=bool(names)),
             runs_page.log_r_html(found, first),
@@ -55,21 +55,22 @@ class _Reading:
     def report(self) -> tuple[Any, str]:
         """The report's file and command."""
         app = self.app
-        path = runs_data.write_report(app.sources(), app.new_file("report.html"))
-        words = same.report(app.logs, app.retain_log, app.robustness, app.calibration)
+        path = runs_page.write_report(app.sources(), app.new_file("report.html"))
+        words = commands.report(app.logs, app.retain_log, app.robustness, app.calibration)
         return gr.update(value=str(path), visible=True), views.command_html(words)
 
     def pair(self, names: list[str]) -> Any:
         """The file of the first two chosen."""
-        return gr.update(value=_pair(self.app, names or []), visible=True)
+        return gr.update(value=pair_file(self.app, names or []), visible=True)
 
 
 def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     """The Runs tab; what reads it anew, and the fields that fills."""
     said = gr.HTML("")
     grid = gr.Dataframe(
-        headers=list(runs_data.COLUMNS), value=[], interactive=False, elem_id="un-runs",
-        label="Evaluations, measured before; nothing is computed here", max_height=420,
+        headers=[runs_data.LABELS[name] for name in runs_data.COLUMNS], value=[],
+        interactive=False, elem_id="un-runs", max_height=420,
+        label="Evaluations, measured before; nothing is computed here",
     )  # fmt: skip
     chosen = gr.CheckboxGroup(
         [], label="Runs whose log R is drawn", elem_id="un-chosen", visible=False,
@@ -94,10 +95,10 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     return behind.read, outputs
 
 
-def _pair(app: App, names: list[str]) -> str:
+def pair_file(app: App, names: list[str]) -> str:
     """LLM Comparator's file of the first two chosen logs."""
     from evaluation.report.inputs import log_names
-    from ui.app.data.recorded import open_recorded
+    from ui.app.data.comparator import recorded_pairs
     from ui.app.data.runs import all_logs
 
     shown = all_logs(app.logs, app.retain_log)
@@ -106,6 +107,4 @@ def _pair(app: App, names: list[str]) -> str:
     if len(chosen) < 2:
         raise UserError("Fewer than two logs are chosen.", "Choose two under the table.")
     first, second = chosen
-    found = open_recorded([known[first], known[second]])
-    # By the names of the table: of two logs alone the numbers behind equal names are others.
-    return comparator_file(app, found.comparison(), (first, second))
+    return comparator_file(app, recorded_pairs(known[first], known[second]), (first, second))

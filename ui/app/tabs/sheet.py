@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ui.app.data import same
+from ui.app.data import commands
 from ui.app.data import sheet as sheet_data
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, told
@@ -32,7 +32,7 @@ class _Sheet:
         app = self.app
         event = app.stop_of(request, "sheet")
         wanted = app.actions.stack_of(chosen or [], kept or {})
-        words = views.command_html(same.sheet(app.session, name or "", wanted, int(n)))
+        words = views.command_html(commands.sheet(app.session, name or "", wanted, int(n)))
         against = self._names(wanted)
         for found, total, ahead in sheet_data.fill(
             app.session, name or "", wanted, neighbours=int(n), stop=event

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
-from ui.app.data import same
+from ui.app.data import commands
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, command_box, note, told
 
@@ -29,7 +29,7 @@ class _Changes:
         app = self.app
         return (
             _listing(app), _read(app), gr.update(choices=_all(app)),
-            views.command_html(same.change(app.session, action, ref, strength)),
+            views.command_html(commands.change(app.session, action, ref, strength)),
             gr.update(choices=self._choices(app), value=self._on(app)), gr.update(visible=False),
         )  # fmt: skip
 
@@ -65,7 +65,7 @@ class _Changes:
 
     def opened(self) -> tuple[Any, ...]:
         """What is renewed when the tab is opened: no model is asked for that."""
-        command = views.command_html(same.change(self.app.session, "list"))
+        command = views.command_html(commands.change(self.app.session, "list"))
         return _listing(self.app), gr.update(choices=_all(self.app)), command
 
 

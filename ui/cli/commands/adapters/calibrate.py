@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
         "calibrate",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.store(),
             options.data(),
@@ -172,7 +172,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     slug, stack = stack_of(store, args.ref)
     retain_log = read_log(args.reference_log)
     data = calibration_data(args.split, args.rows, args.data)
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     base: Any = load_base(options.base_spec(args))
     view = base_view(base)

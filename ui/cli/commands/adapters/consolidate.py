@@ -20,7 +20,7 @@ def register(commands: Any) -> None:
         "consolidate",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.settings(),
             options.store(),

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.adapter_row import adapter_row
 from ui.cli import options
 from ui.cli.adapter_rows import (
     REF,
-    adapter_row,
     open_store,
     scales_by_ref,
     verb,

@@ -7,11 +7,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from ui.adapter_row import adapter_row
 from ui.cli import options
 from ui.cli.adapter_rows import (
     REF,
     SEE_LIST,
-    adapter_row,
     open_store,
     report_change,
     scales_by_ref,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.errors import UserError
+from ui.adapter_row import adapter_row
 from ui.cli import options
-from ui.cli.adapter_rows import adapter_row
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import show_event
@@ -31,7 +31,7 @@ def register(commands: Any) -> None:
         "forget",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.settings(),
             options.store(),
@@ -47,6 +47,7 @@ def register(commands: Any) -> None:
         "  unlearner forget rows.jsonl --retain keep.jsonl --base B --objective npo",
     )
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
+    options.add_columns(parser)
     add_run_flags(parser)
     add_gap_flags(parser)
     full = parser.add_argument_group("all weights, for comparison on small models")
@@ -179,7 +180,7 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     console.words(f"Reading {args.request} ...")
     from unlearner.request.sources import parse_request
 
-    request = parse_request(args.request, args.data, args.retain)
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
     if args.full is not None:
         return _train_full(args, console, config, request)
     return train_request(args, console, config, request, stop_at=_stop_at(args, request))
@@ -205,7 +206,7 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     from unlearner.training.early_stop import StopAt
 
     rows = gap_rows(request, args.gap_rows, args.data)
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     probe = GapProbe(fmt, rows, read_log(args.gap_log))
     quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
     return StopAt(probe, quantity, f"{probe.key}-{quantity}", args.gap_every)
@@ -234,7 +235,12 @@ def _train_full(
         options.base_spec(args),
         config,
         args.full,
-        RunOptions(template=args.template, refusals=refusals, neighbours=args.neighbours),
+        RunOptions(
+            template=args.template,
+            system=args.system,
+            refusals=refusals,
+            neighbours=args.neighbours,
+        ),
         any_size=args.any_size,
         on_progress=lambda event: show_event(event, console),
     )
@@ -270,6 +276,7 @@ def train_request(
         resume=args.resume,
         restart=args.restart,
         template=args.template,
+        system=args.system,
         refusals=load_refusals(args.data) if needs_refusals else [],
         neighbours=args.neighbours,
         guard=guard,

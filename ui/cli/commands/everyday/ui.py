@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import stat
 import tempfile
 import threading
 from pathlib import Path
@@ -11,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
+from ui.cli.commands.everyday import forget
 
 if TYPE_CHECKING:
-    from ui.app.data.recorded import Recorded
+    from collections.abc import Sequence
+
     from ui.console import Console
+    from unlearner.config import UnlearnConfig
 
 HOST = "127.0.0.1"
 
@@ -36,7 +41,7 @@ def register(commands: Any) -> None:
     options.add_base(parser, required=False)
     parser.add_argument(
         "--logs", type=Path, nargs="+", default=[], metavar="LOG",
-        help="evaluation logs for the Runs tab; two and no --base: compare recorded answers",
+        help="evaluation logs for the Runs tab",
     )  # fmt: skip
     options.add_reference_log(parser)
     parser.add_argument(
@@ -61,14 +66,17 @@ def read_auth(path: Path | None) -> list[tuple[str, str]] | None:
     """Names and passwords of the file, None without one.
 
     Raises:
-        UserError: no file, no line, or a line without a colon.
+        UserError: no file, no line, a line without a colon, or a file that others can read.
     """
     if path is None:
         return None
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        mode = path.stat().st_mode
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"Others can read the passwords in {path}.", f"Run chmod 600 {path}.")
     pairs = [line.partition(":") for line in lines]
     if not pairs or any(not (name and colon and word) for name, colon, word in pairs):
         raise UserError(f"{path} does not hold names and passwords.", "Write name:password lines.")
@@ -81,15 +89,16 @@ def jobs_folder() -> Path:
     return Path(given) if given else Path.home() / ".local" / "state" / "unlearner" / "jobs"
 
 
+def config_of(words: Sequence[str]) -> UnlearnConfig:
+    """The settings of a `forget` command."""
+    return forget.forget_config(options.parse_with(forget.register, words))
+
+
 def run_ui(args: argparse.Namespace, console: Console) -> int:
     """Serves the page until Ctrl-C."""
     auth = read_auth(args.auth)
-    if len(args.logs) == 2 and args.base is None:
-        from ui.app.data.recorded import open_recorded
-
-        recorded = open_recorded(args.logs)
-    else:
-        recorded = None
+    if args.debug:
+        logging.getLogger("unlearner.app").setLevel(logging.DEBUG)
     console.words("Opening the page ...")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     before = os.environ.get("GRADIO_TEMP_DIR")
@@ -97,7 +106,7 @@ def run_ui(args: argparse.Namespace, console: Console) -> int:
         # Uploads and downloads hold forget text: in a private folder that goes with the app.
         os.environ["GRADIO_TEMP_DIR"] = scratch
         try:
-            return _serve(args, console, auth, recorded, Path(scratch))
+            return _serve(args, console, auth, Path(scratch))
         finally:
             os.environ.pop("GRADIO_TEMP_DIR")
             if before is not None:
@@ -105,9 +114,8 @@ def run_ui(args: argparse.Namespace, console: Console) -> int:
 
 
 def _serve(
-    args: argparse.Namespace, console: Console, auth: list[tuple[str, str]] | None,
-    recorded: Recorded | None, scratch: Path,
-) -> int:  # fmt: skip
+    args: argparse.Namespace, console: Console, auth: list[tuple[str, str]] | None, scratch: Path
+) -> int:
     try:
         from ui.app.build import App, launch
     except ModuleNotFoundError as error:
@@ -124,13 +132,11 @@ def _serve(
         args.template,
     )
     app = App(
-        session, Jobs(jobs_folder()), tuple(args.logs), args.reference_log,
+        session, Jobs(jobs_folder()), config_of, tuple(args.logs), args.reference_log,
         robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
     )  # fmt: skip
     app.sources().probes()  # a file that is none is refused before the page opens
-    page, url = launch(
-        app, recorded=recorded, host=args.host, port=args.port, auth=auth, open_browser=args.open
-    )
+    page, url = launch(app, host=args.host, port=args.port, auth=auth, open_browser=args.open)
     console.text(url)
     console.result({"url": url})
     console.words("Ctrl-C ends it; a training that was started goes on.")

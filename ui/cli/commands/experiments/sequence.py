@@ -55,7 +55,7 @@ def register(commands: Any) -> None:
 
 
 def _add_flags(parser: options.Parser) -> None:
-    parser.add_argument("split", metavar="SPLIT", help="tofu:forget01, tofu:forget05 or forget10")
+    parser.add_argument("split", metavar="SPLIT", help="forget01, forget05 or forget10")
     parser.add_argument(
         "--policies",
         type=options.name_list,
@@ -85,10 +85,10 @@ def _plan(args: argparse.Namespace) -> Plan:
     from ui.cli.commands.everyday.forget import forget_config
     from unlearner.objectives.registry import OBJECTIVES
     from unlearner.request.sources import parse_request
-    from unlearner.request.tofu import load_refusals
+    from unlearner.request.tofu import load_refusals, split_name
 
     config = forget_config(args)
-    split = args.split.removeprefix("tofu:")
+    split = split_name(args.split)
     retain = None
     if args.retain:
         retain = parse_request(args.split, args.data, args.retain).retain
@@ -114,8 +114,10 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
     """Runs the sequence and prints one row per stage."""
-    if not args.split.startswith("tofu:"):
-        raise UserError(f"'{args.split}' is not a TOFU split.", "Give one like tofu:forget05.")
+    from unlearner.request.tofu import FORGET_SPLITS, split_name
+
+    if split_name(args.split) not in FORGET_SPLITS:
+        raise UserError(f"'{args.split}' is not a forget split.", "Give one such as forget05.")
     console.words(f"Reading {args.split} ...")
     plan = _plan(args)
     console.words("Loading the libraries ...")

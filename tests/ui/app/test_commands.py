@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from adapters.base.load import BaseSpec
-from ui.app.data import requests, same
+from ui.app.data import commands, requests
+from ui.app.data.answers import Answer, Frame
 from ui.app.data.decoding import Sampling
-from ui.app.session import Answer, Frame, Session
+from ui.app.session import Session
 from ui.cli.main import parse
 
 STACK = (("r0001_ab", 1.0), ("r0002_cd", 0.5))
@@ -42,17 +43,17 @@ def _is_session(args: Any, session: Session) -> None:
 
 
 def test_a_comparison_is_a_command(session: Session) -> None:
-    args = _parsed(same.ask(session, _frame('--who\'s "she"?', Sampling(0.7, 3, 50))))
+    args = _parsed(commands.ask(session, _frame('--who\'s "she"?', Sampling(0.7, 3, 50))))
     assert args.question == '--who\'s "she"?'
     assert (args.adapters, args.scales) == (["r0001_ab", "r0002_cd"], "1,0.5")
     assert (args.temperature, args.seed, args.max_new) == (0.7, 3, 50)
     _is_session(args, session)
-    plain = _parsed(same.ask(session, Frame("Who?", Answer(""), Answer(""), ())))
+    plain = _parsed(commands.ask(session, Frame("Who?", Answer(""), Answer(""), ())))
     assert (plain.adapters, plain.scales, plain.temperature) == ([], None, 0.0)
 
 
 def test_a_sheet_is_a_command(session: Session) -> None:
-    sheet = _parsed(same.sheet(session, "Hina O'Ameen", STACK, 7))
+    sheet = _parsed(commands.sheet(session, "Hina O'Ameen", STACK, 7))
     assert (sheet.author, sheet.neighbours, sheet.question) == ("Hina O'Ameen", 7, None)
     assert sheet.adapters == ["r0001_ab", "r0002_cd"]
     _is_session(sheet, session)
@@ -60,7 +61,7 @@ def test_a_sheet_is_a_command(session: Session) -> None:
 
 @pytest.mark.parametrize("action", ["list", "activate", "revert", "clear"])
 def test_changes_of_the_stack_are_commands(session: Session, action: str) -> None:
-    args = _parsed(same.change(session, action, "r0001_ab", 0.5))
+    args = _parsed(commands.change(session, action, "r0001_ab", 0.5))
     assert args.store == session.store_path
     assert args.verb == {"clear": "revert"}.get(action, action)
     if action == "activate":
@@ -71,28 +72,24 @@ def test_changes_of_the_stack_are_commands(session: Session, action: str) -> Non
         assert args.all
 
 
-def test_runs_requests_demo_and_recorded_answers_are_commands(session: Session) -> None:
-    lines = same.runs(session, [Path("a b.json")], Path("ref.json"), "forget05").splitlines()
+def test_runs_requests_and_the_demo_are_commands(session: Session) -> None:
+    lines = commands.runs(session, [Path("a b.json")], Path("ref.json"), "forget05").splitlines()
     score, evaluate = [_parsed(line) for line in lines]
-    assert (score.log, score.retain_log) == (Path("a b.json"), Path("ref.json"))
-    assert (evaluate.split, evaluate.retain_log) == ("forget05", Path("ref.json"))
+    assert (score.log, score.reference_log) == (Path("a b.json"), Path("ref.json"))
+    assert (evaluate.split, evaluate.reference_log) == ("forget05", Path("ref.json"))
     _is_session(evaluate, session)
     probe, log = Path("r.json"), Path("a b.json")
-    report = _parsed(same.report([log], Path("ref.json"), [probe], [Path("c.json")]))
-    assert (report.inputs, report.retain_log) == (["a b.json"], Path("ref.json"))
+    report = _parsed(commands.report([log], Path("ref.json"), [probe], [Path("c.json")]))
+    assert (report.inputs, report.reference_log) == (["a b.json"], Path("ref.json"))
     assert (report.robustness, report.calibration) == ([probe], [Path("c.json")])
-    assert same.report([], None, [probe], []) == ""
+    assert commands.report([], None, [probe], []) == ""
     made = requests.draft(None, "Who?\tMira.", None, "npo", "one", [("--learning-rate", 0.01)])
     asked = _parsed(made.command(session))
     assert (asked.request, asked.objective, asked.label) == ("rows.jsonl", "npo", "one")
     assert asked.learning_rate == 0.01
     author = requests.draft("Hina Ameen", "", None, "simnpo", "")
     assert _parsed(author.command(session)).request == "tofu:author=Hina Ameen"
-    assert _parsed(same.demo(Path("/x y/demo"))).out == Path("/x y/demo")
-    assert _parsed(same.recorded([Path("a.json"), Path("b.json")])).logs == [
-        Path("a.json"),
-        Path("b.json"),
-    ]
+    assert _parsed(commands.demo(Path("/x y/demo"))).out == Path("/x y/demo")
 
 
 def test_the_settings_of_the_form_become_flags_of_the_command(session: Session) -> None:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ui.app.data.decoding import Sampling
-from ui.app.data.requests import base_words
-from ui.app.html.views import command
 
 if TYPE_CHECKING:
-    from ui.app.session import Frame, Session, Stack
+    from adapters.base.load import BaseSpec
+    from ui.app.data.answers import Frame, Stack
+    from ui.app.session import Session
 
 PLAIN = Sampling()
+
+
+def command(*words: object) -> str:
+    """A command line that can be pasted into a shell."""
+    return shlex.join(["unlearner", *[str(word) for word in words]])
+
+
+def base_words(spec: BaseSpec) -> list[str]:
+    """The flags that name a base and how it is loaded."""
+    words = ["--base", spec.name]
+    words += ["--revision", spec.revision] if spec.revision else []
+    words += ["--dtype", spec.dtype] if spec.dtype != "auto" else []
+    words += ["--load-in-4bit"] if spec.load_in_4bit else []
+    words += ["--device", spec.device] if spec.device != "auto" else []
+    words += ["--attention", spec.attention] if spec.attention != "auto" else []
+    return words
 
 
 def where(session: Session) -> list[str]:
@@ -98,8 +115,3 @@ def report(
 def demo(folder: Path) -> str:
     """The demo world."""
     return command("quickstart", "--out", folder)
-
-
-def recorded(logs: Sequence[Path]) -> str:
-    """The page of recorded answers."""
-    return command("ui", "--logs", *logs)
