@@ -109,7 +109,8 @@ def _tell_view(
 def _loaded_dtype(stack: list[tuple[StoredAdapter, float]]) -> Any:
     """The dtype from which the base was quantised when these adapters were trained."""
     views = [adapter.manifest.base.get("view", {}) for adapter, _ in stack]
-    dtypes = sorted({str(view["dtype"]) for view in views if view.get("quantization") == "nf4"})
+    # Not every manifest records the dtype: then the stored one is the best guess.
+    dtypes = sorted({v["dtype"] for v in views if v.get("quantization") == "nf4" and "dtype" in v})
     if len(dtypes) > 1:
         raise UserError(
             f"The adapters were trained on 4-bit views made from {' and '.join(dtypes)}: they are "
