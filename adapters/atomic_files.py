@@ -1,4 +1,4 @@
-"""Files that are never torn: strict JSON, SHA-256, write aside, fsync, rename."""
+"""Strict JSON, SHA-256, and files replaced atomically: write aside, fsync, rename."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Hex SHA-256 of `value` in the one way that `dump_json` writes it."""
+    """Hex SHA-256 of `value` as `dump_json` writes it."""
     return hashlib.sha256(dump_json(value).encode()).hexdigest()
 
 
@@ -51,9 +51,9 @@ def dump_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`; StoreCorrupt for anything doubtful.
+    """The JSON object in `data`; StoreCorrupt for anything ambiguous.
 
-    Repeated keys, NaN, too much nesting and too much text are refused: two readers could take
+    Repeated keys, NaN, too much nesting and too much text are refused: two parsers could read
     them differently.
     """
     if len(data) > MAX_JSON:

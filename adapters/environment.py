@@ -1,4 +1,4 @@
-"""What a result depends on beside data and settings: versions, commit, device, threads."""
+"""What a result depends on besides data and settings: versions, commit, device, threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = (
 )
 # Below this many weights a second thread spends its time waiting for the first.
 SMALL_MODEL = 20_000_000
-# Above this many weights an adapter is trained rather than all: AdamW takes 16 bytes a weight.
+# Above this many weights an adapter is trained rather than all: AdamW takes 16 bytes per weight.
 FULL_LIMIT = 1_000_000_000
 # By size: (weights below, rate of all weights, rate of an adapter). Only the first line has been
 # tried by us; the others follow the rates at which models of that size are commonly tuned.
@@ -42,13 +42,13 @@ def utc_now() -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages a result depends on, and Python's."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:

@@ -1,4 +1,4 @@
-"""The errors a person can act on. Each says what is wrong and what to do about it."""
+"""Errors that a user can act on. Each says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class AdapterNotFound(UserError):
-    """No adapter (or more than one) answers to this name."""
+    """No adapter, or more than one, has this name."""
 
 
 class StoreCorrupt(UserError):
@@ -38,7 +38,7 @@ class StoreCorrupt(UserError):
 
 
 class BaseMismatch(UserError):
-    """The adapter was trained on another base than the one it is asked to run on."""
+    """The adapter was trained on a different base."""
 
     exit_code = 3
 

@@ -1,8 +1,8 @@
-"""Recorded teachers: what a stack answered on the rows it forgot, kept outside every store.
+"""Recorded teachers: what a stack answers on the rows it forgot, kept outside every store.
 
-A later request can be held to such a record without its rows being given again. A record holds the
-rows as tokens, which is forget text: it is made only when asked for, lies beside the key of the
-digests with mode 600, never in a store, and goes when its adapter is removed.
+A later request can be held to such a record without its rows being supplied again. A record holds
+the rows as tokens, which is forget text: it is made only on request, lies beside the digest key
+with mode 600, never in a store, and is deleted when its adapter is removed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write_teacher(weights_sha256: str, data: bytes) -> Path:
 
 
 def forget_teacher(weights_sha256: str) -> bool:
-    """Whether there was a record; it is gone."""
+    """Delete the record; whether there was one."""
     path = teacher_path(weights_sha256)
     if not path.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Sums of adapters, from files, in float32: one exact adapter for a stack, re-factored, truncated.
+"""One adapter for a stack of adapters: their exact sum, or its best low-rank approximation.
 
 A stack computes `W x + sum_i s_i a_i/r_i B_i A_i x`. Concatenating ranks gives the same function
 as one adapter; `fold_stack` adds the same sum to W itself.
@@ -28,9 +28,6 @@ from adapters.lora.format import (
     config_bytes,
     read_adapter,
 )
-from adapters.lora.merge import DtypeName as DtypeName
-from adapters.lora.merge import MergeResult as MergeResult
-from adapters.lora.merge import fold_stack as fold_stack
 from adapters.tensors import write_float32
 
 if TYPE_CHECKING:
@@ -42,7 +39,7 @@ NOISE = 1e-6
 
 @dataclass(frozen=True)
 class FactorResult:
-    """An adapter written with another rank.
+    """An adapter rewritten with another rank.
 
     `kept` is the smallest part of ||B A||^2 that a matrix keeps, `error` the largest
     ||B A - B' A'|| / ||B A||. Not `exact`: another adapter, to be evaluated before it is used.
@@ -76,10 +73,11 @@ def cat_adapters(adapters: list[tuple[Path, float]], out: Path) -> Path:
 
 
 def factor_adapter(folder: Path, out: Path, rank: int | None = None) -> FactorResult:
-    """The adapter of `folder` with other factors: the least rank that loses nothing, or `rank`.
+    """The adapter of `folder` with other factors: the least rank that is exact, or `rank`.
 
     Per matrix: QR of both thin factors and the SVD of their r x r core (float64), which is the SVD
-    of B A without ever making it; the best approximation of each rank (Eckart-Young). A larger
+    of B A without ever making it; truncating it is the best approximation of that rank
+    (Eckart-Young). A larger
     rank than needed is filled with zeros, for servers that take only certain ranks.
     """
     files = read_adapter(Path(folder))
@@ -90,15 +88,15 @@ def factor_adapter(folder: Path, out: Path, rank: int | None = None) -> FactorRe
     needed = max(_numerical_rank(core[1]) for core in cores.values())
     target = needed if rank is None else rank
     tensors: dict[str, Array] = {}
-    kept, error = 1.0, 0.0
+    kept_part, error = 1.0, 0.0
     for module, (name_a, name_b) in files.modules().items():
         left, values, right = cores[module]
         tensors[name_a], tensors[name_b] = _factors(left, values, right, target)
         total = float((values**2).sum())
         lost = float((values[target:] ** 2).sum()) / total if total else 0.0
-        kept, error = min(kept, 1.0 - lost), max(error, lost**0.5)
+        kept_part, error = min(kept_part, 1.0 - lost), max(error, lost**0.5)
     path = _write_adapter(Path(out), files.config, target, tensors)
-    return FactorResult(path, target, kept, error, exact=target >= needed)
+    return FactorResult(path, target, kept_part, error, exact=target >= needed)
 
 
 def _core(files: AdapterFiles, names: tuple[str, str]) -> tuple[Any, Any, Any]:
@@ -122,12 +120,12 @@ def _factors(left: Any, values: Any, right: Any, rank: int) -> tuple[Array, Arra
     """A [rank, in] and B [out, rank], each with the root of the singular values."""
     import numpy as np
 
-    kept = min(rank, len(values))
-    root = np.sqrt(values[:kept])
+    count = min(rank, len(values))
+    root = np.sqrt(values[:count])
     a = np.zeros((rank, right.shape[1]), np.float32)
     b = np.zeros((left.shape[0], rank), np.float32)
-    a[:kept] = root[:, None] * right[:kept]
-    b[:, :kept] = left[:, :kept] * root
+    a[:count] = root[:, None] * right[:count]
+    b[:, :count] = left[:, :count] * root
     return a, b
 
 

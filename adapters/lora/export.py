@@ -65,8 +65,8 @@ def export_serving(
     aside = out.with_name(temporary_name(out.name))
     try:
         aside.mkdir(parents=True)
-        one = cat_adapters(adapters, aside / "sum")
-        factored = factor_adapter(one, aside / "factored", rank)
+        summed = cat_adapters(adapters, aside / "sum")
+        factored = factor_adapter(summed, aside / "factored", rank)
         config = _config(factored.path, base_name)
         final = aside / "final"
         final.mkdir()

@@ -1,4 +1,4 @@
-"""What goes beside released weights: a model card that says what was done, and its record."""
+"""The model card of released weights, and the machine-readable record beside it."""
 
 from __future__ import annotations
 
@@ -75,12 +75,13 @@ def write_release(release: Release) -> Path:
 
 def release_card(release: Release) -> str:
     """The model card as Markdown: formula as run, parents, seeds, selection, figures, warning."""
+    from huggingface_hub import ModelCardData
+
     merge = release.merge
     view = "the 4-bit (nf4) view of its weights" if merge.from_4bit_view else "its own weights"
     lines = [
         "---",
-        f"base_model: {release.base_name}",
-        "tags: [machine-unlearning]",
+        ModelCardData(base_model=release.base_name, tags=["machine-unlearning"]).to_yaml(),
         "---",
         "",
         f"# {merge.path.name}",
@@ -132,14 +133,16 @@ def _adapter_row(manifest: ForgetManifest, scale: float) -> str:
 
 
 def _formulas(release: Release) -> list[str]:
-    """One line an objective: its name, its formula when the caller gave it, its parameters."""
+    """One line per objective: its name, its formula when the caller gave it, its parameters."""
     lines = []
     for manifest, _ in release.adapters:
         name = str(manifest.objective.get("name", ""))
         settings = {k: v for k, v in sorted(manifest.objective.items()) if k != "name"}
-        said = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        parameters = ", ".join(f"{key} = {value}" for key, value in settings.items())
         formula = release.formulas.get(name)
-        line = f"- `{name}`: " + (f"{formula}; " if formula else "") + (said or "no parameters")
+        line = (
+            f"- `{name}`: " + (f"{formula}; " if formula else "") + (parameters or "no parameters")
+        )
         # Settings that change what is minimised are named there as well.
         for key, value in sorted({**manifest.objective, **manifest.train}.items()):
             if value and key in release.formulas:

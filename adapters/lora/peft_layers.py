@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers, read and switched directly, because PEFT's own calls validate nothing."""
+"""Read and switch PEFT's LoRA layers directly, because PEFT's own calls validate nothing."""
 
 from __future__ import annotations
 

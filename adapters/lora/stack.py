@@ -1,9 +1,9 @@
-"""Forget adapters on a live PEFT model: attach, activate, scale, switch off, read back the truth.
+"""Forget adapters on a live PEFT model: attach, activate, scale, deactivate, read the state back.
 
-PEFT accepts unknown names, wakes up frozen parents and keeps stale state without a word
-(measured on 0.21), so every change here is followed by reading the
-state of all LoRA layers and comparing it with what was asked for. Reverting is switching off:
-weights are never merged and unmerged, so the base stays the same bit for bit.
+PEFT silently accepts unknown names, re-enables gradients of frozen parents and keeps stale state
+(measured on 0.21). Every change here is therefore followed by reading the state of all LoRA layers
+and comparing it with the request. Reverting means deactivating: weights are never merged and
+unmerged, so the base stays the same bit for bit.
 """
 
 from __future__ import annotations
@@ -174,10 +174,10 @@ def read_state(model: PreTrainedModel | PeftModel) -> StackState:
 
 @contextmanager
 def parents_only(model: PeftModel | PreTrainedModel, parents: Sequence[str]) -> Iterator[None]:
-    """Inside: only `parents` act, in order: the reference of NPO, KL and DPO without a second copy.
+    """Inside: only `parents` act, in order: the reference of NPO, KL and DPO without a copy.
 
     On leaving, the active list and the requires_grad of every parameter are as they were.
-    `disable_adapter()` of PEFT would give the base instead, and wake up frozen parents.
+    PEFT's `disable_adapter()` would give the base instead, and re-enable gradients of parents.
     """
     _check_loaded(model, parents)
     active = active_names(model)

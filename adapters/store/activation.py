@@ -1,4 +1,4 @@
-"""Which stack follows from activating and reverting, and what becomes of every adapter's status."""
+"""Change the active stack, and the status of every adapter that the change affects."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def activate_stack(
         after("activate", slug, state.status[slug])
         require_ok(catalog.verify(slug, state))
     replaced = {old for slug in slugs for old in catalog.manifest(slug).supersedes} - set(slugs)
-    kept = [] if only else [active for active in state.stack if active.slug not in replaced]
-    stack = _placed(catalog, kept, slugs, scales)
+    remaining = [] if only else [a for a in state.stack if a.slug not in replaced]
+    stack = _placed(catalog, remaining, slugs, scales)
     _require_parents(catalog, slugs, [active.slug for active in stack])
     superseded = [old for old in sorted(replaced) if state.status.get(old) in IN_STACK]
     return restack(journal, catalog, state, "activate", slugs, stack, superseded=superseded)
@@ -65,7 +65,7 @@ def restack(
     superseded: Sequence[str] = (),
     reason: str = "",
 ) -> StackChange:
-    """Commit a new stack; statuses follow: left, joined, stranded without parents, settled."""
+    """Commit a new stack, and the status of every adapter that it affects."""
     order = [active.slug for active in stack]
     status = {slug: after(action, slug, state.status[slug]) for slug in slugs}
     status.update({old: after("supersede", old, state.status[old]) for old in superseded})
@@ -75,9 +75,9 @@ def restack(
         now = status.get(slug, state.status[slug])
         whole = _as_trained(catalog, slug, stack[:position])
         if not whole and now != "stale":
-            status[slug] = after("strand", slug, now)
+            status[slug] = after("mark_stale", slug, now)
         elif whole and now == "stale":
-            status[slug] = after("settle", slug, now)
+            status[slug] = after("clear_stale", slug, now)
     changed = {slug: new for slug, new in status.items() if state.status[slug] != new}
     journal.commit(state, action, slugs, status=changed, stack=stack, reason=reason or None)
     return StackChange(tuple(stack), changed)
@@ -86,9 +86,9 @@ def restack(
 def _as_trained(catalog: Catalog, slug: str, before: Sequence[ActiveAdapter]) -> bool:
     """Whether its parents act before it, in the order and strength it was trained on."""
     parents, scales = catalog.parents_of(slug)
-    found = [active for active in before if active.slug in parents]
-    return tuple(a.slug for a in found) == parents and all(
-        abs(a.scale - scales.get(a.slug, 1.0)) < 1e-9 for a in found
+    present = [active for active in before if active.slug in parents]
+    return tuple(active.slug for active in present) == parents and all(
+        abs(active.scale - scales.get(active.slug, 1.0)) < 1e-9 for active in present
     )
 
 
@@ -110,19 +110,19 @@ def _with_parents(
 
 def _placed(
     catalog: Catalog,
-    kept: Sequence[ActiveAdapter],
+    stack: Sequence[ActiveAdapter],
     slugs: Sequence[str],
     scales: Mapping[str, float],
 ) -> list[ActiveAdapter]:
-    """`kept` with `slugs` added at the end, each before the first of its children."""
-    stack = [replace(active, scale=float(scales.get(active.slug, active.scale))) for active in kept]
+    """`stack` with `slugs` added at the end, each before the first of its children."""
+    placed = [replace(a, scale=float(scales.get(a.slug, a.scale))) for a in stack]
     for slug in slugs:
-        if any(active.slug == slug for active in stack):
+        if any(active.slug == slug for active in placed):
             continue
-        children = [i for i, a in enumerate(stack) if slug in catalog.parents_of(a.slug)[0]]
-        place = min(children, default=len(stack))
-        stack.insert(place, ActiveAdapter(slug, float(scales.get(slug, 1.0))))
-    return stack
+        children = [i for i, a in enumerate(placed) if slug in catalog.parents_of(a.slug)[0]]
+        position = min(children, default=len(placed))
+        placed.insert(position, ActiveAdapter(slug, float(scales.get(slug, 1.0))))
+    return placed
 
 
 def _require_parents(catalog: Catalog, slugs: Sequence[str], order: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ EVALS_NAME = "evals"
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What checking one adapter found; `problems` is empty when all is as recorded."""
+    """Result of checking one adapter; `problems` is empty when all is as recorded."""
 
     slug: str
     problems: tuple[str, ...]
@@ -110,7 +110,7 @@ class Catalog:
     def verify(
         self, slug: str, state: StoreState, base: BaseFingerprint | None = None
     ) -> VerifyResult:
-        """What checking the adapter found."""
+        """Check the adapter."""
         return verify_folder(self.folder(slug), state, base)
 
     def resolve(self, ref: str, state: StoreState) -> str:

@@ -1,4 +1,4 @@
-"""Removing, exporting, attaching results, collecting garbage, and mending after a kill."""
+"""Remove, export and attach results; collect garbage; recover after a process was killed."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def export_adapter(adapter: StoredAdapter, out: Path) -> Path:
 
 
 def collect_garbage(journal: Journal, catalog: Catalog, *, dry_run: bool) -> GcReport:
-    """Delete superseded adapters that nothing living was trained on, old trash, leftovers.
+    """Delete superseded adapters that no remaining adapter was trained on, old trash, leftovers.
 
     Never touched: an adapter of the stack, one that was not superseded, and every parent, near or
     far, of an adapter that stays.
@@ -190,7 +190,7 @@ def _adopt(journal: Journal, catalog: Catalog, state: StoreState, folder: Path) 
 
 
 def _unneeded(catalog: Catalog, state: StoreState) -> list[str]:
-    """Superseded adapters, children before parents, that no adapter that stays descends from."""
+    """Superseded adapters, children before parents, that no remaining adapter was trained on."""
     doomed = {
         slug
         for slug, status in state.status.items()
@@ -199,13 +199,13 @@ def _unneeded(catalog: Catalog, state: StoreState) -> list[str]:
     waiting = [
         slug for slug, status in state.status.items() if status != "purged" and slug not in doomed
     ]
-    kept: set[str] = set()
+    needed: set[str] = set()
     while waiting:
         slug = waiting.pop()
-        if slug not in kept:
-            kept.add(slug)
+        if slug not in needed:
+            needed.add(slug)
             waiting.extend(catalog.parents_of(slug)[0])
-    return sorted(doomed - kept, reverse=True)
+    return sorted(doomed - needed, reverse=True)
 
 
 def _leftovers(catalog: Catalog) -> list[Path]:

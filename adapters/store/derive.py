@@ -1,6 +1,4 @@
-"""A new adapter made from others of the store: their exact sum, its best approximation, or one at
-another strength.
-"""
+"""New adapters made from stored ones: exact sums, low-rank approximations, rescaled copies."""
 
 from __future__ import annotations
 
@@ -46,8 +44,8 @@ def combine(
     parent_scales = _parent_scales(manifests, parents)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [(store.adapter_path(slug), scale) for slug, scale in parts]
-        whole = cat_adapters(folders, Path(scratch) / "cat")
-        made = factor_adapter(whole, Path(scratch) / "factored", rank)
+        concatenated = cat_adapters(folders, Path(scratch) / "cat")
+        factored = factor_adapter(concatenated, Path(scratch) / "factored", rank)
         manifest = ForgetManifest(
             request_id=request_id or f"combined-{slugs[0][:5]}-{slugs[-1][:5]}",
             policy="derived",
@@ -55,16 +53,16 @@ def combine(
             parents=tuple(parents),
             parent_scales=parent_scales,
             supersedes=tuple(slugs),
-            lora={"r": made.rank, "alpha": made.rank},
+            lora={"r": factored.rank, "alpha": factored.rank},
             origin={
-                "kind": "sum" if made.exact else "truncated",
+                "kind": "sum" if factored.exact else "truncated",
                 "from": slugs,
                 "scales": [scale for _, scale in parts],
-                "kept": made.kept,
-                "error": made.error,
+                "kept": factored.kept,
+                "error": factored.error,
             },
         )
-        return store.publish(made.path, manifest)
+        return store.publish(factored.path, manifest)
 
 
 def _parent_scales(manifests: Sequence[ForgetManifest], parents: Iterable[str]) -> dict[str, float]:
@@ -85,11 +83,11 @@ def _parent_scales(manifests: Sequence[ForgetManifest], parents: Iterable[str]) 
 
 
 def scaled(store: AdapterStore, ref: str, scale: float) -> StoredAdapter:
-    """The adapter at another strength as one of its own, status ready.
+    """A new adapter: the original at another strength; status ready.
 
-    `B' = scale * alpha/r * B` with `alpha' = r`, one float32 rounding a weight, so that it computes
-    at strength 1 what the original computes at `scale`. It supersedes the original, forgets the
-    same rows and has the same parents.
+    `B' = scale * alpha/r * B` with `alpha' = r`, one float32 rounding per weight, so that it
+    computes at strength 1 what the original computes at `scale`. It supersedes the original,
+    forgets the same rows and has the same parents.
 
     Args:
         store: where the original lies and the new one is published.
@@ -99,33 +97,33 @@ def scaled(store: AdapterStore, ref: str, scale: float) -> StoredAdapter:
     Raises:
         UserError: a scale that gives nothing new, or none at all.
     """
-    found = store.require_whole(ref)
+    original = store.require_whole(ref)
     if scale == 0:
         raise UserError(
-            f"At scale 0 {found.slug} does nothing: that is no adapter.",
-            f"Switch it off with `unlearner adapters revert {found.slug}`.",
+            f"At scale 0 {original.slug} does nothing: that is no adapter.",
+            f"Switch it off with `unlearner adapters revert {original.slug}`.",
         )
     if scale == 1:
         raise UserError(
-            f"At scale 1 {found.slug} is what it is: there is nothing to publish.",
-            f"Use {found.slug} itself.",
+            f"At scale 1 {original.slug} is what it is: there is nothing to publish.",
+            f"Use {original.slug} itself.",
         )
     if not 0 < scale <= MAX_SCALE:
         raise UserError(f"The scale {scale:g} is outside 0 to {MAX_SCALE}.", "Use 1 as trained.")
-    manifest = found.manifest
+    manifest = original.manifest
     with tempfile.TemporaryDirectory() as scratch:
-        folder = cat_adapters([(found.path, scale)], Path(scratch) / "scaled")
+        folder = cat_adapters([(original.path, scale)], Path(scratch) / "scaled")
         rank = int(read_adapter(folder).config["r"])
-        made = ForgetManifest(
-            request_id=f"scaled-{found.slug.split('_')[0]}",
-            label=f"{found.label[:60]} at {scale:g}",
+        scaled_manifest = ForgetManifest(
+            request_id=f"scaled-{original.slug.split('_')[0]}",
+            label=f"{original.label[:60]} at {scale:g}",
             policy="derived",
             data=manifest.data,
             base=manifest.base,
             parents=manifest.parents,
             parent_scales=manifest.parent_scales,
-            supersedes=(found.slug,),
+            supersedes=(original.slug,),
             lora={"r": rank, "alpha": rank},
-            origin={"kind": "scaled", "from": [found.slug], "scales": [scale]},
+            origin={"kind": "scaled", "from": [original.slug], "scales": [scale]},
         )
-        return store.publish(folder, made)
+        return store.publish(folder, scaled_manifest)

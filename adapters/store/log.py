@@ -1,4 +1,4 @@
-"""The append-only log of a store: one JSON line an action, each holding the hash of the one before.
+"""The append-only log of a store: one JSON line per action, each with the hash of the line before.
 
 The log is also the journal: a line on the disk is the moment an action counts. `state.json` is
 what the lines add up to, and is made again from them when it is older or lost.
@@ -29,7 +29,7 @@ class LogPosition:
 
 @dataclass(frozen=True)
 class LogReport:
-    """What checking the whole log found; `problems` is empty when the chain is intact."""
+    """Result of checking the whole log; `problems` is empty when the chain is intact."""
 
     lines: int
     head: str

@@ -1,4 +1,4 @@
-"""What is known about a forget adapter, without a word of what it forgets."""
+"""The record of a forget adapter: settings, counts and digests, never forget text."""
 
 from __future__ import annotations
 
@@ -110,77 +110,77 @@ class ForgetManifest:
         return manifest
 
     def problems(self, *, stored: bool = False) -> list[str]:
-        """Everything that is wrong with the fields, as sentences without a full stop."""
-        found: list[str] = []
+        """Everything that is wrong with the fields, each as a clause without a full stop."""
+        problems: list[str] = []
         if type(self.schema) is not int or self.schema != SCHEMA:
-            found.append(f"schema {self.schema!r} is not {SCHEMA}, the one this release reads")
-        _text(found, "request_id", self.request_id, REQUEST_ID)
-        _text(found, "label", self.label, LABEL)
+            problems.append(f"schema {self.schema!r} is not {SCHEMA}, the one this release reads")
+        _text(problems, "request_id", self.request_id, REQUEST_ID)
+        _text(problems, "label", self.label, LABEL)
         if self.policy not in POLICIES:
-            found.append(f"policy is not one of {', '.join(POLICIES)}")
+            problems.append(f"policy is not one of {', '.join(POLICIES)}")
         for name in ("parents", "supersedes"):
-            _slugs(found, name, getattr(self, name))
-        _data(found, self.data)
-        _base(found, self.base)
+            _slugs(problems, name, getattr(self, name))
+        _data(problems, self.data)
+        _base(problems, self.base)
         for name in ("objective", "lora", "train", "origin"):
-            _values(found, name, getattr(self, name), WORD)
-        _values(found, "env", self.env, LINE)
-        _numbers(found, "norms", self.norms)
-        _numbers(found, "parent_scales", self.parent_scales)
-        if not found and set(self.parent_scales) - set(self.parents):
-            found.append("parent_scales names an adapter that is not a parent")
-        if stored and not found:
-            _stored(found, self)
-        return found
+            _values(problems, name, getattr(self, name), WORD)
+        _values(problems, "env", self.env, LINE)
+        _numbers(problems, "norms", self.norms)
+        _numbers(problems, "parent_scales", self.parent_scales)
+        if not problems and set(self.parent_scales) - set(self.parents):
+            problems.append("parent_scales names an adapter that is not a parent")
+        if stored and not problems:
+            _stored(problems, self)
+        return problems
 
 
-def _text(found: list[str], name: str, value: Any, pattern: re.Pattern[str]) -> None:
+def _text(problems: list[str], name: str, value: Any, pattern: re.Pattern[str]) -> None:
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        found.append(f"{name} {_brief(value)} is not a short name")
+        problems.append(f"{name} {_brief(value)} is not a short name")
 
 
-def _slugs(found: list[str], name: str, value: Any) -> None:
+def _slugs(problems: list[str], name: str, value: Any) -> None:
     if not isinstance(value, tuple) or not all(
         isinstance(v, str) and SLUG.fullmatch(v) for v in value
     ):
-        found.append(f"{name} {_brief(value)} is not a tuple of adapter slugs")
+        problems.append(f"{name} {_brief(value)} is not a tuple of adapter slugs")
     elif len(set(value)) != len(value):
-        found.append(f"{name} names an adapter twice")
+        problems.append(f"{name} names an adapter twice")
 
 
-def _data(found: list[str], value: Any) -> None:
+def _data(problems: list[str], value: Any) -> None:
     if not isinstance(value, dict):
-        found.append("data is not an object")
+        problems.append("data is not an object")
         return
     for part, entry in value.items():
         if not isinstance(part, str) or not KIND.fullmatch(part) or not isinstance(entry, dict):
-            found.append(f"data {_brief(part)} is not an object with n, digest and kind")
+            problems.append(f"data {_brief(part)} is not an object with n, digest and kind")
             continue
         extra = set(entry) - {"n", "digest", "kind", "key_id", "revision", "marks"}
         if extra:
-            found.append(f"data.{part} has {_brief(sorted(map(str, extra))[0])}")
+            problems.append(f"data.{part} has {_brief(sorted(map(str, extra))[0])}")
         if type(entry.get("n")) is not int or entry["n"] < 0:
-            found.append(f"data.{part}.n is not a count")
+            problems.append(f"data.{part}.n is not a count")
         if not _matches(entry.get("digest"), HEX64):
-            found.append(f"data.{part}.digest is not 64 hex digits")
+            problems.append(f"data.{part}.digest is not 64 hex digits")
         marks = entry.get("marks", ())
         if not isinstance(marks, (list, tuple)) or not all(_matches(m, MARK) for m in marks):
-            found.append(f"data.{part}.marks is not a list of keyed digests")
+            problems.append(f"data.{part}.marks is not a list of keyed digests")
         for name in ("kind", "key_id", "revision"):
             if name in entry and entry[name] is not None and not _matches(entry[name], KIND):
-                found.append(f"data.{part}.{name} {_brief(entry[name])} is not one word")
+                problems.append(f"data.{part}.{name} {_brief(entry[name])} is not one word")
 
 
-def _base(found: list[str], value: Any) -> None:
+def _base(problems: list[str], value: Any) -> None:
     if not isinstance(value, dict):
-        found.append("base is not an object")
+        problems.append("base is not an object")
         return
     for name in set(value) - {"name", "revision", "fingerprint", "view"}:
-        found.append(f"base.{_brief(name)} is unknown")
+        problems.append(f"base.{_brief(name)} is unknown")
     for name in ("name", "revision"):
         if value.get(name) is not None and not _matches(value[name], LINE):
-            found.append(f"base.{name} is not a name")
-    _values(found, "base.view", value.get("view", {}), WORD)
+            problems.append(f"base.{name} is not a name")
+    _values(problems, "base.view", value.get("view", {}), WORD)
     fingerprint = value.get("fingerprint")
     if fingerprint is not None:
         from adapters.base.fingerprint import BaseFingerprint
@@ -188,35 +188,35 @@ def _base(found: list[str], value: Any) -> None:
         try:
             BaseFingerprint.from_json(fingerprint if isinstance(fingerprint, dict) else {})
         except StoreCorrupt as error:
-            found.append(f"base.fingerprint: {error.problem.rstrip('.')}")
+            problems.append(f"base.fingerprint: {error.problem.rstrip('.')}")
 
 
 def _values(
-    found: list[str], name: str, value: Any, words: re.Pattern[str], depth: int = 0
+    problems: list[str], name: str, value: Any, words: re.Pattern[str], depth: int = 0
 ) -> None:
     """Numbers, flags, null and short strings, nested four deep at most."""
     if depth == 0 and not isinstance(value, dict):
-        found.append(f"{name} is not an object")
+        problems.append(f"{name} is not an object")
     elif isinstance(value, dict) and depth < 4:
         for key, inner in value.items():
             if not isinstance(key, str) or not _matches(key, WORD):
-                found.append(f"{name} has the key {_brief(key)}")
+                problems.append(f"{name} has the key {_brief(key)}")
             else:
-                _values(found, f"{name}.{key[:40]}", inner, words, depth + 1)
+                _values(problems, f"{name}.{key[:40]}", inner, words, depth + 1)
     elif isinstance(value, (list, tuple)) and depth < 4:
         for inner in value:
-            _values(found, name, inner, words, depth + 1)
+            _values(problems, name, inner, words, depth + 1)
     elif isinstance(value, str):
         if not words.fullmatch(value):
-            found.append(f"{name} {_brief(value)} is not a short word")
+            problems.append(f"{name} {_brief(value)} is not a short word")
     elif isinstance(value, float):
         if value != value or abs(value) == float("inf"):
-            found.append(f"{name} is not finite")
+            problems.append(f"{name} is not finite")
     elif value is not None and not isinstance(value, (bool, int)):
-        found.append(f"{name} is a {type(value).__name__}")
+        problems.append(f"{name} is a {type(value).__name__}")
 
 
-def _numbers(found: list[str], name: str, value: Any) -> None:
+def _numbers(problems: list[str], name: str, value: Any) -> None:
     if not isinstance(value, dict) or not all(
         isinstance(k, str)
         and _matches(k, WORD)
@@ -225,26 +225,26 @@ def _numbers(found: list[str], name: str, value: Any) -> None:
         and abs(v) < 1e30
         for k, v in value.items()
     ):
-        found.append(f"{name} is not an object of numbers")
+        problems.append(f"{name} is not an object of numbers")
 
 
-def _stored(found: list[str], manifest: ForgetManifest) -> None:
+def _stored(problems: list[str], manifest: ForgetManifest) -> None:
     """Fields that only a published manifest has."""
     if not _matches(manifest.slug, SLUG):
-        found.append(f"slug {_brief(manifest.slug)} is malformed")
+        problems.append(f"slug {_brief(manifest.slug)} is malformed")
     if not _matches(manifest.created, CREATED):
-        found.append(f"created {_brief(manifest.created)} is not a UTC time")
+        problems.append(f"created {_brief(manifest.created)} is not a UTC time")
     hashes = manifest.parent_sha256
     if not isinstance(hashes, dict) or not all(_matches(h, HEX64) for h in hashes.values()):
-        found.append("parent_sha256 is malformed")
+        problems.append("parent_sha256 is malformed")
     elif set(hashes) != set(manifest.parents):
-        found.append("parent_sha256 does not cover the parents")
+        problems.append("parent_sha256 does not cover the parents")
     files = manifest.files
     if not isinstance(files, dict) or set(files) != {
         "adapter_config.json",
         "adapter_model.safetensors",
     }:
-        found.append("files does not list the configuration and the weights")
+        problems.append("files does not list the configuration and the weights")
         return
     for name, entry in files.items():
         if (
@@ -253,7 +253,7 @@ def _stored(found: list[str], manifest: ForgetManifest) -> None:
             or not _matches(entry["sha256"], HEX64)
             or type(entry["size"]) is not int
         ):
-            found.append(f"files.{name} is malformed")
+            problems.append(f"files.{name} is malformed")
 
 
 def _matches(value: Any, pattern: re.Pattern[str]) -> bool:

@@ -21,15 +21,15 @@ STATES = (
     "ready", "active", "reverted", "superseded", "stale", "merged", "quarantined", "purged",
 )  # fmt: skip
 IN_STACK = ("active", "stale", "merged")
-# action -> {state before: state after}; what is not here is refused.
+# action -> {status before: status after}; everything else is refused.
 TRANSITIONS: dict[str, dict[str, str]] = {
     "activate": {
         "ready": "active", "reverted": "active", "superseded": "active", "active": "active",
         "merged": "merged", "stale": "stale",
     },
     "revert": {"active": "reverted", "stale": "reverted", "merged": "reverted"},
-    "strand": {"active": "stale", "stale": "stale", "merged": "stale"},
-    "settle": {"stale": "active"},
+    "mark_stale": {"active": "stale", "stale": "stale", "merged": "stale"},
+    "clear_stale": {"stale": "active"},
     "supersede": {
         "ready": "superseded", "active": "superseded", "reverted": "superseded",
         "stale": "superseded", "merged": "superseded", "superseded": "superseded",
@@ -123,14 +123,14 @@ def apply(state: StoreState, entry: Mapping[str, Any], log: LogPosition) -> Stor
 
 
 def after(action: str, slug: str, status: str) -> str:
-    """The status of `slug` after `action`; UserError when the table has no such way."""
-    ways = TRANSITIONS[action]
-    if status not in ways:
+    """The status of `slug` after `action`; UserError when the table does not allow it."""
+    allowed = TRANSITIONS[action]
+    if status not in allowed:
         raise UserError(
-            f"Adapter {slug} is {status}: `{action}` is possible from {', '.join(ways)}.",
+            f"Adapter {slug} is {status}: `{action}` is possible from {', '.join(allowed)}.",
             f"Instead, {REFUSALS[action]}." if action in REFUSALS else "",
         )
-    return ways[status]
+    return allowed[status]
 
 
 def stack_json(stack: Iterable[ActiveAdapter]) -> list[dict[str, Any]]:

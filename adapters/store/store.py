@@ -17,7 +17,7 @@ from adapters.atomic_files import disk_error, read_json, write_json
 from adapters.base.fingerprint import BaseFingerprint, require_same_base
 from adapters.environment import utc_now
 from adapters.errors import StoreCorrupt, UserError
-from adapters.store import cleanup as housekeeping
+from adapters.store import cleanup
 from adapters.store import log as audit
 from adapters.store.activation import StackChange, activate_stack, restack
 from adapters.store.catalog import EVALS_NAME, Catalog, VerifyResult, manifest_base, require_ok
@@ -79,13 +79,15 @@ class AdapterStore:
     def get(self, ref: str) -> StoredAdapter:
         """The adapter that `ref` names: slug, unique start of a slug, label or request id.
 
-        Raises AdapterNotFound, with the nearest name, when there is none or more than one.
+        Raises AdapterNotFound, with the nearest name, when no adapter or more than one matches.
         """
         state = self.journal.state()
-        found = self.catalog.stored(self.catalog.resolve(ref, state), state)
-        if found.problem:
-            raise StoreCorrupt(found.problem, f"Remove {found.slug}, or restore it from a copy.")
-        return found
+        adapter = self.catalog.stored(self.catalog.resolve(ref, state), state)
+        if adapter.problem:
+            raise StoreCorrupt(
+                adapter.problem, f"Remove {adapter.slug}, or restore it from a copy."
+            )
+        return adapter
 
     def active(self) -> Stack:
         """The stack: slugs and scales in order."""
@@ -175,21 +177,21 @@ class AdapterStore:
             return restack(self.journal, self.catalog, state, "revert", slugs, [], reason=reason)
 
     def verify(self, ref: str | None = None, base: BaseFingerprint | None = None) -> VerifyResults:
-        """What checking one adapter, or all that are not purged, found; nothing is changed."""
+        """Check one adapter, or all that are not purged; nothing is changed."""
         state = self.journal.state()
         if ref is not None:
             return [self.catalog.verify(self.catalog.resolve(ref, state), state, base)]
         results = [self.catalog.verify(slug, state, base) for slug in self.catalog.slugs(state)]
-        strangers = sorted(set(self.catalog.on_disk()) - set(state.status))
-        return results + [VerifyResult(s, ("it was never published here",)) for s in strangers]
+        unknown = sorted(set(self.catalog.on_disk()) - set(state.status))
+        return results + [VerifyResult(s, ("it was never published here",)) for s in unknown]
 
     def require_whole(self, ref: str, base: BaseFingerprint | None = None) -> StoredAdapter:
         """The adapter, after checking every byte; StoreCorrupt or BaseMismatch when it fails."""
-        found = self.get(ref)
+        adapter = self.get(ref)
         if base is not None:
-            require_same_base(manifest_base(found.manifest), base)
-        require_ok(self.catalog.verify(found.slug, self.journal.state()))
-        return found
+            require_same_base(manifest_base(adapter.manifest), base)
+        require_ok(self.catalog.verify(adapter.slug, self.journal.state()))
+        return adapter
 
     def quarantine(self, ref: str, reason: str) -> StackChange:
         """Mark an adapter whose files or base are not as recorded; it leaves the stack."""
@@ -222,9 +224,7 @@ class AdapterStore:
         """
         with self.journal.locked() as state:
             slug = self.catalog.resolve(ref, state)
-            return housekeeping.remove_adapter(
-                self.journal, self.catalog, state, slug, dry_run=dry_run
-            )
+            return cleanup.remove_adapter(self.journal, self.catalog, state, slug, dry_run=dry_run)
 
     def attach_eval(self, ref: str, name: str, result: Mapping[str, Any]) -> Path:
         """The new file `evals/<name>.json` beside the adapter (`<name>-2` when taken).
@@ -234,10 +234,10 @@ class AdapterStore:
         """
         with self.journal.locked() as state:
             slug = self.catalog.resolve(ref, state)
-            path = housekeeping.write_eval(self.catalog.folder(slug), name, result)
+            path = cleanup.write_eval(self.catalog.folder(slug), name, result)
             measured = state.stack_slugs if result.get("stack") == [*state.stack_slugs] else ()
-            stale = [one for one in measured if state.status[one] == "stale"]
-            status = {one: after("settle", one, "stale") for one in stale}
+            stale = [other for other in measured if state.status[other] == "stale"]
+            status = {other: after("clear_stale", other, "stale") for other in stale}
             self.journal.commit(state, "evaluate", [slug], status=status, file=path.name)
             return path
 
@@ -251,13 +251,13 @@ class AdapterStore:
         return audit.read_from(self.journal.log_path, audit.LogPosition())[0]
 
     def verify_log(self) -> audit.LogReport:
-        """What checking the chain of the whole log found."""
+        """Check the hash chain of the whole log."""
         return audit.verify(self.journal.log_path, self.journal.recorded().log)
 
     def import_folder(
         self, path: Path, base_folder: Path, *, request_id: str = "", base_name: str = ""
     ) -> StoredAdapter:
-        """A foreign PEFT LoRA, checked against the base in `base_folder` and published."""
+        """A PEFT LoRA from elsewhere, checked against the base in `base_folder` and published."""
         from adapters.store.import_peft import import_adapter
 
         return import_adapter(
@@ -266,7 +266,7 @@ class AdapterStore:
 
     def export(self, ref: str, out: Path) -> Path:
         """The new folder `out` with the adapter's files and manifest, as PEFT loads it."""
-        return housekeeping.export_adapter(self.require_whole(ref), Path(out))
+        return cleanup.export_adapter(self.require_whole(ref), Path(out))
 
     def combine(
         self,
@@ -283,7 +283,7 @@ class AdapterStore:
 
     def gc(self, dry_run: bool = False) -> GcReport:
         """What was (or would be) deleted: superseded adapters nobody needs, leftovers, trash."""
-        return housekeeping.collect_garbage(self.journal, self.catalog, dry_run=dry_run)
+        return cleanup.collect_garbage(self.journal, self.catalog, dry_run=dry_run)
 
     def _recover(self) -> None:
         """Finish what a killed process had begun: adopt a whole adapter, end a removal."""
@@ -292,7 +292,7 @@ class AdapterStore:
         gone = {slug for slug, status in state.status.items() if status == "purged"}
         if on_disk & gone or any(SLUG.fullmatch(s) for s in on_disk - set(state.status)):
             with self.journal.locked() as state:
-                housekeeping.recover(self.journal, self.catalog, state)
+                cleanup.recover(self.journal, self.catalog, state)
 
 
 def _create(path: Path) -> None:

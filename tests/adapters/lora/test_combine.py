@@ -14,7 +14,7 @@ from adapters.base.fingerprint import fingerprint_base, require_same_base
 from adapters.base.load import BaseSpec, load_base
 from adapters.errors import BaseMismatch, StoreCorrupt, UserError
 from adapters.lora import combine as algebra
-from adapters.lora import stack
+from adapters.lora import merge, stack
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 
@@ -46,7 +46,7 @@ def test_folded_weights_are_the_stack(tiny_base: Path, pair: Any, tmp_path: Path
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     expected = dynamic(tiny_base, pair)
-    result = algebra.fold_stack(tiny_base, pair, tmp_path / "out")
+    result = merge.fold_stack(tiny_base, pair, tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.allclose(logits(plain), expected, atol=2e-5)
     assert not torch.allclose(logits(on_cpu(tiny_base)), expected, atol=1e-2)
@@ -57,14 +57,14 @@ def test_folded_weights_are_the_stack(tiny_base: Path, pair: Any, tmp_path: Path
     with pytest.raises(BaseMismatch, match="other weights"):
         require_same_base(fingerprint_base(tiny_base), fingerprint_base(tmp_path / "out"))
     with pytest.raises(UserError, match="exists already"):
-        algebra.fold_stack(tiny_base, pair, tmp_path / "out")
+        merge.fold_stack(tiny_base, pair, tmp_path / "out")
 
 
 def test_one_rounding_to_the_target_dtype(tiny_base: Path, pair: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    algebra.fold_stack(tiny_base, pair, tmp_path / "full")
-    algebra.fold_stack(tiny_base, pair, tmp_path / "half", dtype="bfloat16")
+    merge.fold_stack(tiny_base, pair, tmp_path / "full")
+    merge.fold_stack(tiny_base, pair, tmp_path / "half", dtype="bfloat16")
     full = load_file(tmp_path / "full" / "model.safetensors")
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(full[name].bfloat16(), half[name]) for name in full)
@@ -77,8 +77,8 @@ def test_shards_keep_their_layout(tiny_base: Path, pair: Any, tmp_path: Path) ->
     model = on_cpu(tiny_base)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     require_same_base(fingerprint_base(tiny_base), fingerprint_base(tmp_path / "sharded"))
-    whole = algebra.fold_stack(tiny_base, pair, tmp_path / "one")
-    parts = algebra.fold_stack(tmp_path / "sharded", pair, tmp_path / "many")
+    whole = merge.fold_stack(tiny_base, pair, tmp_path / "one")
+    parts = merge.fold_stack(tmp_path / "sharded", pair, tmp_path / "many")
     assert len(whole.shards) == 1
     assert len(parts.shards) > 3
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -95,7 +95,7 @@ def test_shards_keep_their_layout(tiny_base: Path, pair: Any, tmp_path: Path) ->
 def test_tied_embeddings_stay_tied(make_tiny_llama: Any, pair: Any, tmp_path: Path) -> None:
     base = make_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
     expected = dynamic(base, pair)
-    algebra.fold_stack(base, pair, tmp_path / "out")
+    merge.fold_stack(base, pair, tmp_path / "out")
     model = on_cpu(tmp_path / "out")
     assert torch.allclose(logits(model), expected, atol=2e-5)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -109,9 +109,9 @@ def test_quantised_bases_and_strangers_are_refused(
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="stored quantised"):
-        algebra.fold_stack(base, pair, tmp_path / "out")
+        merge.fold_stack(base, pair, tmp_path / "out")
     with pytest.raises(BaseMismatch):
-        algebra.fold_stack(make_tiny_llama(tmp_path / "deep", layers=3), pair, tmp_path / "out")
+        merge.fold_stack(make_tiny_llama(tmp_path / "deep", layers=3), pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".tmp-*"))
 
@@ -129,8 +129,8 @@ def test_the_4bit_view_is_what_a_qlora_adapter_was_trained_on(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     expected = dynamic(tiny_base, pair, load_in_4bit=True)
-    algebra.fold_stack(tiny_base, pair, tmp_path / "view", from_4bit_view=True)
-    algebra.fold_stack(tiny_base, pair, tmp_path / "original")
+    merge.fold_stack(tiny_base, pair, tmp_path / "view", from_4bit_view=True)
+    merge.fold_stack(tiny_base, pair, tmp_path / "original")
     view = logits(on_cpu(tmp_path / "view"))
     original = logits(on_cpu(tmp_path / "original"))
     assert torch.allclose(view, expected, atol=1e-4)
@@ -154,7 +154,7 @@ def test_the_4bit_view_is_quantised_from_the_dtype_that_was_loaded(
     folded = {}
     for dtype in ("bfloat16", None):
         out = tmp_path / f"view-{dtype}"
-        algebra.fold_stack(half, [], out, "float32", from_4bit_view=True, loaded_dtype=dtype)
+        merge.fold_stack(half, [], out, "float32", from_4bit_view=True, loaded_dtype=dtype)
         folded[dtype] = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(folded["bfloat16"], expected)
     assert not torch.equal(folded[None], expected)
@@ -209,10 +209,10 @@ def test_values_too_large_for_the_dtype_are_refused(
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e30
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StoreCorrupt, match="float16 cannot hold"):
-        algebra.fold_stack(base, pair, tmp_path / "out", dtype="float16")
+        merge.fold_stack(base, pair, tmp_path / "out", dtype="float16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large", "made"]
     with pytest.raises(UserError, match="not a dtype"):
-        algebra.fold_stack(base, pair, tmp_path / "out", dtype="int4")  # type: ignore[arg-type]
+        merge.fold_stack(base, pair, tmp_path / "out", dtype="int4")  # type: ignore[arg-type]
 
 
 def test_a_matrix_folded_in_blocks_is_the_matrix_folded_whole(
@@ -221,12 +221,10 @@ def test_a_matrix_folded_in_blocks_is_the_matrix_folded_whole(
     """Largest difference 1e-6: the order of float32 sums may change with the block."""
     from safetensors.torch import load_file
 
-    from adapters.lora import merge as merging
-
     stack = [(make_adapter(), 0.7)]
-    whole = algebra.fold_stack(tiny_base, stack, tmp_path / "whole")
-    monkeypatch.setattr(merging, "BLOCK", 7 * 64)  # 7 rows, which divides nothing here
-    blocks = algebra.fold_stack(tiny_base, stack, tmp_path / "blocks")
+    whole = merge.fold_stack(tiny_base, stack, tmp_path / "whole")
+    monkeypatch.setattr(merge, "BLOCK", 7 * 64)  # 7 rows, which divides nothing here
+    blocks = merge.fold_stack(tiny_base, stack, tmp_path / "blocks")
     one = load_file(whole.path / "model.safetensors")
     two = load_file(blocks.path / "model.safetensors")
     assert one.keys() == two.keys()

@@ -114,7 +114,7 @@ def test_no_folder_of_this_machine_gets_into_the_store(
         ({"r": True}, "r=True"),
         ({"lora_alpha": float("nan")}, "JSON"),
         ({"r": 4}, "rank 4"),
-        ({"target_modules": ["q_proj"]}, "no part of its LoRA"),
+        ({"target_modules": ["q_proj"]}, "not part of its LoRA"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(

@@ -89,7 +89,7 @@ def test_a_truncated_sum_asks_for_its_own_evaluation(
     assert (made["exact"], made["needs_evaluation"], made["lora_r"]) == (False, True, 1)
     assert 0 < made["kept"] < 1
     assert made["supersedes"] == [one, two]
-    assert "needs its own evaluation" in ran.err
+    assert "evaluate it before use" in ran.err
     folder = tmp_path / "store" / "adapters"
     whole = summed(updates(folder / one), updates(folder / two, 0.5))
     assert not same(updates(Path(made["path"])), whole)

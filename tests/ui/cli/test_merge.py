@@ -44,7 +44,7 @@ def test_without_a_split_the_card_has_the_formula_and_says_not_measured(
     assert ", beta = 2.5, " in card
     assert "retain_weight = 0.1375" in card
     assert f"; attack_weight = 0.1: {OPTION_FORMULAS['attack_weight']}" in card
-    assert "alternates" not in card
+    assert OPTION_FORMULAS["alternates"] not in card  # it is off
     assert "Not measured after merging" in card
 
 

@@ -258,7 +258,7 @@ def _print(found: Mapping[str, Any], console: Console) -> None:
     console.table(rows, list(COLUMNS))
     console.text(f"rule            {found['rule']}")
     console.text(f"protocol        {found['protocol']}, {found['tried']} scales tried")
-    console.text(f"retrain NLL     {rows[0]['retrain_forget_nll']:.3f} nats a token")
+    console.text(f"retrain NLL     {rows[0]['retrain_forget_nll']:.3f} nats per token")
     console.text(_choice_text(found))
     if held := found["held_out"]:
         odd, even = held["chosen_on_odd_rows"], held["chosen_on_even_rows"]

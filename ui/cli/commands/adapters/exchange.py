@@ -30,9 +30,9 @@ def register(verbs: Any) -> None:
 
 
 def _register_combine(verbs: Any) -> None:
-    parser = verb(verbs, "combine", run_combine, "sum adapters up into one new adapter")
+    parser = verb(verbs, "combine", run_combine, "add adapters up into one new adapter")
     parser.add_argument("refs", metavar="REF", nargs="*", help=f"{REF}; the stack by default")
-    parser.add_argument("--scales", metavar="X,Y", help="one factor an adapter (default: 1)")
+    parser.add_argument("--scales", metavar="X,Y", help="one factor per adapter (default: 1)")
     parser.add_argument(
         "--rank",
         type=options.positive_int,
@@ -90,22 +90,22 @@ def run_combine(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"Adapter {slug} is named twice.", "Name it once, or use --scales.")
     names = ", ".join(slugs)
     console.words(f"Adding up {names or 'the stack'} ...")
-    made = store.combine(slugs, dict(parts), rank=args.rank, request_id=args.label)
-    origin, rank = made.manifest.origin, made.manifest.lora["r"]
+    summed = store.combine(slugs, dict(parts), rank=args.rank, request_id=args.label)
+    origin, rank = summed.manifest.origin, summed.manifest.lora["r"]
     exact = origin["kind"] == "sum"
-    console.text(made.slug)
+    console.text(summed.slug)
     if exact:
         console.words(f"The exact sum of {names}, rank {rank}, up to the rounding of float32.")
     else:
         console.words(
-            f"Warning: cut to rank {rank}, a matrix keeps {origin['kept']:.1%} of the update or "
-            "more. This is another adapter: no figures of its parts hold for it, it needs its own "
-            "evaluation."
+            f"Warning: cut to rank {rank}, each matrix keeps {origin['kept']:.1%} of the update or "
+            "more. This is another adapter: no figures of its parts apply to it; "
+            "evaluate it before use."
         )
-    console.hint(f"`unlearner adapters activate {made.slug}` puts it in the place of its parts.")
+    console.hint(f"`unlearner adapters activate {summed.slug}` replaces its parts with it.")
     figures = {"exact": exact, "kept": origin["kept"], "relative_error": origin["error"]}
     table = [{"name": slug, "scale": scale} for slug, scale in parts]
-    row = {**adapter_row(made), "path": made.path, "supersedes": slugs}
+    row = {**adapter_row(summed), "path": summed.path, "supersedes": slugs}
     console.result({**row, **figures, "needs_evaluation": not exact, "table": table})
     return 0
 

@@ -40,7 +40,7 @@ def register(commands: Any) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the written weights (default: auto: as the base's own)",
+        help="dtype of the written weights (default: auto, that of the base)",
     )
     parser.add_argument(
         "--from-4bit-view",
@@ -109,7 +109,8 @@ def _tell_view(
 def _loaded_dtype(stack: list[tuple[StoredAdapter, float]]) -> Any:
     """The dtype from which the base was quantised when these adapters were trained."""
     views = [adapter.manifest.base.get("view", {}) for adapter, _ in stack]
-    dtypes = sorted({str(view["dtype"]) for view in views if view.get("quantization") == "nf4"})
+    # Not every manifest records the dtype: then the stored one is the best guess.
+    dtypes = sorted({v["dtype"] for v in views if v.get("quantization") == "nf4" and "dtype" in v})
     if len(dtypes) > 1:
         raise UserError(
             f"The adapters were trained on 4-bit views made from {' and '.join(dtypes)}: they are "
@@ -175,7 +176,7 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         candidates=args.candidates,
         formulas={n: o.formula for n, o in OBJECTIVES.items()} | OPTION_FORMULAS,
     )
-    # The weights stand before the long part: interrupted, they are whole and say "not measured".
+    # Write the card before measuring: after an interruption it is there and says "not measured".
     write_release(release)
     store.mark_merged([slug for slug, _ in chosen], args.out.name)
     figures = _figures(args, console)

@@ -44,14 +44,14 @@ def register(commands: Any) -> None:
 
 
 def _register_looking(verbs: Any) -> None:
-    parser = verb(verbs, "list", run_list, "all adapters with their status")
+    parser = verb(verbs, "list", run_list, "list adapters and their status")
     parser.add_argument("--all", action="store_true", help="also those that were removed")
-    parser = verb(verbs, "show", run_show, "everything that is known about one adapter")
+    parser = verb(verbs, "show", run_show, "show everything known about one adapter")
     parser.add_argument("ref", metavar="REF", help=REF)
     parser = verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
     parser.add_argument("ref", metavar="REF", nargs="?", help=f"{REF}; all by default")
     options.add_base(parser, required=False, text="also check that it belongs to this base")
-    parser = verb(verbs, "log", run_log, "what happened to the store, oldest first")
+    parser = verb(verbs, "log", run_log, "show what happened to the store, oldest first")
     parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
 
 
@@ -59,45 +59,45 @@ def _register_stack(verbs: Any) -> None:
     parser = verb(verbs, "activate", run_activate, "add adapters to the end of the stack")
     parser.add_argument("refs", metavar="REF", nargs="+", help=REF)
     parser.add_argument(
-        "--scales", metavar="X,Y", help="one factor an adapter, 0 to 1.5 (default: 1 = as trained)"
+        "--scales", metavar="X,Y", help="one factor per adapter, 0 to 1.5 (default: 1 = as trained)"
     )
     parser.add_argument("--with-parents", action="store_true", help="activate their parents too")
     parser.add_argument("--only", action="store_true", help="take everything else off the stack")
-    parser = verb(verbs, "revert", run_revert, "switch adapters off: exactly the model before")
+    parser = verb(verbs, "revert", run_revert, "deactivate adapters: exactly the model before")
     parser.add_argument("refs", metavar="REF", nargs="*", help=REF)
     parser.add_argument("--all", action="store_true", help="back to the bare base")
     parser.add_argument("--reason", default="", metavar="WORDS", help="written into the log")
 
 
 def _register_upkeep(verbs: Any) -> None:
-    parser = verb(verbs, "quarantine", run_quarantine, "lock away an adapter that is in doubt")
+    parser = verb(verbs, "quarantine", run_quarantine, "take a suspect adapter out of use")
     parser.add_argument("ref", metavar="REF", help=REF)
     parser.add_argument("--reason", required=True, metavar="WORDS", help="written into the log")
     parser = verb(verbs, "release", run_release, "verify an adapter and end its quarantine")
     parser.add_argument("ref", metavar="REF", help=REF)
     parser = verb(verbs, "remove", run_remove, "delete an adapter's files")
     parser.add_argument("ref", metavar="REF", help=REF)
-    parser.add_argument("--dry-run", action="store_true", help="only say what would go")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
-    parser = verb(verbs, "gc", run_gc, "delete what nobody needs: superseded, leftovers")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would go")
+    parser = verb(verbs, "gc", run_gc, "delete superseded adapters and leftovers")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
 
 
 def run_list(args: argparse.Namespace, console: Console) -> int:
-    """One line an adapter: status and scale, what it forgets in numbers, its size."""
+    """One line per adapter: status and scale, what it forgets in numbers, its size."""
     store = open_store(args)
-    found = store.list(purged=args.all)
-    table = [adapter_row(adapter) for adapter in found]
+    listed = store.list(purged=args.all)
+    table = [adapter_row(adapter) for adapter in listed]
     columns = ["name", "label", "status", "scale", "rows", "objective", "rank", "size", "created"]
     shown = [{**row, "size": size_text(row["bytes"]), "rank": row["lora_r"]} for row in table]
     if shown:
         console.table(shown, columns)
     else:
         console.words(f"No adapters in {store.path} yet: `unlearner forget` makes one.")
-    for adapter in found:
+    for adapter in listed:
         if adapter.problem:
             console.words(f"Warning: {adapter.slug}: {adapter.problem}")
-    active = [one.slug for one in store.active()]
+    active = [adapter.slug for adapter in store.active()]
     console.words("Active: " + (", ".join(active) or "nothing, the bare base"))
     console.result({"store": str(store.path), "active": active, "table": table})
     return 0
@@ -176,7 +176,7 @@ def run_revert(args: argparse.Namespace, console: Console) -> int:
     store = open_store(args)
     if args.all:
         return report_change(store.deactivate_all(args.reason), store, console)
-    place = {one.slug: i for i, one in enumerate(store.active())}
+    place = {adapter.slug: i for i, adapter in enumerate(store.active())}
     slugs = dict.fromkeys(store.get(ref).slug for ref in args.refs)
     changed: dict[str, str] = {}
     # What is not in the stack comes first: it is refused before anything is changed.
@@ -241,7 +241,7 @@ def _ask(question: str, console: Console) -> None:
 
 
 def run_log(args: argparse.Namespace, console: Console) -> int:
-    """Prints every entry; with --verify 1 where the chain is broken."""
+    """Prints every entry; with --verify, exit code 1 where the chain is broken."""
     store = open_store(args)
     if args.verify:
         report = store.verify_log()
@@ -261,12 +261,12 @@ def run_log(args: argparse.Namespace, console: Console) -> int:
 
 def run_gc(args: argparse.Namespace, console: Console) -> int:
     """Deletes, or with --dry-run lists, what is no longer needed."""
-    found = open_store(args).gc(args.dry_run)
-    gone = [*found.adapters, *found.leftovers]
+    report = open_store(args).gc(args.dry_run)
+    gone = [*report.adapters, *report.leftovers]
     for name in gone:
         console.text(name)
-    verb = "Would delete" if found.dry_run else "Deleted"
-    what = f"{len(found.adapters)} adapters and {len(found.leftovers)} leftovers"
-    console.words(f"{verb} {what}, {size_text(found.bytes)}.")
-    console.result({**vars(found), "table": [{"name": name} for name in gone]})
+    verb = "Would delete" if report.dry_run else "Deleted"
+    what = f"{len(report.adapters)} adapters and {len(report.leftovers)} leftovers"
+    console.words(f"{verb} {what}, {size_text(report.bytes)}.")
+    console.result({**vars(report), "table": [{"name": name} for name in gone]})
     return 0
