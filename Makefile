@@ -1,6 +1,6 @@
 # make quickstart   .venv, install, then the whole story on the embedded world (CPU, minutes)
 # make test         .venv, install with the test tools, then all tests
-# make check        lint, format and types, without changing a file
+# make check        lint, format, types and import rules, without changing a file
 # make clean        removes .venv and what the tools left behind
 
 VENV := .venv
@@ -25,6 +25,7 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .

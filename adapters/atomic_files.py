@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import StoreCorrupt, UserError
 
 MAX_JSON = 8 << 20
+# Process id, machine (missing in names of release 0.1) and random digits.
+TEMPORARY = re.compile(r"\.tmp-(?P<pid>\d{1,10})-(?P<machine>[0-9a-f]{8})?[0-9a-f]{8}(-|$)")
+FOREIGN_TEMP_SECONDS = 86_400.0
 
 
 def sha256_file(path: Path) -> str:
@@ -87,21 +96,27 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (dump_json(value, indent=2) + "\n").encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: temporary name, fsync, rename, fsync of the folder."""
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` by `data`: temporary name, fsync, rename, fsync of the folder.
+
+    `mode` holds from the start, so a private file is never readable by others.
+    """
     path = Path(path)
     temporary = path.with_name(temporary_name(path.name))
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             write_all(descriptor, data)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise disk_error(error, path) from error
+        raise
     fsync_folder(path.parent)
 
 
@@ -137,25 +152,50 @@ def fsync_folder(folder: Path) -> None:
 
 
 def temporary_name(name: str = "") -> str:
-    """A hidden name that carries this process's id, so that leftovers of the dead are known."""
-    return f".tmp-{os.getpid()}-{secrets.token_hex(4)}{'-' + name if name else ''}"
+    """A new hidden name that says which process of which machine made it."""
+    suffix = f"-{name}" if name else ""
+    return f".tmp-{os.getpid()}-{_machine()}{secrets.token_hex(4)}{suffix}"
 
 
-def left_by_the_dead(name: str) -> bool:
-    """Whether `name` is a temporary whose process is gone."""
-    parts = name.split("-")
-    if not name.startswith(".tmp-") or len(parts) < 3 or not parts[1].isdigit():
+def is_stale_temp(path: Path) -> bool:
+    """Whether `path` is a temporary that no process works on any more.
+
+    Process ids say nothing about another machine or container: a temporary of theirs, or one whose
+    origin is unknown, is stale when it was last written to more than a day ago.
+    """
+    match = TEMPORARY.match(path.name)
+    if match is None:
         return False
-    pid = int(parts[1])
-    if pid == os.getpid() or pid > 2**31 or os.name == "nt":
-        return False  # on Windows signal 0 would end the process that is asked about
+    if match["machine"] == _machine():
+        import psutil
+
+        return not psutil.pid_exists(int(match["pid"]))
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
+        files = [path, *path.rglob("*")] if path.is_dir() else [path]
+        written = max(file.lstat().st_mtime for file in files)
     except OSError:
-        return False
-    return False
+        return False  # its process has just renamed or removed it
+    return time.time() - written > FOREIGN_TEMP_SECONDS
+
+
+@functools.cache
+def _machine() -> str:
+    """8 hex digits of the set of processes that process ids are unique in."""
+    parts = [platform.node()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            link = os.path.islink(path)
+            parts.append(os.readlink(path) if link else Path(path).read_text())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder or file; one that another process deletes at the same time is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def disk_error(error: OSError, path: Path) -> UserError:

@@ -12,9 +12,15 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from adapters.atomic_files import temporary_name, write_bytes
 from adapters.errors import UserError
 
 MARK = re.compile(r"[0-9a-f]{32}")
+# Unicode's default-ignorable characters outside of category Cf: fillers and variation selectors.
+_NOT_SHOWN = frozenset(
+    map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, 0xFFA0,
+              *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
+)  # fmt: skip
 
 
 def digest_rows(key: bytes, rows: Iterable[tuple[str, str]]) -> str:
@@ -30,13 +36,33 @@ def digest_rows(key: bytes, rows: Iterable[tuple[str, str]]) -> str:
     return hmac.new(key, b"rows" + b"".join(marks), hashlib.sha256).hexdigest()
 
 
+def normalised(text: str) -> str:
+    """The text without what does not make it another one: case, Unicode form, white space and
+    characters that are not shown (zero-width spaces and joiners, soft hyphens, byte-order marks).
+
+    Two questions are the same one if and only if this is equal.
+    """
+    shown = "".join(c for c in text if unicodedata.category(c) != "Cf" and c not in _NOT_SHOWN)
+    folded = unicodedata.normalize("NFKC", shown).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
 def mark(key: bytes, question: str) -> str:
     """32 hex digits that recognise one question again, for who holds the key.
 
-    The question alone, with case, Unicode form and spacing evened out: the same question answered
-    in other words is about the same thing, and must not be trained back.
+    The question alone, `normalised`: the same question answered in other words is about the same
+    thing, and must not be trained back.
     """
-    plain = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    return _mark(key, normalised(question))
+
+
+def marks_of(key: bytes, question: str) -> frozenset[str]:
+    """`mark`, and what release 0.1 recorded for this question, which kept characters not shown."""
+    old = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    return frozenset({mark(key, question), _mark(key, old)})
+
+
+def _mark(key: bytes, plain: str) -> str:
     return hmac.new(key, b"question" + _framed(plain), hashlib.sha256).hexdigest()[:32]
 
 
@@ -80,12 +106,8 @@ def store_key(path: Path | None = None) -> bytes:
 def _create_key(place: Path) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = place.with_name(f".{place.name}-{os.getpid()}-{secrets.token_hex(4)}")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        aside = place.with_name(temporary_name(place.name))
+        write_bytes(aside, (secrets.token_hex(32) + "\n").encode(), mode=0o600)
         try:
             os.link(aside, place)  # fails if another process was first: then its key is the key
         except FileExistsError:

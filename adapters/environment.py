@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +35,11 @@ FULL_LIMIT = 1_000_000_000
 _ATTACK_RATES = ((SMALL_MODEL, 3e-4, 3e-3), (FULL_LIMIT, 5e-5, 5e-4), (math.inf, 1e-5, 2e-4))
 
 
+def utc_now() -> str:
+    """The time in UTC, as written in logs and manifests."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
 def versions() -> dict[str, str]:
     """Installed versions of the packages a result depends on, and Python's."""
     found = {"python": platform.python_version()}
@@ -44,12 +52,20 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit this code runs from, `-dirty` with uncommitted changes; None outside git."""
-    here = Path(__file__).resolve().parent
+    """The commit this code runs from, `-dirty` with uncommitted changes; None outside git.
+
+    Only the repository whose root holds this package counts: an installed package may lie in a
+    virtual environment inside a repository of the user's.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
-            cwd=here,
+            cwd=root,
+            # Inside a git hook these name the repository of the hook.
+            env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
             capture_output=True,
             text=True,
             timeout=10,
@@ -64,7 +80,8 @@ def describe(device: str, seed: int) -> dict[str, Any]:
     """The `env` of a manifest: versions, commit, seed, device and its name."""
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
     return {
         "versions": versions(),
         "commit": commit(),
@@ -72,6 +89,15 @@ def describe(device: str, seed: int) -> dict[str, Any]:
         "device": device,
         "device_name": name.replace(" ", "-"),
     }
+
+
+def free_memory() -> None:
+    """Frees models that nothing refers to: a PEFT model holds itself in reference cycles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user can fix: one sentence on what is wrong, one on the fix.
@@ -56,3 +59,18 @@ class Interrupted(UserError):
     """Stopped on request, after what was done so far was saved."""
 
     exit_code = 130
+
+
+def did_you_mean(word: str, choices: Iterable[str], shown: int = 3) -> str:
+    """A sentence with the nearest choices, or with all of them where none is near."""
+    names = list(choices)
+    if not word.strip():
+        return f"Known are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+    folded = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(word.casefold(), folded, n=shown, cutoff=0.5)
+    if not near:
+        near = [key for key in folded if word.casefold() in key][:shown]
+    if near:
+        return "Did you mean " + " or ".join(repr(folded[key]) for key in near) + "?"
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"Known are: {listed}."

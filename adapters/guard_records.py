@@ -7,10 +7,9 @@ digests with mode 600, never in a store, and goes when its adapter is removed.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from adapters.atomic_files import disk_error, temporary_name
+from adapters.atomic_files import disk_error, write_bytes
 from adapters.digests import key_path
 
 FOLDER = "teachers"
@@ -26,15 +25,9 @@ def write_teacher(weights_sha256: str, data: bytes) -> Path:
     path = teacher_path(weights_sha256)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        aside = path.parent / temporary_name(path.name)
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     except OSError as error:
         raise disk_error(error, path) from error
+    write_bytes(path, data, mode=0o600)
     return path
 
 

@@ -1,1 +1,1 @@
-"""Measures any base with an active stack, or merged weights: what is forgotten, what is kept."""
+"""Measures a base with its active stack, or merged weights: what is forgotten, what is retained."""

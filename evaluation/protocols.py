@@ -1,6 +1,6 @@
 """The evaluation protocols: what is measured on which rows, and how answers are decoded.
 
-A number without its protocol says nothing: papers differ in all four columns (SPEC section 3).
+Papers differ in all four columns (SPEC section 3), so a figure needs its protocol beside it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def protocol_named(name: str) -> Protocol:
 
 
 def protocols_named(text: str) -> list[Protocol]:
-    """The protocols in `text`: a name, several divided by commas, or "all"; each once.
+    """The protocols in `text`: a name, several separated by commas, or "all"; each once.
 
     Raises:
         UserError: none, or one that does not exist.

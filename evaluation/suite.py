@@ -1,13 +1,15 @@
-"""Evaluates a model as it stands: every set scored and answered once, resumable set by set.
+"""Evaluates a model with its active adapters: every set is scored and answered once, resumably.
 
-The result is a log of rows; `metrics.summary.summarise` turns it into figures, under every
-protocol whose scores and answers the log holds.
+The result is a log of rows. `metrics.summary.summarise` turns it into figures, under every protocol
+whose scores and answers the log holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +22,21 @@ from evaluation.inference.generation import (
     Draft,
     generate_answers,
     known_start,
+    passes_of,
     stop_tokens,
 )
+from evaluation.inference.prefix_sharing import sharing_problem
 from evaluation.inference.scoring import (
     BATCH_TOKENS,
     EncodedRow,
+    cut_texts,
     encode_answers,
+    evaluating,
     longest_text,
     score_rows,
 )
 from evaluation.logs.records import (
     EvalLog,
-    Generation,
     RowRecord,
     SetRecord,
     row_from_json,
@@ -40,7 +45,8 @@ from evaluation.logs.records import (
 from evaluation.metrics.summary import match_forget
 from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
-from unlearner.request.rows import FORGET_SPLITS, Row, load_split
+from unlearner.request.rows import Row
+from unlearner.request.tofu import FORGET_SPLITS, load_split
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -69,9 +75,13 @@ class EvalData:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a batch may hold: tokens when scoring (padding included), questions when answering;
-    whether the answers of a question share the computation of what they begin with, and whether
-    greedy answers start from what their scores have shown already.
+    """How the work is done.
+
+    Attributes:
+        batch_tokens: tokens of a batch of padded rows, padding included.
+        shared: compute what texts begin with alike once, instead of padded rows.
+        drafts: start greedy answers with the tokens that scoring has shown already.
+        batch_size: questions answered at once.
     """
 
     batch_tokens: int = BATCH_TOKENS
@@ -114,18 +124,18 @@ def evaluate(
     effort: Effort | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> EvalLog:
-    """The rows of every set with scores and answers, in one pass for all protocols asked for.
+    """The rows of every set with scores and answers, in one pass for all protocols named.
 
     Args:
-        model: a causal LM with its active adapters; left in the mode it came in.
+        model: a causal LM with its active adapters; its mode is restored.
         fmt: prompts and tokenizer.
         data: what to evaluate.
         protocol: one name or several; greedy budgets share one pass, scores always do.
-        retain_log: only checked, before any work: it must hold the same forget rows.
+        retain_log: reference log, only checked before any work: it must hold the same forget rows.
         limit: only the first so many rows of each set; the log and its summary say so.
         generate: False leaves out the answers, and with them ROUGE and model utility.
         key: names the weights (base, adapters, scales) in `resume_dir`.
-        resume_dir: finished parts are kept here and reused for the same key, rows and settings.
+        resume_dir: cache of finished results; see `evaluation.cache`.
         on_progress: called with a label, done and all.
         effort: sizes of batches; they do not change the result.
         meta: more to write into the log's `meta`.
@@ -140,27 +150,28 @@ def evaluate(
         raise ValueError("resume_dir needs a key that names the weights")
     if limit is not None and limit < 1:
         raise UserError(f"A limit of {limit} rows leaves nothing to evaluate.", "Use 1 or more.")
-    rows = {name: found[: _most_rows(protocols)][:limit] for name, found in data.sets.items()}
-    totals = {name: len(found) for name, found in data.sets.items()}
+    rows = {name: each[: _most_rows(protocols)][:limit] for name, each in data.sets.items()}
+    totals = {name: len(each) for name, each in data.sets.items()}
     if retain_log is not None:
         _check_reference(rows, totals, retain_log, protocols, limit)
-    encoded = {name: encode_answers(fmt, found) for name, found in rows.items()}
+    encoded = {name: encode_answers(fmt, each) for name, each in rows.items()}
     longest = max(map(longest_text, encoded.values()), default=0)
+    effort = effort or Effort()
     work = _Work(
         model,
         fmt,
         _score_length(protocols, longest),
-        _distinct([p.decoding for p in protocols]) if generate else (),
-        Cache(resume_dir, _cache_key(model, fmt, key, effort or Effort())),
+        Cache(resume_dir, _cache_key(model, fmt, key, effort)),
         on_progress or _silent,
-        effort or Effort(),
+        effort,
     )
+    decodings = _distinct([p.decoding for p in protocols]) if generate else ()
     with threads_for(model):
-        sets = {
-            name: SetRecord(name, work.run(name, found, encoded[name]), totals[name])
-            for name, found in rows.items()
-        }
-    return EvalLog(sets, _meta(work, protocols, longest, limit, key) | dict(meta or {}))
+        records = work.scores(rows, encoded)
+        records = work.answers(rows, encoded, records, decodings) if decodings else records
+    sets = {name: SetRecord(name, tuple(each), totals[name]) for name, each in records.items()}
+    about = _meta(work, protocols, longest, limit, key) | _cut_rows(encoded, work.max_length)
+    return EvalLog(sets, about | dict(meta or {}))
 
 
 def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
@@ -171,20 +182,32 @@ def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
         weights=key,
         load=base_view(model),
         device=next(model.parameters()).device.type,
-        template=fmt.name,
+        template=fmt.to_json(),
         stops=stop_tokens(model, fmt),
         engine=[effort.shared, effort.drafts],
     )
 
 
+def _cut_rows(
+    encoded: Mapping[str, Sequence[EncodedRow]], max_length: int
+) -> dict[str, dict[str, int]]:
+    """`cut_rows`: by set, how many rows have a text that is scored only in part; {} for none."""
+    counts = {
+        name: sum(longest_text([row]) > max_length for row in rows)
+        for name, rows in encoded.items()
+    }
+    cut = {name: count for name, count in counts.items() if count}
+    return {"cut_rows": cut} if cut else {}
+
+
 def _most_rows(protocols: Sequence[Protocol]) -> int | None:
-    """How many rows of a set the widest protocol looks at; None for all."""
+    """How many rows of a set the widest protocol uses; None for all."""
     counts = [p.max_rows for p in protocols if p.max_rows is not None]
     return max(counts) if len(counts) == len(protocols) else None
 
 
 def _silent(label: str, done: int, total: int) -> None:
-    """Nobody watches."""
+    """Reports nothing."""
 
 
 def _distinct(decodings: Sequence[Decoding]) -> tuple[Decoding, ...]:
@@ -226,7 +249,8 @@ def _meta(
     import transformers
 
     first = next(work.model.parameters())
-    return {
+    reason = {} if work.padded_because is None else {"padded_because": work.padded_because}
+    return reason | {
         "protocols": [p.name for p in protocols],
         "max_length": work.max_length,
         "longest_text": longest,
@@ -239,37 +263,48 @@ def _meta(
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Work:
-    """What all sets share: the model and how it is scored and answers."""
+    """What all sets share: the model and how it is scored and answers.
+
+    Attributes:
+        padded_because: why texts were scored as padded rows, None where they shared prefixes or
+            padded rows were wanted.
+    """
 
     model: torch.nn.Module
     fmt: PromptFormat
     max_length: int
-    decodings: tuple[Decoding, ...]
     cache: Cache
     on_progress: OnProgress
     effort: Effort
+    padded_because: str | None = None
 
-    def run(
-        self, name: str, rows: Sequence[Row], encoded: Sequence[EncodedRow]
-    ) -> tuple[RowRecord, ...]:
-        """The set's rows with scores and answers, from finished parts where they fit."""
-        scored = self._scores(name, rows, encoded)
-        drafts = [
-            known_start(self.fmt, row.question, tokens.answer, record.agreed)
-            if self.effort.drafts
-            else Draft()
-            for row, tokens, record in zip(rows, encoded, scored, strict=True)
-        ]
-        answers = self._answers(name, rows, drafts)
-        return tuple(
-            dataclasses.replace(row, generations={d: made[i] for d, made in answers.items()})
-            for i, row in enumerate(scored)
-        )
+    def scores(
+        self, rows: Mapping[str, Sequence[Row]], encoded: Mapping[str, Sequence[EncodedRow]]
+    ) -> dict[str, list[RowRecord]]:
+        """The rows of every set with their scores, from the cache where they are there."""
+        shared = self.effort.shared and self._shares(encoded)
+        return {name: self._set_scores(name, rows[name], encoded[name], shared) for name in rows}
 
-    def _scores(
-        self, name: str, rows: Sequence[Row], encoded: Sequence[EncodedRow]
+    def _shares(self, encoded: Mapping[str, Sequence[EncodedRow]]) -> bool:
+        """Whether texts share prefixes: decided once, on questions of every set and the longest."""
+        every = [row for each in encoded.values() for row in each]
+        if not every:
+            return True
+        longest = max(every, key=lambda row: longest_text([row]))
+        sample = [cut_texts(row, self.max_length) for row in (longest, *_firsts(encoded.values()))]
+        entry = self.cache.entry("prefix-sharing", max_length=self.max_length, texts=sample)
+
+        def problem() -> str | None:
+            with evaluating(self.model):
+                return sharing_problem(self.model, sample)
+
+        self.padded_because = entry.result(lambda: {"problem": problem()})["problem"]
+        return self.padded_because is None
+
+    def _set_scores(
+        self, name: str, rows: Sequence[Row], encoded: Sequence[EncodedRow], shared: bool
     ) -> list[RowRecord]:
         texts = [
             [row.question, row.answer, *(text.input_ids for text in tokens.texts)]
@@ -277,7 +312,7 @@ class _Work:
         ]
         entry = self.cache.entry(f"{name}-scores", max_length=self.max_length, texts=texts)
         if (stored := entry.read()) is not None:
-            return _records(name, stored)
+            return [row_from_json(row, f"cached {name} row {i}") for i, row in enumerate(stored)]
 
         def score(indices: Sequence[int]) -> list[RowRecord]:
             return score_rows(
@@ -287,7 +322,8 @@ class _Work:
                 encoded=[encoded[i] for i in indices],
                 max_length=self.max_length,
                 batch_tokens=self.effort.batch_tokens,
-                shared=self.effort.shared,
+                shared=shared,
+                checked=True,
                 on_progress=lambda done, total: self.on_progress(f"{name}: scores", done, total),
             )
 
@@ -295,48 +331,92 @@ class _Work:
         entry.write([row_json(record) for record in records])
         return records
 
-    def _answers(
-        self, name: str, rows: Sequence[Row], drafts: Sequence[Draft]
-    ) -> dict[str, list[Generation]]:
-        prompts = [[row.question, row.answer, self.fmt.encode_prompt(row.question)] for row in rows]
-        entries = {
-            decoding: self.cache.entry(
-                f"{name}-{decoding.name}", decoding=decoding, prompts=prompts
-            )
-            for decoding in self.decodings
+    def answers(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        encoded: Mapping[str, Sequence[EncodedRow]],
+        records: Mapping[str, Sequence[RowRecord]],
+        decodings: Sequence[Decoding],
+    ) -> dict[str, list[RowRecord]]:
+        """`records` with answers: all sets in one pool, so that batches are full.
+
+        Answers are cached by prompt after every batch: an interrupted run continues there, and a
+        row that was answered before, in whatever set, is not answered again.
+        """
+        every = [row for each in rows.values() for row in each]
+        drafts = [
+            known_start(self.fmt, row.question, tokens.answer, record.agreed)
+            if self.effort.drafts
+            else Draft()
+            for name in rows
+            for row, tokens, record in zip(rows[name], encoded[name], records[name], strict=True)
+        ]
+        prompts = [_prompt_key(self.fmt.encode_prompt(row.question)) for row in every]
+        entries = {d.name: self.cache.entry(f"answers-{d.name}", decoding=d) for d in decodings}
+        texts: dict[str, dict[str, str]] = {
+            name: entry.read() or {} for name, entry in entries.items()
         }
-        stored = {decoding: entry.read() for decoding, entry in entries.items()}
-        missing = [decoding for decoding in self.decodings if stored[decoding] is None]
+        for group in passes_of(decodings):
+            names = [decoding.name for decoding in group]
+            missing = [
+                i
+                for i, prompt in enumerate(prompts)
+                if any(prompt not in texts[name] for name in names)
+            ]
+            if not missing:
+                continue
 
-        def answer(indices: Sequence[int]) -> list[dict[str, str]]:
-            texts = generate_answers(
-                self.model,
-                self.fmt,
-                [rows[i].question for i in indices],
-                missing,
-                batch_size=self.effort.batch_size,
-                drafts=[drafts[i] for i in indices],
-                on_progress=lambda done, total: self.on_progress(f"{name}: answers", done, total),
-            )
-            return [{d: column[i] for d, column in texts.items()} for i in range(len(indices))]
+            def answer(places: Sequence[int], group: Sequence[Decoding] = group) -> list[list[str]]:
+                def keep(batch: Mapping[str, Mapping[int, str]]) -> None:
+                    for name, new in batch.items():
+                        texts[name] |= {prompts[places[i]]: text for i, text in new.items()}
+                        entries[name].write(texts[name])
 
-        texts = ranks.spread(range(len(rows)), answer) if missing else []
-        generations: dict[str, list[Generation]] = {}
-        for decoding, entry in entries.items():
-            label = decoding.name
-            if decoding in missing:
-                answers = rouge_recall([each[label] for each in texts], [r.answer for r in rows])
-                generations[label] = answers
-                records = [
-                    RowRecord(row.question, row.answer, generations={label: answer})
-                    for row, answer in zip(rows, answers, strict=True)
-                ]
-                entry.write([row_json(record) for record in records])
-            else:
-                records = _records(label, stored[decoding])
-                generations[label] = [record.generations[label] for record in records]
-        return generations
+                texts_by_decoding = generate_answers(
+                    self.model,
+                    self.fmt,
+                    [every[i].question for i in places],
+                    group,
+                    batch_size=self.effort.batch_size,
+                    drafts=[drafts[i] for i in places],
+                    on_batch=keep,
+                    on_progress=lambda done, total: self.on_progress("answers", done, total),
+                )
+                return [[texts_by_decoding[d.name][i] for d in group] for i in range(len(places))]
+
+            answers = ranks.spread(missing, answer)
+            for column, name in enumerate(names):
+                pairs = zip(missing, answers, strict=True)
+                texts[name] |= {prompts[i]: each[column] for i, each in pairs}
+                entries[name].write(texts[name])
+        return self._with_generations(rows, records, prompts, texts)
+
+    @staticmethod
+    def _with_generations(
+        rows: Mapping[str, Sequence[Row]],
+        records: Mapping[str, Sequence[RowRecord]],
+        prompts: Sequence[str],
+        texts: Mapping[str, Mapping[str, str]],
+    ) -> dict[str, list[RowRecord]]:
+        """The records with their answers and these with their ROUGE recall."""
+        truths = [row.answer for each in rows.values() for row in each]
+        generations = {
+            name: rouge_recall([answers[prompt] for prompt in prompts], truths)
+            for name, answers in texts.items()
+        }
+        place = itertools.count()
+        return {
+            name: [
+                dataclasses.replace(record, generations={d: g[i] for d, g in generations.items()})
+                for record, i in zip(each, place, strict=False)
+            ]
+            for name, each in records.items()
+        }
 
 
-def _records(name: str, stored: Sequence[Any]) -> list[RowRecord]:
-    return [row_from_json(row, f"cached {name} row {i}") for i, row in enumerate(stored)]
+def _firsts(sets: Iterable[Sequence[EncodedRow]]) -> list[EncodedRow]:
+    return [each[0] for each in sets if each]
+
+
+def _prompt_key(tokens: Sequence[int]) -> str:
+    return hashlib.sha256(repr(list(tokens)).encode()).hexdigest()[:24]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from unlearner.request.formats import Columns
     from unlearner.tokens.prompts import Encoded, PromptFormat, Template
 
 DIM, UNDERLINE, PLAIN = "\x1b[2m", "\x1b[4m", "\x1b[0m"
@@ -63,20 +64,13 @@ class Preview:
 
     @property
     def cut(self) -> list[PreviewRow]:
-        """Rows that lost their end: the last token is not one that ends an answer."""
-        return [row for row in (*self.forget, *self.retain) if self._is_cut(row)]
-
-    def _is_cut(self, row: PreviewRow) -> bool:
-        ids = row.encoded.input_ids
-        if len(ids) < self.max_length:
-            return False
-        whole = self.fmt.encode(row.question, row.answer, self.max_length + 1)
-        return len(whole.input_ids) > self.max_length
+        """Rows that lost their end to `max_length`."""
+        return [row for row in (*self.forget, *self.retain) if row.encoded.cut]
 
     def to_json(self) -> dict[str, Any]:
         """All rows under `table`."""
         return {
-            "template": self.fmt.name,
+            **self.fmt.to_json(),
             "max_length": self.max_length,
             "n_forget": len(self.forget),
             "n_retain": len(self.retain),
@@ -94,6 +88,8 @@ def make_preview(
     retain: str | None,
     template: Template,
     max_length: int,
+    system: str | None = None,
+    columns: Columns | None = None,
 ) -> Preview:
     """The preview of a request; retain rows are shown only where `retain` names them.
 
@@ -101,11 +97,11 @@ def make_preview(
         UserError: the request, the retain rows or the tokenizer cannot be used.
     """
     from adapters.base.load import load_tokenizer
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
     from unlearner.tokens.prompts import prompt_format
 
-    asked = parse_request(request, data, retain)
-    fmt = prompt_format(load_tokenizer(base, revision), template)
+    asked = parse_request(request, data, retain, columns)
+    fmt = prompt_format(load_tokenizer(base, revision), template, system)
     sets = {"forget": asked.rows, "retain": asked.retain if retain is not None else ()}
     rows = {
         kind: tuple(

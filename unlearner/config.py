@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
-from adapters.errors import UserError
+from adapters.errors import UserError, did_you_mean
+from unlearner.objectives.registry import OBJECTIVES
 
-# The seven projections of a Llama block: peft's "all-linear" without the LM head.
+# PEFT's word for all linear layers of the blocks, without the head; routers are left out too.
+ALL_LINEAR = ("all-linear",)
+# What these are in a Llama.
 TARGET_MODULES = (
     "q_proj",
     "k_proj",
@@ -20,21 +23,6 @@ TARGET_MODULES = (
     "down_proj",
 )
 CHECKPOINTING = r"auto|off|all|[2-9]|[1-9]\d{1,2}"
-ObjectiveName = Literal[
-    "simnpo",
-    "simnpo-readme",
-    "npo",
-    "grad_ascent",
-    "grad_diff",
-    "kl",
-    "idk",
-    "dpo",
-    "rmu",
-    "undial",
-    "wga",
-    "satimp",
-    "ceu",
-]
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ class ObjectiveConfig:
     """Which loss, and its constants (SPEC section 2).
 
     Attributes:
-        name: a key of `unlearner.objectives.sequence.OBJECTIVES`.
+        name: a key of `unlearner.objectives.registry.OBJECTIVES`.
         beta: inverse temperature; what UNDIAL takes off the teacher's logit of the true token; the
             exponent of p in WGA and SatImp. Unused by grad_ascent, grad_diff, kl, idk, rmu and ceu.
         beta2: SatImp's exponent of 1 - p.
@@ -64,7 +52,7 @@ class ObjectiveConfig:
         attack_gamma: SimNPO's margin in that term.
     """
 
-    name: ObjectiveName = "simnpo"
+    name: str = "simnpo"
     beta: float = 2.5
     beta2: float = 1.0
     gamma: float = 0.0
@@ -81,51 +69,22 @@ class ObjectiveConfig:
     attack_gamma: float = 0.0
 
 
-# Published constants of each objective. `simnpo` is the card of
-# OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat; `simnpo-readme` is what the released README
-# and yaml run, lambda on the forget term, known to under-forget. Of the last five, `undial` and
-# `ceu` have no retain term as published; `satimp` has the weights of its class and README (its
-# yaml in locuslab/open-unlearning has them the other way round); `rmu` has layer 7 of 32, c = 20
-# and the retain weight 100 of the released script of arXiv 2403.03218: these belong to a model and
-# must be tuned (published: c from 2 to 300, retain weights from 1 to 1,200).
-OBJECTIVE_DEFAULTS: dict[str, ObjectiveConfig] = {
-    "simnpo": ObjectiveConfig(),
-    "simnpo-readme": ObjectiveConfig("simnpo-readme", forget_weight=0.1375, retain_weight=1.0),
-    "npo": ObjectiveConfig("npo", beta=0.1, retain_weight=1.0),
-    "grad_ascent": ObjectiveConfig("grad_ascent", retain_weight=0.0),
-    "grad_diff": ObjectiveConfig("grad_diff", retain_weight=1.0),
-    "kl": ObjectiveConfig("kl", retain_weight=1.0),
-    "idk": ObjectiveConfig("idk", retain_weight=1.0),
-    "dpo": ObjectiveConfig("dpo", beta=0.1, retain_weight=1.0),
-    "rmu": ObjectiveConfig("rmu", retain_weight=100.0),
-    "undial": ObjectiveConfig("undial", beta=10.0, retain_weight=0.0),
-    "wga": ObjectiveConfig("wga", beta=1.0, retain_weight=1.0),
-    "satimp": ObjectiveConfig("satimp", beta=5.0, retain_weight=0.1),
-    "ceu": ObjectiveConfig("ceu", retain_weight=0.0),
-}
+def default_objective(name: str) -> ObjectiveConfig:
+    """An objective with its published constants.
 
-# Which row streams an objective reads. Beside the defaults, so that a request can be checked
-# before torch is imported.
-STREAMS: dict[str, tuple[str, ...]] = {
-    "simnpo": ("forget", "retain"),
-    "simnpo-readme": ("forget", "retain"),
-    "npo": ("forget", "retain"),
-    "grad_ascent": ("forget",),
-    "grad_diff": ("forget", "retain"),
-    "kl": ("forget", "retain"),
-    "idk": ("refusal", "retain"),
-    "dpo": ("forget", "refusal", "retain"),
-    "rmu": ("forget", "retain"),
-    "undial": ("forget", "retain"),
-    "wga": ("forget", "retain"),
-    "satimp": ("forget", "retain"),
-    "ceu": ("forget", "retain"),
-}
+    Raises:
+        UserError: there is no such objective.
+    """
+    if name not in OBJECTIVES:
+        hint = did_you_mean(name, OBJECTIVES)
+        raise UserError(f"There is no objective '{name}'.", hint)
+    defaults: dict[str, Any] = dict(OBJECTIVES[name].defaults)
+    return ObjectiveConfig(name, **defaults)
 
 
 def streams_of(objective: ObjectiveConfig) -> tuple[str, ...]:
     """The streams that are read with these weights: a retain term of weight 0 is not computed."""
-    names = STREAMS[objective.name]
+    names = OBJECTIVES[objective.name].streams
     names = names if objective.retain_weight else tuple(n for n in names if n != "retain")
     alternates = objective.alternates and objective.alternate_weight
     return (*names, "alternate") if alternates else names
@@ -139,13 +98,14 @@ class LoraShape:
         lora_r: rank; published LoRA unlearning uses 4 to 32.
         lora_alpha: the update is scaled by alpha / r.
         lora_dropout: 0, since it makes evaluation differ from training and costs memory.
-        target_modules: the seven projections; embeddings and head stay untouched.
+        target_modules: names of linear layers; by default all that every block of the model has.
+            Embeddings, head and routers are never adapted.
     """
 
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = TARGET_MODULES
+    target_modules: tuple[str, ...] = ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -166,10 +126,6 @@ class TrainConfig:
         gradient_checkpointing: trade time for memory: "off", "all", a number N for every N-th
             layer, or "auto", as much as the memory plan asks for.
         padded: padded batches, sorted by length, instead of packs.
-        sam_rho: length of the step to where forgetting is undone the most, at which the forget
-            gradient is taken; 0 = off (see `unlearner.objectives.sharpness`).
-        noise_scale: size of the noise on the weights in training, in rounding errors of nf4; 0 =
-            off (see `unlearner.objectives.weight_noise`).
         attack_steps: optimizer steps of one simulated relearning attack, with `attack_weight`.
         attack_rate: the attacker's learning rate, constant; 0 = by the model's size, as in
             `robustness`.
@@ -189,8 +145,6 @@ class TrainConfig:
     max_length: int = 500
     gradient_checkpointing: str = "auto"
     padded: bool = False
-    sam_rho: float = 0.0
-    noise_scale: float = 0.0
     attack_steps: int = 20
     attack_rate: float = 0.0
     attack_rank: int = 16
@@ -203,8 +157,15 @@ class TrainConfig:
 
     def batch_size(self, n_forget: int) -> int:
         """Pairs of one optimizer step: never more than there are forget rows."""
-        asked = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return min(asked, n_forget)
+        pairs = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return min(pairs, n_forget)
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps with a rising learning rate, always fewer than `steps`.
+
+        The first of them has rate 0, so a run that only warms up may not train at all.
+        """
+        return min(math.ceil(self.warmup_ratio * steps), steps - 1)
 
 
 @dataclass(frozen=True)
@@ -226,6 +187,22 @@ class UnlearnConfig:
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return asdict(self)
+
+    def recipe(self, n_forget: int) -> dict[str, Any]:
+        """The settings that decide the result.
+
+        How a step is divided and recomputed does not, so that a run that ran out of memory can be
+        resumed with other such settings.
+        """
+        settings = self.to_json()
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_checkpointing",
+            "padded",
+        ):
+            del settings["train"][name]
+        return {**settings, "pairs_per_step": self.train.batch_size(n_forget)}
 
 
 def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
@@ -250,7 +227,7 @@ def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
 def _problems(config: UnlearnConfig) -> list[str]:
     """Everything that is wrong, in words that name flag and value."""
     objective, lora, train = config.objective, config.lora, config.train
-    known = OBJECTIVE_DEFAULTS
+    known = OBJECTIVES
     checks = [
         (objective.name in known, f"objective {objective.name!r} is not one of {', '.join(known)}"),
         *_objective_checks(objective),
@@ -259,10 +236,6 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (0 <= lora.lora_dropout < 1, f"lora_dropout {lora.lora_dropout} is not in [0, 1)"),
         (bool(lora.target_modules), "target_modules is empty"),
         (
-            set(lora.target_modules) <= set(TARGET_MODULES),
-            f"target_modules {','.join(lora.target_modules)} go beyond {','.join(TARGET_MODULES)}",
-        ),
-        (
             len(set(lora.target_modules)) == len(lora.target_modules),
             "target_modules names a projection twice",
         ),
@@ -270,15 +243,15 @@ def _problems(config: UnlearnConfig) -> list[str]:
         (train.num_train_epochs >= 1, f"num_train_epochs {train.num_train_epochs} is below 1"),
         (train.max_length >= 8, f"max_length {train.max_length} is below 8"),
         (0 <= train.warmup_ratio <= 1, f"warmup_ratio {train.warmup_ratio} is not in [0, 1]"),
-        (train.sam_rho >= 0, f"sam_rho {train.sam_rho} is below 0"),
         (train.attack_steps >= 1, f"attack_steps {train.attack_steps} is below 1"),
         (train.attack_rank >= 1, f"attack_rank {train.attack_rank} is below 1"),
         (train.attack_rate >= 0, f"attack_rate {train.attack_rate} is below 0"),
         (
-            not objective.attack_weight or "forget" in STREAMS.get(objective.name, ("forget",)),
+            not objective.attack_weight
+            or objective.name not in known
+            or "forget" in known[objective.name].streams,
             f"attack_weight needs forget answers, which {objective.name} does not train on",
         ),
-        (train.noise_scale >= 0, f"noise_scale {train.noise_scale} is below 0"),
         (train.weight_decay >= 0, f"weight_decay {train.weight_decay} is below 0"),
         (
             re.fullmatch(CHECKPOINTING, train.gradient_checkpointing) is not None,
@@ -306,17 +279,12 @@ def make_config(objective: str = "simnpo", **overrides: Any) -> UnlearnConfig:
     Raises:
         UserError: unknown objective, or settings that cannot be used, all at once.
     """
-    if objective not in OBJECTIVE_DEFAULTS:
-        from unlearner.request.rows import did_you_mean
-
-        hint = did_you_mean(objective, OBJECTIVE_DEFAULTS)
-        raise UserError(f"There is no objective '{objective}'.", hint)
     given = {key: value for key, value in overrides.items() if value is not None}
-    parts: list[Any] = [OBJECTIVE_DEFAULTS[objective], LoraShape(), TrainConfig()]
+    parts: list[Any] = [default_objective(objective), LoraShape(), TrainConfig()]
     built = []
     for part in parts:
-        mine = {f.name: given.pop(f.name) for f in fields(part) if f.name in given}
-        built.append(replace(part, **mine))
+        settings = {f.name: given.pop(f.name) for f in fields(part) if f.name in given}
+        built.append(replace(part, **settings))
     if given:
         raise TypeError(f"no such setting: {', '.join(given)}")
     return UnlearnConfig(*built)

@@ -6,16 +6,29 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from adapters.atomic_files import read_json, sha256_file, sha256_json, write_json
+from adapters.base.weights import base_shapes, weight_files
 from adapters.errors import BaseMismatch, StoreCorrupt, UserError
 from adapters.tensors import TensorFile, TensorInfo, read_header, to_bfloat16, to_float32
 
 SAMPLED_ROWS = 4
-# What decides the function computed from the same weights; the rest of config.json is bookkeeping.
+SCHEMA = 2
+# What does not change the function that the weights compute. All the rest of config.json does.
+NEUTRAL = frozenset({
+    "architectures", "auto_map", "bos_token_id", "classifier_dropout", "dtype", "embd_pdrop",
+    "eos_token_id", "attention_dropout", "attn_pdrop", "finetuning_task", "gradient_checkpointing",
+    "hidden_dropout", "id2label", "initializer_range", "label2id", "name_or_path",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "sep_token_id",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers_version", "use_cache",
+})  # fmt: skip
+ROPE = ("rope_theta", "rope_parameters", "rope_scaling")
+# What a fingerprint of release 0.1 (schema 1) counts.
 ARCHITECTURE = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "rms_norm_eps", "layer_norm_eps",
@@ -25,7 +38,10 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class BaseFingerprint:
-    """Identity of a base. Two bases are the same when architecture, shapes and sample agree.
+    """Identity of a base. Two bases are the same when configuration, shapes and sample agree.
+
+    Schema 2 counts all of config.json but `NEUTRAL`; schema 1, of release 0.1, only `ARCHITECTURE`.
+    `config_v1_sha256` lets one of schema 2 be compared with one of schema 1.
 
     `files` (SHA-256 of each weight shard) and `tokenizer_sha256` are kept as evidence; a re-sharded
     copy has other files and the same `sample_sha256`, a merged or fine-tuned twin another sample.
@@ -37,18 +53,30 @@ class BaseFingerprint:
     tokenizer_sha256: str
     sample_sha256: str
     shapes_sha256: str
+    config_v1_sha256: str = ""
+    schema: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """The fingerprint as a JSON object."""
-        return asdict(self)
+        """The fingerprint as a JSON object, in the form of its schema."""
+        value = asdict(self)
+        if self.schema == 1:
+            del value["schema"], value["config_v1_sha256"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BaseFingerprint:
         """The fingerprint in `value`; StoreCorrupt when a field is missing or of another kind."""
-        names = [name for name in cls.__dataclass_fields__ if name != "files"]
+        schema = value.get("schema", 1)
+        if type(schema) is not int or schema not in (1, SCHEMA):
+            raise StoreCorrupt(
+                f"A base fingerprint has the schema {str(schema)[:20]!r}.",
+                "Use the release of unlearner that wrote it.",
+            )
+        other = ("files", "schema") if schema > 1 else ("files", "schema", "config_v1_sha256")
+        names = [name for name in cls.__dataclass_fields__ if name not in other]
         files = value.get("files")
         wrong = [name for name in names if not _is_hash(value.get(name))]
-        extra = set(value) - {*names, "files"}
+        extra = set(value) - {*names, "files", "schema"}
         if wrong or extra or not isinstance(files, dict) or not files:
             raise StoreCorrupt(
                 f"A base fingerprint is malformed: {(wrong + sorted(extra) + ['files'])[0]}.",
@@ -56,10 +84,20 @@ class BaseFingerprint:
             )
         if not all(isinstance(k, str) and _is_hash(v) for k, v in files.items()):
             raise StoreCorrupt("A base fingerprint lists malformed hashes.", "Restore it.")
-        found = cls(files=dict(files), **{name: str(value[name]) for name in names})
-        if found.digest != _digest(found.config_sha256, found.shapes_sha256, found.sample_sha256):
+        hashes = {name: str(value[name]) for name in names}
+        fingerprint = cls(files=dict(files), schema=schema, **hashes)
+        if fingerprint.digest != fingerprint._expected_digest():
             raise StoreCorrupt("A base fingerprint contradicts itself.", "Restore it from a copy.")
-        return found
+        return fingerprint
+
+    def config_hash(self, schema: int) -> str:
+        """The hash of config.json as `schema` counts it."""
+        return self.config_sha256 if schema == self.schema else self.config_v1_sha256
+
+    def _expected_digest(self) -> str:
+        version = "" if self.schema == 1 else f"schema {self.schema} {self.config_v1_sha256}"
+        text = f"{version}{self.config_sha256}{self.shapes_sha256}{self.sample_sha256}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint_base(folder: Path) -> BaseFingerprint:
@@ -79,29 +117,34 @@ def fingerprint_base(folder: Path) -> BaseFingerprint:
     if cached is not None:
         return cached
     headers = [read_header(path) for path in shards]
-    config = sha256_json(architecture(read_json(folder / "config.json")))
-    shapes = sha256_json(base_shapes(headers))
-    sample = _sample_digest(headers)
-    found = BaseFingerprint(
-        digest=_digest(config, shapes, sample),
+    raw = read_json(folder / "config.json")
+    fingerprint = BaseFingerprint(
+        digest="",
         files={path.name: sha256_file(path) for path in shards},
-        config_sha256=config,
+        config_sha256=sha256_json(function_settings(raw)),
         tokenizer_sha256=sha256_file(tokenizer[0]) if tokenizer else "0" * 64,
-        sample_sha256=sample,
-        shapes_sha256=shapes,
+        sample_sha256=_sample_digest(headers),
+        shapes_sha256=sha256_json(base_shapes(headers)),
+        config_v1_sha256=sha256_json(architecture(raw)),
+        schema=SCHEMA,
     )
-    _remember(cache_path, key, stamp, found)
-    return found
+    fingerprint = replace(fingerprint, digest=fingerprint._expected_digest())
+    _remember(cache_path, key, stamp, fingerprint)
+    return fingerprint
 
 
 def require_same_base(expected: BaseFingerprint, actual: BaseFingerprint) -> None:
-    """Raise BaseMismatch, saying what differs, unless both are the same base."""
-    if expected.digest == actual.digest:
-        return
-    if expected.config_sha256 != actual.config_sha256:
+    """Raise BaseMismatch, saying what differs, unless both are the same base.
+
+    When one of them was written by release 0.1, config.json counts as it did there.
+    """
+    schema = min(expected.schema, actual.schema)
+    if expected.config_hash(schema) != actual.config_hash(schema):
         difference = "its architecture (config.json) is another"
     elif expected.shapes_sha256 != actual.shapes_sha256:
         difference = "its tensors have other names or shapes"
+    elif expected.sample_sha256 == actual.sample_sha256:
+        return
     else:
         difference = "it has the same shape but other weights (fine-tuned or merged?)"
     raise BaseMismatch(
@@ -111,33 +154,30 @@ def require_same_base(expected: BaseFingerprint, actual: BaseFingerprint) -> Non
     )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight shards of a model folder, sorted: those of the index, else the single file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise StoreCorrupt(f"{index.name} has no weight map.", "Download the base again.")
-        names = sorted({str(name) for name in weight_map.values()})
-        paths = [folder / name for name in names if Path(name).name == name]
-        if len(paths) != len(names) or not all(path.is_file() for path in paths):
-            raise UserError(
-                f"{folder.name} lacks weight files that its index lists.", "Download it again."
-            )
-        return paths
-    single = folder / "model.safetensors"
-    paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    paths = [path for path in paths if not path.name.startswith("adapter_model")]
-    if not paths:
-        raise UserError(
-            f"{folder.name} holds no model weights as safetensors.", "Give the folder of a base."
-        )
-    return paths
+def function_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of config.json that can change what the weights compute, defaults filled in.
+
+    Settings that are null count as absent, and 1.0 is 1: releases of transformers differ in both.
+    """
+    rest = {
+        key: value
+        for key, value in config.items()
+        if key not in NEUTRAL and key not in ROPE and key[0] != "_" and value is not None
+    }
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        rest["rope_scaling"] = config["rope_scaling"]
+    if isinstance(rest.get("text_config"), Mapping):
+        rest["text_config"] = function_settings(rest["text_config"])
+    settings: dict[str, Any] = _plain({**rest, **architecture(config)})
+    return settings
 
 
-def base_shapes(headers: list[TensorFile]) -> dict[str, list[int]]:
-    """Shape of every tensor by name, over all shards."""
-    return {name: list(t.shape) for header in headers for name, t in header.tensors.items()}
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,10 +226,6 @@ def _sampled_ranges(info: TensorInfo) -> list[tuple[int, int]]:
     return [(row * row_size, row_size) for row in picked]
 
 
-def _digest(config: str, shapes: str, sample: str) -> str:
-    return hashlib.sha256(f"{config}{shapes}{sample}".encode()).hexdigest()
-
-
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
@@ -212,19 +248,20 @@ def _cached(path: Path, key: str, stamp: list[Any]) -> BaseFingerprint | None:
     try:
         entry = read_json(path).get(key)
         if isinstance(entry, dict) and entry.get("stamp") == stamp:
-            return BaseFingerprint.from_json(entry["fingerprint"])
+            fingerprint = BaseFingerprint.from_json(entry["fingerprint"])
+            return fingerprint if fingerprint.schema == SCHEMA else None
     except (StoreCorrupt, KeyError, AttributeError):
         return None  # a cache that is missing or damaged is only slower: hash again
     return None
 
 
-def _remember(path: Path, key: str, stamp: list[Any], found: BaseFingerprint) -> None:
+def _remember(path: Path, key: str, stamp: list[Any], fingerprint: BaseFingerprint) -> None:
     try:
         entries = read_json(path)
     except StoreCorrupt:
         entries = {}
-    entries[key] = {"stamp": stamp, "fingerprint": found.to_json()}
-    # Without a writable home the next run hashes again; nothing else is lost.
+    entries[key] = {"stamp": stamp, "fingerprint": fingerprint.to_json()}
+    # Without a writable home the next run hashes again, nothing more.
     with contextlib.suppress(UserError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, entries)

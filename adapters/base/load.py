@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: found, checked, loaded frozen in float32, bf16 or nf4."""
+"""Find, check and load a base and its tokenizer: frozen, in float32, bf16, fp16 or nf4."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from adapters.errors import UserError
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 # Weights as safetensors, configuration, tokenizer and chat template: nothing that can run code.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt"]
 HUB_SKIP = ["*/*", "consolidated*", "*.py", "*.bin", "*.pt"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+MODALITIES = ("vision", "audio", "speech", "image", "video")
 PROBE = '[INST] Which prize did the author\'s 2nd book, "Silent Rivers", win in 1998? [/INST]'
 
 
@@ -39,7 +40,7 @@ class BaseSpec:
 
 
 def resolve_base(name: str, revision: str | None = None, *, tokenizer_only: bool = False) -> Path:
-    """Folder of the base: a local folder as it is, else the hub's snapshot of `name`.
+    """Folder of the base: a local folder, a dequantised GGUF, else the hub's snapshot of `name`.
 
     Only safetensors, JSON and tokenizer files are fetched, and with `tokenizer_only` no weights; a
     snapshot that is already in the cache is found without a network.
@@ -47,6 +48,10 @@ def resolve_base(name: str, revision: str | None = None, *, tokenizer_only: bool
     Raises:
         UserError: there is no such folder or repository.
     """
+    from adapters.base.gguf import dequantised, find_gguf
+
+    if (file := find_gguf(name)) is not None:
+        return dequantised(file)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -112,19 +117,21 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def load_base(spec: BaseSpec, *, int8: bool = False) -> PreTrainedModel:
     """The base, frozen and in eval mode; safetensors only, no remote code.
 
-    `auto` means bf16 on CUDA and float32 elsewhere. 4-bit is nf4 with double quantisation, compute
-    dtype bf16 on CUDA and float32 on CPU. `int8` holds it as LLM.int8 (arXiv 2208.07339), to
-    measure with, never to train on. Raises UserError for missing weights or tools.
-    """
-    from transformers import AutoModelForCausalLM
+    The dtype `auto` is bf16 on a GPU that computes in it, fp16 on an older one, float32 elsewhere.
+    4-bit is nf4 with double quantisation; it computes in the same dtype. `int8` is LLM.int8 (arXiv
+    2208.07339), to measure with, never to train on. The attention `auto` is the first of
+    flash-attention, SDPA and eager that the model supports and this machine has.
 
+    Raises:
+        UserError: weights or packages are missing, the base is quantised already, takes other
+            input than text, or does not support the attention that was asked for.
+    """
     folder = resolve_base(spec.name, spec.revision)
-    _check_config(folder, spec)
+    config = _check_config(folder, spec)
     device = _device(spec.device)
     dtype = _dtype(spec.dtype, device)
     options: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": _attention(spec.attention, device, dtype),
         "use_safetensors": True,
         "trust_remote_code": False,
         "local_files_only": True,
@@ -134,21 +141,22 @@ def load_base(spec: BaseSpec, *, int8: bool = False) -> PreTrainedModel:
         options["device_map"] = {"": device}
     elif device != "cpu":
         options["device_map"] = {"": device}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            str(folder), output_loading_info=True, **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"The base {spec.name!r} cannot be loaded: {_first_line(error)}",
-            "The folder needs config.json and the weights as *.safetensors of one causal LM.",
-        ) from error
+    model, loading = _load(folder, spec, _attention(spec, config, device, dtype), options)
     _check_loading(loading, spec.name)
     if spec.load_in_4bit and device == "cpu":
         _keep_4bit_layout(model)
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def computes_in_bf16(device: str = "cuda") -> bool:
+    """Whether the GPU has bf16 in hardware; older ones emulate it, slowly (T4, RTX 2080, V100)."""
+    import torch
+
+    if torch.version.hip is not None:
+        return True
+    return bool(torch.cuda.get_device_capability(torch.device(device))[0] >= 8)
 
 
 def base_view(model: PreTrainedModel) -> dict[str, Any]:
@@ -220,7 +228,38 @@ def _check_bos(tokenizer: Any, folder: Path, name: str) -> None:
         )
 
 
-def _check_config(folder: Path, spec: BaseSpec) -> None:
+def _load(
+    folder: Path, spec: BaseSpec, attention: list[str], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The model and what loading it reported, with the first attention that the model supports."""
+    from transformers import AutoModelForCausalLM
+
+    for name in attention:
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                str(folder), output_loading_info=True, attn_implementation=name, **options
+            )
+        except (OSError, ValueError, ImportError) as error:
+            unsupported = "does not support an attention implementation" in str(error) or (
+                "does not support Flash Attention" in str(error)
+            )
+            if unsupported and name != attention[-1]:
+                continue
+            if unsupported:
+                raise UserError(
+                    f"The base {spec.name!r} does not support {name} attention.",
+                    "Use the attention auto or eager.",
+                ) from error
+            raise UserError(
+                f"The base {spec.name!r} cannot be loaded: {_first_line(error)}",
+                "The folder needs config.json and the weights as *.safetensors of one causal LM.",
+            ) from error
+        return model, loading
+    raise AssertionError("no attention was tried")
+
+
+def _check_config(folder: Path, spec: BaseSpec) -> dict[str, Any]:
+    """config.json of the base, checked for what this product cannot work with."""
     config = _read_json(folder / "config.json")
     if not config:
         raise UserError(
@@ -236,6 +275,19 @@ def _check_config(folder: Path, spec: BaseSpec) -> None:
             f"The base {spec.name!r} holds weights that are already quantised ({method}).",
             "Give the original weights; --load-in-4bit quantises them while loading.",
         )
+    modalities = [name for name in MODALITIES if config.get(f"{name}_config")]
+    if modalities:
+        raise UserError(
+            f"The base {spec.name!r} also takes {' and '.join(modalities)}: adapters are trained "
+            "and measured on text alone.",
+            "Give the text-only model of the family, such as google/gemma-3-1b-it.",
+        )
+    if config.get("transformers_weights"):
+        raise UserError(
+            f"config.json of {spec.name!r} names its weight file (transformers_weights).",
+            "Rename the file to model.safetensors and delete that setting.",
+        )
+    return config
 
 
 def _check_loading(loading: Any, name: str) -> None:
@@ -254,9 +306,9 @@ def _device(wanted: str) -> str:
     import torch
 
     # A launcher of several processes gives each its own card.
-    mine = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if wanted == "auto":
-        return mine if torch.cuda.is_available() else "cpu"
+        return local if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -265,35 +317,59 @@ def _device(wanted: str) -> str:
         raise UserError(
             "There is no CUDA device here.", "Use --device cpu, or a torch built for CUDA."
         )
-    return mine if wanted == "cuda" else wanted
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"There is no {wanted}: {count} CUDA device{' is' if count == 1 else 's are'} visible.",
+            "Count from cuda:0; CUDA_VISIBLE_DEVICES says which are visible.",
+        )
+    return local if wanted == "cuda" else wanted
 
 
 def _dtype(wanted: Dtype, device: str) -> torch.dtype:
     import torch
 
     if wanted == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if wanted not in known:
-        raise UserError(f"{wanted!r} is not a dtype for a base.", "Use auto, float32 or bfloat16.")
-    return known[wanted]
+        if not device.startswith("cuda"):
+            return torch.float32
+        return torch.bfloat16 if computes_in_bf16(device) else torch.float16
+    if wanted not in get_args(Dtype):
+        raise UserError(
+            f"{wanted!r} is not a dtype for a base.", f"Use one of {', '.join(get_args(Dtype))}."
+        )
+    if wanted == "float16" and not device.startswith("cuda"):
+        raise UserError("float16 needs a GPU.", "Use float32, or bfloat16 to save memory.")
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
 
 
 def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _attention(wanted: Attention, device: str, dtype: torch.dtype) -> str:
-    installed = importlib.util.find_spec("flash_attn") is not None
+def _attention(
+    spec: BaseSpec, config: dict[str, Any], device: str, dtype: torch.dtype
+) -> list[str]:
+    """Attention implementations to try, in this order."""
     half = _dtype_name(dtype) in ("bfloat16", "float16")
-    if wanted == "flash_attention_2" and not (installed and half and device.startswith("cuda")):
+    flash = importlib.util.find_spec("flash_attn") is not None and half and device[:4] == "cuda"
+    text = config.get("text_config") or config
+    # SDPA has no soft cap and only warns: the model would compute another function.
+    capped = text.get("attn_logit_softcapping") is not None
+    if spec.attention == "flash_attention_2" and not flash:
         raise UserError(
-            "flash_attention_2 needs a GPU, bf16 and the package flash-attn.",
+            "flash_attention_2 needs a GPU, bf16 or fp16, and the package flash-attn.",
             "Install with `pip install unlearner[flash]`, or use --attention sdpa.",
         )
-    if wanted == "auto":
-        return "flash_attention_2" if installed and half and device.startswith("cuda") else "sdpa"
-    return wanted
+    if spec.attention == "sdpa" and capped:
+        raise UserError(
+            f"SDPA cannot cap attention logits, as {spec.name!r} does (attn_logit_softcapping).",
+            "Use the attention auto or eager.",
+        )
+    if spec.attention != "auto":
+        return [spec.attention]
+    choices = {"flash_attention_2": flash, "sdpa": not capped, "eager": True}
+    return [name for name, possible in choices.items() if possible]
 
 
 def _keep_4bit_layout(model: Any) -> None:

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.atomic_files import disk_error, fsync_folder, temporary_name, write_bytes
+from adapters.atomic_files import (
+    disk_error,
+    fsync_folder,
+    remove_tree,
+    temporary_name,
+    write_bytes,
+)
 from adapters.errors import UserError
 from adapters.lora.format import (
     CONFIG_NAME,
@@ -25,7 +31,6 @@ from adapters.lora.format import (
 from adapters.lora.merge import DtypeName as DtypeName
 from adapters.lora.merge import MergeResult as MergeResult
 from adapters.lora.merge import fold_stack as fold_stack
-from adapters.store.journal import remove_tree
 from adapters.tensors import write_float32
 
 if TYPE_CHECKING:

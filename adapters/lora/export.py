@@ -1,8 +1,8 @@
-"""One adapter for a server: what vLLM, llama.cpp, Ollama and PEFT take, and how to start them.
+"""One adapter for a server: what vLLM, llama.cpp and PEFT take, and how to start them.
 
 None of them runs a stack of adapters in order, so a stack is concatenated first, which is the same
-function. Rules read from vLLM's `lora/peft_helper.py` and `config/lora.py`, llama.cpp's
-`convert_lora_to_gguf.py` and Ollama's Modelfile documentation.
+function. Rules read from vLLM's `lora/peft_helper.py` and `config/lora.py`, and
+from llama.cpp's `convert_lora_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from adapters.atomic_files import copy_file, disk_error, fsync_folder, temporary_name, write_bytes
+from adapters.atomic_files import (
+    copy_file,
+    disk_error,
+    fsync_folder,
+    remove_tree,
+    temporary_name,
+    write_bytes,
+)
 from adapters.errors import UserError
 from adapters.lora.combine import cat_adapters, factor_adapter
 from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME, canonical_config, config_bytes
-from adapters.store.journal import remove_tree
 
-Target = Literal["peft", "vllm", "llama.cpp", "ollama"]
+Target = Literal["peft", "vllm", "llama.cpp"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -66,9 +72,6 @@ def export_serving(
         final.mkdir()
         copy_file(factored.path / WEIGHTS_NAME, final / WEIGHTS_NAME)
         write_bytes(final / CONFIG_NAME, config_bytes(config))
-        if target == "ollama":
-            text = f"FROM {base_name}\nADAPTER .\n"
-            write_bytes(final / "Modelfile", text.encode())
         fsync_folder(final)
         os.rename(final, out)
     except OSError as error:
@@ -110,8 +113,6 @@ def _command(target: str, out: Path, base_name: str, rank: int) -> str:
         )
     if target == "llama.cpp":
         return f"python convert_lora_to_gguf.py {out} --base {base_name} --outfile forget.gguf"
-    if target == "ollama":
-        return f"cd {out} && ollama create forget -f Modelfile"
     return f"PeftModel.from_pretrained(base, {str(out)!r})"
 
 
@@ -121,7 +122,7 @@ def _notes(target: str, rank: int, trained_on: str) -> list[str]:
         notes.append("Requests must ask for the model name `forget`; one adapter per request.")
         if max_lora_rank(rank) != rank:
             notes.append(f"Rank {rank} is served with --max-lora-rank {max_lora_rank(rank)}.")
-    if target in ("llama.cpp", "ollama"):
+    if target == "llama.cpp":
         notes.append("The served base is usually quantised: evaluate the pair as it is served.")
     if trained_on not in ("none", ""):
         notes.append(

@@ -1,7 +1,7 @@
 """The two files of a LoRA adapter: what is accepted, and the one way its configuration is written.
 
-Accepted is plain LoRA on the seven projections of every layer: one rank, one alpha, no bias, no
-further modules, safetensors. Such adapters add up, can be switched off exactly, fold into weights
+Accepted is plain LoRA on linear layers of every block: one rank, one alpha, no bias, no further
+modules, safetensors. Such adapters add up, can be switched off exactly, fold into weights
 and load in PEFT, vLLM and llama.cpp alike; everything else is refused with its reason.
 """
 
@@ -11,18 +11,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.atomic_files import dump_json, read_json
-from adapters.errors import StoreCorrupt, UserError
+from adapters.base.weights import stored_matrices
+from adapters.errors import BaseMismatch, StoreCorrupt, UserError
 from adapters.tensors import TensorFile, read_header
-
-if TYPE_CHECKING:
-    from adapters.tensors import Array
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PROJECTIONS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+TARGET = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+# Layers that an adapter must not touch: embeddings, heads, and the routers of experts.
+FORBIDDEN = frozenset({
+    "embed_in", "embed_out", "embed_tokens", "gate", "lm_head", "router", "shared_expert_gate",
+    "wg", "wpe", "wte",
+})  # fmt: skip
 MAX_RANK = 1024
 # A random start is gone once trained; PiSSA, OLoRA, CorDA, LoftQ and the like change the base.
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
@@ -53,8 +56,9 @@ REASONS = {
     "auto_mapping": "it names a class to import",
 }
 KEY = re.compile(
-    r"base_model\.model\.(?P<path>[A-Za-z0-9_.]*?layers\.(?P<layer>\d{1,4})\."
-    r"(?:[A-Za-z0-9_]+\.)?(?P<module>[a-z]+_proj))\.lora_(?P<side>[AB])\.weight"
+    r"base_model\.model\.(?:[A-Za-z_][A-Za-z0-9_]*\.)+(?P<layer>\d{1,4})\."
+    r"(?P<place>(?:[A-Za-z0-9_]+\.)*(?P<module>[A-Za-z_][A-Za-z0-9_]*))"
+    r"\.lora_(?P<side>[AB])\.weight"
 )
 
 
@@ -115,7 +119,7 @@ def check_config(raw: Mapping[str, Any], what: str) -> None:
     if problems:
         raise UserError(
             f"The configuration of {what} is refused: {'; '.join(problems)}.",
-            "Only plain LoRA on the attention and MLP projections is kept here.",
+            "Only plain LoRA on linear layers of the blocks is kept here.",
         )
 
 
@@ -165,6 +169,32 @@ def check_finite(files: AdapterFiles) -> None:
             )
 
 
+def require_fits(files: AdapterFiles, base_folder: Path) -> None:
+    """Raise BaseMismatch unless every targeted matrix of the base has its A and B, and no more."""
+    modules = files.modules()
+    matrices = stored_matrices(base_folder, modules)
+    targets = set(files.config["target_modules"])
+    wanted = {path for path in matrices if path.rsplit(".", 1)[-1] in targets}
+    if not any(".experts." in path for path in modules):
+        # Experts are stored one by one, and fused into one parameter in the model: not targeted.
+        wanted = {path for path in wanted if ".experts." not in path}
+    missing, extra = sorted(wanted - set(modules)), sorted(set(modules) - wanted)
+    if missing or extra:
+        raise BaseMismatch(
+            f"The adapter covers {len(modules)} matrices where the base has {len(wanted)}: "
+            f"{(extra or missing)[0]} is {'not in the base' if extra else 'not covered'}.",
+            "Import it with the base that it was trained on.",
+        )
+    for path, (name_a, name_b) in modules.items():
+        rows, columns = matrices[path]
+        if files.tensors[name_a][1] != columns or files.tensors[name_b][0] != rows:
+            raise BaseMismatch(
+                f"{path} of the base is {rows} x {columns}, the adapter's is "
+                f"{files.tensors[name_b][0]} x {files.tensors[name_a][1]}.",
+                "Import it with the base that it was trained on.",
+            )
+
+
 def update_norms(files: AdapterFiles) -> dict[str, float]:
     """Frobenius norm of the update scale * B A, per projection over all layers, and in `total`.
 
@@ -181,12 +211,6 @@ def update_norms(files: AdapterFiles) -> dict[str, float]:
         squares[module] = squares.get(module, 0.0) + max(square, 0.0)
     squares["total"] = sum(squares.values())
     return {name: float(f"{square**0.5:.9g}") for name, square in sorted(squares.items())}
-
-
-def scaled_factors(files: AdapterFiles, path: str, scale: float) -> tuple[Array, Array]:
-    """A [r, in] and scale * alpha/r * B [out, r] of one module, float32."""
-    name_a, name_b = files.modules()[path]
-    return files.header.read(name_a), files.header.read(name_b) * (scale * files.unit)
 
 
 def _missing_weights(folder: Path) -> UserError:
@@ -229,12 +253,13 @@ def _shape_problems(raw: Mapping[str, Any]) -> list[str]:
         problems.append(f"lora_dropout={_show(dropout)} (0 to 1 is possible)")
     targets = raw.get("target_modules")
     if not isinstance(targets, (list, tuple)) or not targets:
-        problems.append(f"target_modules={_show(targets)} (a list of projections is needed)")
-    elif not all(isinstance(t, str) and t in PROJECTIONS for t in targets):
-        odd = [t for t in targets if not isinstance(t, str) or t not in PROJECTIONS]
-        problems.append(f"target_modules has {_show(odd[0])} (only {', '.join(PROJECTIONS)})")
+        problems.append(f"target_modules={_show(targets)} (a list of layer names is needed)")
+    elif odd := [t for t in targets if not isinstance(t, str) or not TARGET.fullmatch(t)]:
+        problems.append(f"target_modules has {_show(odd[0])} (names of layers are needed)")
+    elif forbidden := sorted(FORBIDDEN.intersection(targets)):
+        problems.append(f"target_modules has {forbidden[0]} (no linear layer of the blocks)")
     elif len(set(targets)) != len(targets):
-        problems.append("target_modules names a projection twice")
+        problems.append("target_modules names a layer twice")
     for key in ("base_model_name_or_path", "revision"):
         value = raw.get(key)
         if value is not None and not (isinstance(value, str) and len(value) <= 300):
@@ -245,18 +270,19 @@ def _shape_problems(raw: Mapping[str, Any]) -> list[str]:
 def _check_tensors(
     shapes: Mapping[str, tuple[int, ...]], raw: Mapping[str, Any], what: str
 ) -> None:
-    """Every target in every layer, A [r, in] and B [out, r] of one shape per projection."""
+    """Every target in every block, A [r, in] and B [out, r], one shape per place in a block."""
     rank, targets = int(raw["r"]), set(raw["target_modules"])
     seen: dict[tuple[str, str], set[int]] = {}
+    places: dict[str, set[tuple[str, int]]] = {"A": set(), "B": set()}
     width: dict[tuple[str, str], int] = {}
     for name, shape in shapes.items():
         match = KEY.fullmatch(name)
         if match is None or match["module"] not in targets:
             raise UserError(
-                f"{what} holds the tensor {name[:120]!r}, which is no part of its LoRA.",
+                f"{what} holds the tensor {name[:120]!r}, which is not part of its LoRA.",
                 "Keep only lora_A and lora_B of the target modules.",
             )
-        key = (match["module"], match["side"])
+        key = (match["place"], match["side"])
         inner, outer = (0, 1) if match["side"] == "A" else (1, 0)
         if len(shape) != 2 or shape[inner] != rank or shape[outer] < 1:
             raise UserError(
@@ -265,19 +291,27 @@ def _check_tensors(
             )
         if width.setdefault(key, shape[outer]) != shape[outer]:
             raise UserError(
-                f"{name} of {what} has another width than the same projection of other layers.",
-                "Only adapters of one shape in all layers are kept here.",
+                f"{name} of {what} has another width than the same layer of other blocks.",
+                "Only adapters of one shape in all blocks are kept here.",
             )
-        seen.setdefault(key, set()).add(int(match["layer"]))
+        block = int(match["layer"])
+        seen.setdefault((match["module"], match["side"]), set()).add(block)
+        places[match["side"]].add((match["place"], block))
     layers = set().union(*seen.values()) if seen else set()
     complete = set(range(len(layers)))
     for module in sorted(targets):
         for side in "AB":
             if not layers or seen.get((module, side)) != complete:
                 raise UserError(
-                    f"{what} lacks lora_{side} of {module} in some layer.",
-                    "An adapter has to cover every layer; save it again.",
+                    f"{what} lacks lora_{side} of {module} in some block.",
+                    "An adapter has to cover every block; save it again.",
                 )
+    if unpaired := sorted(places["A"] ^ places["B"]):
+        place, block = unpaired[0]
+        raise UserError(
+            f"{what} has only one of lora_A and lora_B of {place} in block {block}.",
+            "Save it again.",
+        )
 
 
 def _show(value: Any) -> str:

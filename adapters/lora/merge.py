@@ -11,12 +11,18 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters.atomic_files import disk_error, fsync_folder, read_json, temporary_name, write_json
-from adapters.base.fingerprint import weight_files
+from adapters.atomic_files import (
+    disk_error,
+    fsync_folder,
+    read_json,
+    remove_tree,
+    temporary_name,
+    write_json,
+)
+from adapters.base.weights import base_shapes, module_prefix, weight_files
 from adapters.errors import DoesNotFit, StoreCorrupt, UserError
-from adapters.lora.format import PROJECTIONS, AdapterFiles, check_finite, read_adapter
-from adapters.store.import_peft import require_fits
-from adapters.store.journal import remove_tree
+from adapters.lora.format import AdapterFiles, check_finite, read_adapter, require_fits
+from adapters.lora.targets import block_of, linear_layers
 from adapters.tensors import ITEM_SIZE, TensorFile, read_header, write_stream
 
 if TYPE_CHECKING:
@@ -56,23 +62,30 @@ def fold_stack(
     dtype: DtypeName | None = None,
     *,
     from_4bit_view: bool = False,
+    loaded_dtype: DtypeName | None = None,
 ) -> MergeResult:
     """The new folder `out`: a plain model with the stack folded into the base's weights.
 
     Every matrix is W + sum_i s_i a_i/r_i B_i A_i, summed in float32 and rounded once to `dtype`
     (the base's own by default). Tensors are read, folded and written one by one, in the base's own
-    shards. `from_4bit_view` folds into the projections as nf4 (quantised from the stored dtype and
-    back), the base that a QLoRA adapter was trained on. Raises UserError for a base that is stored
-    quantised, BaseMismatch for another base's adapter, DoesNotFit for a disk too small.
+    shards. `from_4bit_view` folds into the projections as nf4 (quantised and back), the base that a
+    QLoRA adapter was trained on; `loaded_dtype` is the dtype in which that base was loaded before
+    it was quantised (the stored one by default), which decides the nf4 values.
+
+    Raises:
+        UserError: the base is stored quantised.
+        BaseMismatch: an adapter belongs to another base.
+        DoesNotFit: the disk is too small.
     """
     base_folder, out = Path(base_folder), Path(out)
     stack = [(read_adapter(Path(path)), float(scale)) for path, scale in adapters]
     _check_request(base_folder, out, stack, dtype)
-    merge = _Merge(stack, dtype, from_4bit_view)
+    quantised = quantised_layers(base_folder) if from_4bit_view else set()
+    merge = _Merge(base_folder, stack, dtype, quantised, loaded_dtype)
     aside = out.with_name(temporary_name(out.name))
     try:
         aside.mkdir(parents=True)
-        shards = merge.write(weight_files(base_folder), aside)
+        shards = merge.write(aside)
         _copy_companions(base_folder, aside, merge.kind())
         fsync_folder(aside)
         os.rename(aside, out)
@@ -89,26 +102,36 @@ class _Merge:
     """One run over the shards, and what it counted."""
 
     def __init__(
-        self, stack: list[tuple[AdapterFiles, float]], dtype: DtypeName | None, view: bool
+        self,
+        base_folder: Path,
+        stack: list[tuple[AdapterFiles, float]],
+        dtype: DtypeName | None,
+        quantised: set[str],
+        loaded_dtype: DtypeName | None,
     ) -> None:
         self.modules = [(files, files.modules(), scale) for files, scale in stack]
         self.dtype = dtype
-        self.view = view
+        self.quantised = quantised
+        self.loaded_dtype = loaded_dtype
+        self.shards = weight_files(base_folder)
+        names = base_shapes([read_header(shard) for shard in self.shards])
+        paths = quantised.union(*(modules for _, modules, _ in self.modules))
+        self.prefix = module_prefix(names, sorted(paths))
         self.changes: dict[str, list[float]] = {}
         self.sizes: dict[str, int] = {}
 
-    def write(self, shards: list[Path], aside: Path) -> tuple[str, ...]:
+    def write(self, aside: Path) -> tuple[str, ...]:
         """Names of the shards written, each under its old name, with the index when several."""
         weight_map: dict[str, str] = {}
-        for shard in shards:
+        for shard in self.shards:
             source = read_header(shard)
             entries = {n: (self._code(t.dtype), t.shape) for n, t in source.tensors.items()}
             write_stream(aside / shard.name, entries, partial(self._data, source))
             weight_map.update(dict.fromkeys(entries, shard.name))
-        if len(shards) > 1:
+        if len(self.shards) > 1:
             index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": weight_map}
             write_json(aside / "model.safetensors.index.json", index)
-        return tuple(shard.name for shard in shards)
+        return tuple(shard.name for shard in self.shards)
 
     def kind(self) -> str:
         """Name of the dtype that most bytes have."""
@@ -124,9 +147,9 @@ class _Merge:
         code = self._code(info.dtype)
         size = info.size // ITEM_SIZE[info.dtype] * ITEM_SIZE[code]
         self.sizes[code] = self.sizes.get(code, 0) + size
-        path = name.removesuffix(".weight")
+        path = self.prefix + name.removesuffix(".weight")
         updates: list[Update] = [(f, m[path], s) for f, m, s in self.modules if path in m]
-        viewed = self.view and path.rsplit(".", 1)[-1] in PROJECTIONS
+        viewed = path in self.quantised
         if not updates and not viewed and code == info.dtype:
             for start in range(0, info.size, 1 << 24):
                 yield memoryview(source.raw(name, start, min(1 << 24, info.size - start)))
@@ -134,7 +157,7 @@ class _Merge:
         matrices = [_matrices(files, names, s) for files, names, s in updates]
         squares, change = 0.0, 0.0
         for start, block in _blocks(source, name, whole=viewed):
-            result = _nf4_view(block) if viewed else block.float()
+            result = _nf4_view(block, self.loaded_dtype) if viewed else block.float()
             if updates:
                 total = _sum_of_updates(matrices, start, result)
                 squares += float(result.norm()) ** 2
@@ -206,9 +229,22 @@ def _as_bytes(values: torch.Tensor, code: str, name: str) -> memoryview:
     return memoryview(rounded.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _nf4_view(weight: torch.Tensor) -> torch.Tensor:
+def quantised_layers(base_folder: Path) -> set[str]:
+    """Paths of the layers that loading in 4 bits quantises: the linear layers of the blocks."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(base_folder), local_files_only=True)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    return {path for path in linear_layers(model) if block_of(path) is not None}
+
+
+def _nf4_view(weight: torch.Tensor, loaded_dtype: DtypeName | None) -> torch.Tensor:
     """The matrix as an nf4 base with double quantisation computes with it, in float32."""
     import importlib.util
+
+    import torch
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
@@ -217,6 +253,8 @@ def _nf4_view(weight: torch.Tensor) -> torch.Tensor:
         )
     from bitsandbytes import functional
 
+    if loaded_dtype is not None:
+        weight = weight.to(getattr(torch, loaded_dtype))
     packed, state = functional.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapters.atomic_files import sha256_file, write_bytes, write_json
+from adapters.environment import utc_now
 from adapters.lora.merge import MergeResult
-from adapters.store import log as audit
-from adapters.store.manifest import ForgetManifest
+
+if TYPE_CHECKING:
+    from adapters.store.manifest import ForgetManifest
 
 WARNING = (
     "Released are only the merged weights. The base together with the adapters is reversible: "
@@ -49,7 +51,7 @@ def write_release(release: Release) -> Path:
     names = [name for name in names if name != "MERGE_MANIFEST.json"]
     record = {
         "schema": 1,
-        "created": audit.now(),
+        "created": utc_now(),
         "base": {
             "name": release.base_name,
             "revision": release.revision,

@@ -88,9 +88,11 @@ def add_trainable(
     lora_B starts at zero, so the first forward equals the parents' bit for bit.
     """
     from adapters.lora.format import check_config
+    from adapters.lora.targets import check_coverage
 
     _check_new_name(model, name)
     check_config(plain_config(lora_config), "this adapter")
+    check_coverage(model, sorted(lora_config.target_modules or ()))
     _check_loaded(model, parents)
     peft_model = inject(model, name, lora_config)
     peft_model.requires_grad_(False)

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapters.errors import UserError
-from adapters.store.catalog import Catalog
+from adapters.lora.stack import MAX_SCALE
+from adapters.store.catalog import Catalog, require_ok
 from adapters.store.journal import Journal
 from adapters.store.states import IN_STACK, ActiveAdapter, StoreState, after
-from adapters.store.verify import require_ok
-
-MAX_SCALE = 1.5
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,21 +15,28 @@ from adapters.atomic_files import (
     copy_file,
     disk_error,
     fsync_folder,
-    read_json,
+    remove_tree,
     sha256_file,
     temporary_name,
+    write_bytes,
     write_json,
 )
 from adapters.base.fingerprint import BaseFingerprint, require_same_base
 from adapters.errors import StoreCorrupt, UserError
 from adapters.guard_records import forget_teacher
 from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME
-from adapters.store.catalog import Catalog, StoredAdapter
-from adapters.store.journal import Journal, remove_tree
+from adapters.store.catalog import (
+    EVALS_NAME,
+    MANIFEST_NAME,
+    Catalog,
+    StoredAdapter,
+    manifest_base,
+    verify_folder,
+)
+from adapters.store.journal import Journal
 from adapters.store.manifest import SLUG, WORD, ForgetManifest
 from adapters.store.publish import base_record
-from adapters.store.states import ActiveAdapter, StoreState, after, stack_json
-from adapters.store.verify import EVALS_NAME, MANIFEST_NAME, manifest_base, verify_folder
+from adapters.store.states import StoreState, after
 
 TRASH_DAYS = 7.0
 MAX_EVAL_VALUES = 20_000
@@ -108,19 +114,6 @@ def write_eval(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise disk_error(error, evals) from error
     write_json(path, dict(result))
-    return path
-
-
-def write_stack(root: Path, name: str, stack: Sequence[ActiveAdapter]) -> Path:
-    """The file with the stack, written under `name`."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise UserError(f"{name!r} cannot name a stack.", "Use letters, digits, '.', '-', '_'.")
-    path = root / "stacks" / f"{name}.json"
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    write_json(path, {"schema": 1, "stack": stack_json(stack)})
     return path
 
 
@@ -203,11 +196,8 @@ def _unneeded(catalog: Catalog, state: StoreState) -> list[str]:
         for slug, status in state.status.items()
         if status == "superseded" and slug not in state.stack_slugs
     }
-    named = _in_named_stacks(catalog)
     waiting = [
-        slug
-        for slug, status in state.status.items()
-        if status != "purged" and (slug not in doomed or slug in named)
+        slug for slug, status in state.status.items() if status != "purged" and slug not in doomed
     ]
     kept: set[str] = set()
     while waiting:
@@ -216,13 +206,6 @@ def _unneeded(catalog: Catalog, state: StoreState) -> list[str]:
             kept.add(slug)
             waiting.extend(catalog.parents_of(slug)[0])
     return sorted(doomed - kept, reverse=True)
-
-
-def _in_named_stacks(catalog: Catalog) -> set[str]:
-    named: set[str] = set()
-    for path in (catalog.root / "stacks").glob("*.json"):
-        named.update(str(entry.get("slug")) for entry in read_json(path).get("stack", []))
-    return named
 
 
 def _leftovers(catalog: Catalog) -> list[Path]:
@@ -235,15 +218,13 @@ def _leftovers(catalog: Catalog) -> list[Path]:
 
 def _write_tombstone(catalog: Catalog, slug: str) -> None:
     source = catalog.folder(slug) / MANIFEST_NAME
-    folder = catalog.root / "tombstones"
+    target = catalog.root / "tombstones" / f"{slug}.json"
     try:
-        folder.mkdir(exist_ok=True)
-        if source.is_file() and not (folder / f"{slug}.json").exists():
-            aside = folder / temporary_name()
-            shutil.copyfile(source, aside)
-            os.replace(aside, folder / f"{slug}.json")
+        target.parent.mkdir(exist_ok=True)
+        if source.is_file() and not target.exists():
+            write_bytes(target, source.read_bytes())
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(error, target) from error
 
 
 def _count_values(value: Any, where: str) -> int:

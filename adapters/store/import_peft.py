@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.atomic_files import copy_file, sha256_file, write_json
-from adapters.base.fingerprint import fingerprint_base, weight_files
-from adapters.errors import BaseMismatch, UserError
+from adapters.base.fingerprint import fingerprint_base
+from adapters.errors import UserError
 from adapters.lora.format import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    AdapterFiles,
     check_finite,
     read_adapter,
+    require_fits,
 )
 from adapters.store.manifest import ForgetManifest
-from adapters.tensors import read_header, write_float32
+from adapters.tensors import write_float32
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
@@ -63,34 +63,6 @@ def import_adapter(
             tensors = {name: files.header.read(name) for name in files.tensors}
             write_float32(clean / WEIGHTS_NAME, tensors)
         return store.publish(clean, manifest)
-
-
-def require_fits(files: AdapterFiles, base_folder: Path) -> None:
-    """Raise BaseMismatch unless every targeted matrix of the base has its A and B, and no more."""
-    matrices = {
-        name.removesuffix(".weight"): info.shape
-        for path in weight_files(base_folder)
-        for name, info in read_header(path).tensors.items()
-        if len(info.shape) == 2
-    }
-    targets = set(files.config["target_modules"])
-    wanted = {path for path in matrices if path.rsplit(".", 1)[-1] in targets}
-    modules = files.modules()
-    missing, extra = sorted(wanted - set(modules)), sorted(set(modules) - wanted)
-    if missing or extra:
-        raise BaseMismatch(
-            f"The adapter covers {len(modules)} matrices where the base has {len(wanted)}: "
-            f"{(extra or missing)[0]} is {'not in the base' if extra else 'not covered'}.",
-            "Import it with the base that it was trained on.",
-        )
-    for path, (name_a, name_b) in modules.items():
-        rows, columns = matrices[path]
-        if files.tensors[name_a][1] != columns or files.tensors[name_b][0] != rows:
-            raise BaseMismatch(
-                f"{path} of the base is {rows} x {columns}, the adapter's is "
-                f"{files.tensors[name_b][0]} x {files.tensors[name_a][1]}.",
-                "Import it with the base that it was trained on.",
-            )
 
 
 def _refuse_links(folder: Path) -> None:

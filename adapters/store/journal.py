@@ -6,7 +6,6 @@ import contextlib
 import getpass
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,13 @@ from typing import Any
 
 from adapters.atomic_files import (
     disk_error,
-    left_by_the_dead,
+    is_stale_temp,
     read_json,
+    remove_tree,
     temporary_name,
     write_json,
 )
+from adapters.environment import utc_now
 from adapters.errors import StoreCorrupt, UserError
 from adapters.store import log as audit
 from adapters.store.states import ActiveAdapter, StoreState, apply, stack_json
@@ -76,7 +77,7 @@ class Journal:
         try:
             # Only for the message above: a missing name is no fault.
             with contextlib.suppress(OSError):
-                holder.write_text(json.dumps({"pid": os.getpid(), "since": audit.now()}))
+                holder.write_text(json.dumps({"pid": os.getpid(), "since": utc_now()}))
             self._set_torn_line_aside()
             yield self.state()
         finally:
@@ -94,7 +95,7 @@ class Journal:
     ) -> StoreState:
         """Log the action and replace state.json; the state after it. Call it under the lock."""
         entry: dict[str, Any] = {
-            "time": audit.now(),
+            "time": utc_now(),
             "actor": _actor(),
             "pid": os.getpid(),
             "action": action,
@@ -112,20 +113,12 @@ class Journal:
             write_json(self.state_path, changed.to_json())
         return changed
 
-    def rebuild(self) -> StoreState:
-        """The state made from the log alone, written to state.json."""
-        with self.locked():
-            entries, position, _ = audit.read_from(self.log_path, audit.LogPosition())
-            state = _replay(StoreState(), entries, position)
-            write_json(self.state_path, state.to_json())
-            return state
-
     def sweep(self) -> list[str]:
-        """Names of the temporaries of dead processes, which are gone now."""
+        """Delete the temporaries that dead processes left behind; their names."""
         swept = []
-        for folder in (self.root, self.root / "adapters", self.root / "stacks"):
+        for folder in (self.root, self.root / "adapters"):
             for entry in os.scandir(folder) if folder.is_dir() else ():
-                if left_by_the_dead(entry.name):
+                if is_stale_temp(Path(entry.path)):
                     remove_tree(Path(entry.path))
                     swept.append(entry.name)
         return swept
@@ -144,20 +137,11 @@ class Journal:
             trash = self.root / ".trash"
             try:
                 trash.mkdir(exist_ok=True)
-                aside = trash / f"torn-line-{position.lines + 1}-{audit.now().replace(':', '')}"
+                aside = trash / f"torn-line-{position.lines + 1}-{utc_now().replace(':', '')}"
                 aside.write_bytes(torn)
                 os.truncate(self.log_path, position.offset)
             except OSError as error:
                 raise disk_error(error, self.log_path) from error
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a folder or file; what another process deletes at the same time is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
 
 
 def _replay(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,6 @@ class LogReport:
     def ok(self) -> bool:
         """Whether every line is there and unchanged."""
         return not self.problems
-
-
-def now() -> str:
-    """The current time in UTC, as written in logs and manifests."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def append(path: Path, position: LogPosition, entry: dict[str, Any]) -> LogPosition:

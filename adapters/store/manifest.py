@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.atomic_files import parse_json, read_json
+from adapters.atomic_files import read_json
 from adapters.digests import MARK
 from adapters.errors import StoreCorrupt, UserError
 
@@ -39,7 +39,7 @@ class ForgetManifest:
       BaseFingerprint.to_json(), "view": base_view(model)}`
     - parents: slugs in the order of the stack; parent_scales: factor per slug where it is not 1
     - objective: `{"name": "simnpo", "beta": 2.5, ...}`; lora: `{"r": 8, "alpha": 16, ...}`
-    - origin: where an adapter comes from that was not trained here (import, bundle, sum of others)
+    - origin: where an adapter comes from that was not trained here (import, sum of others)
     - train, env: numbers, flags and short words (`env["versions"]`, `env["commit"]`, `env["seed"]`)
 
     Free text does not fit: strings in data, objective, lora and train are single words, so that no
@@ -97,11 +97,6 @@ class ForgetManifest:
         """The manifest in the file at `path`."""
         what = f"{path.parent.name}/{path.name}"
         return cls.from_json(read_json(path, what), what)
-
-    @classmethod
-    def parse(cls, data: bytes, what: str = "The manifest") -> ForgetManifest:
-        """The manifest in JSON bytes."""
-        return cls.from_json(parse_json(data, what), what)
 
     def checked(self) -> ForgetManifest:
         """This manifest with its label filled in, or UserError with every problem in it."""

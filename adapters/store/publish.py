@@ -12,12 +12,14 @@ from adapters.atomic_files import (
     copy_file,
     disk_error,
     fsync_folder,
+    remove_tree,
     sha256_file,
     temporary_name,
     write_bytes,
     write_json,
 )
 from adapters.base.fingerprint import BaseFingerprint, require_same_base
+from adapters.environment import utc_now
 from adapters.errors import UserError
 from adapters.lora.format import (
     CONFIG_NAME,
@@ -30,12 +32,10 @@ from adapters.lora.format import (
     read_adapter,
     update_norms,
 )
-from adapters.store import log as audit
-from adapters.store.catalog import Catalog, StoredAdapter
-from adapters.store.journal import Journal, remove_tree
+from adapters.store.catalog import MANIFEST_NAME, Catalog, StoredAdapter, manifest_base
+from adapters.store.journal import Journal
 from adapters.store.manifest import ForgetManifest
 from adapters.store.states import StoreState
-from adapters.store.verify import MANIFEST_NAME, manifest_base
 
 
 def publish_folder(
@@ -88,7 +88,7 @@ def _write_aside(aside: Path, files: AdapterFiles, manifest: ForgetManifest) -> 
         base=base,
         files=sizes,
         norms=update_norms(files),
-        created=manifest.created or audit.now(),
+        created=manifest.created or utc_now(),
     )
 
 

@@ -13,20 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from adapters.atomic_files import disk_error, read_json, temporary_name, write_json
+from adapters.atomic_files import disk_error, read_json, write_json
 from adapters.base.fingerprint import BaseFingerprint, require_same_base
-from adapters.errors import AdapterNotFound, StoreCorrupt, UserError
+from adapters.environment import utc_now
+from adapters.errors import StoreCorrupt, UserError
 from adapters.store import cleanup as housekeeping
 from adapters.store import log as audit
 from adapters.store.activation import StackChange, activate_stack, restack
-from adapters.store.catalog import Catalog
+from adapters.store.catalog import EVALS_NAME, Catalog, VerifyResult, manifest_base, require_ok
 from adapters.store.catalog import StoredAdapter as StoredAdapter
 from adapters.store.cleanup import GcReport
 from adapters.store.journal import LOCK_TIMEOUT, Journal
 from adapters.store.manifest import SLUG, ForgetManifest
 from adapters.store.publish import publish_folder
-from adapters.store.states import ActiveAdapter, after, stack_from_json
-from adapters.store.verify import EVALS_NAME, VerifyResult, manifest_base, require_ok
+from adapters.store.states import ActiveAdapter, after
 
 SCHEMA = 1
 # `AdapterStore.list` takes the name of the type inside the class.
@@ -277,27 +277,9 @@ class AdapterStore:
         request_id: str = "",
     ) -> StoredAdapter:
         """The sum of adapters (the stack by default) as one new adapter that supersedes them."""
-        from adapters.lora.derive import combine
+        from adapters.store.derive import combine
 
         return combine(self, refs, scales, rank=rank, request_id=request_id)
-
-    def save_stack(self, name: str) -> Path:
-        """The file `stacks/<name>.json`, now holding the active stack, order and scales."""
-        stack = self.active()
-        return housekeeping.write_stack(self.path, name, stack)
-
-    def stacks(self) -> dict[str, Stack]:
-        """The saved stacks by name."""
-        files = sorted((self.path / "stacks").glob("*.json"))
-        return {path.stem: [*stack_from_json(read_json(path).get("stack"))] for path in files}
-
-    def use_stack(self, name: str) -> StackChange:
-        """The stack after making exactly the saved one active."""
-        saved = self.stacks()
-        if name not in saved:
-            raise AdapterNotFound(f"No stack is saved as {name!r}.", f"There are {list(saved)}.")
-        scales = {active.slug: active.scale for active in saved[name]}
-        return self.activate([*scales], scales, only=True)
 
     def gc(self, dry_run: bool = False) -> GcReport:
         """What was (or would be) deleted: superseded adapters nobody needs, leftovers, trash."""
@@ -320,11 +302,9 @@ def _create(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "adapters").mkdir(exist_ok=True)
-        aside = path / temporary_name("store.json")
-        write_json(aside, {"schema": SCHEMA, "created": audit.now()})
-        os.replace(aside, path / "store.json")
     except OSError as error:
         raise disk_error(error, path) from error
+    write_json(path / "store.json", {"schema": SCHEMA, "created": utc_now()})
 
 
 def _could_become_store(path: Path) -> bool:

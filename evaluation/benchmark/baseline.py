@@ -1,4 +1,4 @@
-"""Both ways on one model and the same rows: how fast, and with how much memory."""
+"""A standard implementation and this one on the same model and rows: speed and peak memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def measure(
     seconds: float = 6.0,
     on_progress: Callable[[str], None] | None = None,
 ) -> list[Line]:
-    """Rows a second and peak memory of both ways on the same model and rows, in turns.
+    """Rows per second and peak memory of both implementations, in turns.
 
     Args:
         work: see `load_workload`.
@@ -33,8 +33,8 @@ def measure(
         device: "cpu" or "cuda".
         load_in_4bit: nf4 projections.
         rank: of the LoRA.
-        seconds: how long each way runs at least; the best of its rounds counts.
-        on_progress: called with what is measured next.
+        seconds: how long each runs at least; the best of its rounds counts.
+        on_progress: called with the name of the next measurement.
     """
     import torch
 
@@ -43,9 +43,11 @@ def measure(
     say = on_progress or (lambda text: None)
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
-    base = flops.new_llama(shape, device, "bfloat16" if cuda else "float32")
+    dtype = "bfloat16" if cuda else "float32"
+    # A 4-bit model never has its full weights on the card: they would not fit a small one.
+    base = flops.new_llama(shape, "cpu" if load_in_4bit else device, dtype)
     if load_in_4bit:
-        quantise(base)
+        quantise(base, device)
     model = flops.with_lora(base, rank)
     forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
     asked = work.questions[:: max(1, len(work.questions) // 24)][:24]
@@ -82,7 +84,7 @@ def measure(
 def _in_turns(
     plain: Callable[[], None], ours: Callable[[], None], rows: float, seconds: float, model: Any
 ) -> tuple[list[float], list[int]]:
-    """Best rows a second and peak bytes of both, run in turns so that noise meets both."""
+    """Best rows per second and peak bytes of both, in turns so that noise affects both."""
     import torch
 
     from unlearner.memory import probe as preflight
@@ -113,7 +115,7 @@ def _padded(rows: Sequence[Encoded], length: int) -> dict[str, torch.Tensor]:
 
 
 def _plain_nll(model: Any, rows: Sequence[Encoded], length: int) -> torch.Tensor:
-    """Mean NLL a row from the logits of all positions."""
+    """Mean NLL per row from the logits of all positions."""
     import torch.nn.functional as F
 
     batch = {k: v.to(next(model.parameters()).device) for k, v in _padded(rows, length).items()}
@@ -129,7 +131,7 @@ def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]
     from unlearner.objectives.sequence import simnpo
 
     _train_mode(model)
-    for i in range(0, len(forget), 2):  # forwards of a few rows, as the released recipe has them
+    for i in range(0, len(forget), 2):  # forwards of a few rows, as in the released recipe
         f = _plain_nll(model, forget[i : i + 2], flops.PLAIN_TRAIN)
         r = _plain_nll(model, retain[i : i + 2], flops.PLAIN_TRAIN)
         (simnpo(f, f.new_ones(len(f)), 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
@@ -137,9 +139,9 @@ def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]
 
 
 def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.objectives.sequence import simnpo
     from unlearner.tokens.packing import pack_attention, pack_rows
-    from unlearner.training.likelihood import answer_nll
 
     _train_mode(model)
     device = next(model.parameters()).device
@@ -217,8 +219,8 @@ def _our_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
             greedy(model.get_base_model(), part, (), 0)
 
 
-def quantise(model: Any) -> None:
-    """Puts the projections of a Llama with random weights into nf4, in place."""
+def quantise(model: Any, device: str = "cpu") -> None:
+    """Quantises the projections of a Llama on the CPU to nf4 in place, and moves it to `device`."""
     import bitsandbytes as bnb
     import torch
 
@@ -241,6 +243,7 @@ def quantise(model: Any) -> None:
                     quant_type="nf4",
                     compress_statistics=True,
                 )
-                setattr(block, name, four.to(linear.weight.device))
+                setattr(block, name, four.to(device))
                 if hasattr(four, "support_avx512bf16_for_cpu"):
                     four.support_avx512bf16_for_cpu = False  # see adapters.base.load
+    model.to(device)

@@ -1,7 +1,7 @@
 """FLOPs and bytes of the project's own code on shapes that need not fit this machine.
 
-Models are built on torch's meta device: every operation runs, nothing is computed or stored, and
-torch's counter sees each product. The plain way is counted beside ours on the same rows.
+Models are built on torch's meta device: every operation runs without data, and torch's counter
+sees each product. The standard implementation is counted on the same rows.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "small": (256, 688, 4, 8, 32000),
     "llama2-7b": (4096, 11008, 32, 32, 32000),
 }
-# What the plain way pads a row to: training, and teacher-forced evaluation.
+# Lengths to which the standard implementation pads: training, and teacher-forced evaluation.
 PLAIN_TRAIN, PLAIN_EVAL = 500, 200
 
 
 @dataclass(frozen=True)
 class Counted:
-    """FLOPs, and the bytes that are kept for backward, of some rows."""
+    """FLOPs of some rows, and the bytes saved for backward."""
 
     flops: int
     saved_bytes: int = 0
 
 
 def new_llama(shape: str, device: str = "meta", dtype: str = "bfloat16") -> Any:
-    """A Llama of the named shape with random (on meta: no) weights."""
+    """A Llama of the named shape with random (on meta: no) weights, built in this dtype."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     width, inner, layers, heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -51,12 +51,13 @@ def new_llama(shape: str, device: str = "meta", dtype: str = "bfloat16") -> Any:
         attn_implementation="sdpa",
         pad_token_id=0,
     )
+    # Not built in float32 and then cast: that takes twice the memory of a bf16 model.
     with torch.device(device):
-        return LlamaForCausalLM(config).to(getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def with_lora(model: Any, rank: int) -> Any:
-    """The model frozen, with a float32 LoRA of this rank on the seven projections."""
+    """The frozen model with a float32 LoRA of this rank on the seven projections."""
     from peft import LoraConfig, get_peft_model
 
     model.requires_grad_(False)
@@ -65,7 +66,7 @@ def with_lora(model: Any, rank: int) -> Any:
 
 
 def batch_on(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Tensor]:
-    """The batch with what the model reads on `device`; on meta, what is indexed by stays here."""
+    """The batch on `device`; for meta only the model's inputs, since indices must have values."""
     import torch
 
     if torch.device(device).type != "meta":
@@ -76,20 +77,20 @@ def batch_on(batch: dict[str, torch.Tensor], device: Any) -> dict[str, torch.Ten
 
 @contextmanager
 def _counting(model: Any) -> Iterator[Callable[[], Counted]]:
-    """Counts what happens inside; weights are not among the bytes kept."""
+    """Counts the operations inside; the bytes saved for backward exclude weights."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     weights = {_memory_of(parameter) for parameter in model.parameters()}
     saved: dict[int, int] = {}
-    kept: list[torch.Tensor] = []  # so that no memory is counted under the name of another
+    alive: list[torch.Tensor] = []  # so that no freed memory is reused and missed
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
-        # What two operations keep, or keep a view of, is there once.
+        # A tensor saved by two operations, or a view of it, exists once.
         where = _memory_of(tensor)
         if where not in weights and where not in saved:
             saved[where] = tensor.untyped_storage().nbytes()
-            kept.append(tensor)
+            alive.append(tensor)
         return tensor
 
     counter = FlopCounterMode(display=False)
@@ -99,17 +100,17 @@ def _counting(model: Any) -> Iterator[Callable[[], Counted]]:
 
 
 def _memory_of(tensor: torch.Tensor) -> int:
-    """What tells the memory of a tensor from that of others, on meta too."""
+    """Identity of a tensor's storage, also on meta."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def training_step(
     model: Any, rows: Sequence[Encoded], *, packed: bool, checkpointing: str = "off"
 ) -> Counted:
-    """Forward and backward of our way on `rows` (forget and retain alike): pack, chunked head."""
+    """Forward and backward of this project on `rows`, forget and retain: one pack, chunked head."""
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.tokens.packing import pack_attention, pack_rows
     from unlearner.tokens.prompts import pad_batch
-    from unlearner.training.likelihood import answer_nll
 
     device = next(model.parameters()).device
     batch = batch_on(pack_rows(rows) if packed else pad_batch(rows, 0), device)
@@ -122,7 +123,7 @@ def training_step(
 def plain_training_row(
     model: Any, checkpointing: str = "all", length: int = PLAIN_TRAIN
 ) -> Counted:
-    """Forward and backward of one row as the released code does it: padded, all logits."""
+    """Forward and backward of one row as in the released code: padded, all logits."""
     import torch
 
     device = next(model.parameters()).device
@@ -150,15 +151,15 @@ def scoring(model: Any, questions: Sequence[Sequence[Encoded]], tokens: int) -> 
     """Teacher-forced scores of questions as trees."""
     import torch
 
-    from evaluation.inference.prefix_sharing import build_tree, forward_pack, packs_of
+    from evaluation.inference.prefix_sharing import build_tree, forward_tree, packs_of
 
     _checkpoint(model, "off")
-    trees = [build_tree(texts) for texts in questions]
     flops = 0
     with torch.no_grad():
-        for indices in packs_of([len(tree.tokens) for tree in trees], tokens):
+        for indices in packs_of(questions, tokens):
+            tree = build_tree([text for i in indices for text in questions[i]])
             with _counting(model) as counted:
-                forward_pack(model, [trees[i] for i in indices])
+                forward_tree(model, tree)
                 flops += counted().flops
     return Counted(flops)
 

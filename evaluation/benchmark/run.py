@@ -1,8 +1,8 @@
-"""The plain way beside ours, in one run: FLOPs counted on any shape, time and memory measured here.
+"""A standard implementation beside this one: FLOPs on any shape, time and memory on this machine.
 
-The plain way is what the released code does: rows padded to 500 (training) and 200 (evaluation)
-tokens, forget and retain in forwards of their own, logits of every position, evaluation batches in
-the order of the data.
+The standard implementation ("plain") does what the released code does: rows padded to 500
+(training) and 200 (evaluation) tokens, separate forwards for forget and retain rows, logits of
+every position, evaluation batches in the order of the data.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 PAIRS = 8
 PLAIN_DECODE = 30
-# Every so many-th pack of trees is counted, the others follow by their size.
+# Size of a tokenizer that is trained where none is given.
+OWN_VOCABULARY = 4096
+# One in this many packs of trees is counted; the others follow by their size.
 SAMPLE = 8
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a forget05 job and of an evaluation, as tokens."""
+    """The rows of a forget05 request and of an evaluation, as tokens."""
 
     source: str
     forget: list[Encoded]
@@ -41,7 +43,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Line:
-    """One figure: the plain way's, ours, and how many times better ours is."""
+    """One figure of both implementations, and how many times better ours is."""
 
     name: str
     unit: str
@@ -62,24 +64,34 @@ class Line:
 
 
 def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
-    """TOFU's rows in the tokens of `tokenizer`, else the embedded world's in its own.
+    """TOFU's rows of `data` as tokens of `tokenizer`; without `data` the embedded world's.
+
+    The default tokenizer is a BPE trained on the rows themselves, so that nothing is downloaded.
 
     Raises:
-        UserError: only one of the two is given.
+        UserError: a tokenizer without data.
     """
     from evaluation.inference.scoring import encode_answers
-    from unlearner.request.rows import load_split
+    from unlearner.request.tofu import load_split
     from unlearner.tokens.prompts import encode_rows, prompt_format
 
-    if (data is None) != (tokenizer is None):
-        raise UserError(
-            "Real rows need both their folder and a tokenizer.", "Give --data and --tokenizer."
-        )
-    if data is None or tokenizer is None:
+    if data is None:
+        if tokenizer is not None:
+            raise UserError("A tokenizer is given, but no rows to encode.", "Add --data.")
         return _world_workload()
-    from adapters.base.load import load_tokenizer
+    source = "TOFU forget05"
+    if tokenizer is None:
+        from unlearner.baselines.tiny_llama import train_tokenizer
 
-    fmt = prompt_format(load_tokenizer(tokenizer))
+        names = ("forget05", "retain95")
+        rows = [row for name in names for row in load_split(name, data)]
+        texts = [f"{row.question} {row.answer}" for row in rows]
+        fmt = PromptFormat(train_tokenizer(texts, OWN_VOCABULARY), "llama2")
+        source += f", {OWN_VOCABULARY} tokens trained on it"
+    else:
+        from adapters.base.load import load_tokenizer
+
+        fmt = prompt_format(load_tokenizer(tokenizer))
     sets = [("forget05", 200), ("retain", 300), ("real_authors", 100), ("world_facts", 117)]
     asked = [row for name, n in sets for row in load_split(f"{name}_perturbed", data)[:n]]
 
@@ -88,7 +100,7 @@ def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
         return encode_rows(fmt, pairs, flops.PLAIN_TRAIN, split)
 
     questions = [list(row.texts) for row in encode_answers(fmt, asked)]
-    return Workload("TOFU forget05", train("forget05"), train("retain95"), questions)
+    return Workload(source, train("forget05"), train("retain95"), questions)
 
 
 def _world_workload() -> Workload:
@@ -111,16 +123,15 @@ def _world_workload() -> Workload:
 def count(
     work: Workload, shape: str, rank: int = 16, answers: Sequence[Answer] | None = None
 ) -> list[Line]:
-    """FLOPs of the whole job and evaluation on `shape`, by torch's counter on meta tensors.
+    """FLOPs of a whole request and evaluation on `shape`, by torch's counter on meta tensors.
 
-    Counted are a micro-batch of the plan and every eighth pack of trees; the rest of the plan
-    follows by its tokens.
+    One micro-batch and every eighth pack of trees are counted; the others follow by their tokens.
 
     Args:
         work: the rows.
         shape: one of `flops.SHAPES`.
         rank: of the LoRA.
-        answers: lengths of recorded answers; by default the true ones', none known beforehand.
+        answers: lengths of recorded answers; by default of the true ones, none known beforehand.
     """
     full = flops.new_llama(shape)
     plain_row = flops.plain_training_row(full)
@@ -147,7 +158,7 @@ def count(
 def _training(
     model: Any, work: Workload, plain_row: flops.Counted, shape: str, goal: float
 ) -> list[Line]:
-    """FLOPs of the job, and bytes kept for backward, without and with checkpointing."""
+    """FLOPs of a request, and bytes saved for backward, without and with checkpointing."""
     steps = plan_steps(len(work.forget), len(work.retain), 0, make_config().train)
     pairs = [pair for step in steps for pair in step]
     rows = [row for p in pairs for row in (work.forget[p.forget], work.retain[p.retain])]
@@ -159,7 +170,10 @@ def _training(
     layers = flops.SHAPES[shape][2]
     kept = [part.saved_bytes / here / layers / 1e3 for part in (whole, again)]
     plain_kept = plain_row.saved_bytes / flops.PLAIN_TRAIN / layers / 1e3
-    official = "official: full fine-tune, checkpointed"
+    official = (
+        "plain is the official full fine-tune, checkpointed; ours is LoRA without checkpointing: "
+        "the next line compares both with it"
+    )
     return [
         _line(
             "training FLOPs of one job", plain, whole.flops / here * tokens, 13.5 * goal, official
@@ -168,8 +182,8 @@ def _training(
             "the same with full checkpointing", plain, again.flops / here * tokens, 9.0 * goal
         ),
         Line(
-            "saved for backward, a token and layer", "kB", plain_kept, kept[1],
-            plain_kept / kept[1], note="both checkpointed; the plain way's holds its logits",
+            "saved for backward, per token and layer", "kB", plain_kept, kept[1],
+            plain_kept / kept[1], note="both checkpointed; plain includes its logits",
         ),
         Line(
             "the same, ours without checkpointing", "kB", None, kept[0], note="without autocast"
@@ -190,7 +204,7 @@ def _trees(model: Any, work: Workload) -> float:
     from evaluation.inference.prefix_sharing import TREE_TOKENS, build_tree, packs_of
 
     sizes = [len(build_tree(texts).tokens) for texts in work.questions]
-    packs = packs_of(sizes, TREE_TOKENS)
+    packs = packs_of(work.questions, TREE_TOKENS)
     counted = packs[::SAMPLE]
     seen = sum(sizes[i] for pack in counted for i in pack)
     total = sum(
@@ -200,9 +214,7 @@ def _trees(model: Any, work: Workload) -> float:
 
 
 class Answer(NamedTuple):
-    """Lengths in tokens: of the prompt, of the true answer, of what the model answers, and of how
-    much the two begin with alike.
-    """
+    """Lengths in tokens: prompt, true answer, the model's answer, and the start these two share."""
 
     prompt: int
     truth: int
@@ -211,13 +223,13 @@ class Answer(NamedTuple):
 
 
 def answer_lengths(work: Workload) -> list[Answer]:
-    """Answers as long as the true ones, of which nothing is known beforehand."""
+    """Answers as long as the true ones, with no token known from scoring."""
     first = [texts[0] for texts in work.questions]
     return [Answer(t.n_prompt, t.n_targets, t.n_targets, 0) for t in first]
 
 
 def recorded_answers(log: EvalLog, tokenizer: str) -> list[Answer]:
-    """Lengths of the answers that a recorded model gave, and how far each is the true one.
+    """Lengths of a recorded model's answers, and how much of each is the true one.
 
     Raises:
         UserError: no row of the log holds question, answer and a generated text.
@@ -247,11 +259,11 @@ def _answer_of(text: Encoded) -> list[int]:
 
 
 def decode_flops(answers: Sequence[Answer], per_token: float) -> tuple[float, float]:
-    """FLOPs of generation: in the data's order by 30, and ours.
+    """FLOPs of generation: plain (batches of 30 in the order of the data), and ours.
 
-    The plain way's batch runs until its longest answer ends; in both, prompts are padded to the
-    longest of the batch. Ours starts behind what scoring has shown to agree with the true answer,
-    skips answers that agree to their end, sorts by prompt and lets rows that ended leave.
+    A plain batch runs until its longest answer ends; in both, prompts are padded to the longest of
+    the batch. Ours starts after the tokens that scoring has shown to agree with the true answer,
+    skips answers that agree to their end, sorts by prompt and drops rows that ended.
     """
 
     def slots(order: Sequence[tuple[int, int]], size: int) -> int:
@@ -266,7 +278,7 @@ def decode_flops(answers: Sequence[Answer], per_token: float) -> tuple[float, fl
 
 
 def _our_slots(batch: Sequence[Answer]) -> int:
-    """Token slots of one of our batches: its prompts, then every step for the rows still held."""
+    """Token slots of one of our batches: its prompts, then every step of the rows left."""
     total = len(batch) * max(a.prompt + a.agreed for a in batch)
     lengths = [a.made - a.agreed for a in batch]
     held = len(batch)

@@ -1,16 +1,21 @@
-"""What `reproduce` runs: the published 7B recipe, and a small stand-in for a CPU."""
+"""What `reproduce` runs (the published recipes, and small models for a CPU), and its gate."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evaluation.metrics.forget_quality import ALPHA
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
-from unlearner.memory import estimate as memory
+from unlearner.memory import plan as memory
 
 if TYPE_CHECKING:
     from unlearner.tokens.prompts import Template
 
+# Two trainings with one recipe differ by about this much in model utility (two public retrained
+# models: .6137 and .6203).
+UTILITY_BAND = 0.02
 # Model cards of OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat and -forget10- (arXiv 2410.07163),
 # Llama-2-7b-chat: forget quality, utility.
 PUBLISHED_FORGET05 = {
@@ -53,14 +58,14 @@ class SmallModels:
     Attributes:
         shape: of the Llama.
         recipe: of its training.
-        retain_authors: the first so many authors are learned by heart; the evaluated ones are the
-            first twenty.
-        paraphrased_authors: so many more, of those whose paraphrases the split does not evaluate
-            (the forget10 authors it keeps), are learned with paraphrased questions and answers. The
-            other retain authors are read once, as background.
-        held_out: of every so many paraphrased questions one is kept from training, to measure
-            whether what was learned carries over.
-        facts: how many times an epoch holds real authors and world facts: these models have no
+        retain_authors: how many authors are learned by heart, from the first; the first twenty are
+            evaluated.
+        paraphrased_authors: how many more are learned with paraphrased questions and answers; these
+            are forget10 authors that the split keeps and whose paraphrases it does not evaluate.
+            The other retain authors are read once, as background.
+        held_out: one in this many paraphrased questions is not trained on, to measure
+            generalisation.
+        facts: how many times an epoch contains real authors and world facts. These models have no
             other pretraining, so those parts of model utility measure what is kept.
     """
 
@@ -73,21 +78,6 @@ class SmallModels:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """PFLOP as `unlearner bench --shape llama2-7b --count-only` counts them on real TOFU rows.
-
-    Attributes:
-        training, checkpointed: one forget05 request, 62 steps of 32 pairs, without and with full
-            activation checkpointing; another split costs in proportion to its rows.
-        evaluation: the four sets, scored and answered.
-    """
-
-    training: float
-    checkpointed: float
-    evaluation: float
-
-
-@dataclass(frozen=True)
 class Preset:
     """One way to run the comparison.
 
@@ -96,20 +86,21 @@ class Preset:
         retrain: the same without the forget split, by retain split.
         small: how to train both, None where they are given.
         methods: settings over the objective's published defaults, by objective.
-        split_methods: further settings of a split, by split and objective.
-        known_retain: keep only retain rows whose answer Origin gives a probability above this: a
-            small Origin has learned a part of TOFU, and the rest cannot be retained. The others
-            are where alternate answers come from: they are about people it does not know. None:
-            all rows are both.
-        facts_retain: real authors and world facts stay too. They are training rows of a small
-            Origin, which has no other pretraining.
+        split_methods: more settings, by split and objective.
+        known_retain: keep only retain rows whose answer has a probability above this under Origin:
+            a small Origin has learned a part of TOFU, and the rest cannot be retained. Alternate
+            answers come from the other rows, which are about people it does not know. None: all
+            rows serve both ends.
+        facts_retain: also retain real authors and world facts, on which a small Origin was trained
+            because it has no other pretraining.
         template: prompt format of the models.
         shape: sizes of the model for the memory estimate, None where it is small.
-        cost: counted PFLOP of one request and one evaluation, for the time estimate.
-        retain_log: where the public log of a retrained model lies.
-        published: rows to stand beside, by split.
+        reference_log: where the public log of a retrained model is, with `{retain}` for the name of
+            the retain split.
+        published: published figures by split.
+        published_protocol: the protocol of these figures.
         reasons: why these settings, for the plan.
-        full: further settings where all weights are trained instead of an adapter.
+        full: more settings for training all weights instead of an adapter.
         full_reasons: why these.
     """
 
@@ -123,10 +114,10 @@ class Preset:
     load_in_4bit: bool = False
     split_methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     template: Template = "auto"
-    shape: dict[str, int] | None = None
-    cost: Cost | None = None
-    retain_log: str = ""
+    shape: memory.ModelShape | None = None
+    reference_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    published_protocol: str = ""
     reasons: tuple[str, ...] = ()
     # Published full fine-tunes of 7B models: arXiv 2401.06121, 2410.07163.
     full: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 1e-5})
@@ -136,14 +127,14 @@ class Preset:
     )
 
     def settings(self, method: str, split: str, full: bool = False) -> dict[str, Any]:
-        """Settings of a method; those under "*" hold for all, those of the split go before."""
+        """Settings of a method: those under "*", then its own, then those of the split."""
         here = self.split_methods.get(split, {})
-        found = {
+        settings = {
             **self.methods.get("*", {}),
             **self.methods.get(method, {}),
             **here.get(method, {}),
         }
-        return {**found, **self.full} if full else found
+        return {**settings, **self.full} if full else settings
 
 
 MINI = Preset(
@@ -242,10 +233,10 @@ LLAMA2_7B = Preset(
     split_methods={"forget10": {"simnpo": {"beta": 4.5, "retain_weight": 0.125}}},
     load_in_4bit=True,
     shape=memory.LLAMA2_7B,
-    cost=Cost(training=7.38, checkpointed=11.01, evaluation=2.42),
-    retain_log="TOFU/data/retain95_llama_wd0.01/eval_results/ds_size300/"
+    reference_log="TOFU/data/{retain}_llama_wd0.01/eval_results/ds_size300/"
     "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
     published={"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10},
+    published_protocol="simnpo",
     reasons=(
         "beta, gamma and lambda are the model card's of the split, lambda on the retain term;",
         *LORA_REASONS,
@@ -254,8 +245,8 @@ LLAMA2_7B = Preset(
 )
 
 
-def _llama32(size: str, shape: dict[str, int], scale: float, published: Any) -> Preset:
-    """A preset on open-unlearning's Llama-3.2 models; `scale` is its cost beside Llama-2-7b's."""
+def _llama32(size: str, shape: memory.ModelShape, published: Any) -> Preset:
+    """A preset on open-unlearning's Llama-3.2 models."""
     stem = f"open-unlearning/tofu_Llama-3.2-{size}-Instruct"
     splits = {"forget01": "99", "forget05": "95", "forget10": "90"}
     return Preset(
@@ -266,10 +257,10 @@ def _llama32(size: str, shape: dict[str, int], scale: float, published: Any) -> 
         methods={"*": LORA_RECIPE},
         template="open-unlearning",
         shape=shape,
-        cost=Cost(7.38 * scale, 11.01 * scale, 2.42 * scale),
-        retain_log=f"saves/eval/tofu_Llama-3.2-{size}-Instruct_retain95/TOFU_EVAL.json of the data "
-        "set open-unlearning/eval",
+        reference_log=f"saves/eval/tofu_Llama-3.2-{size}-Instruct_{{retain}}/TOFU_EVAL.json of the "
+        "data set open-unlearning/eval",
         published=published,
+        published_protocol="open-unlearning",
         reasons=(
             "beta, gamma and lambda are Llama-2's model card's: none is published for this model;",
             *LORA_REASONS,
@@ -278,8 +269,61 @@ def _llama32(size: str, shape: dict[str, int], scale: float, published: Any) -> 
     )
 
 
-# Matrix weights (projections and head) beside Llama-2-7b's 6.61 billion: what FLOPs go with.
-LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, 0.187, PUBLISHED_LLAMA32_1B)
-LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, 0.486, {})
+LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, PUBLISHED_LLAMA32_1B)
+LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, {})
 
 PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)}
+
+
+class Check(NamedTuple):
+    """One figure of one system beside the published one; `text` says it in a sentence."""
+
+    name: str
+    figure: str
+    measured: float | None
+    published: float
+    holds: bool
+    text: str
+
+
+def published_rows(preset: Preset, split: str) -> list[dict[str, Any]]:
+    """The published figures of a split, one row per system; empty where nothing is published."""
+    return [
+        {"name": name, "forget_quality": quality, "model_utility": utility}
+        for name, (quality, utility) in preset.published.get(split, {}).items()
+    ]
+
+
+def against_published(
+    table: Sequence[Mapping[str, Any]], preset: Preset, split: str
+) -> list[Check]:
+    """Every published figure beside the measured one, for the systems that were measured.
+
+    Only figures of one protocol can be compared: rows of any other than the preset's
+    `published_protocol` are left out. Model utility must lie within `UTILITY_BAND`. Forget quality
+    is a p-value, whose size means little between two models that both pass: it must fall on the
+    same side of 0.05.
+    """
+    checks = []
+    rows = {row["name"]: row for row in table if row["protocol"] == preset.published_protocol}
+    for name, (quality, utility) in preset.published.get(split, {}).items():
+        if name not in rows:
+            continue
+        for figure, wanted in (("forget_quality", quality), ("model_utility", utility)):
+            checks.append(_check(name, figure, rows[name].get(figure), wanted))
+    return checks
+
+
+def _check(name: str, figure: str, measured: float | None, wanted: float) -> Check:
+    if measured is None:
+        text = f"{name}: {figure} was not measured, published is {wanted:.3g}"
+        return Check(name, figure, None, wanted, False, text)
+    if figure == "model_utility":
+        holds = abs(measured - wanted) <= UTILITY_BAND
+        rule = f"within {UTILITY_BAND} of"
+    else:
+        holds = (measured > ALPHA) == (wanted > ALPHA)
+        rule = f"on the same side of {ALPHA} as"
+    word = "is" if holds else "is NOT"
+    text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
+    return Check(name, figure, measured, wanted, holds, text)

@@ -1,4 +1,4 @@
-"""Jobs side by side, each in a process of its own with one thread, reporting to one place."""
+"""Jobs side by side, each in a process of its own with one thread."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import logging
 import multiprocessing
 import os
 import queue
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
 
-if TYPE_CHECKING:
-    from multiprocessing.process import BaseProcess
-
 Report = Callable[[dict[str, Any]], None]
+# How often progress is passed on, in seconds.
+TICK = 0.1
+# Where a job's process puts its progress; set when the process starts.
+_inbox: Any = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """`work(report=..., **arguments)`: a module-level function and what it is given."""
+    """`work(report=..., **arguments)`: a module-level function and its arguments."""
 
     name: str
     work: Callable[..., Any]
@@ -30,90 +33,81 @@ class Job:
 
 
 def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
-    """The result of every job by name; all run at once, one torch thread each.
+    """The result of every job by name; all run at once, with one torch thread each.
 
-    Progress of a job arrives at `report` with its `job` name added.
+    Progress of a job arrives at `report` with its `job` name added. When a job fails the others are
+    ended.
 
     Raises:
         UserError: as raised in a job.
-        RuntimeError: with the job's traceback, for anything else, or when a job dies.
+        RuntimeError: a job raised anything else (the cause has its traceback), or its process died.
     """
     context = multiprocessing.get_context("spawn")
     inbox: Any = context.Queue()
-    with _one_thread_each():
-        running = {
-            job.name: context.Process(target=_run, args=(job, inbox), daemon=True) for job in jobs
-        }
-        for process in running.values():
-            process.start()
-    results: dict[str, Any] = {}
+    others = set(multiprocessing.active_children())
+
+    def pass_on() -> None:
+        while True:
+            try:
+                name, event = inbox.get(timeout=TICK)
+            except queue.Empty:
+                return
+            report({**event, "job": name})
+
+    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox,))
     try:
-        while len(results) < len(jobs):
-            _receive(inbox, running, results, report)
+        with _one_thread_each():
+            futures = {job.name: pool.submit(_run, job) for job in jobs}
+        left = set(futures.values())
+        while left and not any(f.done() and f.exception() for f in futures.values()):
+            pass_on()
+            left = wait(left, timeout=0, return_when=FIRST_EXCEPTION).not_done
+        pass_on()
+        failed = [name for name, f in futures.items() if f.done() and f.exception()]
+        if failed:
+            error = futures[failed[0]].exception()
+            if isinstance(error, UserError):
+                raise error
+            if isinstance(error, BrokenProcessPool):
+                names = ", ".join(futures)
+                raise RuntimeError(f"a process of {names} ended without a result") from error
+            raise RuntimeError(f"{failed[0]} failed: {error!r}") from error
+        return {name: f.result() for name, f in futures.items()}
     finally:
-        for process in running.values():
-            process.join(5 if len(results) == len(jobs) else 0)
-            if process.is_alive():
-                process.terminate()
-                process.join()
-    return results
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # what still runs here runs for nothing
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _receive(
-    inbox: Any, running: Mapping[str, BaseProcess], results: dict[str, Any], report: Report
-) -> None:
-    try:
-        kind, name, value = inbox.get(timeout=1.0)
-    except queue.Empty:
-        dead = [n for n, p in running.items() if p.exitcode is not None and n not in results]
-        # What a finished job said last may still be on its way.
-        if dead and inbox.empty():
-            code = running[dead[0]].exitcode
-            raise RuntimeError(f"{dead[0]} ended without a result (exit code {code})") from None
-        return
-    if kind == "progress":
-        report({**value, "job": name})
-    elif kind == "result":
-        results[name] = value
-    elif isinstance(value, UserError):
-        raise value
-    else:
-        raise RuntimeError(f"{name} failed:\n{value}")
-
-
-def _run(job: Job, inbox: Any) -> None:
+def _start(inbox: Any) -> None:
+    global _inbox
     import torch
     from transformers.utils import logging as transformers_logging
 
+    _inbox = inbox
+    # Ctrl-C reaches the whole process group: the parent ends its jobs itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    # Bars and notices of libraries would run across the one progress line of the parent.
+    # Libraries' bars and notices would overwrite the parent's progress line.
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        result = job.work(
-            report=lambda event: inbox.put(("progress", job.name, event)), **job.arguments
-        )
-        inbox.put(("result", job.name, result))
-    except KeyboardInterrupt:
-        # Ctrl-C reaches the whole process group: the parent says what there is to say.
-        return
-    except UserError as error:
-        inbox.put(("error", job.name, error))
-    except Exception:
-        inbox.put(("error", job.name, traceback.format_exc()))
+
+
+def _run(job: Job) -> Any:
+    return job.work(report=lambda event: _inbox.put((job.name, event)), **job.arguments)
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Inside: new processes start with one thread for OpenMP, MKL and tokenizers."""
-    wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name, None)
+                del os.environ[name]
             else:
                 os.environ[name] = value

@@ -1,6 +1,6 @@
-"""Origin, Retrain and unlearned models on real TOFU in one table, beside the published rows.
+"""Origin, Retrain and unlearned models on real TOFU in one table, beside the published figures.
 
-Every stage leaves its files in `out`: the same command goes on where it was stopped.
+Every stage writes its files under `out`, so the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -8,21 +8,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.base.load import BaseSpec, resolve_base
+from adapters.base.load import BaseSpec
 from adapters.errors import UserError
-from evaluation.experiments.known import write_rows
-from evaluation.experiments.presets import PRESETS, Preset, SmallModels
+from evaluation.cache import Cache, key_of
+from evaluation.experiments.presets import (
+    PRESETS,
+    Preset,
+    SmallModels,
+    against_published,
+    published_rows,
+)
 from evaluation.experiments.processes import Job, side_by_side
-from evaluation.experiments.published import against_published, published_rows, time_estimates
-from evaluation.experiments.small_rows import small_rows
+from evaluation.experiments.small_rows import known_rows, small_rows, write_rows
 from evaluation.experiments.systems import (
     Measured,
     Report,
-    digest,
+    base_inputs,
     forget_and_measure,
     full_and_measure,
     in_order,
@@ -34,22 +39,17 @@ from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from unlearner.baselines.full import LARGEST, refuse_large, too_large
 from unlearner.config import UnlearnConfig, make_config
-from unlearner.request.rows import (
-    FORGET_SPLITS,
-    Request,
-    Row,
-    load_refusals,
-    load_split,
-)
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_refusals, load_split
 
-# The rows that a request of the comparison keeps, and those whose answers are its alternates: for
+# The retain rows of the comparison's request, and those that its alternate answers come from, for
 # `unlearner forget --retain ... --alternates-from ...`.
 RETAIN_FILE, ALTERNATES_FILE = "retain.jsonl", "alternates.jsonl"
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What the user asked for; the preset fills in what is not given.
+    """One comparison; the preset fills in what is not given.
 
     Attributes:
         split: forget01, forget05 or forget10.
@@ -57,14 +57,14 @@ class Reproduction:
         out: folder for models, stores and logs.
         data: folder of TOFU's JSON lines, else the hub.
         origin, retrain: models to take instead of the preset's.
-        retain_log: log of a retrained model, in place of `retrain`.
+        reference_log: log of a retrained model, in place of `retrain`.
         methods: objectives to compare.
         base: how models are loaded; its name is ignored.
         load_in_4bit: None takes the preset's.
         protocols: of the evaluation; one pass over each model serves all of them.
-        limit: only the first so many rows of each set.
-        full: train all weights instead of an adapter, for comparison; then never in 4 bit.
-        any_size: also where they are more than `unlearner.baselines.full.LARGEST`.
+        limit: at most this many rows of each set.
+        full: train all weights instead of an adapter, for comparison; never in 4 bit.
+        any_size: also for models with more weights than `unlearner.baselines.full.LARGEST`.
     """
 
     split: str
@@ -73,7 +73,7 @@ class Reproduction:
     data: Path | None = None
     origin: str | None = None
     retrain: str | None = None
-    retain_log: Path | None = None
+    reference_log: Path | None = None
     methods: tuple[str, ...] = ("npo", "simnpo")
     base: BaseSpec = field(default_factory=lambda: BaseSpec(""))
     load_in_4bit: bool | None = None
@@ -99,16 +99,16 @@ class Reproduction:
 
 
 def plan(run: Reproduction) -> dict[str, Any]:
-    """What `reproduce` would do, for `--dry-run`; loads nothing and asks no hub."""
+    """What `reproduce` would do, for `--dry-run`; loads no model and asks no hub."""
     preset = run.chosen
     own = "trained on the spot"
-    reference = run.retain_log or run.retrain or preset.retrain.get(run.split) or own
+    reference = run.reference_log or run.retrain or preset.retrain.get(run.split) or own
     return {
         "target": f"tofu-{run.split}",
         "preset": preset.name,
         "origin": run.origin or preset.origin or own,
         "retrain": str(reference),
-        "public_retain_log": preset.retain_log or None,
+        "public_retain_log": preset.reference_log.format(retain=FORGET_SPLITS[run.split]) or None,
         "data": str(run.data) if run.data else "locuslab/TOFU",
         "protocol": ", ".join(run.protocols),
         "load_in_4bit": run.spec("").load_in_4bit,
@@ -122,20 +122,17 @@ def plan(run: Reproduction) -> dict[str, Any]:
         "reasons": list(preset.full_reasons if run.full else preset.reasons),
         "template": preset.template,
         "published": published_rows(preset, run.split),
+        "published_protocol": preset.published_protocol or None,
         "memory": _memory(run),
-        # What was counted is an adapter's training.
-        "time": []
-        if run.full
-        else time_estimates(preset, run.split, len(run.methods), len(run.methods) + 2),
         "out": str(run.out),
     }
 
 
 def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
-    """The measured `table`, one row a system, and the published rows beside it.
+    """The measured `table`, one row per system and protocol, and the published figures.
 
     Raises:
-        UserError: neither models nor a way to make them; rows of a log that do not match.
+        UserError: there are neither models nor a way to train them; a log of other rows.
     """
     started = time.monotonic()
     run.out.mkdir(parents=True, exist_ok=True)
@@ -161,13 +158,8 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         "origin": origin,
         "table": in_order(table),
         "published": published_rows(run.chosen, run.split),
-        "checks": [
-            check._asdict()
-            for check in against_published(
-                [row for row in table if row["protocol"] == run.protocols[0]],
-                run.chosen.published.get(run.split, {}),
-            )
-        ],
+        "published_protocol": run.chosen.published_protocol or None,
+        "checks": [check._asdict() for check in against_published(table, run.chosen, run.split)],
         "models" if run.full else "stores": {name: str(path) for name, path in kept.items()},
         "retain_rows": len(request.retain),
         "full": run.full,
@@ -183,11 +175,11 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
 def _measure_pair(
     run: Reproduction, origin: str, retrain: str | None, what: Measured, report: Report
 ) -> dict[str, Path]:
-    """Logs of Origin and Retrain, where no log stands for the latter already."""
+    """Logs of Origin and Retrain; the latter is not measured where its log is given."""
     logs = {"origin": run.out / "logs" / "origin.json"}
     measured = [("origin", run.spec(origin))]
     if retrain is None:
-        logs["retrain"] = Path(str(run.retain_log))
+        logs["retrain"] = Path(str(run.reference_log))
     else:
         # The reference is scored as it was published, not through 4-bit weights.
         logs["retrain"] = run.out / "logs" / "retrain.json"
@@ -202,16 +194,23 @@ def _unlearned(
     run: Reproduction, method: str, request: Request, origin: str, what: Measured, report: Report
 ) -> tuple[Path, Path]:
     """Store (or full model) and log of the request unlearned with one method."""
-    config = run.config(method)
-    way = ["full"] if run.full else []
-    work = run.out / f"{method}-{digest(config.to_json(), asdict(run.spec(origin)), *way)}"
+    config, refusals = run.config(method), load_refusals(run.data)
+    key = key_of(
+        request=request,
+        base=base_inputs(run.spec(origin)),
+        config=config,
+        refusals=refusals,
+        template=what.template,
+        full=run.full,
+    )
+    work = run.out / f"{method}-{key[:12]}"
     given: dict[str, Any] = {
         "requests": [request],
         "base": run.spec(origin),
         "config": config,
         "what": what,
         "log": work / "log.json",
-        "refusals": load_refusals(run.data),
+        "refusals": refusals,
     }
     job = _named(report, method)
     if run.full:
@@ -223,7 +222,7 @@ def _unlearned(
 
 
 def _refuse_large(run: Reproduction) -> None:
-    """Returns where all weights of Origin may be trained; downloads no Origin of a preset."""
+    """Refuses an Origin that is too large to train whole; downloads none to find out."""
     if run.origin is not None:
         refuse_large(run.spec(run.origin))
     elif run.chosen.shape is not None:  # of a billion weights and more
@@ -231,7 +230,7 @@ def _refuse_large(run: Reproduction) -> None:
 
 
 def _settings(run: Reproduction) -> dict[str, Any]:
-    """Settings by method; without an adapter's shape where all weights are trained."""
+    """Settings by method, without those of an adapter where all weights are trained."""
     made = {method: run.config(method).to_json() for method in run.methods}
     for config in made.values() if run.full else ():
         del config["lora"]
@@ -243,34 +242,31 @@ def _named(report: Report, name: str) -> Report:
 
 
 def _memory(run: Reproduction) -> dict[str, Any] | None:
-    """Estimate for the preset's shape; None where the models are small or trained whole."""
-    from unlearner.memory import estimate as memory
+    """Estimate for the preset's shape; None for small models and for full training."""
+    from unlearner.memory import plan as memory
 
     shape = run.chosen.shape
-    if shape is None or run.full:  # the plan is of an adapter's training
+    if shape is None or run.full:
         return None
     config = run.config(run.methods[0] if run.methods else "simnpo")
-    return memory.estimate(
-        shape,
-        config,
-        [memory.LONGEST_TOFU_ROW],
-        memory.Holding(run.spec("").load_in_4bit, 2, True),
-    ).to_json()
+    precision = memory.BasePrecision(run.spec("").load_in_4bit, 2, True)
+    plan = memory.MemoryPlan(shape, config, precision, [memory.LONGEST_TOFU_ROW], 1)
+    return plan.estimate().to_json()
 
 
 def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
-    """Names of Origin and Retrain; Retrain is None where a log stands for it."""
+    """Names of Origin and Retrain; the latter is None where its log is given."""
     preset = run.chosen
     origin = run.origin or preset.origin
-    retrain = None if run.retain_log else run.retrain or preset.retrain.get(run.split)
+    retrain = None if run.reference_log else run.retrain or preset.retrain.get(run.split)
     if preset.small is None:
-        if origin is None or (retrain is None and run.retain_log is None):
+        if origin is None or (retrain is None and run.reference_log is None):
             raise UserError(
                 f"The preset {preset.name} has no models for {run.split}.",
                 "Give --origin, and --retrain or --reference-log.",
             )
         return origin, retrain
-    if run.origin and not (run.retrain or run.retain_log):
+    if run.origin and not (run.retrain or run.reference_log):
         raise UserError(
             "An Origin is given, but nothing to compare it with.",
             "Add --retrain, or --reference-log with the log of a retrained model.",
@@ -278,7 +274,7 @@ def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
     made = _train_pair(run, preset.small, report) if run.origin is None else {}
     return (
         origin or made["origin"],
-        retrain or (None if run.retain_log else made["retrain"]),
+        retrain or (None if run.reference_log else made["retrain"]),
     )
 
 
@@ -286,11 +282,12 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
     from unlearner.baselines.tiny_llama import train_tokenizer
 
     learned, background, forget = small_rows(run.data, run.split, small)
-    folder = run.out / f"models-{digest(asdict(small), run.split)}"
+    rows = load_split("full", run.data)
+    texts = [text for row in rows for text in (row.question, row.answer)]
+    key = key_of(small=small, texts=texts, rows=[learned, background, forget])
+    folder = run.out / f"models-{key[:12]}"
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
-        rows = load_split("full", run.data)
-        texts = [text for row in rows for text in (row.question, row.answer)]
         partial = folder / ".tokenizer"
         train_tokenizer(texts, small.shape.vocab_size).save_pretrained(partial)
         partial.rename(tokenizer)
@@ -316,7 +313,7 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
 
 
 def _request(run: Reproduction, origin: str, report: Report) -> Request:
-    """The split as a forget request, with the retain rows that the preset keeps."""
+    """The split as a forget request with the preset's retain rows."""
     rows = load_split(run.split, run.data)
     kept = load_split(FORGET_SPLITS[run.split], run.data)
     others: list[Row] = []
@@ -333,15 +330,12 @@ def _request(run: Reproduction, origin: str, report: Report) -> Request:
 
 def _known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The rows that Origin knows well enough for the preset, and those that it does not."""
-    from evaluation.experiments.known import known_rows
-
-    folder = resolve_base(origin, run.base.revision)
-    above = run.chosen.known_retain
-    cache = run.out / f"known-{digest(str(folder), run.split, above)}.json"
-    if above is not None and not cache.is_file():
-        known = known_rows(run.spec(origin), rows, above, run.chosen.template)
-        write_json(cache, {"schema": 1, "known": known})
-    known = json.loads(cache.read_text(encoding="utf-8"))["known"]
+    spec, preset = run.spec(origin), run.chosen
+    above = preset.known_retain or 0.0
+    cache = Cache(run.out, key_of(base=base_inputs(spec), template=preset.template))
+    known: list[int] = cache.entry("known", rows=rows, above=above).result(
+        lambda: known_rows(spec, rows, above, preset.template)
+    )
     if not known:
         raise UserError(
             f"{origin} knows none of the retain rows.", "Give an Origin that was trained on TOFU."

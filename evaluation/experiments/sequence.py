@@ -1,42 +1,195 @@
 """Requests that arrive one after another, under each policy for where a new adapter is trained.
 
-independent: every adapter on the bare base, all of them active together. on-stack: every adapter on
-top of those before it, whose rows are guarded. consolidated: after each arrival one adapter
-retrained on the rows of all requests so far, which takes the place of the last one.
+on-stack: each adapter is trained on top of the earlier ones, whose rows are guarded.
+consolidated: after each arrival one adapter is trained on the rows of all requests so far; it
+supersedes the one before.
+(Adapters trained alone and activated together do not add up: docs/sequences.md.)
 
-After each arrival every author of the split is measured; then one request is reverted and what
-that leaves is made good. Everything happens in a store of the policy's own, by the store's own
-operations. Every stage leaves a file, so a sequence that was stopped goes on where it was.
+After each arrival every author of the split is evaluated; then one request can be reverted, and
+what that leaves stale is trained again. Each policy works in a store of its own, by the store's own
+operations. What a stage trained is cached with all its inputs; figures are always computed from
+the logs, so another reference log or more measured rows train nothing again.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from adapters.base.load import BaseSpec
 from adapters.errors import UserError
-from evaluation.experiments.sequence_figures import figures, interference, quality_of, step_between
-from evaluation.experiments.sequence_plan import Plan, check_plan
-from evaluation.experiments.systems import Measured, digest, measure
+from evaluation.cache import Cache, key_of
+from evaluation.experiments.systems import Measured, Report, base_inputs, measure
 from evaluation.logs import read_log
-from evaluation.logs.records import write_json
+from evaluation.logs.matching import match_rows
+from evaluation.logs.records import RowRecord, write_json
+from evaluation.metrics.bootstrap import Floats
+from evaluation.metrics.forget_quality import forget_quality
+from evaluation.metrics.summary import set_values
+from evaluation.metrics.utility import model_utility
+from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
 from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
+    from unlearner.tokens.prompts import Template
 
-Report = Callable[[dict[str, Any]], None]
+POLICIES = ("on-stack", "consolidated")
 KIND = "unlearner-sequence"
 SCHEMA = 1
+Span = tuple[int, int]
+KEPT_SETS = ("retain", "real_authors", "world_facts")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One author of the split: the request to forget it, and the rows it is measured on."""
+
+    name: str
+    request: Request
+    measured: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole sequence.
+
+    Attributes:
+        split: the forget split that the authors are of.
+        data: folder of TOFU's files, else the hub.
+        base: on which all adapters are trained and measured.
+        config: of every request's training.
+        authors: all of the split, in order; the first `count` are requested one by one.
+        count: how many requests arrive.
+        utility: rows that must be kept, by set.
+        reference_log: of a model that never saw the split; forget quality needs it.
+        protocol: of the measurements.
+        refusals: for objectives that need them.
+        revert: number of the request that is reverted at the end, from 1; 0 for none.
+        template: prompt format.
+    """
+
+    split: str
+    data: Path | None
+    base: BaseSpec
+    config: UnlearnConfig
+    authors: tuple[Arrival, ...]
+    count: int
+    utility: EvalData
+    reference_log: Path | None = None
+    protocol: str = "tofu"
+    refusals: tuple[str, ...] = ()
+    revert: int = 0
+    template: Template = "auto"
+
+    @property
+    def requests(self) -> tuple[Arrival, ...]:
+        """Those that arrive."""
+        return self.authors[: self.count]
+
+    @property
+    def forget_rows(self) -> tuple[Row, ...]:
+        """The measured rows of all authors, in their order."""
+        return tuple(row for author in self.authors for row in author.measured)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and end of each author's rows in `forget_rows`."""
+        ends, total = [], 0
+        for author in self.authors:
+            ends.append((total, total + len(author.measured)))
+            total += len(author.measured)
+        return ends
+
+
+def split_authors(
+    split: str,
+    data: Path | None,
+    retain: Sequence[Row] | None = None,
+    limit: int | None = None,
+    others: Sequence[Row] = (),
+) -> tuple[Arrival, ...]:
+    """The authors whose rows make up a forget split, in its order.
+
+    Args:
+        split: forget01, forget05 or forget10.
+        data: folder of TOFU's files, else the hub.
+        retain: retain rows; by default the split's retain split, so that no author of the split
+            is trained on before it is requested.
+        limit: measure at most this many rows of each author.
+        others: rows whose answers are alternates; by default the retain rows.
+
+    Raises:
+        UserError: an unknown split, or rows of it that belong to no author.
+    """
+    if split not in FORGET_SPLITS:
+        raise UserError(f"'{split}' is no forget split.", f"Choose {', '.join(FORGET_SPLITS)}.")
+    kept = tuple(load_split(FORGET_SPLITS[split], data) if retain is None else retain)
+    perturbed = {_key(row): row for row in load_split(f"{split}_perturbed", data)}
+    left = {_key(row) for row in load_split(split, data)}
+    arrivals = []
+    for author in load_authors(data):
+        rows = tuple(row for row in author.rows if _key(row) in left)
+        if not rows:
+            continue
+        left -= {_key(row) for row in rows}
+        measured = tuple(perturbed[_key(row)] for row in rows if _key(row) in perturbed)[:limit]
+        request = Request(f"tofu:author={author.name}", "tofu-author", rows, kept, tuple(others))
+        arrivals.append(Arrival(author.name, request, measured))
+    if left:
+        raise UserError(
+            f"{len(left)} rows of {split} belong to no author of full.json.",
+            "Give --data a folder whose splits belong together.",
+        )
+    return tuple(arrivals)
+
+
+def _key(row: Row) -> str:
+    return "".join(row.question.split())
+
+
+def utility_rows(data: Path | None, limit: int | None = None) -> EvalData:
+    """Retain rows, real authors and world facts, at most `limit` of each; no forget rows."""
+    names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+    return EvalData((), *(load_split(name, data)[:limit] for name in names))
+
+
+def check_plan(plan: Plan, policies: Sequence[str]) -> None:
+    """Raises UserError for an unknown policy, a request number out of range or too many rows."""
+    unknown = [policy for policy in policies if policy not in POLICIES]
+    if unknown or not policies:
+        raise UserError(
+            f"{unknown[0] if unknown else 'none'!r} is no policy.",
+            f"Choose of {','.join(POLICIES)}.",
+        )
+    if not 1 <= plan.count <= len(plan.authors):
+        raise UserError(
+            f"{plan.count} requests cannot arrive: the split has {len(plan.authors)} authors.",
+            "Name fewer with --requests.",
+        )
+    if not 0 <= plan.revert <= plan.count:
+        raise UserError(
+            f"Request {plan.revert} cannot be reverted: {plan.count} arrive.",
+            "Give --revert one of their numbers, or 0 for none.",
+        )
+    most = protocol_named(plan.protocol).max_rows
+    if most is not None and len(plan.forget_rows) > most:
+        raise UserError(
+            f"Protocol {plan.protocol} looks at {most} forget rows and the split has "
+            f"{len(plan.forget_rows)}.",
+            "Use --protocol open-unlearning, or fewer rows of each author with --limit.",
+        )
 
 
 def run_sequence(
@@ -47,40 +200,38 @@ def run_sequence(
     Args:
         plan: what arrives, and how it is trained and measured.
         policies: of `POLICIES`.
-        out: folder of all stages; what stands there for the same plan is not done again.
+        out: folder of all stages; finished ones with the same inputs are not repeated.
         report: gets the events of training and measuring, with "job" for the policy.
 
     Raises:
-        UserError: an unknown policy, a request number that does not arrive, rows that the retrain
-            log does not have.
-        Interrupted: stopped on request; the same call goes on.
+        UserError: an unknown policy, a request number that does not arrive, rows that the
+            reference log does not have.
+        Interrupted: stopped on request; the same call continues.
     """
     check_plan(plan, policies)
-    tell = report or (lambda event: None)
-    retain = read_log(plan.retain_log) if plan.retain_log else None
-    quality_of(plan.forget_rows, retain)  # refuses a reference of other rows before any work
-    origin = _Line(plan, "origin", out, tell, retain).measure("origin", [], generate=True)
-    start = figures(origin, plan.spans(), frozenset(), retain, plan.protocol)
-    lines = [_Line(plan, policy, out, tell, retain, origin).run() for policy in policies]
+    report = report or (lambda event: None)
+    reference = read_log(plan.reference_log) if plan.reference_log else None
+    quality_of(plan.forget_rows, reference)  # refuses a reference of other rows before any work
+    origin = _Line(plan, "origin", out, report, reference).measure("origin", [], generate=True)
     result = {
         "kind": KIND,
         "schema": SCHEMA,
         "split": plan.split,
         "protocol": plan.protocol,
         "base": plan.base.name,
-        "retain_log": plan.retain_log is not None,
+        "retain_log": plan.reference_log is not None,
         "authors": [author.name for author in plan.authors],
         "requests": plan.count,
         "rows_measured": len(plan.forget_rows),
         "settings": plan.config.to_json(),
-        "origin": start,
-        "policies": lines,
+        "origin": figures(origin, plan.spans(), frozenset(), reference, plan.protocol),
+        "policies": [_Line(plan, name, out, report, reference).run(origin) for name in policies],
     }
-    told: dict[str, Any] = json.loads(write_json(out / "sequence.json", result).read_text("utf-8"))
-    return told
+    written: dict[str, Any] = json.loads(write_json(out / "sequence.json", result).read_text())
+    return written
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Line:
     """The sequence under one policy, in its own folder and store."""
 
@@ -88,84 +239,74 @@ class _Line:
     policy: str
     out: Path
     report: Report
-    retain: EvalLog | None
-    origin: EvalLog | None = None
-    folder: Path = field(init=False)
+    reference: EvalLog | None
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def key(self) -> str:
+        """Of all that decides what is trained; a revert at the end closes the store."""
         plan = self.plan
-        depends = [plan.base, plan.config.to_json(), plan.split, plan.protocol, plan.refusals]
-        depends += [[a.request.name, a.request.rows, a.measured] for a in plan.authors]
-        first = plan.authors[0].request
-        depends += [first.retain, first.others, plan.utility]
-        self.folder = self.out / f"{self.policy}-{digest(*depends)}"
+        return key_of(
+            base=base_inputs(plan.base),
+            config=plan.config,
+            requests=[author.request for author in plan.authors],
+            refusals=plan.refusals,
+            template=plan.template,
+            end=[plan.count, plan.revert] if plan.revert else None,
+        )
 
-    def run(self) -> dict[str, Any]:
-        """Every arrival, what each one did to each author, and the revert."""
-        assert self.origin is not None
-        self._refuse_other_history()
-        stages, logs = [], [self.origin]
+    @property
+    def folder(self) -> Path:
+        return self.out / f"{self.policy}-{self.key[:12]}"
+
+    @property
+    def stages(self) -> Cache:
+        """What the stages trained, and what the store said after each."""
+        return Cache(self.folder / "stages", self.key)
+
+    def run(self, origin: EvalLog) -> dict[str, Any]:
+        """Every arrival, how it changed each author's NLL, and the revert."""
+        arrivals, logs = [], [origin]
         for number in range(1, self.plan.count + 1):
-            stages.append(self.stage(f"arrival-{number:02d}", partial(self._arrive, number)))
-            logs.append(read_log(self.folder / stages[-1]["log"]))
+            name, requested = f"arrival-{number:02d}", frozenset(range(number))
+            stage = self.stages.entry(name).result(partial(self._arrive, number))
+            last = number == self.plan.count
+            arrivals.append(self._with_figures(name, stage, requested, generate=last))
+            logs.append(read_log(self._log_path(name)))
         spans = self.plan.spans()
-        told: dict[str, Any] = {
+        line: dict[str, Any] = {
             "policy": self.policy,
-            "arrivals": stages,
+            "arrivals": arrivals,
             "interference": [step_between(a, b, spans) for a, b in pairwise(logs)],
-            "alone": self._alone() if self.policy == "independent" else None,
-            "cost": _sum([stage["cost"] for stage in stages]),
+            "cost": _sum([stage["cost"] for stage in arrivals]),
         }
-        if self.plan.revert:
-            told["revert"] = self.stage(f"revert-{self.plan.revert:02d}", self._revert)
-            told["rebase"] = self.stage(f"rebase-{self.plan.revert:02d}", self._rebase)
-        return told
-
-    def _refuse_other_history(self) -> None:
-        """A store in which a request was reverted, or more arrived, is at another point."""
-        count, number = self.plan.count, self.plan.revert
-        done = {path.stem for path in self.folder.glob("*-[0-9][0-9].json")}
-        arrived = {f"arrival-{n:02d}" for n in range(1, count + 1)}
-        reverted = {name for name in done if name.startswith("revert-")}
-        later = {name for name in done if name.startswith("arrival-")} - arrived
-        if (reverted and (reverted != {f"revert-{number:02d}"} or arrived - done)) or (
-            later and number
-        ):
-            raise UserError(
-                f"In {self.folder} a sequence of other requests or another revert has run.",
-                "Ask for the same again, or name another --out.",
-            )
-
-    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `work` gives, from its file where it was done before."""
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_json(path, {"name": name, **work()})
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        if not self.plan.revert:
+            return line
+        others = frozenset(range(self.plan.count)) - {self.plan.revert - 1}
+        for kind, work in (("revert", self._revert), ("rebase", self._rebase)):
+            name = f"{kind}-{self.plan.revert:02d}"
+            stage = self.stages.entry(name).result(work)
+            line[kind] = self._with_figures(name, stage, others, generate=kind == "rebase")
+        return line
 
     def measure(self, name: str, slugs: Sequence[str], *, generate: bool = False) -> EvalLog:
         """The log of the base with these adapters active, on the rows of all authors and sets."""
-        return self._log(name, slugs, replace(self.plan.utility, forget=self.plan.forget_rows),
-                         generate)  # fmt: skip
-
-    def _log(self, name: str, slugs: Sequence[str], rows: EvalData, generate: bool) -> EvalLog:
-        path = self.folder / "logs" / f"{name}.json"
-        store = self._store() if slugs else None
-        weights = [store.get(slug).manifest.files for slug in slugs] if store else []
         measure(
             self._tell,
             base=self.plan.base,
-            what=Measured(self.plan.data, self.plan.split, (self.plan.protocol,)),
-            log=path,
+            what=Measured(
+                self.plan.data, self.plan.split, (self.plan.protocol,), None, self.plan.template
+            ),
+            log=self._log_path(name),
             store=self.folder / "store",
             adapters=slugs,
-            key=digest(weights),
-            rows=rows,
+            rows=replace(self.plan.utility, forget=self.plan.forget_rows),
             generate=generate,
-            stale=True,  # what the store calls stale is measured as it stands
+            allow_missing_parents=True,  # stale adapters are measured too
         )
-        return read_log(path)
+        return read_log(self._log_path(name))
+
+    def _log_path(self, name: str) -> Path:
+        return self.folder / "logs" / f"{name}.json"
 
     def _tell(self, event: dict[str, Any]) -> None:
         if event.get("event") != "note":
@@ -176,22 +317,24 @@ class _Line:
 
         return AdapterStore.open(self.folder / "store", create=True)
 
+    def _with_figures(
+        self, name: str, stage: dict[str, Any], requested: frozenset[int], *, generate: bool
+    ) -> dict[str, Any]:
+        log = self.measure(name, stage["active"], generate=generate)
+        values = figures(log, self.plan.spans(), requested, self.reference, self.plan.protocol)
+        return {"name": name, **stage, **values, "log": f"logs/{name}.json"}
+
     def _arrive(self, number: int) -> dict[str, Any]:
         self._tell({"event": "arrive", "text": f"request {number} of {self.plan.count}"})
-        before = [self.slug(f"request-{number - 1}")] if number > 1 else []
         if self.policy == "consolidated":
             request = self._joined(range(1, number + 1))
-            trained = self._train(f"request-{number}", request, on_stack=False, replaces=before)
+            last = [self._slug(f"request-{number - 1}")] if number > 1 else []
+            trained = self._train(f"request-{number}", request, on_stack=False, replaces=last)
         else:
-            earlier = range(1, number)
-            trained = self._train(
-                f"request-{number}",
-                self.plan.requests[number - 1].request,
-                on_stack=self.policy == "on-stack" and number > 1,
-                guard=self._rows(earlier) if self.policy == "on-stack" else (),
-            )
-        asked = frozenset(range(number))
-        return trained | self._state(f"arrival-{number:02d}", asked, number == self.plan.count)
+            request = self.plan.requests[number - 1].request
+            guard = self._rows(range(1, number))
+            trained = self._train(f"request-{number}", request, on_stack=number > 1, guard=guard)
+        return trained | self._state()
 
     def _train(
         self,
@@ -202,39 +345,44 @@ class _Line:
         guard: Sequence[Row] = (),
         replaces: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The active adapter of a request, trained unless it stands in the store, and its cost."""
-        from unlearner.run import unlearn
+        """The active adapter of a request and its cost, trained unless the store holds it."""
+        from unlearner.run import RunOptions, unlearn
 
-        store, kept = self._store(), self.folder / f"trained-{label}.json"
-        if not [one for one in store.list() if one.manifest.label == label]:
+        store = self._store()
+        adapter = next((each for each in store.list() if each.manifest.label == label), None)
+        seconds = self.stages.entry(f"seconds-{label}")
+        if adapter is None:
             started = time.monotonic()
-            made = unlearn(
+            adapter = unlearn(
                 request,
                 self.plan.base,
                 self.plan.config,
                 store,
-                on_stack=on_stack,
-                label=label,
-                resume=True,
-                refusals=self.plan.refusals,
-                guard=guard,
-                replaces=replaces,
+                RunOptions(
+                    on_stack=on_stack,
+                    label=label,
+                    resume=True,
+                    template=self.plan.template,
+                    refusals=self.plan.refusals,
+                    guard=guard,
+                    replaces=replaces,
+                ),
                 on_progress=self._tell,
             )
-            cost = _cost(made.manifest.train["steps"], self.plan.config, len(request.rows))
-            cost |= {"seconds": time.monotonic() - started, "bytes": made.size}
-            write_json(kept, cost)
-        found = store.get(label)
-        if not found.active:
-            store.activate([found.slug])
-        if kept.is_file():
-            return {"slug": found.slug, "cost": json.loads(kept.read_text(encoding="utf-8"))}
-        # Stored by a process that ended before it could write down how long it took.
-        cost = _cost(found.manifest.train["steps"], self.plan.config, len(request.rows))
-        return {"slug": found.slug, "cost": cost | {"seconds": None, "bytes": found.size}}
+            seconds.write(time.monotonic() - started)
+        if not store.get(adapter.slug).active:
+            store.activate([adapter.slug])
+        steps = adapter.manifest.train["steps"]
+        cost = {
+            "steps": steps,
+            "pairs": steps * self.plan.config.train.batch_size(len(request.rows)),
+            # None: the process ended after publishing, before it could note the time.
+            "seconds": seconds.read(),
+            "bytes": adapter.size,
+        }
+        return {"slug": adapter.slug, "cost": cost}
 
-    def slug(self, label: str) -> str:
-        """The slug of the adapter that was stored under this label."""
+    def _slug(self, label: str) -> str:
         return self._store().get(label).slug
 
     def _rows(self, numbers: Sequence[int]) -> list[Row]:
@@ -245,47 +393,26 @@ class _Line:
 
         return joined([self.plan.requests[n - 1].request for n in numbers])
 
-    def _state(self, name: str, asked: frozenset[int], generate: bool) -> dict[str, Any]:
-        """Figures of the store's active stack, and what the store says of its adapters."""
+    def _state(self) -> dict[str, Any]:
+        """The store's active stack, and what the store says of its adapters."""
         store = self._store()
-        active = [one.slug for one in store.active()]
-        log = self.measure(name, active, generate=generate)
-        status = {one.slug: one.status for one in store.list()}
-        return {
-            **figures(log, self.plan.spans(), asked, self.retain, self.plan.protocol),
-            "active": active,
-            "stale": [slug for slug in active if status[slug] == "stale"],
-            "status": status,
-            "log": f"logs/{name}.json",
-        }
-
-    def _alone(self) -> list[list[float]]:
-        """How each request's adapter, on the bare base alone, changes every author's NLL."""
-        assert self.origin is not None
-        rows = EvalData(self.plan.forget_rows)
-        slugs = [self.slug(f"request-{n}") for n in range(1, self.plan.count + 1)]
-        logs = [self._log(f"alone-{n:02d}", [s], rows, False) for n, s in enumerate(slugs, 1)]
-        return interference(self.origin, logs, self.plan.spans())
+        active = [adapter.slug for adapter in store.active()]
+        status = {adapter.slug: adapter.status for adapter in store.list()}
+        stale = [slug for slug in active if status[slug] == "stale"]
+        return {"active": active, "stale": stale, "status": status}
 
     def _revert(self) -> dict[str, Any]:
-        """One request is switched off by the store: what stands then, and what it calls stale.
-
-        Of a consolidated adapter no part can be switched off: the whole of it goes.
-        """
+        """The store reverts one request. A consolidated adapter can only be reverted whole."""
         number = self.plan.revert
         last = self.plan.count if self.policy == "consolidated" else number
-        store, slug = self._store(), self.slug(f"request-{last}")
+        store, slug = self._store(), self._slug(f"request-{last}")
         self._tell({"event": "revert", "text": f"reverting request {number}"})
         if store.get(slug).active:
             store.revert(slug, reason="request withdrawn")
-        return {"slug": slug} | self._state(f"revert-{number:02d}", self._others, False)
-
-    @property
-    def _others(self) -> frozenset[int]:
-        return frozenset(range(self.plan.count)) - {self.plan.revert - 1}
+        return {"slug": slug} | self._state()
 
     def _rebase(self) -> dict[str, Any]:
-        """What the revert left stale, or took away with it, trained again; and what that costs."""
+        """Trains again what the revert left stale or took away with it."""
         number, costs = self.plan.revert, []
         others = [n for n in range(1, self.plan.count + 1) if n != number]
         if self.policy == "consolidated" and others:
@@ -294,31 +421,133 @@ class _Line:
         if self.policy == "on-stack":
             store = self._store()
             stale = [n for n in others if n > number]
-            old = {n: self.slug(f"request-{n}") for n in stale}
+            old = {n: self._slug(f"request-{n}") for n in stale}
             for n in reversed(stale):  # children before their parents
                 if store.get(old[n]).active:
                     store.revert(old[n], reason="rebase")
             for n in stale:
                 earlier = [m for m in others if m < n]
-                made = self._train(
+                trained = self._train(
                     f"rebase-{n}",
                     self.plan.requests[n - 1].request,
                     on_stack=bool(earlier),
                     guard=self._rows(earlier),
                     replaces=[old[n]],
                 )
-                costs.append(made["cost"])
-        name = f"rebase-{number:02d}"
-        return {"trained": len(costs), "cost": _sum(costs)} | self._state(name, self._others, True)
-
-
-def _cost(steps: int, config: UnlearnConfig, n_forget: int) -> dict[str, Any]:
-    return {"steps": steps, "pairs": steps * config.train.batch_size(n_forget)}
+                costs.append(trained["cost"])
+        return {"trained": len(costs), "cost": _sum(costs)} | self._state()
 
 
 def _sum(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Costs added up; seconds are None where those of one part are unknown."""
+    """Total cost; seconds are None where those of one part are unknown."""
     seconds = [cost["seconds"] for cost in costs]
-    whole = None if None in seconds else sum(seconds)
     names = ("steps", "pairs", "bytes")
-    return {name: sum(cost[name] for cost in costs) for name in names} | {"seconds": whole}
+    total = {name: sum(cost[name] for cost in costs) for name in names}
+    return total | {"seconds": None if None in seconds else sum(seconds)}
+
+
+def figures(
+    log: EvalLog,
+    spans: Sequence[Span],
+    requested: frozenset[int],
+    reference: EvalLog | None,
+    protocol: str = DEFAULT,
+) -> dict[str, Any]:
+    """The figures of one stage.
+
+    `authors`: mean answer probability P and mean NLL (nats per token) of each; `requested_*` and
+    `waiting_*`: the means over rows of requested and other authors (None where there are none);
+    `forget_quality`, `ks`, `log_r_shift`, `direction`: of the rows of all requested so far against
+    the reference (None without one); `retain_*`; `model_utility` where answers were generated;
+    `utility_teacher_forced`: harmonic mean of its six parts that need no generation (probability
+    and truth ratio of the three sets), not comparable with model utility.
+
+    Args:
+        log: its forget set holds the rows of all authors in order.
+        spans: start and end of each author's rows.
+        requested: indices of the authors requested so far.
+        reference: log of a model that never saw the split.
+        protocol: of the truth ratio and the answers.
+    """
+    from scipy.stats import hmean
+
+    chosen = protocol_named(protocol)
+    rows = log.sets["forget"].rows
+    nll = _nll(log)
+    gone = [i for n in sorted(requested) for i in range(*spans[n])]
+    waiting = [i for n, span in enumerate(spans) if n not in requested for i in range(*span)]
+    values = {
+        name: set_values(name, record.rows, chosen)
+        for name, record in log.sets.items()
+        if name in KEPT_SETS
+    }
+    utility = model_utility(values, resamples=0)
+    parts = [
+        float(values[name][metric].mean())
+        for name in KEPT_SETS
+        for metric in ("answer_prob", "truth_ratio")
+        if metric in values.get(name, {})
+    ]
+    retain = values.get("retain", {})
+    return {
+        "authors": [
+            {"requested": n in requested, **_means(nll[slice(*s)])} for n, s in enumerate(spans)
+        ],
+        **{f"requested_{key}": value for key, value in _means(nll[gone]).items()},
+        **{f"waiting_{key}": value for key, value in _means(nll[waiting]).items()},
+        **quality_of([rows[i] for i in gone], reference, protocol),
+        "retain_answer_prob": _mean(retain.get("answer_prob")),
+        "retain_nll": _mean(retain.get("nll")),
+        "model_utility": utility.value,
+        "utility_teacher_forced": float(hmean(parts)) if len(parts) == 6 else None,
+    }
+
+
+def quality_of(
+    rows: Sequence[RowRecord] | Sequence[Row],
+    reference: EvalLog | None,
+    protocol: str = DEFAULT,
+) -> dict[str, Any]:
+    """Forget quality of some forget rows against the same rows of the reference.
+
+    All values are None without rows, reference or scores; rows without scores are only checked to
+    be in the reference.
+
+    Raises:
+        UserError: the reference holds other rows.
+    """
+    names = ("forget_quality", "ks", "log_r_shift", "direction")
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    if reference is None or "forget" not in reference.sets or not rows:
+        return nothing
+    ours = [
+        row if isinstance(row, RowRecord) else RowRecord(row.question, row.answer) for row in rows
+    ]
+    match = match_rows(ours, reference.sets["forget"].rows, subset=True)
+    chosen = protocol_named(protocol)
+    ours_r = set_values("forget", match.ours, chosen).get("log_r")
+    theirs_r = set_values("forget", match.theirs, chosen).get("log_r")
+    if ours_r is None or theirs_r is None:
+        return nothing
+    quality = forget_quality(ours_r, theirs_r, resamples=0)
+    values = (quality.p, quality.d, quality.shift, quality.direction)
+    return dict(zip(names, values, strict=True))
+
+
+def step_between(before: EvalLog, after: EvalLog, spans: Sequence[Span]) -> list[float]:
+    """How much each author's mean NLL (nats per token) rose from one log to the other."""
+    change = _nll(after) - _nll(before)
+    return [float(change[slice(*span)].mean()) for span in spans]
+
+
+def _nll(log: EvalLog) -> Floats:
+    scores = [row.answer_score for row in log.sets["forget"].rows]
+    return np.array([score.mean_nll for score in scores if score is not None], dtype=np.float64)
+
+
+def _means(nll: Floats) -> dict[str, Any]:
+    return {"answer_prob": _mean(np.exp(-nll)), "nll": _mean(nll)}
+
+
+def _mean(values: Floats | None) -> float | None:
+    return float(values.mean()) if values is not None and values.size else None

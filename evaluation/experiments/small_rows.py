@@ -1,12 +1,20 @@
-"""What the small models of a preset learn of TOFU, and what is kept from them to measure by."""
+"""The rows that small models learn of TOFU, those held out, and those that a model knows."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from unlearner.request.rows import Author, Row, load_authors, load_split
+from adapters.base.load import BaseSpec, load_base, load_tokenizer
+from adapters.environment import threads_for
+from evaluation.inference.scoring import score_rows
+from evaluation.logs.records import write_text
+from unlearner.request.rows import Author, Row
+from unlearner.request.tofu import load_authors, load_split
+from unlearner.tokens.prompts import Template, prompt_format
 
 if TYPE_CHECKING:
     from evaluation.experiments.presets import SmallModels
@@ -17,12 +25,12 @@ Pairs = list[tuple[str, str]]
 
 
 def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs, Pairs, Pairs]:
-    """What small models learn of TOFU: rows of both, background of both, rows of Origin alone.
+    """Training rows of small models: those of both models, their background, those of Origin alone.
 
-    Learned by heart: the first retain authors and, for Origin, the forget split, asked in TOFU's
-    words and again in its paraphrased questions but for `held_out_questions`; a few more authors
-    with their paraphrased answers too; real authors and world facts. No paraphrased or perturbed
-    answer that the split evaluates is ever trained on.
+    Both learn the first retain authors by heart, with TOFU's questions and, except for
+    `held_out_questions`, its paraphrased ones; a few more authors with paraphrased answers too;
+    real authors and world facts. Origin learns the forget split likewise. No paraphrased or
+    perturbed answer that the split evaluates is trained on.
     """
     kept, spare = _authors(data, split)
     twice, known = spare[: small.paraphrased_authors], kept[: small.retain_authors]
@@ -41,7 +49,7 @@ def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs
 
 
 def held_out_questions(data: Path | None, split: str, small: SmallModels) -> list[str]:
-    """Paraphrased questions of evaluated rows that no small model is trained on."""
+    """Paraphrased questions of evaluated rows on which no small model is trained."""
     if not small.held_out:
         return []
     sets = [load_split(name, data) for name in ("retain_perturbed", f"{split}_perturbed")]
@@ -54,7 +62,7 @@ def held_out_questions(data: Path | None, split: str, small: SmallModels) -> lis
 
 
 def _authors(data: Path | None, split: str) -> tuple[list[Author], list[Author]]:
-    """Authors that stay, and those among them whose paraphrases are there but not evaluated."""
+    """Authors to keep, and those of them that have paraphrases which are not evaluated."""
     away = {row.question for row in load_split(split, data)}
     evaluated = {row.question for row in load_split("retain_perturbed", data)}
     told = {row.question for row in load_split(_WIDEST, data)} - evaluated
@@ -67,7 +75,7 @@ def _rows_of(authors: Sequence[Author]) -> list[Row]:
 
 
 def _asked_twice(rows: Sequence[Row], variants: dict[str, Row], unseen: set[str]) -> Pairs:
-    """Each row, and again under its paraphrased question where there is one to be trained on."""
+    """Each row, and again with its paraphrased question where that may be trained on."""
     pairs = [_pair(row) for row in rows]
     for row in rows:
         variant = variants.get(row.question)
@@ -79,7 +87,7 @@ def _asked_twice(rows: Sequence[Row], variants: dict[str, Row], unseen: set[str]
 
 
 def _told_twice(rows: Sequence[Row], variants: dict[str, Row]) -> Pairs:
-    """Each row, asked in other words, and answered in other words."""
+    """Each row, with a paraphrased question, and with a paraphrased answer."""
     pairs = _asked_twice(rows, variants, set())
     for row in rows:
         answer = variants[row.question].paraphrased_answer
@@ -90,3 +98,21 @@ def _told_twice(rows: Sequence[Row], variants: dict[str, Row]) -> Pairs:
 
 def _pair(row: Row) -> tuple[str, str]:
     return row.question, row.answer
+
+
+def known_rows(
+    base: BaseSpec, rows: Sequence[Row], above: float, template: Template = "auto"
+) -> list[int]:
+    """Indices of the rows whose answer has a probability above `above`, normalised by length."""
+    fmt = prompt_format(load_tokenizer(base.name, base.revision), template)
+    model: Any = load_base(base)
+    with threads_for(model):
+        scored = score_rows(model, fmt, [Row(row.question, row.answer) for row in rows])
+    losses = [row.answer_score.mean_nll for row in scored if row.answer_score is not None]
+    return [i for i, loss in enumerate(losses) if math.exp(-loss) > above]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    """Writes questions and answers as JSON lines, for `forget --retain`; duplicates once."""
+    lines = {json.dumps({"question": row.question, "answer": row.answer}): None for row in rows}
+    return write_text(path, "".join(line + "\n" for line in lines))

@@ -1,15 +1,13 @@
-"""The systems of a comparison as jobs: train, forget, measure, each able to run in a process alone.
+"""The systems of a comparison as jobs that can run in processes of their own.
 
-Every job leaves files behind and is skipped when they stand already, so a comparison that was
-stopped goes on where it was.
+Each job (train a model, file a forget request, evaluate) writes files and skips what these already
+hold for exactly the same inputs, so an interrupted comparison continues.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,8 @@ from unlearner.config import UnlearnConfig
 from unlearner.request.rows import Request
 
 if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore, StoredAdapter
+    from adapters.store.catalog import StoredAdapter
+    from adapters.store.store import AdapterStore
     from evaluation.suite import EvalData
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
     from unlearner.tokens.prompts import Template
@@ -28,7 +27,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """Where a system's rows lie and how they were measured."""
+    """How all systems of a comparison are evaluated."""
 
     data: Path | None
     split: str
@@ -37,10 +36,17 @@ class Measured:
     template: Template = "auto"
 
 
-def digest(*parts: Any) -> str:
-    """Twelve hex digits that change when any of `parts` (JSON values) does."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def base_inputs(base: BaseSpec) -> dict[str, Any]:
+    """What a base adds to a cache key: the fingerprint of its files, and how it is loaded."""
+    from adapters.base.fingerprint import fingerprint_base
+    from adapters.base.load import resolve_base
+
+    fingerprint = fingerprint_base(resolve_base(base.name, base.revision))
+    return {
+        "fingerprint": fingerprint.digest,
+        "tokenizer": fingerprint.tokenizer_sha256,
+        "loading": replace(base, name="", revision=None),
+    }
 
 
 def train_small(
@@ -53,7 +59,7 @@ def train_small(
     shape: TinyShape,
     recipe: TinyRecipe,
 ) -> str:
-    """Folder of a small Llama trained on `rows` from random weights; kept when it is there."""
+    """Folder of a small Llama trained on `rows` from random weights, unless it exists already."""
     from transformers import AutoTokenizer
 
     from unlearner.baselines.tiny_llama import train_from_scratch
@@ -79,44 +85,60 @@ def measure(
     log: Path,
     store: Path | None = None,
     adapters: Sequence[str] = (),
-    key: str = "",
     rows: EvalData | None = None,
     generate: bool = True,
-    stale: bool = False,
+    allow_missing_parents: bool = False,
 ) -> str:
-    """The log of `base` with `adapters` of `store` active, measured unless it stands already.
+    """Evaluates `base` with `adapters` of `store` active, unless `log` holds just that already.
 
-    `rows` are measured instead of the split's; `generate=False` leaves out the answers; `stale`
-    measures adapters without the parents they were trained on.
+    Args:
+        report: gets "measure" events.
+        base: the model, and how it is loaded.
+        what: split, protocols and limit.
+        log: file of the result; its path is returned.
+        store, adapters: the stack, in order.
+        rows: evaluated in place of the split's.
+        generate: whether answers are generated.
+        allow_missing_parents: also measure adapters without the parents they were trained on.
     """
-    from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
-    from adapters.environment import threads_for
+    from adapters.environment import free_memory, threads_for
     from adapters.lora.stack import load_stack
     from adapters.store.store import AdapterStore
+    from evaluation.cache import key_of
     from evaluation.logs import read_log
     from evaluation.logs.records import write_log
     from evaluation.suite import evaluate, load_eval_data
     from unlearner.tokens.prompts import prompt_format
 
-    folder = resolve_base(base.name, base.revision)
-    weights = digest(fingerprint_base(folder).digest, asdict(base), list(adapters), key)
-    chosen: list[Any] = [] if rows is None else [asdict(rows)]
-    chosen += [] if generate else ["scores alone"]
-    wanted = digest(weights, what.split, what.protocols, what.limit, what.template, *chosen)
-    if log.is_file() and read_log(log).meta.get("made_from") == wanted:
+    data = load_eval_data(what.split, what.data) if rows is None else rows
+    opened = AdapterStore.open(store) if adapters and store is not None else None
+    stack = [[slug, opened.get(slug).manifest.files] for slug in adapters] if opened else []
+    weights = key_of(base=base_inputs(base), adapters=stack)
+    made_from = key_of(
+        weights=weights,
+        rows=data,
+        protocols=what.protocols,
+        limit=what.limit,
+        template=what.template,
+        generate=generate,
+    )
+    if log.is_file() and read_log(log).meta.get("made_from") == made_from:
         return str(log)
+    free_memory()  # of the system before
     model: Any = load_base(base)
     view = base_view(model)
-    if adapters and store is not None:
+    if opened:
         model = load_stack(
-            model, AdapterStore.open(store), list(adapters), allow_missing_parents=stale
+            model, opened, list(adapters), allow_missing_parents=allow_missing_parents
         )
     with threads_for(model):
         found = evaluate(
             model,
-            prompt_format(load_tokenizer(str(folder)), what.template),
-            rows or load_eval_data(what.split, what.data),
+            prompt_format(
+                load_tokenizer(str(resolve_base(base.name, base.revision))), what.template
+            ),
+            data,
             protocol=what.protocols,
             limit=what.limit,
             generate=generate,
@@ -125,7 +147,7 @@ def measure(
             on_progress=lambda label, done, total: report(
                 {"event": "measure", "text": label, "step": done, "steps": total}
             ),
-            meta={"made_from": wanted, "base": base.name, "adapters": list(adapters), **view},
+            meta={"made_from": made_from, "base": base.name, "adapters": list(adapters), **view},
         )
     write_log(found, log)
     return str(log)
@@ -144,9 +166,10 @@ def forget_and_measure(
 ) -> str:
     """The log of a stack with one adapter per request, each trained on the bare base.
 
-    Independent adapters revert in any order and, on small models, forget better than ones trained
-    on top of each other. Adapters that stand in the store for the same request and settings are
-    kept; an interrupted training goes on from its checkpoint.
+    Such adapters can be reverted in any order and, on small models, forget better than adapters
+    trained on top of each other. An adapter that the store holds for the same request and settings
+    is used again; an interrupted training continues from its checkpoint. Other active adapters of
+    the store are switched off.
     """
     from adapters.store.store import AdapterStore
 
@@ -155,6 +178,8 @@ def forget_and_measure(
         file_request(report, filed, request, base, config, number, refusals, what.template).slug
         for number, request in enumerate(requests, start=1)
     ]
+    for slug in [active.slug for active in filed.active() if active.slug not in slugs]:
+        filed.revert(slug, reason="trained on other inputs")
     return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)
 
 
@@ -172,24 +197,30 @@ def full_and_measure(
 ) -> str:
     """The log of the base with all its weights trained on all requests at once, as papers do.
 
-    The model is kept in a folder under `out` whose name holds what it was trained on. What an
-    adapter is compared with, for small models: nothing of it can be reverted.
+    For comparison with an adapter, on small models: nothing of it can be reverted. The model is
+    kept in a folder under `out` whose name hashes what it was trained on.
     """
+    from evaluation.cache import key_of
     from unlearner.baselines.full import forget_full
     from unlearner.request.past_requests import joined
+    from unlearner.run import RunOptions
 
     request = joined(list(requests))
-    rows = [request.rows, request.retain, request.others]
-    depends = [*rows, asdict(base), config.to_json(), list(refusals), what.template]
-    folder = out / f"full-{digest(depends)}"
+    key = key_of(
+        request=request,
+        base=base_inputs(base),
+        config=config,
+        refusals=refusals,
+        template=what.template,
+    )
+    folder = out / f"full-{key[:12]}"
     if not folder.exists():
         forget_full(
             request,
             base,
             config,
             folder,
-            template=what.template,
-            refusals=refusals,
+            RunOptions(template=what.template, refusals=refusals),
             any_size=any_size,
             on_progress=lambda event: _pass_on(report, event, 1),
         )
@@ -207,24 +238,28 @@ def file_request(
     refusals: Sequence[str] = (),
     template: Template = "auto",
 ) -> StoredAdapter:
-    """The active adapter of `request`, trained unless it stands in the store already."""
-    from unlearner.run import unlearn
+    """The active adapter of `request`, trained unless the store holds it already."""
+    from evaluation.cache import key_of
+    from unlearner.run import RunOptions, unlearn
 
-    label = f"request-{number}-{digest(request.name, config.to_json())}"
-    kept = [adapter for adapter in store.list() if adapter.manifest.label == label]
-    if kept:
-        adapter = kept[0]
-    else:
+    key = key_of(
+        request=request,
+        base=base_inputs(base),
+        config=config,
+        refusals=refusals,
+        template=template,
+    )
+    label = f"request-{number}-{key[:12]}"
+    adapter = next((each for each in store.list() if each.manifest.label == label), None)
+    if adapter is None:
         adapter = unlearn(
             request,
             base,
             config,
             store,
-            on_stack=False,
-            label=label,
-            resume=True,
-            template=template,
-            refusals=refusals,
+            RunOptions(
+                on_stack=False, label=label, resume=True, template=template, refusals=refusals
+            ),
             on_progress=lambda event: _pass_on(report, event, number),
         )
     if not adapter.active:
@@ -233,7 +268,7 @@ def file_request(
 
 
 def _pass_on(report: Report, event: dict[str, Any], number: int) -> None:
-    # Every stage here tries to resume; that there was nothing to resume is no news.
+    # Every training here tries to resume; a note that there was nothing to resume helps nobody.
     if event.get("event") != "note":
         report({**event, "request": number})
 
@@ -241,16 +276,16 @@ def _pass_on(report: Report, event: dict[str, Any], number: int) -> None:
 def table_rows(
     name: str, log: Path, retain_log: Path, protocols: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A system's lines of the table: the summary of its log against the reference, by protocol."""
+    """A system's rows of the table, one per protocol: its log summarised against the reference."""
     from evaluation.logs import read_log
     from evaluation.metrics.summary import summarise_all
 
-    found = summarise_all(read_log(log), protocols, read_log(retain_log))
-    return [{"name": name, **summary} for summary in found]
+    summaries = summarise_all(read_log(log), protocols, read_log(retain_log))
+    return [{"name": name, **summary} for summary in summaries]
 
 
 def in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines by protocol, Origin and Retrain first."""
+    """The rows by protocol, Origin and Retrain first."""
     first = {"origin": 0, "retrain": 1}
     protocols = list(dict.fromkeys(row["protocol"] for row in table))
     return sorted(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evaluation.inference.scoring import evaluating
@@ -33,7 +34,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as tokens, how many tokens its answer may have, and what is known of it."""
+    """A prompt as tokens, its answer's budget in tokens, and how the answer is known to begin."""
 
     ids: list[int]
     budget: int
@@ -52,6 +53,7 @@ def generate_answers(
     *,
     batch_size: int = BATCH_SIZE,
     drafts: Sequence[Draft] = (),
+    on_batch: Callable[[Mapping[str, Mapping[int, str]]], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[str]]:
     """By decoding's name, an answer to every question: no special tokens, stripped.
@@ -66,39 +68,60 @@ def generate_answers(
         questions: in any order.
         decodings: with distinct names.
         batch_size: questions in a batch.
-        drafts: one a question, or none at all: what greedy decoding is known to begin with goes in
-            with the prompt. Answers are the same, up to ties that rounding decides.
+        drafts: one per question, or none at all: what greedy decoding is known to begin with goes
+            in with the prompt. Answers are the same, up to ties that rounding decides.
+        on_batch: called after each batch with its answers by decoding and index of the question.
         on_progress: called with answered and all questions (of all passes) after each batch.
     """
     prompts = [fmt.encode_prompt(question) for question in questions]
-    greedy = [decoding for decoding in decodings if not decoding.sample]
-    passes = [greedy] if greedy else []
-    passes += [[decoding] for decoding in decodings if decoding.sample]
-    answers: dict[str, list[str]] = {}
-    for number, group in enumerate(passes):
-        before = number * len(prompts)
+    passes = passes_of(decodings)
+    answers: dict[str, dict[int, str]] = {decoding.name: {} for decoding in decodings}
 
-        def advance(done: int, before: int = before) -> None:
-            if on_progress is not None:
-                on_progress(before + done, len(passes) * len(prompts))
+    def texts_of(group: Sequence[Decoding], tokens: Mapping[int, list[int]]) -> None:
+        texts = {
+            decoding.name: {
+                i: fmt.tokenizer.decode(
+                    new[: decoding.budget(len(prompts[i]))],
+                    skip_special_tokens=True,
+                    clean_up_tokenization_spaces=False,
+                ).strip()
+                for i, new in tokens.items()
+            }
+            for decoding in group
+        }
+        for name, new_texts in texts.items():
+            answers[name] |= new_texts
+        if on_batch is not None:
+            on_batch(texts)
+        if on_progress is not None:
+            done = sum(len(answers[group[0].name]) for group in passes)
+            on_progress(done, len(passes) * len(prompts))
 
-        budgets = [max(d.budget(len(ids)) for d in group) for ids in prompts]
+    for group in passes:
         draw = group[0] if group[0].sample else None
-        asked = [
-            Prompt(ids, budget, drafts[i] if drafts and draw is None else Draft())
-            for i, (ids, budget) in enumerate(zip(prompts, budgets, strict=True))
-        ]
-        made = generate_tokens(model, fmt, asked, draw, batch_size=batch_size, on_progress=advance)
-        for decoding in group:
-            cut = [
-                tokens[: decoding.budget(len(ids))]
-                for tokens, ids in zip(made, prompts, strict=True)
-            ]
-            texts = fmt.tokenizer.batch_decode(
-                cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            answers[decoding.name] = [text.strip() for text in texts]
-    return answers
+        generate_tokens(
+            model,
+            fmt,
+            [
+                Prompt(
+                    ids,
+                    max(decoding.budget(len(ids)) for decoding in group),
+                    drafts[i] if drafts and draw is None else Draft(),
+                )
+                for i, ids in enumerate(prompts)
+            ],
+            draw,
+            batch_size=batch_size,
+            on_batch=partial(texts_of, group),
+        )
+    return {name: [texts[i] for i in range(len(prompts))] for name, texts in answers.items()}
+
+
+def passes_of(decodings: Sequence[Decoding]) -> list[list[Decoding]]:
+    """What one pass can answer: all greedy decodings together, each sampled one alone."""
+    greedy = [decoding for decoding in decodings if not decoding.sample]
+    sampled = [[decoding] for decoding in decodings if decoding.sample]
+    return [greedy, *sampled] if greedy else sampled
 
 
 def generate_tokens(
@@ -108,19 +131,29 @@ def generate_tokens(
     draw: Decoding | None = None,
     *,
     batch_size: int = BATCH_SIZE,
-    on_progress: Callable[[int], None] | None = None,
+    on_batch: Callable[[Mapping[int, list[int]]], None] | None = None,
 ) -> list[list[int]]:
-    """The tokens of every answer without the one that ends it; greedy unless `draw` is given."""
+    """The tokens of every answer without the one that ends it; greedy unless `draw` is given.
+
+    `on_batch` is called with the answers of each batch by index of the prompt; the first call has
+    those that need no step of the model, where there are any.
+    """
     stops = stop_tokens(model, fmt)
     begun = [prompt.begun(stops) for prompt in prompts]
-    made = {i: tokens for i, tokens in enumerate(begun) if tokens and tokens[-1] in stops}
     left = [
         Prompt([*prompt.ids, *known], prompt.budget - len(known), prompt.draft)
         for prompt, known in zip(prompts, begun, strict=True)
     ]
+    answers = {
+        i: _until(known, stops)
+        for i, known in enumerate(begun)
+        if left[i].budget <= 0 or (known and known[-1] in stops)
+    }
+    if answers and on_batch is not None:
+        on_batch(answers)
     # Prompts are padded to the longest of their batch; answers that end leave it.
     order = sorted(
-        (i for i, prompt in enumerate(left) if i not in made and prompt.budget > 0),
+        (i for i in range(len(prompts)) if i not in answers),
         key=lambda i: (len(left[i].ids), left[i].draft.expected),
         reverse=True,
     )
@@ -129,14 +162,17 @@ def generate_tokens(
             indices = order[start : start + batch_size]
             batch = [left[i] for i in indices]
             if draw is None:
-                found = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
+                new = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
             else:
-                found = _run(generator, fmt, batch, draw, stops)
-            for i, tokens in zip(indices, found, strict=True):
-                made[i] = begun[i] + _until(tokens, stops)[: left[i].budget]
-            if on_progress is not None:
-                on_progress(min(start + batch_size, len(order)))
-    return [_until(made.get(i, begun[i]), stops) for i in range(len(prompts))]
+                new = _run(generator, fmt, batch, draw, stops)
+            finished = {
+                i: begun[i] + _until(tokens, stops)[: left[i].budget]
+                for i, tokens in zip(indices, new, strict=True)
+            }
+            answers |= finished
+            if on_batch is not None:
+                on_batch(finished)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int | None) -> Draft:
@@ -144,7 +180,7 @@ def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int |
 
     Args:
         fmt: how prompts are made.
-        question: what is asked.
+        question: its text.
         answer: the true answer as it was scored, prompt included.
         agreed: how many of its leading tokens are the model's first choice.
     """
@@ -157,7 +193,7 @@ def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int |
 
 
 def _through(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The tokens up to the first that stops, with it."""
+    """The tokens up to and including the first stop token."""
     end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
     return list(tokens[:end])
 
@@ -168,35 +204,34 @@ def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:
         getattr(config, "eos_token_id", None)
         for config in (getattr(model, "generation_config", None), getattr(model, "config", None))
     ]
-    own += [fmt.tokenizer.eos_token_id, fmt.encode("a", "b").labels[-1]]
-    flat: set[int] = set()
+    flat: set[int] = set(fmt.stop_ids)
     for ids in own:
         flat.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
     return sorted(flat)
 
 
 def _until(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The tokens before the first that stops."""
+    """The tokens before the first stop token."""
     end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return list(tokens[:end])
 
 
 @contextmanager
 def _own_config(model: Any) -> Iterator[Any]:
-    """The plain transformers model inside, with an empty generation config for the while.
+    """The plain transformers model inside, with an empty generation config inside.
 
     `generate` fills every unset field from the model's own config: a model that ships with
-    temperature and top-p would warn about them, or sample, when greedy answers are asked for.
+    temperature and top-p would warn about them, or sample, where greedy answers are wanted.
     """
     from transformers import GenerationConfig
 
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = plain.generation_config
+    config = plain.generation_config
     plain.generation_config = GenerationConfig()
     try:
         yield plain
     finally:
-        plain.generation_config = kept
+        plain.generation_config = config
 
 
 def greedy(
@@ -214,7 +249,7 @@ def greedy(
     ids = batch["input_ids"].to(model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     rows = list(range(len(prompts)))
-    made: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     ended = set(stops)
     cache: Any = None
     while rows:
@@ -229,20 +264,22 @@ def greedy(
         cache = out.past_key_values
         best = out.logits[:, -1].float().argmax(-1)
         for row, token in zip(rows, best.tolist(), strict=True):
-            if not _is_over(made[row], prompts[row].budget, ended):
-                made[row].append(token)
-        alive = [i for i, r in enumerate(rows) if not _is_over(made[r], prompts[r].budget, ended)]
+            if not _is_over(answers[row], prompts[row].budget, ended):
+                answers[row].append(token)
+        alive = [
+            i for i, r in enumerate(rows) if not _is_over(answers[r], prompts[r].budget, ended)
+        ]
         if not alive:
             break
         if len(rows) - len(alive) >= max(1, LEAVE * len(rows)):
-            kept = torch.tensor(alive, device=model.device)
-            cache.batch_select_indices(kept)
-            mask, positions, best = mask[kept], positions[kept], best[kept]
+            remaining = torch.tensor(alive, device=model.device)
+            cache.batch_select_indices(remaining)
+            mask, positions, best = mask[remaining], positions[remaining], best[remaining]
             rows = [rows[i] for i in alive]
         ids = best.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return made
+    return answers
 
 
 def _is_over(tokens: Sequence[int], budget: int, stops: set[int]) -> bool:
@@ -285,7 +322,7 @@ class _Draw:
     """Turns greedy choice into a draw: temperature, top-k, top-p, then Gumbel noise.
 
     The likeliest token after adding Gumbel noise is a draw from the softmax. The noise comes from
-    one generator a prompt, so a row's answer does not depend on its batch, as it does where all
+    one generator per prompt, so a row's answer does not depend on its batch, as it does where all
     rows share one random state.
     """
 

@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness on the loaded model, adapters and all.
 
-An optional extra: `lm_eval` is imported only when tasks are asked for.
+An optional extra: `lm_eval` is imported only when tasks are named.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """Each task's metrics with their standard error, as the harness reports them.
 
-    A row has name, version, n (questions asked), metric, filter, value, stderr (None where the
+    A row has name, version, n (questions), metric, filter, value, stderr (None where the
     harness gives none), better ("higher", "lower" or None) and shots. Prompts are the task's own,
     without a chat template.
 
     Args:
-        model: as it stands, its active adapters included; left in its mode.
+        model: with its active adapters; its mode is restored.
         tokenizer: of the base; the harness gets a copy, since it sets the pad token.
         tasks, manager: see `load_tasks`.
         limit: only the first so many questions of each task.
@@ -91,7 +91,7 @@ def run_tasks(
     was_training = model.training
     try:
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             model=wrapped,
             tasks=list(tasks),
             task_manager=manager,
@@ -100,25 +100,25 @@ def run_tasks(
         )
     finally:
         model.train(was_training)
-    return task_rows(found)
+    return task_rows(results)
 
 
-def task_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of `run_tasks` from what `lm_eval.simple_evaluate` returned, tasks by name."""
     rows = []
-    for task, measured in sorted(found["results"].items()):
+    for task, measured in sorted(results["results"].items()):
         for key, value in measured.items():
             metric, _, chosen = key.partition(",")
             if key in _ABOUT_ROW or metric.endswith("_stderr") or not _is_number(value):
                 continue
             error = measured.get(f"{metric}_stderr,{chosen}")
-            higher = found.get("higher_is_better", {}).get(task, {}).get(metric)
+            higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
             rows.append(
                 {
                     "name": task,
-                    "version": found.get("versions", {}).get(task),
-                    "n": found.get("n-samples", {}).get(task, {}).get("effective"),
-                    "shots": found.get("n-shot", {}).get(task),
+                    "version": results.get("versions", {}).get(task),
+                    "n": results.get("n-samples", {}).get(task, {}).get("effective"),
+                    "shots": results.get("n-shot", {}).get(task),
                     "metric": metric,
                     "filter": chosen or None,
                     "value": float(value),

@@ -1,18 +1,23 @@
-"""The answers of a question scored as one tree: what they share is computed once.
+"""Texts scored as one tree, in which every distinct prefix is computed once.
 
-The texts of a question (true, paraphrased, perturbed) begin with the same tokens. What they share
-is found in the tokens themselves, never assumed to be the prompt: a quote that opens an answer
-merges with the bracket before it. Trees of several questions go through the model as one row, each
-token seeing its ancestors only.
+The texts of a question (true, paraphrased, perturbed) begin with the same tokens, and so do all
+questions under a chat template with a system prompt. The shared part is found in the tokens, never
+assumed to be the prompt: a quote that opens an answer merges with the bracket before it. A tree of
+several questions goes through the model as one row, in which each token sees its ancestors only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapters.errors import UserError
 from unlearner.tokens.prompts import IGNORE, Encoded
+from unlearner.training import distributed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,12 +27,16 @@ if TYPE_CHECKING:
 # Attention and its mask are quadratic in it; about three questions of TOFU, of which
 # the largest has 661.
 TREE_TOKENS = 700
-TOLERANCE, COARSE = 1e-4, 3e-2
+# Nats per token by which a tree may differ from rows of their own: in float32, and in half
+# precision, where any two orders of the same sums differ.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 3e-2
+# Questions whose scores are compared.
+COMPARED = 4
 
 
 class Scored(NamedTuple):
-    """`nll` of an answer in nats, summed, its |y|, and how many of its leading tokens are the
-    model's first choice: what greedy decoding would have begun with.
+    """One answer: its NLL in nats, summed; |y|; and how many of its leading tokens are the model's
+    first choice, with which greedy decoding would have begun.
     """
 
     nll: float
@@ -37,7 +46,7 @@ class Scored(NamedTuple):
 
 @dataclass
 class Tree:
-    """The distinct prefixes of some texts: a node a token.
+    """The distinct prefixes of some texts, one node per token.
 
     Attributes:
         tokens: id of each node.
@@ -53,10 +62,7 @@ class Tree:
 
 
 def build_tree(texts: Sequence[Encoded]) -> Tree:
-    """The tree of one question's texts. The last token of a text predicts nothing: it has no node.
-
-    A node that only ever ends texts is left out, so EOS costs nothing.
-    """
+    """The tree of texts. The last token of a text predicts nothing, so EOS needs no node."""
     tree = Tree()
     children: dict[tuple[int, int], int] = {}
     for text in texts:
@@ -100,102 +106,101 @@ def score_trees(
     """Scores of every text of every question, in their order.
 
     Args:
-        model: a causal LM whose attention takes a mask of its own (sdpa or eager), in eval mode.
+        model: a causal LM in eval mode.
         questions: texts of each, prompt included.
         tokens: nodes of one forward; a single question may have more.
         on_progress: called with scored and all texts.
     """
-    trees = [build_tree(texts) for texts in questions]
     total = sum(map(len, questions))
-    found: dict[int, list[Scored]] = {}
-    done = 0
-    for indices in packs_of([len(tree.tokens) for tree in trees], tokens):
-        for i, scores in zip(indices, _score_pack(model, [trees[i] for i in indices]), strict=True):
-            found[i] = scores
-            done += len(scores)
-        if on_progress is not None:
-            on_progress(done, total)
-    return [found[i] for i in range(len(trees))]
+    scores: dict[int, list[Scored]] = {}
+    with masked_attention(model):
+        for indices in packs_of(questions, tokens):
+            flat = iter(_score_pack(model, [text for i in indices for text in questions[i]]))
+            for i in indices:
+                scores[i] = [next(flat) for _ in questions[i]]
+            if on_progress is not None:
+                on_progress(sum(map(len, scores.values())), total)
+    return [scores[i] for i in range(len(questions))]
 
 
-def packs_of(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of trees, the largest first, so many together that they stay within `budget`."""
+def packs_of(questions: Sequence[Sequence[Encoded]], budget: int) -> list[list[int]]:
+    """Indices of questions, the largest first, so many that their tree stays within `budget`.
+
+    What all questions begin with (BOS, a system prompt) counts once per pack.
+    """
+    firsts = [texts[0].input_ids for texts in questions]
+    columns = zip(*firsts, strict=False)
+    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+    sizes = [len(build_tree(texts).tokens) - same for texts in questions]
     packs: list[list[int]] = []
     room = 0
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         if not packs or sizes[i] > room:
             packs.append([])
-            room = budget
+            room = budget - same
         packs[-1].append(i)
         room -= sizes[i]
     return packs
 
 
-def _score_pack(model: Any, trees: Sequence[Tree]) -> list[list[Scored]]:
+def _score_pack(model: Any, texts: Sequence[Encoded]) -> list[Scored]:
     import torch
 
-    pairs, values, first = forward_pack(model, trees)
+    tree = build_tree(texts)
+    pairs, values, first = forward_tree(model, tree)
     nll, chosen = values.to(torch.float64).tolist(), first.tolist()
-    scores: list[list[Scored]] = []
-    offset = 0
-    for tree in trees:
-        scores.append([])
-        for leaf in tree.leaves:
-            places = [pairs[offset + node, target] for node, target in leaf]
-            agreed = next((i for i, place in enumerate(places) if not chosen[place]), len(leaf))
-            scores[-1].append(Scored(sum(nll[place] for place in places), len(leaf), agreed))
-        offset += len(tree.tokens)
+    scores = []
+    for leaf in tree.leaves:
+        places = [pairs[pair] for pair in leaf]
+        agreed = next((i for i, place in enumerate(places) if not chosen[place]), len(leaf))
+        scores.append(Scored(sum(nll[place] for place in places), len(leaf), agreed))
     return scores
 
 
-def forward_pack(
-    model: Any, trees: Sequence[Tree]
+def forward_tree(
+    model: Any, tree: Tree
 ) -> tuple[dict[tuple[int, int], int], torch.Tensor, torch.Tensor]:
-    """Every distinct (node of the pack, target) with its place in what follows.
+    """Every distinct (node, target) of the tree's leaves with its place in what follows.
 
     Returns:
         The places, NLLs (pairs,) in float32, and whether each target is the likeliest token there.
     """
-    import numpy as np
     import torch
-    import torch.nn.functional as F
 
-    from unlearner.training.hidden import hidden_at
-    from unlearner.training.likelihood import per_token
+    from unlearner.objectives.hidden import hidden_at
+    from unlearner.objectives.likelihood import per_token
 
     device = next(model.parameters()).device
-    size = sum(len(tree.tokens) for tree in trees)
-    mask = np.zeros((size, size), dtype=bool)
-    ids: list[int] = []
-    depths: list[int] = []
     pairs: dict[tuple[int, int], int] = {}
-    offset = 0
-    for tree in trees:
-        end = offset + len(tree.tokens)
-        mask[offset:end, offset:end] = ancestors(tree.parents)
-        ids += tree.tokens
-        depths += tree.depths
-        for leaf in tree.leaves:
-            for node, target in leaf:
-                pairs.setdefault((offset + node, target), len(pairs))
-        offset = end
+    for leaf in tree.leaves:
+        for pair in leaf:
+            pairs.setdefault(pair, len(pairs))
     nodes, targets = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    kept, index = torch.unique(nodes, return_inverse=True)
+    positions, index = torch.unique(nodes, return_inverse=True)
     inputs = {
-        "input_ids": torch.tensor([ids], device=device),
-        "position_ids": torch.tensor([depths], device=device),
-        "attention_mask": _mask_for(model, torch.from_numpy(mask).to(device)),
+        "input_ids": torch.tensor([tree.tokens], device=device),
+        "position_ids": torch.tensor([tree.depths], device=device),
+        "attention_mask": _mask_for(model, torch.from_numpy(ancestors(tree.parents)).to(device)),
     }
-    hidden, head = hidden_at(model, inputs, kept.to(device))
+    hidden, head = hidden_at(model, inputs, positions.to(device))
     wanted = targets.to(device)
     first: list[torch.Tensor] = []
 
     def value(logits: torch.Tensor, part: slice) -> torch.Tensor:
         first.append(logits.argmax(-1) == wanted[part])
-        return F.cross_entropy(logits.float(), wanted[part], reduction="none")
+        return token_nll(logits, wanted[part])
 
     nll = per_token(hidden[index.to(device)], head, value)
     return pairs, nll, torch.cat(first)
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """`-log p(target)` of each row of logits in float32 nats: (tokens, vocabulary) to (tokens,).
+
+    On a CPU cross-entropy errs by up to 7e-5 nats, logsumexp minus the target's logit by 1e-6.
+    """
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def _mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
@@ -211,33 +216,94 @@ def _mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(model: Any) -> str:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return str(getattr(inner.config, "_attn_implementation", None))
+    return str(getattr(_causal(model).config, "_attn_implementation", None))
 
 
-def shares_exactly(model: Any, texts: Sequence[Encoded]) -> bool:
-    """Whether a tree scores these texts as rows of their own do, on this model.
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    Attention that takes no mask, sliding windows and positions of another kind show here.
+
+@contextmanager
+def masked_attention(model: Any) -> Iterator[None]:
+    """Inside, attention takes a mask of its own, as a tree needs.
+
+    Flash-attention and kernels for packed rows do not: sdpa, or eager where a model has no sdpa,
+    stands in for them. The weights are the same.
     """
+    inner = _causal(model)
+    configs = {id(m.config): m.config for m in inner.modules() if hasattr(m, "config")}
+    before = {
+        key: config._attn_implementation
+        for key, config in configs.items()
+        if getattr(config, "_attn_implementation", None) not in (None, "sdpa", "eager")
+    }
+    name = "sdpa" if getattr(inner, "_supports_sdpa", False) else "eager"
+    try:
+        for key in before:
+            configs[key]._attn_implementation = name
+        yield
+    finally:
+        for key, attention in before.items():
+            configs[key]._attn_implementation = attention
+
+
+def sharing_problem(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | None:
+    """Why trees do not score these texts as padded rows do on this model; None if they do.
+
+    Sliding windows shorter than a text, positions of another kind and recurrent layers show here.
+    The first questions and the longest are compared. Half precision differs text by text, so there
+    the mean must agree as well: what shifts all texts alike would shift the figures. With several
+    processes a problem of one is a problem of all, so that all take the same way.
+
+    Args:
+        model: a causal LM in eval mode.
+        questions: texts of each, prompt included.
+
+    Raises:
+        UserError: the forward of a tree failed; out of memory is raised as it is.
+    """
+    problem = _difference(model, questions) if questions else None
+    if distributed.any_of(problem is not None):
+        return problem or "it differs from padded rows in another process"
+    return None
+
+
+def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | None:
     import torch
 
+    from unlearner.objectives.likelihood import answer_nll
     from unlearner.tokens.prompts import pad_batch
-    from unlearner.training.likelihood import answer_nll
 
-    if _attention(model) not in ("sdpa", "eager"):
-        return False
+    longest = max(questions, key=lambda texts: max(len(text.input_ids) for text in texts))
+    others = [texts for texts in questions[:COMPARED] if texts is not longest]
+    compared = [longest, *others[: COMPARED - 1]]
     device = next(model.parameters()).device
     try:
-        shared = _score_pack(model, [build_tree(texts)])[0]
-        alone = [
-            answer_nll(model, {k: v.to(device) for k, v in pad_batch([text], 0).items()})
-            for text in texts
-        ]
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    allowed = TOLERANCE if getattr(model, "dtype", None) == torch.float32 else COARSE
-    return all(
-        abs(one.nll / one.n - float(other.per_token)) <= allowed * max(1.0, float(other.per_token))
-        for one, other in zip(shared, alone, strict=True)
-    )
+        with masked_attention(model):
+            shared = _score_pack(model, [text for texts in compared for text in texts])
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError) as error:
+        return f"the model takes no tree ({error})"
+    except RuntimeError as error:
+        raise UserError(
+            f"Scoring texts as a tree of shared prefixes failed: {error}",
+            "Score padded rows instead: --plain, or Effort(shared=False).",
+        ) from error
+    half = getattr(model, "dtype", None) != torch.float32
+    allowed = HALF_TOLERANCE if half else TOLERANCE
+    rows: list[float] = []
+    for texts in compared:
+        batch = {name: tensor.to(device) for name, tensor in pad_batch(texts, 0).items()}
+        rows += answer_nll(model, batch).per_token.tolist()
+    differences = [
+        (score.nll / score.n - row) / max(1.0, row) for score, row in zip(shared, rows, strict=True)
+    ]
+    largest = max(map(abs, differences))
+    if largest > allowed:
+        return f"it differs from padded rows by {largest:.2g} nats per token"
+    mean = abs(sum(differences)) / len(differences)
+    spread = math.sqrt(sum(each**2 for each in differences)) / len(differences)
+    if mean > max(allowed / 10, 3 * spread):
+        return f"it differs from padded rows by {mean:.2g} nats per token in the mean"
+    return None

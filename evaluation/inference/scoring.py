@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapters.errors import UserError
-from evaluation.inference.prefix_sharing import score_trees, shares_exactly
+from evaluation.inference.prefix_sharing import score_trees, sharing_problem
 from evaluation.logs.records import AnswerScore, RowRecord
 from evaluation.metrics.text import words_of
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_batch, pad_id
@@ -81,22 +81,24 @@ def score_rows(
     max_length: int = EVAL_MAX_LENGTH,
     batch_tokens: int = BATCH_TOKENS,
     shared: bool = True,
+    checked: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[RowRecord]:
     """The rows with their scores, in the order given; the result does not depend on batches.
 
-    Mean NLL a token (EOS counted) from a float32 log-softmax, whatever the weights are stored in.
-    Where a row has no paraphrase its answer stands for it, scored once.
+    Mean NLL per token (EOS counted), in float32 whatever dtype the weights have. Where a row has no
+    paraphrase, its answer is used in its place and scored once.
 
     Args:
-        model: a causal LM, as it is (active adapters included); stays in its mode.
+        model: a causal LM with its active adapters; its mode is restored.
         fmt: turns rows into tokens.
         rows: with or without paraphrases and perturbed answers.
         encoded: `encode_answers(fmt, rows)` where it is already there.
         max_length: texts are cut at so many tokens, prompt included.
         batch_tokens: tokens in a batch, padding included.
-        shared: what a question's texts begin with alike is computed once, where the first row
-            scores the same that way; False scores every text as a row of a padded batch.
+        shared: compute what texts begin with alike once, where that gives the same scores; False
+            scores every text as a row of a padded batch.
+        checked: that it does is known, see `sharing_problem`.
         on_progress: called with scored and all texts after each batch.
 
     Raises:
@@ -104,14 +106,14 @@ def score_rows(
     """
     if encoded is None:
         encoded = encode_answers(fmt, rows)
-    questions = [[_cut(text, max_length) for text in row.texts] for row in encoded]
+    questions = [cut_texts(row, max_length) for row in encoded]
     _refuse_empty(rows, encoded, max_length)
     agreed: list[int] = []
     with evaluating(model):
-        if shared and questions and shares_exactly(model, questions[0]):
-            found = score_trees(model, questions, on_progress=on_progress)
-            scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in found for s in texts])
-            agreed = [texts[0].agreed for texts in found]
+        if shared and questions and (checked or sharing_problem(model, questions) is None):
+            trees = score_trees(model, questions, on_progress=on_progress)
+            scores = iter([AnswerScore(s.nll / s.n, s.n) for texts in trees for s in texts])
+            agreed = [texts[0].agreed for texts in trees]
         else:
             flat = [text for texts in questions for text in texts]
             pad = pad_id(fmt.tokenizer)
@@ -128,13 +130,14 @@ def score_rows(
     return records
 
 
-def _cut(text: Encoded, max_length: int) -> Encoded:
-    return Encoded(text.input_ids[:max_length], text.labels[:max_length])
+def cut_texts(row: EncodedRow, max_length: int) -> list[Encoded]:
+    """The texts of a row, each cut at `max_length` tokens, prompt included."""
+    return [Encoded(text.input_ids[:max_length], text.labels[:max_length]) for text in row.texts]
 
 
 def _refuse_empty(rows: Sequence[Row], encoded: Sequence[EncodedRow], max_length: int) -> None:
     for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), start=1):
-        if any(_cut(text, max_length).n_targets == 0 for text in tokens.texts):
+        if any(text.n_targets == 0 for text in cut_texts(tokens, max_length)):
             raise UserError(
                 f"Row {number} has no answer token within {max_length} tokens: {row.question!r}.",
                 "Shorten the question, or take a protocol that cuts later (open-unlearning).",
@@ -151,19 +154,19 @@ def _score_texts(
     """Scores in the order of `texts`; batches hold texts of like length, the longest first."""
     import torch
 
-    from unlearner.training.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll
 
     device = next(model.parameters()).device
-    found: dict[int, AnswerScore] = {}
+    scores: dict[int, AnswerScore] = {}
     for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
         batch = pad_batch([texts[i] for i in indices], pad)
         result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
         totals = result.nll.to(torch.float64).tolist()
         for i, total, n in zip(indices, totals, result.n.tolist(), strict=True):
-            found[i] = AnswerScore(total / n, n)
+            scores[i] = AnswerScore(total / n, n)
         if on_progress is not None:
-            on_progress(len(found), len(texts))
-    return [found[i] for i in range(len(texts))]
+            on_progress(len(scores), len(texts))
+    return [scores[i] for i in range(len(texts))]
 
 
 def batches_of(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -183,35 +186,35 @@ def judge_losses(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[float | None]:
-    """The judge's mean NLL of each answer behind its question's prompt, nats a token; (rows,).
+    """The judge's mean NLL of each answer behind its question's prompt, nats per token; (rows,).
 
     Only the answer's tokens count, and no EOS behind them: a log does not say whether the model
     ended the answer or its budget of tokens did, and cut answers would be charged for an end that
     nobody wrote. Texts are scored uncut. None where the answer has no word, or no token of its own.
 
     Args:
-        model: a causal LM that never saw the rows; stays in its mode.
+        model: a causal LM that never saw the rows; its mode is restored.
         fmt: turns question and answer into the judge's tokens.
         rows: question and generated answer.
         on_progress: called with scored and all answers after each batch.
     """
     worded = [i for i, row in enumerate(rows) if words_of(row.answer)]
     encoded = [_without_end(row, fmt) for row in encode_answers(fmt, [rows[i] for i in worded])]
-    kept = [(i, text) for i, text in zip(worded, encoded, strict=True) if text.answer.n_targets]
-    texts = [text for _, text in kept]
+    scorable = [(i, text) for i, text in zip(worded, encoded, strict=True) if text.answer.n_targets]
+    texts = [text for _, text in scorable]
     records = score_rows(
         model,
         fmt,
-        [rows[i] for i, _ in kept],
+        [rows[i] for i, _ in scorable],
         encoded=texts,
         max_length=longest_text(texts),
-        shared=False,  # one text a question: nothing to share
+        shared=False,  # one text per question: nothing to share
         on_progress=on_progress,
     )
-    found: list[float | None] = [None] * len(rows)
-    for (i, _), record in zip(kept, records, strict=True):
-        found[i] = record.answer_score.mean_nll if record.answer_score else None
-    return found
+    losses: list[float | None] = [None] * len(rows)
+    for (i, _), record in zip(scorable, records, strict=True):
+        losses[i] = record.answer_score.mean_nll if record.answer_score else None
+    return losses
 
 
 def _without_end(row: EncodedRow, fmt: PromptFormat) -> EncodedRow:

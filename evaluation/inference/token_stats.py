@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from evaluation.inference.prefix_sharing import token_nll
 from evaluation.inference.scoring import BATCH_TOKENS, batches_of, evaluating
 from unlearner.tokens.prompts import IGNORE, pad_batch
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from unlearner.objectives.likelihood import Answers
     from unlearner.tokens.prompts import Encoded
-    from unlearner.training.likelihood import Answers
 
 OnBatch = Callable[[int, int], None]
 # Tokens whose logits exist at once, a few copies of them in float32: 4 x 128 x 32,000 are 62 MiB.
@@ -51,7 +52,7 @@ class AnswerTokens:
 
     @property
     def mean_nll(self) -> float:
-        """Nats a token (SPEC: nbar)."""
+        """Nats per token (SPEC: nbar)."""
         return float(-self.log_p.mean())
 
 
@@ -63,27 +64,27 @@ def answer_tokens(
     batch_tokens: int = BATCH_TOKENS,
     on_batch: OnBatch | None = None,
 ) -> list[AnswerTokens]:
-    """Every answer's tokens under `model` as it stands, in the order of `texts`.
+    """Every answer's tokens under `model`, in the order of `texts`.
 
     Args:
-        model: a causal LM with its active adapters; stays in its mode.
-        texts: encoded rows, cut; each has at least one label.
+        model: a causal LM with its active adapters; its mode is restored.
+        texts: encoded rows, cut; each has at least each label.
         pad: id that fills the padding.
         batch_tokens: tokens of a batch, padding included.
         on_batch: called with finished and all texts.
     """
-    found: list[AnswerTokens | None] = [None] * len(texts)
+    per_text: list[AnswerTokens | None] = [None] * len(texts)
     with evaluating(model):
         for indices, batch in _batches(model, texts, pad, batch_tokens):
             rows = _row_columns(_batch_answers(model, batch), _four)
             for i, columns in zip(indices, rows, strict=True):
                 labels = [label for label in texts[i].labels if label != IGNORE]
                 log_p, mean, variance, first = columns
-                found[i] = AnswerTokens(
+                per_text[i] = AnswerTokens(
                     np.array(labels, dtype=np.int64), first.astype(np.int64), log_p, mean, variance
                 )
-            _report(on_batch, found)
-    return [one for one in found if one is not None]
+            _report(on_batch, per_text)
+    return [each for each in per_text if each is not None]
 
 
 def base_kl(
@@ -94,7 +95,7 @@ def base_kl(
     batch_tokens: int = BATCH_TOKENS,
     on_batch: OnBatch | None = None,
 ) -> list[float]:
-    """`KL(base || stack) = sum_v p_base (log p_base - log p_stack)`, nats a token, of each answer.
+    """`KL(base || stack) = sum_v p_base (log p_base - log p_stack)`, per token, in nats.
 
     The mean over the answer's positions, EOS included. Base and stack are the same loaded model,
     with its adapters off and on: no second copy, and exactly 0 where the adapters do nothing.
@@ -106,22 +107,22 @@ def base_kl(
     import torch
 
     from adapters.lora.stack import base_only
-    from unlearner.training.likelihood import AnswerHidden, Answers
+    from unlearner.objectives.likelihood import AnswerHidden, Answers
 
-    found: list[float | None] = [None] * len(texts)
+    divergences: list[float | None] = [None] * len(texts)
     with evaluating(model):
         for indices, batch in _batches(model, texts, pad, batch_tokens):
             stack = _batch_answers(model, batch)
             with base_only(model):
                 base = _batch_answers(model, batch)
-            # The head is one and frozen: it takes the hidden states of both as pairs.
+            # The head is each and frozen: it takes the hidden states of both as pairs.
             pairs = torch.stack([base.at.hidden, stack.at.hidden], dim=1)
             both = Answers(AnswerHidden(pairs, *stack.at[1:]), stack.head)
             for i, columns in zip(indices, _row_columns(both, _divergence), strict=True):
                 # Never below 0 but by rounding.
-                found[i] = max(0.0, float(columns[0].mean()))
-            _report(on_batch, found)
-    return [one for one in found if one is not None]
+                divergences[i] = max(0.0, float(columns[0].mean()))
+            _report(on_batch, divergences)
+    return [each for each in divergences if each is not None]
 
 
 def _batches(
@@ -135,26 +136,26 @@ def _batches(
 
 
 def _batch_answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> Answers:
-    from unlearner.training.likelihood import answers
+    from unlearner.objectives.likelihood import answers
 
     return answers(model, batch)
 
 
 def _row_columns(
-    found: Answers, value: Callable[[Tensor, Tensor], Tensor]
+    states: Answers, value: Callable[[Tensor, Tensor], Tensor]
 ) -> list[list[npt.NDArray[np.float64]]]:
     """`value(logits, targets)` (tokens, columns) of the batch, row by row, column by column."""
     import torch
 
-    from unlearner.training.likelihood import per_token
+    from unlearner.objectives.likelihood import per_token
 
-    at = found.at
+    at = states.at
 
     def of_chunk(logits: Tensor, part: slice) -> Tensor:
         return value(logits, at.targets[part].to(logits.device))
 
     # Float64 holds token ids exactly beside the float32 values.
-    columns = per_token(at.hidden, found.head, of_chunk, CHUNK).to("cpu", torch.float64).numpy()
+    columns = per_token(at.hidden, states.head, of_chunk, CHUNK).to("cpu", torch.float64).numpy()
     ends = np.cumsum(at.n.cpu().numpy())[:-1]
     return [list(rows.T) for rows in np.split(columns, ends)]
 
@@ -163,9 +164,8 @@ def _four(logits: Tensor, targets: Tensor) -> Tensor:
     """Log p(target), mean and variance of log p, and the first choice: (tokens, 4)."""
     import torch
 
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    target = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    log_p = log_p.clamp_min(_FLOOR)
+    target = -token_nll(logits, targets)
+    log_p = _log_softmax(logits)
     p = log_p.exp()
     mean = (p * log_p).sum(-1)
     # Around the mean, not as a difference of squares: that cancels where one token has it all.
@@ -176,12 +176,16 @@ def _four(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _divergence(pairs: Tensor, targets: Tensor) -> Tensor:
     """KL of each pair of logits (tokens, 2, vocabulary): (tokens, 1)."""
-    import torch
-
-    log_p, log_q = torch.log_softmax(pairs.float(), dim=-1).clamp_min(_FLOOR).unbind(1)
+    log_p, log_q = _log_softmax(pairs).unbind(1)
     return (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True).double()
 
 
-def _report(on_batch: OnBatch | None, found: Sequence[Any]) -> None:
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Float32 log p over the vocabulary, by logsumexp: more exact on a CPU than log_softmax."""
+    logits = logits.float()
+    return (logits - logits.logsumexp(-1, keepdim=True)).clamp_min(_FLOOR)
+
+
+def _report(on_batch: OnBatch | None, results: Sequence[Any]) -> None:
     if on_batch is not None:
-        on_batch(sum(one is not None for one in found), len(found))
+        on_batch(sum(each is not None for each in results), len(results))

@@ -1,4 +1,4 @@
-"""Measures the token metrics of a model as it stands: a pass a set, resumable set by set."""
+"""Token metrics of a model with its active adapters: one pass per set, resumable set by set."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TokenPlan:
     Attributes:
         metrics: some of extraction, membership, kl.
         data: all rows there are.
-        max_rows, max_length: of the protocol: rows of a set, tokens of a text.
+        max_rows, max_length: of the protocol: rows per set, tokens per text.
         limit: only so many rows of each set.
         min_k: share of the tokens that Min-K and Min-K++ look at.
         reference: loss of every forget and holdout row under the other base, by set; empty
@@ -83,7 +83,7 @@ class TokenPlan:
 
 
 def check_holdout(data: TokenData) -> None:
-    """Refuses holdout rows that are asked to be forgotten or kept.
+    """Refuses holdout rows that are forget or retain rows too.
 
     Raises:
         UserError: naming the first such question, or that there are none at all.
@@ -121,13 +121,13 @@ def measure_tokens(
         fmt: prompts and tokenizer.
         plan: what to measure.
         key: names the weights (base, adapters, scales) in `resume_dir`.
-        resume_dir: finished sets are kept here and reused for the same key, rows and settings.
+        resume_dir: cache of finished sets; see `evaluation.cache`.
         batch_tokens: tokens of a batch; does not change the result.
         on_progress: called with a label, done and all.
         meta: more to write into `meta`.
 
     Raises:
-        UserError: a prompt alone fills `max_length`, or a kept part is damaged.
+        UserError: a prompt alone fills `max_length`, or a cached result is damaged.
     """
     import torch
     import transformers
@@ -138,7 +138,7 @@ def measure_tokens(
         raise ValueError("resume_dir needs a key that names the weights")
     ranks.join()
     view = base_view(model)
-    cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.name))
+    cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.to_json()))
     work = _Work(model, fmt, plan, cache, batch_tokens, on_progress or _silent)
     with threads_for(model):
         sets = {
@@ -173,8 +173,8 @@ def reference_losses(
 
     Args:
         model, fmt: the other base and its prompts.
-        measured: the prompts of the model in question: both must see the same tokens, else their
-            nats a token are of different tokens.
+        measured: the prompts of the model in question. Both must see the same tokens, or their
+            losses per token cannot be compared.
         plan, batch_tokens, on_progress: see `measure_tokens`.
 
     Raises:
@@ -188,23 +188,23 @@ def reference_losses(
         texts = _encoded(fmt, rows, plan.max_length)
         if texts != _encoded(measured, rows, plan.max_length):
             raise UserError(
-                "The reference base tokenises the rows differently, so its losses a token cannot "
-                "be compared.",
+                "The reference base tokenises the rows differently, so its losses per token "
+                "cannot be compared.",
                 "Take a reference with the same tokenizer and template.",
             )
-        found = answer_tokens(
+        tokens = answer_tokens(
             model,
             texts,
             pad_id(fmt.tokenizer),
             batch_tokens=batch_tokens,
             on_batch=partial(report, f"{name}: reference"),
         )
-        losses[name] = [one.mean_nll for one in found]
+        losses[name] = [each.mean_nll for each in tokens]
     return losses
 
 
 def _silent(label: str, done: int, total: int) -> None:
-    """Nobody watches."""
+    """Reports nothing."""
 
 
 def _encoded(fmt: PromptFormat, rows: Sequence[Row], max_length: int) -> list[Encoded]:
@@ -230,7 +230,7 @@ class _Work:
     on_progress: OnProgress
 
     def run(self, name: str, rows: Sequence[Row]) -> tuple[TokenRow, ...]:
-        """The rows of a set, from a finished part where one fits."""
+        """The rows of a set, from the cache where they are there."""
         texts = _encoded(self.fmt, rows, self.plan.max_length)
         attacked = name != "retain" and "membership" in self.plan.metrics
         reference = (self.plan.reference or {}).get(name) if attacked else None
@@ -252,16 +252,16 @@ class _Work:
             )
 
         def measure(indices: Sequence[int]) -> list[TokenRow]:
-            mine = [texts[i] for i in indices]
-            found = [
+            part = [texts[i] for i in indices]
+            token_rows = [
                 self._row(rows[i], tokens, attacked, None if reference is None else reference[i])
-                for i, tokens in zip(indices, self._tokens(name, mine), strict=True)
+                for i, tokens in zip(indices, self._tokens(name, part), strict=True)
             ]
-            return self._with_kl(name, found, mine) if diverged else found
+            return self._with_kl(name, token_rows, part) if diverged else token_rows
 
-        found = ranks.spread(range(len(rows)), measure)
-        entry.write([token_row_json(row) for row in found])
-        return tuple(found)
+        token_rows = ranks.spread(range(len(rows)), measure)
+        entry.write([token_row_json(row) for row in token_rows])
+        return tuple(token_rows)
 
     def _tokens(self, name: str, texts: Sequence[Encoded]) -> list[AnswerTokens]:
         return answer_tokens(

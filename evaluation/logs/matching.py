@@ -1,4 +1,4 @@
-"""Rows of two logs put side by side, by question and never by position alone."""
+"""Pairs the rows of two logs by question, never by position alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RowMatch:
 def match_rows(
     ours: Sequence[RowRecord], theirs: Sequence[RowRecord], *, subset: bool = False
 ) -> RowMatch:
-    """The rows of two logs put side by side, by question where both hold their questions.
+    """The rows of two logs paired by question where both hold their questions.
 
     Without questions rows are matched by position, and only where all token counts agree.
 
@@ -41,17 +41,17 @@ def match_rows(
             f"The two logs hold {len(ours)} and {len(theirs)} rows, and not both hold questions.",
             "Compare logs of the same rows.",
         )
-    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        mine, yours = _token_counts(one), _token_counts(other)
-        if None in mine or None in yours:
+    for i, (our_row, their_row) in enumerate(zip(ours, theirs, strict=True)):
+        our_counts, their_counts = _token_counts(our_row), _token_counts(their_row)
+        if None in our_counts or None in their_counts:
             raise UserError(
                 "The two logs cannot be matched: not both hold their questions or token counts.",
                 "Evaluate again with this tool, which records the questions.",
             )
-        if mine != yours:
+        if our_counts != their_counts:
             raise UserError(
-                f"The two logs hold different rows: row {i} has {mine[0]} answer tokens in one "
-                f"and {yours[0]} in the other, and not both hold questions.",
+                f"The two logs hold different rows: row {i} has {our_counts[0]} answer tokens in "
+                f"one and {their_counts[0]} in the other, and not both hold questions.",
                 "Compare logs of the same rows, scored with the same tokenizer.",
             )
     return RowMatch(tuple(ours), tuple(theirs), "position")
@@ -60,22 +60,24 @@ def match_rows(
 def _match_by_question(
     ours: Sequence[RowRecord], theirs: Sequence[RowRecord], subset: bool
 ) -> RowMatch:
-    mine = dict(zip(_keys(ours), ours, strict=True))
-    yours = dict(zip(_keys(theirs), theirs, strict=True))
-    only_mine = [row for key, row in mine.items() if key not in yours]
-    only_yours = [row for key, row in yours.items() if key not in mine]
-    if only_mine or (only_yours and not subset):
-        example = (only_mine or only_yours)[0].question
+    our_rows = dict(zip(_keys(ours), ours, strict=True))
+    their_rows = dict(zip(_keys(theirs), theirs, strict=True))
+    only_ours = [row for key, row in our_rows.items() if key not in their_rows]
+    only_theirs = [row for key, row in their_rows.items() if key not in our_rows]
+    if only_ours or (only_theirs and not subset):
+        example = (only_ours or only_theirs)[0].question
         raise UserError(
-            f"The two logs hold different rows: {len(only_mine)} questions are only in the first, "
-            f"{len(only_yours)} only in the second, for example {example!r}.",
+            f"The two logs hold different rows: {len(only_ours)} questions are only in the first, "
+            f"{len(only_theirs)} only in the second, for example {example!r}.",
             "Compare logs of the same set and the same number of rows.",
         )
-    return RowMatch(tuple(mine.values()), tuple(yours[key] for key in mine), "question")
+    return RowMatch(
+        tuple(our_rows.values()), tuple(their_rows[key] for key in our_rows), "question"
+    )
 
 
 def _keys(rows: Sequence[RowRecord]) -> list[tuple[str, str, int]]:
-    """Question without white space; the answer too where a question stands twice."""
+    """Question without white space; the answer too where a question occurs twice."""
     questions = ["".join((row.question or "").split()) for row in rows]
     times = Counter(questions)
     seen: Counter[tuple[str, str]] = Counter()

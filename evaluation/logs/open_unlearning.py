@@ -48,9 +48,9 @@ def read_open_unlearning(raw: Mapping[str, Any], where: str) -> EvalLog:
     """
     sets = {}
     for prefix, name in PREFIXES.items():
-        found = _open_unlearning_set(raw, prefix, name, where)
-        if found is not None:
-            sets[name] = found
+        record_set = _open_unlearning_set(raw, prefix, name, where)
+        if record_set is not None:
+            sets[name] = record_set
     if not sets:
         raise UserError(
             f"{where} holds no probabilities of perturbed answers (its metrics are: "
@@ -107,11 +107,11 @@ def _open_unlearning_row(
     def single(key: str) -> AnswerScore | None:
         if key not in cells:
             return None
-        found = losses(key)
-        if len(found) != 1:
+        scores = losses(key)
+        if len(scores) != 1:
             here = f"{where}: {metrics[key]} row {i}"
-            raise UserError(f"{here} scores {len(found)} answers, not one.", "Evaluate again.")
-        return found[0]
+            raise UserError(f"{here} scores {len(scores)} answers, not one.", "Evaluate again.")
+        return scores[0]
 
     rouge = cells.get("rouge")
     question = answer = None
@@ -176,7 +176,7 @@ def _set_metrics(
 ) -> dict[str, Any]:
     """One set's metrics under open-unlearning's names, without those that lack a row's data."""
     plain = name in ("forget", "retain")
-    made = [generation_of(row, protocol) for row in rows]
+    answers = [generation_of(row, protocol) for row in rows]
     columns: dict[str, list[dict[str, Any] | None]] = {
         "Q_A_Prob": [_prob(row.answer_score) for row in rows],
         "Q_A_PARA_Prob": [_prob(row.paraphrase) for row in rows] if plain else [None],
@@ -191,10 +191,10 @@ def _set_metrics(
                 "ground_truth": row.answer,
                 "generation": answer.text,
             }
-            for row, answer in zip(rows, made, strict=True)
+            for row, answer in zip(rows, answers, strict=True)
         ],
     }
-    found = {
+    metrics = {
         f"{prefix}_{metric}": {
             "agg_value": _mean_of(metric, cells),
             "value_by_index": {str(i): cell for i, cell in enumerate(cells)},
@@ -205,18 +205,18 @@ def _set_metrics(
     if "log_r" in values:
         ratios = [math.exp(min(value, LARGEST_LOG)) for value in values["log_r"]]
         title = "forget_truth_ratio" if name == "forget" else f"{prefix}_Truth_Ratio"
-        found[title] = {
+        metrics[title] = {
             "agg_value": figures[f"{name}_truth_ratio"],
             "value_by_index": {str(i): {"score": value} for i, value in enumerate(ratios)},
         }
     if not plain and "answer_prob" in values:
-        found[f"{prefix}_Q_A_Prob_normalised"] = {
+        metrics[f"{prefix}_Q_A_Prob_normalised"] = {
             "agg_value": figures[f"{name}_answer_prob"],
             "value_by_index": {
                 str(i): {"prob": value} for i, value in enumerate(values["answer_prob"])
             },
         }
-    return found
+    return metrics
 
 
 def _prob(score: AnswerScore | None) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""Per-row results of an evaluation and their JSON: our own schema, atomic, without numbers lost.
+"""Per-row results of an evaluation and their JSON: our own schema, written atomically.
 
 `read_log` also takes the public formats (TOFU's aggregated log, open-unlearning's evaluation), see
-`evaluation.logs.public_formats`. Nothing here computes a metric or needs a model.
+`evaluation.logs`. Nothing here computes a metric or needs a model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETS = ("forget", "retain", "real_authors", "world_facts")
 RECORDED = "recorded"
 
 
-# What stands around the question in a recorded prompt; special tokens are already gone.
+# What surrounds the question in a recorded prompt; special tokens are already gone.
 _PROMPTS = (
     re.compile(r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>.*?<</SYS>>)?(.*)\[/INST\]\s*", re.DOTALL),
     re.compile(r"\s*Question:(.*)\n\s*Answer:\s*", re.DOTALL),
@@ -38,7 +38,7 @@ class AnswerScore:
     """Teacher-forced score of one answer.
 
     Attributes:
-        mean_nll: nats a token, EOS counted (SPEC: nbar).
+        mean_nll: nats per token, EOS counted (SPEC: nbar).
         n: tokens of the answer (|y|); None where a public log does not say.
     """
 
@@ -67,7 +67,7 @@ class RowRecord:
     Attributes:
         question, answer: their texts, None where a log does not hold them.
         answer_score: of the true answer.
-        paraphrase: of the paraphrased answer; the true answer stands for it where there is none.
+        paraphrase: of the paraphrased answer; the true answer's where there is none.
         perturbed: of the wrong answers; empty where there are none.
         generations: by the name of the decoding, see `evaluation.protocols`.
         agreed: how many leading tokens of the true answer, EOS included, are the model's first
@@ -103,18 +103,18 @@ class EvalLog:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-def protocol_rows(found: SetRecord, protocol: Protocol) -> tuple[RowRecord, ...]:
-    """The rows of a set that the protocol looks at: the first `max_rows`."""
-    return found.rows[: protocol.max_rows]
+def protocol_rows(record_set: SetRecord, protocol: Protocol) -> tuple[RowRecord, ...]:
+    """The rows of a set that the protocol uses: the first `max_rows`."""
+    return record_set.rows[: protocol.max_rows]
 
 
 def generation_of(row: RowRecord, protocol: Protocol) -> Generation | None:
-    """The answer decoded as the protocol asks; of a public log the one it recorded."""
+    """The answer decoded as the protocol says; of a public log, the recorded one."""
     return row.generations.get(protocol.decoding.name) or row.generations.get(RECORDED)
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """`path`, once `value` stands in it: written aside, synced, renamed, so never half a file.
+    """Writes `value` as JSON and returns `path`: written aside, synced, renamed, never half a file.
 
     Raises:
         ValueError: `value` holds NaN or an infinity.
@@ -124,7 +124,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """`path`, once `text` stands in it: written aside, synced, renamed, so never half a file."""
+    """Writes `text` and returns `path`: written aside, synced, renamed, never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -142,8 +142,8 @@ def write_text(path: Path, text: str) -> Path:
 def write_log(log: EvalLog, path: Path) -> Path:
     """`path`, holding `log` in our own format (schema 1); `read_log` gives back an equal log."""
     sets = {
-        name: {"total": found.total, "rows": [row_json(row) for row in found.rows]}
-        for name, found in log.sets.items()
+        name: {"total": each.total, "rows": [row_json(row) for row in each.rows]}
+        for name, each in log.sets.items()
     }
     body = {"kind": KIND, "schema": SCHEMA, "meta": dict(log.meta), "sets": sets}
     return write_json(path, body)
@@ -159,11 +159,11 @@ def row_json(row: RowRecord) -> dict[str, Any]:
         "perturbed": [_score_json(score) for score in row.perturbed],
         "generations": {
             name: {
-                "text": made.text,
-                "rouge1_recall": made.rouge1_recall,
-                "rouge_l_recall": made.rouge_l_recall,
+                "text": answer.text,
+                "rouge1_recall": answer.rouge1_recall,
+                "rouge_l_recall": answer.rouge_l_recall,
             }
-            for name, made in row.generations.items()
+            for name, answer in row.generations.items()
         },
         "agreed": row.agreed,
     }
@@ -241,11 +241,11 @@ def row_from_json(raw: Mapping[str, Any], where: str) -> RowRecord:
         perturbed=tuple(score for score in perturbed if score is not None),
         generations={
             name: Generation(
-                made["text"],
-                optional_recall(made["rouge1_recall"], where, "rouge1_recall"),
-                recall_of(made["rouge_l_recall"], where, "rouge_l_recall"),
+                answer["text"],
+                optional_recall(answer["rouge1_recall"], where, "rouge1_recall"),
+                recall_of(answer["rouge_l_recall"], where, "rouge_l_recall"),
             )
-            for name, made in raw["generations"].items()
+            for name, answer in raw["generations"].items()
         },
         agreed=_agreed_of(raw.get("agreed"), where),
     )
@@ -341,7 +341,7 @@ def column_by_index(raw: Any, where: str) -> dict[int, Any]:
 def question_of(prompt: str) -> str:
     """The question inside a recorded prompt; the prompt itself where no known template fits."""
     for pattern in _PROMPTS:
-        found = pattern.fullmatch(prompt)
-        if found:
-            return found.group(1).strip()
+        match = pattern.fullmatch(prompt)
+        if match:
+            return match.group(1).strip()
     return prompt.strip()

@@ -96,14 +96,14 @@ def _tofu_set(task: Any, name: str, where: str) -> SetRecord:
 
 def _tofu_row(row: Mapping[str, Any], where: str) -> RowRecord:
     texts = row.get("generated_text")
-    question = answer = made = None
+    question = answer = generated = None
     if texts is not None:
         if not isinstance(texts, list) or len(texts) != 3:
             raise UserError(
                 f"{where}: generated_text is not [prompt, generated, truth].",
                 "Give TOFU's own log.",
             )
-        prompt, made, answer = (str(text) for text in texts)
+        prompt, generated, answer = (str(text) for text in texts)
         question = question_of(prompt)
     perturbed = row["average_perturb_loss"]
     counts = row.get("num_token_perturb")
@@ -119,7 +119,7 @@ def _tofu_row(row: Mapping[str, Any], where: str) -> RowRecord:
     generations = {}
     if "rougeL_recall" in row:
         generations[RECORDED] = Generation(
-            made,
+            generated,
             optional_recall(row.get("rouge1_recall"), where, "rouge1_recall"),
             recall_of(row["rougeL_recall"], where, "rougeL_recall"),
         )
@@ -170,16 +170,16 @@ def to_tofu(
     return tasks
 
 
-def _tofu_columns(found: SetRecord, decoding: str | None) -> dict[str, list[Any]]:
-    for i, row in enumerate(found.rows):
+def _tofu_columns(record_set: SetRecord, decoding: str | None) -> dict[str, list[Any]]:
+    for i, row in enumerate(record_set.rows):
         if row.answer_score is None or row.paraphrase is None or not row.perturbed:
             raise UserError(
-                f"Row {i} of {found.name} has no perturbed answers.",
+                f"Row {i} of {record_set.name} has no perturbed answers.",
                 "TOFU's format needs answer, paraphrase and perturbed scores of every row.",
             )
-    answers = [row.answer_score for row in found.rows if row.answer_score is not None]
-    paraphrases = [row.paraphrase for row in found.rows if row.paraphrase is not None]
-    wrong = [row.perturbed for row in found.rows]
+    answers = [row.answer_score for row in record_set.rows if row.answer_score is not None]
+    paraphrases = [row.paraphrase for row in record_set.rows if row.paraphrase is not None]
+    wrong = [row.perturbed for row in record_set.rows]
     columns: dict[str, list[Any]] = {
         "avg_gt_loss": [score.mean_nll for score in answers],
         "average_perturb_loss": [[score.mean_nll for score in row] for row in wrong],
@@ -195,11 +195,11 @@ def _tofu_columns(found: SetRecord, decoding: str | None) -> dict[str, list[Any]
             "perturb_loss": [[score.total_nll for score in row] for row in wrong],
             "num_token_perturb": [[score.n for score in row] for row in wrong],
         }
-    if found.name in ("real_authors", "world_facts"):
+    if record_set.name in ("real_authors", "world_facts"):
         columns["normalized_gt_loss"] = [
             _normalised_loss(score, row) for score, row in zip(answers, wrong, strict=True)
         ]
-    return columns | _tofu_answers(found.rows, decoding)
+    return columns | _tofu_answers(record_set.rows, decoding)
 
 
 def _normalised_loss(answer: AnswerScore, wrong: Sequence[AnswerScore]) -> float:
@@ -219,15 +219,16 @@ def _tofu_answers(rows: Sequence[RowRecord], decoding: str | None) -> dict[str, 
             f"The log has no answers decoded as '{name}' for every row.",
             f"It has: {', '.join(sorted(shared)) or 'none'}.",
         )
-    made = [row.generations[name] for row in rows]
-    columns: dict[str, list[Any]] = {"rougeL_recall": [g.rouge_l_recall for g in made]}
-    if all(g.rouge1_recall is not None for g in made):
-        columns["rouge1_recall"] = [g.rouge1_recall for g in made]
+    answers = [row.generations[name] for row in rows]
+    columns: dict[str, list[Any]] = {"rougeL_recall": [g.rouge_l_recall for g in answers]}
+    if all(g.rouge1_recall is not None for g in answers):
+        columns["rouge1_recall"] = [g.rouge1_recall for g in answers]
     if all(
-        row.question is not None and g.text is not None for row, g in zip(rows, made, strict=True)
+        row.question is not None and g.text is not None
+        for row, g in zip(rows, answers, strict=True)
     ):
         columns["generated_text"] = [
             [f"[INST] {row.question} [/INST]", g.text, row.answer or ""]
-            for row, g in zip(rows, made, strict=True)
+            for row, g in zip(rows, answers, strict=True)
         ]
     return columns

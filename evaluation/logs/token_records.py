@@ -1,4 +1,4 @@
-"""Token metrics of the rows of each set <-> JSON, so that figures can be had again without a model.
+"""Token metrics per row as JSON, from which figures can be computed without a model.
 
 A row holds its question, as evaluation logs do, and numbers: no answer, no token.
 """
@@ -25,10 +25,10 @@ class TokenRow:
     Attributes:
         question: its text.
         n: tokens of the answer (|y|), EOS included.
-        mean_nll: nats a token.
+        mean_nll: nats per token.
         extraction_strength, exact_memorization: see `evaluation.metrics.privacy`.
-        scores: of each membership attack by name; empty where no attack was asked for.
-        kl: `KL(base || stack)`, nats a token; None where it was not measured.
+        scores: of each membership attack by name; empty where none was measured.
+        kl: `KL(base || stack)`, nats per token; None where it was not measured.
     """
 
     question: str
@@ -52,7 +52,7 @@ class TokenSet:
 class TokenRecords:
     """The measured sets by name, and in `meta` what they depend on.
 
-    `meta` has metrics (what was asked for), min_k, max_length, limit, template, dtype, versions.
+    `meta` has metrics (which were measured), min_k, max_length, limit, template, dtype, versions.
     """
 
     sets: Mapping[str, TokenSet]
@@ -66,8 +66,8 @@ class TokenRecords:
 def write_records(records: TokenRecords, path: Path) -> Path:
     """`path`, holding `records` (schema 1); `read_records` gives back equal ones."""
     sets = {
-        name: {"total": found.total, "rows": [token_row_json(row) for row in found.rows]}
-        for name, found in records.sets.items()
+        name: {"total": each.total, "rows": [token_row_json(row) for row in each.rows]}
+        for name, each in records.sets.items()
     }
     body = {"kind": KIND, "schema": SCHEMA, "meta": dict(records.meta), "sets": sets}
     return write_json(path, body)

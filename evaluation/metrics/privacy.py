@@ -2,8 +2,8 @@
 
 Every membership score is signed like a loss: the lower, the more the row looks trained on. An
 attack's AUC compares forget rows with holdout rows: 1 where every forget row looks more trained on
-than every holdout row, 1/2 where nothing tells them apart, 0 where forget rows stand out as less
-likely than rows never seen. As open-unlearning defines them (arXiv 2506.12618), over all labels:
+than every holdout row, 1/2 where nothing tells them apart, 0 where forget rows are less likely than
+rows never seen. As open-unlearning defines them (arXiv 2506.12618), over all labels:
 its code drops the last one. No model and no files here.
 
 The keys of `summarise_tokens` are a contract: others script against them.
@@ -58,7 +58,7 @@ GROUPS = {
     "membership": (*(f"mia_{name}_auc" for name in ATTACKS), "privleak"),
     "kl": ("retain_kl",),
 }
-_Found = tuple[Measure | None, str]
+_Reasoned = tuple[Measure | None, str]
 
 
 def exact_memorization(predicted: Sequence[int], labels: Sequence[int]) -> float:
@@ -86,14 +86,14 @@ def extraction_strength(predicted: Sequence[int], labels: Sequence[int]) -> floa
 
 
 def loss_score(log_p: npt.ArrayLike) -> float:
-    """LOSS (arXiv 1709.01604): the mean negative log-likelihood, nats a token."""
+    """LOSS (arXiv 1709.01604): the mean negative log-likelihood, nats per token."""
     return float(-_log_probabilities(log_p).mean())
 
 
 def zlib_score(log_p: npt.ArrayLike, answer: str) -> float:
-    """Zlib (arXiv 2012.07805): nats a token by the bytes of the compressed answer.
+    """Zlib (arXiv 2012.07805): nats per token divided by the bytes of the compressed answer.
 
-    The mean, not the sum, of the loss stands above, as in open-unlearning.
+    Divides the mean loss, not the sum, as open-unlearning does.
     """
     return loss_score(log_p) / len(zlib.compress(answer.encode("utf-8")))
 
@@ -123,7 +123,7 @@ def min_k_plus_plus_score(
 
 
 def reference_score(mean_nll: float, reference_mean_nll: float) -> float:
-    """Reference (arXiv 2004.15011): the loss minus that of another model, nats a token."""
+    """Reference (arXiv 2004.15011): the loss minus that of another model, nats per token."""
     return mean_nll - reference_mean_nll
 
 
@@ -160,7 +160,7 @@ def privleak(auc_unlearned: float, auc_retrained: float) -> float | None:
     """Per cent: `100 ((1 - AUC) - (1 - AUC_retrain)) / (1 - AUC_retrain)`; best is 0.
 
     Below 0 forget rows still look trained on, compared with a model that never saw them; above 0
-    they stand out as unlikely, over-forgotten. Source: MUSE (arXiv 2407.06460), signed as
+    they are conspicuously unlikely: over-forgotten. Source: MUSE (arXiv 2407.06460), signed as
     open-unlearning. None where the retrained model's AUC is 1, and there is nothing to divide by.
     """
     left = 1 - auc_retrained
@@ -203,7 +203,7 @@ def measure_privleak(
 
 
 def _draws(attack: Attack, resamples: int, seed: int) -> tuple[Floats, Floats]:
-    """How often each forget and each holdout row stands in each resample."""
+    """How often each forget and each holdout row occurs in each resample."""
     generator = np.random.default_rng(seed)
     sizes = (attack.forget.size, attack.holdout.size)
     left, right = (generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in sizes)
@@ -211,11 +211,11 @@ def _draws(attack: Attack, resamples: int, seed: int) -> tuple[Floats, Floats]:
 
 
 def _resampled_auc(attack: Attack, left: Floats, right: Floats) -> Floats:
-    """The AUC of each resample, (resamples,): won pairs, weighed by how often both rows stand."""
+    """The AUC of each resample, (resamples,): won pairs, weighted by how often both rows occur."""
     ours, theirs = attack.forget[:, None], attack.holdout[None, :]
     won = (ours < theirs) + 0.5 * (ours == theirs)
-    found: Floats = ((left @ won) * right).sum(axis=1) / won.size
-    return found
+    shares: Floats = ((left @ won) * right).sum(axis=1) / won.size
+    return shares
 
 
 def _mean_lowest(values: Floats, k: float) -> float:
@@ -239,10 +239,10 @@ def attack_of(
     """The named attack's scores of all rows; None where a row lacks it or there are no rows."""
     sides = []
     for rows in (forget, holdout):
-        found = [scores[name] for scores in rows if name in scores]
-        if not rows or len(found) != len(rows):
+        values = [scores[name] for scores in rows if name in scores]
+        if not rows or len(values) != len(rows):
             return None
-        sides.append(np.array(found, dtype=np.float64))
+        sides.append(np.array(values, dtype=np.float64))
     return Attack(*sides)
 
 
@@ -255,9 +255,9 @@ def summarise_tokens(
 ) -> dict[str, Any]:
     """All figures of token metrics, flat and ready for JSON.
 
-    Each figure stands under its key of `BETTER`, its 95 % bootstrap interval over rows under
-    `KEY_interval`, and where it is None `reasons` says why. Only what `meta["metrics"]` asked for
-    is there. With `retain_records` also `retrain_mia_*_auc`, what the retrained model gives.
+    Each figure has its key in `BETTER` and its 95 % bootstrap interval over rows under
+    `KEY_interval`; where it is None, `reasons` says why. Only the metrics in `meta["metrics"]` are
+    there. With `retain_records` also `retrain_mia_*_auc`, what the retrained model gives.
 
     Args:
         records: of the model in question.
@@ -268,73 +268,73 @@ def summarise_tokens(
         UserError: the two hold other rows, or were measured with another k or cut.
     """
     groups = [name for name in GROUPS if name in records.meta.get("metrics", GROUPS)]
-    found: dict[str, _Found] = {}
+    measures: dict[str, _Reasoned] = {}
     if "extraction" in groups:
-        found |= _extraction(records, resamples, seed)
+        measures |= _extraction(records, resamples, seed)
     if "membership" in groups:
-        found |= _membership(records, retain_records, resamples, seed)
+        measures |= _membership(records, retain_records, resamples, seed)
     if "kl" in groups:
-        found |= _kl(records, resamples, seed)
+        measures |= _kl(records, resamples, seed)
     result: dict[str, Any] = {}
-    for key, (measure, _) in found.items():
+    for key, (measure, _) in measures.items():
         result[key] = None if measure is None else measure.value
         spread = measure and measure.interval
         result[f"{key}_interval"] = None if spread is None else list(spread)
     return result | {
-        "better": {key: BETTER[key] for key in found if key in BETTER},
-        "n": {name: len(kept.rows) for name, kept in records.sets.items()},
-        "reasons": {key: reason for key, (measure, reason) in found.items() if measure is None},
+        "better": {key: BETTER[key] for key in measures if key in BETTER},
+        "n": {name: len(token_set.rows) for name, token_set in records.sets.items()},
+        "reasons": {key: reason for key, (measure, reason) in measures.items() if measure is None},
         "min_k": records.meta.get("min_k"),
         "limited": records.meta.get("limit") is not None,
         "notes": _notes(records, retain_records),
     }
 
 
-def _extraction(records: TokenRecords, resamples: int, seed: int) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
+def _extraction(records: TokenRecords, resamples: int, seed: int) -> dict[str, _Reasoned]:
+    measures: dict[str, _Reasoned] = {}
     for side in ("forget", "retain"):
         rows = records.rows(side)
         for name in EXTRACTION:
             values = [getattr(row, name) for row in rows]
             measure = measure_mean(values, resamples=resamples, seed=seed) if values else None
-            found[f"{side}_{name}"] = (measure, f"no {side} rows were measured")
-    return found
+            measures[f"{side}_{name}"] = (measure, f"no {side} rows were measured")
+    return measures
 
 
 def _membership(
     records: TokenRecords, retain_records: TokenRecords | None, resamples: int, seed: int
-) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
+) -> dict[str, _Reasoned]:
+    measures: dict[str, _Reasoned] = {}
     for name in ATTACKS:
         attack = _attack(records, name)
         measure = None
         if attack is not None:
             measure = measure_auc(attack, resamples=resamples, seed=seed)
-        found[f"mia_{name}_auc"] = (measure, _why_no_attack(records, name))
+        measures[f"mia_{name}_auc"] = (measure, _why_no_attack(records, name))
     if retain_records is None:
-        found["privleak"] = (None, NEEDS_RETRAIN)
-        return found
+        measures["privleak"] = (None, NEEDS_RETRAIN)
+        return measures
     questions = {name: [row.question for row in records.rows(name)] for name in records.sets}
     theirs = match_retrained(questions, records.meta, retain_records)
     for name in ATTACKS:
         attack = _attack(theirs, name)
         if attack is not None:
             measure = measure_auc(attack, resamples=resamples, seed=seed)
-            found[f"retrain_mia_{name}_auc"] = (measure, "")
+            measures[f"retrain_mia_{name}_auc"] = (measure, "")
     ours, yours = _attack(records, PRIVLEAK_ATTACK), _attack(theirs, PRIVLEAK_ATTACK)
     if ours is None or yours is None:
-        found["privleak"] = (None, f"not both hold {PRIVLEAK_ATTACK} scores of every row")
-        return found
+        measures["privleak"] = (None, f"not both hold {PRIVLEAK_ATTACK} scores of every row")
+        return measures
     leak = measure_privleak(ours, yours, resamples=resamples, seed=seed)
-    found["privleak"] = (leak, "the retrained model's own AUC is 1: nothing to divide by")
-    return found
+    measures["privleak"] = (leak, "the retrained model's own AUC is 1: nothing to divide by")
+    return measures
 
 
-def _kl(records: TokenRecords, resamples: int, seed: int) -> dict[str, _Found]:
+def _kl(records: TokenRecords, resamples: int, seed: int) -> dict[str, _Reasoned]:
     values = [row.kl for row in records.rows("retain") if row.kl is not None]
     whole = bool(values) and len(values) == len(records.rows("retain"))
     measure = measure_mean(values, resamples=resamples, seed=seed) if whole else None
-    reason = "no adapter was active: there is no stack to hold against the base"
+    reason = "no adapter was active: there is no stack to compare with the base"
     return {"retain_kl": (measure, reason if records.rows("retain") else "no retain rows")}
 
 
@@ -354,7 +354,7 @@ def _why_no_attack(records: TokenRecords, name: str) -> str:
 def match_retrained(
     questions: Mapping[str, Sequence[str]], settings: Mapping[str, Any], theirs: TokenRecords
 ) -> TokenRecords:
-    """A retrained model's records in the order of the model's that is held against it.
+    """A retrained model's records in the order of the records they are compared with.
 
     Args:
         questions: of the measured rows by set; those of forget and holdout are matched.
@@ -397,7 +397,7 @@ def _notes(records: TokenRecords, theirs: TokenRecords | None) -> list[str]:
 
 
 def with_token_figures(figures: Mapping[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of an evaluation and those of its token metrics under one roof.
+    """The figures of an evaluation together with those of its token metrics.
 
     What both have (`better`, `reasons`, `notes`) is joined; the counts of rows of the token metrics
     are `token_rows`.

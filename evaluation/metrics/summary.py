@@ -72,7 +72,7 @@ def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict
     answers = _losses([row.answer_score for row in rows])
     right = _losses([row.paraphrase for row in rows])
     wrong = [np.array([score.mean_nll for score in row.perturbed]) for row in rows]
-    made = [generation_of(row, protocol) for row in rows]
+    generated = [generation_of(row, protocol) for row in rows]
     options = all(losses.size for losses in wrong)
     if answers is not None:
         values["nll"] = answers
@@ -84,7 +84,7 @@ def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict
         log_r = log_truth_ratio(right, wrong, protocol.truth_ratio)
         aggregate = forget_truth_ratio if name == "forget" else kept_truth_ratio
         values |= {"log_r": log_r, "truth_ratio": aggregate(log_r)}
-    recalls = [found.rouge_l_recall for found in made if found is not None]
+    recalls = [answer.rouge_l_recall for answer in generated if answer is not None]
     if len(recalls) == len(rows):
         values["rouge_l_recall"] = np.array(recalls, dtype=np.float64)
     return values
@@ -92,8 +92,8 @@ def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict
 
 def _losses(scores: Sequence[AnswerScore | None]) -> Floats | None:
     """Mean NLL of every row; None where one has no score."""
-    found = [score.mean_nll for score in scores if score is not None]
-    return np.array(found, dtype=np.float64) if len(found) == len(scores) else None
+    losses = [score.mean_nll for score in scores if score is not None]
+    return np.array(losses, dtype=np.float64) if len(losses) == len(scores) else None
 
 
 def summarise(
@@ -125,8 +125,8 @@ def summarise(
     chosen = protocol_named(protocol)
     for each in (log, retain_log, second_retain_log):
         _refuse_other_cut(each, chosen)
-    rows = {name: protocol_rows(found, chosen) for name, found in log.sets.items()}
-    values = {name: set_values(name, found, chosen) for name, found in rows.items()}
+    rows = {name: protocol_rows(each, chosen) for name, each in log.sets.items()}
+    values = {name: set_values(name, each, chosen) for name, each in rows.items()}
     quality, by = _forget_quality(log, retain_log, chosen, resamples, seed)
     utility = model_utility(values, resamples=resamples, seed=seed)
     result: dict[str, Any] = {
@@ -139,11 +139,11 @@ def summarise(
     }
     reasons = dict.fromkeys(QUALITY_FIGURES, quality.reason) | {"model_utility": utility.reason}
     for name, metric in itertools.product(SETS, SET_METRICS):
-        found = values.get(name, {}).get(metric)
+        column = values.get(name, {}).get(metric)
         key = f"{name}_{metric}"
-        result[key] = None if found is None else float(found.mean())
-        result[f"{key}_interval"] = _spread(found, resamples, seed)
-        if found is None:
+        result[key] = None if column is None else float(column.mean())
+        result[f"{key}_interval"] = _spread(column, resamples, seed)
+        if column is None:
             reasons[key] = _why_missing(log, name, metric, chosen)
     result["retrain_forget_nll"] = _reference_nll(retain_log, chosen)
     if retain_log is not None and second_retain_log is not None:
@@ -151,7 +151,7 @@ def summarise(
         result["retrain_band"] = _quality_keys(band)
     return result | {
         "n": len(rows.get("forget", ())),
-        "rows": {name: len(found) for name, found in rows.items()},
+        "rows": {name: len(each) for name, each in rows.items()},
         "rows_matched_by": by,
         "limited": log.meta.get("limit") is not None,
         "better": BETTER,
@@ -216,8 +216,8 @@ def _quality_keys(quality: ForgetQuality) -> dict[str, Any]:
     }
 
 
-def _pair(found: Interval | None) -> list[float] | None:
-    return None if found is None else list(found)
+def _pair(span: Interval | None) -> list[float] | None:
+    return None if span is None else list(span)
 
 
 def _forget_quality(
@@ -239,8 +239,8 @@ def _forget_quality(
     theirs = set_values("forget", match.theirs, protocol).get("log_r")
     if ours is None or theirs is None:
         return without("needs perturbed answers of every forget row")
-    found = forget_quality(ours, theirs, resamples=resamples, seed=seed)
-    return found, match.by
+    quality = forget_quality(ours, theirs, resamples=resamples, seed=seed)
+    return quality, match.by
 
 
 def match_forget(
@@ -254,18 +254,18 @@ def match_forget(
     Raises:
         UserError: they are different rows.
     """
-    mine, yours = protocol_rows(ours, protocol), protocol_rows(theirs, protocol)
+    our_rows, their_rows = protocol_rows(ours, protocol), protocol_rows(theirs, protocol)
     whole = None if ours.total is None else min(ours.total, protocol.max_rows or ours.total)
-    limited = meta.get("limit") is not None and whole == len(yours)
-    return match_rows(mine, yours, subset=limited)
+    limited = meta.get("limit") is not None and whole == len(their_rows)
+    return match_rows(our_rows, their_rows, subset=limited)
 
 
 def _reference_nll(retain_log: EvalLog | None, protocol: Protocol) -> float | None:
     if retain_log is None or "forget" not in retain_log.sets:
         return None
     rows = protocol_rows(retain_log.sets["forget"], protocol)
-    found = set_values("forget", rows, protocol).get("nll")
-    return None if found is None else float(found.mean())
+    nll = set_values("forget", rows, protocol).get("nll")
+    return None if nll is None else float(nll.mean())
 
 
 def _refuse_other_cut(log: EvalLog | None, protocol: Protocol) -> None:
@@ -299,11 +299,17 @@ def _notes(
     notes = []
     if log.meta.get("limit") is not None:
         notes.append(f"limited to the first {log.meta['limit']} rows of each set")
+    for name, count in log.meta.get("cut_rows", {}).items():
+        length = log.meta.get("max_length")
+        notes.append(f"{count} {name} rows have a text that is cut at {length} tokens")
+    if log.meta.get("padded_because"):
+        reason = log.meta["padded_because"]
+        notes.append(f"scored as padded rows, because sharing prefixes does not fit: {reason}")
     recorded = [
         name
-        for name, found in log.sets.items()
-        if found.rows and protocol.decoding.name not in found.rows[0].generations
-        if RECORDED in found.rows[0].generations
+        for name, each in log.sets.items()
+        if each.rows and protocol.decoding.name not in each.rows[0].generations
+        if RECORDED in each.rows[0].generations
     ]
     if recorded:
         notes.append("answers as recorded in the log, which does not state its decoding")

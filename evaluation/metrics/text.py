@@ -119,11 +119,11 @@ def _answered(row: RowRecord, protocol: Protocol, where: str) -> Row:
 def fluency(rows: Sequence[Row], losses: Sequence[float | None]) -> dict[str, Any]:
     """The figures of one log, `KEY_interval` their 95 % bootstrap intervals over rows.
 
-    `n` answers, of which `scored` have a loss and `empty` no word; `judge_nll` (nats a token, mean
-    of the scored ones; lower is more as the judge would say it), `distinct_2` (mean of the answers
-    with two words or more; higher is more varied), `repeated_share` (share of all answers; lower
-    is better), `words` (mean of all answers). A figure that no answer has is None, with its reason
-    under `reasons`.
+    `n` answers, of which `scored` have a loss and `empty` have no word. `judge_nll`: nats per
+    token, mean of the scored ones; lower is closer to what the judge would say. `distinct_2`: mean
+    of the answers with two words or more; higher is more varied. `repeated_share`: share of all
+    answers; lower is better. `words`: mean of all answers. A figure that no answer has is None,
+    with its reason under `reasons`.
 
     Args:
         rows: question and generated answer.

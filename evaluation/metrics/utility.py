@@ -85,7 +85,7 @@ def model_utility(
                 missing.append(f"{title} {label}")
             else:
                 parts[f"{title} {label}"] = float(values.mean())
-    counts = {name: len(next(iter(found.values()))) for name, found in rows.items() if found}
+    counts = {name: len(next(iter(columns.values()))) for name, columns in rows.items() if columns}
     if missing:
         return ModelUtility(None, parts, counts, reason=f"not measured: {', '.join(missing)}")
     from scipy.stats import hmean

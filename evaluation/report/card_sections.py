@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evaluation.report.cards import VERDICT_WORDS, Calibration, Curve, Figures, Robustness, Search
@@ -180,23 +180,30 @@ def search_section(search: Search, number: int) -> Section:
 
 def verdict_table(verdicts: Sequence[Figures]) -> Table:
     """Every verdict beside its threshold."""
-    rows = tuple(
-        (
-            Cell(str(verdict["name"])),
-            Cell(_verdict(verdict.get("holds"))),
-            Cell(_figure(verdict.get("value"))),
-            Cell(_figure(verdict.get("threshold"))),
-            Cell(str(verdict["text"])),
-        )
-        for verdict in verdicts
-    )
-    columns = (*words("Attack", "Verdict"), Column("Value"), Column("Threshold"), *words("Meaning"))
-    return Table("Verdicts, each with its threshold", columns, rows)
+    attack, verdict, meaning = words("Attack", "Verdict", "Meaning")
+    columns = {
+        "name": (attack, plain), "holds": (verdict, _verdict),
+        "value": (Column("Value"), figure_text), "threshold": (Column("Threshold"), figure_text),
+        "text": (meaning, plain),
+    }  # fmt: skip
+    return record_table("Verdicts, each with its threshold", verdicts, columns)
 
 
 def _verdict(holds: Any) -> str:
     sign = {True: "✓ ", False: "✗ "}.get(holds, "")
     return sign + VERDICT_WORDS.get(holds, plain(holds))
+
+
+def record_table(
+    caption: str,
+    rows: Sequence[Figures],
+    columns: Mapping[str, tuple[Column, Callable[[Any], str]]],
+) -> Table:
+    """Recorded rows as a table: for each key a column and how its values are written."""
+    cells = tuple(
+        tuple(Cell(write(row.get(key))) for key, (_, write) in columns.items()) for row in rows
+    )
+    return Table(caption, tuple(column for column, _ in columns.values()), cells)
 
 
 def figure_table(
@@ -210,13 +217,14 @@ def figure_table(
     keys = [key for key in FIGURES if any(row.get(key) is not None for row in rows)]
     columns = (head, *(Column(*FIGURES[key], numeric=key != "direction") for key in keys))
     cells = tuple(
-        (name, *(Cell(_figure(row.get(key), key)) for key in keys))
+        (name, *(Cell(figure_text(row.get(key), key)) for key in keys))
         for name, row in zip(names, rows, strict=True)
     )
     return Table(caption, columns, cells, kinds)
 
 
-def _figure(value: Any, key: str = "") -> str:
+def figure_text(value: Any, key: str = "") -> str:
+    """A figure as the tables show it; `key` names it."""
     if value is None:
         return DASH
     if key == "forget_quality":
@@ -252,22 +260,14 @@ def _curve_table(caption: str, curves: Sequence[Curve], x: str, keys: Mapping[st
 
 
 def _paraphrase_table(rows: Sequence[Figures]) -> Table:
-    heads = {
-        "base_answer_prob": Column("Answer prob., base"),
-        "answer_prob": Column("Answer prob., unlearned", LOWER),
-        "base_rouge_l_recall": Column("ROUGE-L, base"),
-        "rouge_l_recall": Column("ROUGE-L, unlearned", LOWER),
-    }
-    cells = tuple(
-        (
-            Cell(str(row["form"])),
-            *(Cell(fixed(row.get(key))) for key in heads),
-            Cell(plain(row.get("n"))),
-        )
-        for row in rows
-    )
-    columns = (*words("Form"), *heads.values(), Column("n"))
-    return Table("The same facts asked in other words", columns, cells)
+    (form,) = words("Form")
+    columns = {
+        "form": (form, plain), "base_answer_prob": (Column("Answer prob., base"), fixed),
+        "answer_prob": (Column("Answer prob., unlearned", LOWER), fixed),
+        "base_rouge_l_recall": (Column("ROUGE-L, base"), fixed),
+        "rouge_l_recall": (Column("ROUGE-L, unlearned", LOWER), fixed), "n": (Column("n"), plain),
+    }  # fmt: skip
+    return record_table("The same facts asked in other words", rows, columns)
 
 
 def _sentences(about: Figures, facts: Mapping[str, str]) -> str:

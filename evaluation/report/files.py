@@ -14,7 +14,8 @@ from typing import Any
 from evaluation.logs.records import generation_of, protocol_rows, write_json, write_text
 from evaluation.protocols import protocol_named
 from evaluation.report.answers import row_figures
-from evaluation.report.build import KIND, SCHEMA, LoadedLog, Report, ReportRequest, gather
+from evaluation.report.build import KIND, LoadedLog, Report, ReportRequest, gather
+from evaluation.report.cards import SCHEMA
 from evaluation.report.document import charts, html_page, markdown_page
 from evaluation.report.plots import svg_file, write_png
 from evaluation.report.sections import sections

@@ -47,7 +47,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)
 MARKERS = ("o", "^", "s", "D", "P", "*")
 SIZE = (4.7, 3.6)  # inches
 TAIL = 0.005  # share of the rows at either end that may lie beyond a distribution's axis
-LEGEND_WIDTH = 34  # characters of a legend's line
+LEGEND_WIDTH = 50  # characters of a line of the legend
 # matplotlib keeps its settings in one global dictionary, and the app draws from several threads.
 _DRAWING = threading.Lock()
 
@@ -275,7 +275,7 @@ def colour_css(selector: str = ":root", *, dark: bool = False) -> str:
 def draw_svg(chart: Chart) -> str:
     """The chart as an SVG element for an HTML page that has the variables of `colour_css`.
 
-    Its background is transparent. `<title>`, `<desc>` and `aria-label` hold its title and text.
+    Its background is transparent. `aria-label` and `<title>` hold its title, `<desc>` its text.
     """
     out = io.StringIO()
     with _settings(chart):
@@ -287,7 +287,7 @@ def draw_svg(chart: Chart) -> str:
     # This rule would hold for the whole page.
     drawn = re.sub(r"<style.*?</style>", "", drawn, count=1, flags=re.DOTALL)
     title, text = (html.escape(_one_line(part)) for part in (chart.title, chart.text))
-    label = f'class="un-plot" role="img" aria-label="{title}. {text}" stroke-linejoin="round" '
+    label = f'class="un-plot" role="img" aria-label="{title}" stroke-linejoin="round" '
     drawn = drawn.replace("<svg ", f"<svg {label}", 1)
     start = drawn.index(">", drawn.index("<svg")) + 1
     return f"{drawn[:start]}<title>{title}</title><desc>{text}</desc>{drawn[start:].strip()}"
@@ -358,7 +358,7 @@ def _figure(chart: Chart) -> Figure:
         axes.set_xlim(chart.xs)
     if chart.ys is not None:
         axes.set_ylim(chart.ys)
-    axes.set(xlabel=chart.x, ylabel=chart.y)
+    axes.set(xlabel=chart.x, ylabel=textwrap.fill(chart.y, 30))
     axes.grid(axis="y", linewidth=0.8)
     axes.tick_params(length=0)
     axes.set_axisbelow(True)
@@ -370,10 +370,10 @@ def _figure(chart: Chart) -> Figure:
                       weight="bold", bbox={"color": PAPER, "pad": 1})  # fmt: skip
     lines = {series.name: line for series, line in zip(chart.series, axes.lines, strict=False)}
     names = [textwrap.fill(_one_line(name), LEGEND_WIDTH) for name in lines]
-    axes.legend(
-        list(lines.values()), names, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.3,
-        ncols=2 if max(map(len, names)) <= LEGEND_WIDTH else 1, frameon=False, handlelength=3,
-        fontsize="small",
+    widest = sorted(map(len, names))[-2:]
+    figure.legend(
+        list(lines.values()), names, loc="outside upper left", frameon=False, handlelength=3,
+        ncols=2 if sum(widest) <= LEGEND_WIDTH else 1, fontsize="small", borderaxespad=0.2,
     )  # fmt: skip
     _place_labels(figure, axes, chart)
     return figure

@@ -24,6 +24,7 @@ from evaluation.report.card_sections import (
     LOWER,
     NEAR_REFERENCE,
     calibration_section,
+    record_table,
     robustness_section,
     search_section,
 )
@@ -241,19 +242,14 @@ def _published_row(row: Published) -> tuple[Cell, ...]:
 
 def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
     """How a reproduction's figures compare with the published ones, as it recorded them."""
-    rows = tuple(
-        (
-            Cell(plain(check.get("name"))),
-            Cell(plain(check.get("figure"))),
-            Cell(p_text(check.get("measured"))),
-            Cell(p_text(check.get("published"))),
-            Cell(plain(check.get("text"))),
-        )
-        for check in checks
-    )
-    columns = (*words("System", "Figure"), Column("Measured"), Column("Published"))
+    system, figure, result = words("System", "Figure", "Result")
+    columns = {
+        "name": (system, plain), "figure": (figure, plain),
+        "measured": (Column("Measured"), p_text), "published": (Column("Published"), p_text),
+        "text": (result, plain),
+    }  # fmt: skip
     caption = "Measured against published, as the reproduction recorded it"
-    return Table(caption, (*columns, *words("Result")), rows)
+    return record_table(caption, checks, columns)
 
 
 def quality_chart(view: View, published: Sequence[Published]) -> Chart | None:

@@ -1,13 +1,11 @@
-"""One card per adapter, stack or merged model: what its forgetting stands up to.
+"""One card per adapter, stack or merged model: which attacks its forgetting withstands.
 
-Every attack is bounded by its settings. With a folder each result is a part file whose name holds
-what it depends on (weights, rows, settings, versions), so the same call goes on where it stopped.
+Every attack is bounded by its settings. With a folder each finished result is cached, so the same
+call continues after an interruption.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,31 +15,96 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.environment import versions
 from adapters.errors import UserError
-from evaluation.logs.records import SETS, EvalLog, row_json
+from evaluation.cache import Cache, key_of
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.robustness import wordings as attacks
-from evaluation.robustness.kept import Kept
 from evaluation.robustness.quantisation import QUANTISED, Subject, Workplace
-from evaluation.robustness.relearning import probabilities, recovery, relearn, split_rows
+from evaluation.robustness.relearning import (
+    Method,
+    Relearning,
+    probabilities,
+    recovery,
+    relearn,
+    split_rows,
+)
 from evaluation.robustness.sampling import LEAKED_ROUGE, Draws, best_of, row_recalls
-from evaluation.robustness.settings import Settings
 from evaluation.robustness.verdicts import verdicts
 from evaluation.suite import EvalData, evaluate
 
 if TYPE_CHECKING:
+    from evaluation.logs.records import EvalLog
     from evaluation.robustness.quantisation import Loaded
     from evaluation.robustness.relearning import Split
     from evaluation.suite import Effort, OnProgress
     from unlearner.request.rows import Row
 
 KIND, SCHEMA = "unlearner-robustness", 1
+ATTACKS = ("states", "relearn", "sample", "paraphrase", "drop")
 CARD_FILE = "robustness.json"
 STATE_KEYS = (
     "forget_quality", "forget_quality_log10", "ks", "ks_interval", "log_r_shift", "direction",
     "model_utility", "forget_answer_prob", "forget_nll", "forget_rouge_l_recall",
     "retain_answer_prob", "n",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How hard each attack tries.
+
+    Attributes:
+        attacks: some of `ATTACKS`.
+        states: which forms are measured; empty for all of the subject's.
+        relearn_share, relearn_steps, relearn_lr, relearn_with: see `relearning.Relearning`.
+        samples, temperature, top_p: see `Draws`.
+        sample_rows, paraphrase_rows: how many forget rows are asked, evenly spaced.
+        seed: of rows, draws and first weights.
+    """
+
+    attacks: tuple[str, ...] = ATTACKS
+    states: tuple[str, ...] = ()
+    relearn_share: float = 0.1
+    relearn_steps: int = 20
+    relearn_lr: float | None = None
+    relearn_with: Method = "auto"
+    samples: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    sample_rows: int = 40
+    paraphrase_rows: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [f"there is no attack '{a}'" for a in self.attacks if a not in ATTACKS]
+        problems += [] if self.attacks else ["no attack is given"]
+        for name in ("relearn_steps", "samples", "sample_rows", "paraphrase_rows"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is below 1")
+        if not 0 < self.relearn_share < 1:
+            problems.append("relearn_share is not between 0 and 1")
+        if not 0 < self.top_p <= 1:
+            problems.append("top_p is not above 0 and at most 1")
+        for name in ("temperature", "relearn_lr"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                problems.append(f"{name} is not above 0")
+        if problems:
+            raise UserError(
+                f"The settings of the attacks are not valid: {'; '.join(problems)}.",
+                f"Attacks are {', '.join(ATTACKS)}.",
+            )
+
+    @property
+    def relearning(self) -> Relearning:
+        """Those of the relearning attack."""
+        return Relearning(
+            self.relearn_share, self.relearn_steps, self.relearn_lr, self.relearn_with, self.seed
+        )
+
+    @property
+    def draws(self) -> Draws:
+        """Those of the sampling attack, except for the length of answers."""
+        return Draws(self.samples, self.temperature, self.top_p, self.seed)
 
 
 def robustness(
@@ -59,7 +122,7 @@ def robustness(
 ) -> dict[str, Any]:
     """The card: states, relearning, sampling, paraphrase, drop, and a verdict on each.
 
-    Nothing of the store or of the models is changed. An attack that was not asked for is empty.
+    Store and models are not changed. An attack that `settings` does not name is empty.
 
     Args:
         subject: what is attacked.
@@ -68,9 +131,9 @@ def robustness(
         split: name of the forget split, for the card.
         protocol: of the states' figures.
         retain_log: reference of forget quality.
-        limit: only the first so many rows of each set.
-        out: folder of the parts, and of the merged weights while the work lasts.
-        on_progress: called with a label, done and all.
+        limit: at most this many rows of each set.
+        out: folder of the cache, and of the merged weights while the attacks run.
+        on_progress: called with a label, the number done and the total.
         effort: sizes of batches.
 
     Raises:
@@ -80,11 +143,12 @@ def robustness(
     states = settings.states or subject.states
     rows = len(data.forget[: protocol_named(protocol).max_rows][:limit])
     _check(subject, rows, settings, states)
-    kept = Kept(out / "parts" if out else None, _key(subject))
+    key = key_of(subject=subject.identity)
+    cache = Cache(out / "parts" if out else None, key)
     with Workplace(subject, out) as place:
         work = _Card(
-            place, data, settings, protocol_named(protocol).name, retain_log, limit, kept,
-            on_progress or _silent, effort,
+            place, data, settings, protocol_named(protocol).name, retain_log, limit, cache,
+            on_progress or (lambda *event: None), effort,
         )  # fmt: skip
         wanted = settings.attacks
         card: dict[str, Any] = {
@@ -106,19 +170,15 @@ def robustness(
         "verdicts": verdicts(card),
         "settings": _settings(subject, settings, states),
         "versions": versions(),
-        "seconds": sum(kept.seconds),
+        "seconds": sum(cache.seconds),
     }
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    """Nobody watches."""
 
 
 def _check(subject: Subject, rows: int, settings: Settings, states: Sequence[str]) -> None:
     unknown = [state for state in states if state not in subject.states]
     if unknown:
         raise UserError(
-            f"There is no state '{unknown[0]}' of this model.",
+            f"This model has no state '{unknown[0]}'.",
             f"Choose among {', '.join(subject.states)}.",
         )
     quantised = [state for state in states if state in QUANTISED and "states" in settings.attacks]
@@ -129,14 +189,9 @@ def _check(subject: Subject, rows: int, settings: Settings, states: Sequence[str
         )
     if "relearn" in settings.attacks and rows < 2:
         raise UserError(
-            "Relearning needs two forget rows at least: one to train on, one to get back.",
-            "Give more rows, or leave `relearn` out of --attacks.",
+            "Relearning needs at least two forget rows: one to train on, one to recover.",
+            "Give more rows, or leave `relearn` out of the attacks.",
         )
-
-
-def _key(subject: Subject) -> Any:
-    packages = {name: found for name, found in versions().items() if name != "unlearner"}
-    return [subject.identity, packages]
 
 
 def _settings(subject: Subject, settings: Settings, states: Sequence[str]) -> dict[str, Any]:
@@ -162,7 +217,7 @@ class _Card:
     protocol: str
     retain_log: EvalLog | None
     limit: int | None
-    kept: Kept
+    cache: Cache
     on_progress: OnProgress
     effort: Effort | None
 
@@ -173,13 +228,17 @@ class _Card:
         return rows[: self.limit]
 
     def states(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """The figures of every form, measured alike."""
-        rows = {name: [asdict(row) for row in found] for name, found in self.data.sets.items()}
-        depends = [rows, self.protocol, self.limit, _reference(self.retain_log)]
+        """The figures of every form, measured in the same way."""
+        inputs = {
+            "rows": self.data,
+            "protocol": self.protocol,
+            "limit": self.limit,
+            "reference": self.retain_log,
+        }
         return [
             {
                 "name": name,
-                **self.kept.result(f"state-{name}", depends, partial(self._state, name)),
+                **self.cache.entry(f"state-{name}", **inputs).result(partial(self._state, name)),
             }
             for name in names
         ]
@@ -192,8 +251,8 @@ class _Card:
                 protocol=self.protocol,
                 retain_log=self.retain_log,
                 limit=self.limit,
-                key=json.dumps([self.kept.key, name], sort_keys=True),
-                resume_dir=self.kept.folder,
+                key=f"{name}-{self.cache.key}",
+                resume_dir=self.cache.folder,
                 on_progress=lambda label, *counts: self.on_progress(f"{name}: {label}", *counts),
                 effort=self.effort,
             )
@@ -201,10 +260,9 @@ class _Card:
         return {key: figures[key] for key in STATE_KEYS}
 
     def relearning(self) -> dict[str, Any]:
-        """The curve of the merged weights, of the control, and where Origin stands."""
+        """The curves of the merged weights and of the control, and Origin's level."""
         split = split_rows(self.forget, self.settings.relearning)
-        asked = asdict(self.settings.relearning)
-        depends = [[_pair(row) for row in rows] for rows in split]
+        inputs = {"split": split, "attack": self.settings.relearning}
         place = self.place
 
         def attack(state: str, name: str) -> dict[str, Any]:
@@ -220,30 +278,29 @@ class _Card:
             with place.loaded("origin") as loaded:
                 return probabilities(loaded, split, 0)
 
-        found = self.kept.result(
-            "relearn-unlearned", [depends, asked], lambda: attack("merged", "unlearned")
+        unlearned = self.cache.entry("relearn-unlearned", **inputs).result(
+            lambda: attack("merged", "unlearned")
         )
-        curves = [{"name": "unlearned", "points": found["points"]}]
+        curves = [{"name": "unlearned", "points": unlearned["points"]}]
         if place.subject.retrain:
-            control = self.kept.result(
-                "relearn-retrain",
-                [depends, asked, place.subject.retrain_identity],
-                lambda: attack("retrain", "retrain"),
+            weights = place.subject.retrain_identity
+            control = self.cache.entry("relearn-retrain", **inputs, weights=weights).result(
+                lambda: attack("retrain", "retrain")
             )
             curves.append({"name": "retrain", "points": control["points"]})
-        origin = self.kept.result("relearn-origin", depends, bare)
+        origin = self.cache.entry("relearn-origin", split=split).result(bare)
         return {
             "share": self.settings.relearn_share,
             "rows_seen": len(split.seen),
             "rows_unseen": len(split.unseen),
-            "learning_rate": found["learning_rate"],
-            "with": found["with"],
+            "learning_rate": unlearned["learning_rate"],
+            "with": unlearned["with"],
             "curves": [*curves, {"name": "origin", "points": [origin]}],
             "recovery": {c["name"]: recovery(c["points"], origin) for c in curves},
         }
 
     def _steps(self, name: str, split: Split) -> Callable[[int, int], None]:
-        """Progress of an attack in rows trained on, as everything else counts rows."""
+        """Progress of an attack in rows, as of all other parts."""
         rows = len(split.seen)
         return lambda done, total: self.on_progress(f"relearning {name}", done * rows, total * rows)
 
@@ -252,14 +309,13 @@ class _Card:
         rows = attacks.spread_rows(self.forget, self.settings.sample_rows)
         budget = protocol_named(self.protocol).decoding.max_total or 200
         draws = replace(self.settings.draws, max_total=budget)
-        depends = [[_pair(row) for row in rows], asdict(draws)]
         subject = self.place.subject
         curves = []
         for name, state in (("unlearned", subject.unlearned), ("retrain", "retrain")):
             if name == "retrain" and not subject.retrain:
                 continue
             weights = subject.retrain_identity if name == "retrain" else state
-            recalls = self._recalls(name, state, rows, draws, [depends, weights])
+            recalls = self._recalls(name, state, rows, draws, weights)
             curves.append({"name": name, "points": best_of(recalls, draws.samples)})
         return {
             "samples": draws.samples,
@@ -269,33 +325,29 @@ class _Card:
         }
 
     def _recalls(
-        self, name: str, state: str, rows: list[Row], draws: Draws, depends: Any
+        self, name: str, state: str, rows: list[Row], draws: Draws, weights: str | None
     ) -> list[list[float]]:
         with self.place.when_needed(state) as model:
 
             def ask(i: int) -> list[float]:
-                found = row_recalls(model(), rows[i], draws)
+                recalls = row_recalls(model(), rows[i], draws)
                 self.on_progress(f"sampling {name}", i + 1, len(rows))
-                return found
+                return recalls
 
-            return self.kept.rows(f"sample-{name}", depends, len(rows), ask)
+            entry = self.cache.entry(f"sample-{name}", rows=rows, draws=draws, weights=weights)
+            return entry.rows(len(rows), ask)
 
     def paraphrase(self) -> list[dict[str, Any]]:
-        """Every form asked of the base and of the unlearned model."""
+        """Every wording, asked of the base and of the unlearned model."""
         rows = attacks.spread_rows(self.forget, self.settings.paraphrase_rows)
-        asked = [[*_pair(row), row.paraphrased_question] for row in rows]
-        found = [
-            self._forms(state, rows, asked) for state in ("origin", self.place.subject.unlearned)
-        ]
-        return attacks.side_by_side(*found)
+        states = ("origin", self.place.subject.unlearned)
+        return attacks.side_by_side(*(self._forms(state, rows) for state in states))
 
-    def _forms(self, state: str, rows: list[Row], asked: Any) -> list[dict[str, Any] | None]:
+    def _forms(self, state: str, rows: list[Row]) -> list[dict[str, Any] | None]:
         with self.place.when_needed(state) as model:
             return [
-                self.kept.result(
-                    f"paraphrase-{state}-{form.name}",
-                    [asked, list(form)],
-                    partial(self._ask, model, form, rows, state),
+                self.cache.entry(f"paraphrase-{state}-{form.name}", rows=rows, form=form).result(
+                    partial(self._ask, model, form, rows, state)
                 )
                 for form in attacks.FORMS
             ]
@@ -307,26 +359,11 @@ class _Card:
         return attacks.ask(model(), form, rows, on_progress=report, effort=self.effort)
 
     def drop(self) -> dict[str, Any]:
-        """The adapter switched off."""
+        """The model with its adapters deactivated."""
         if not self.place.subject.stack:
             return {"applies": False}
         rows = self.forget
-        return self.kept.result(
-            "drop",
-            [_pair(row) for row in rows],
-            lambda: attacks.drop(self.place, rows, self.on_progress),
+        dropped: dict[str, Any] = self.cache.entry("drop", rows=rows).result(
+            lambda: attacks.drop(self.place, rows, self.on_progress)
         )
-
-
-def _pair(row: Row) -> list[str]:
-    return [row.question, row.answer]
-
-
-def _reference(log: EvalLog | None) -> str | None:
-    """Digest of the reference's rows."""
-    if log is None:
-        return None
-    rows = {
-        name: [row_json(row) for row in log.sets[name].rows] for name in SETS if name in log.sets
-    }
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        return dropped

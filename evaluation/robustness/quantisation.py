@@ -1,14 +1,12 @@
 """The forms in which an unlearned model may be run, each loaded as its user would load it.
 
-Adapters are folded into the base's original weights, never into quantised ones; the folded weights
-are then quantised by whoever loads them. They live in a folder that goes when the work is done.
+Adapters are merged into the base's original weights, never into quantised ones; the merged weights
+are quantised when they are loaded. They are in a folder that is deleted at the end.
 """
 
 from __future__ import annotations
 
-import gc
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapters.environment import free_memory
 from adapters.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ QUANTISED = {"adapter-nf4": "adapter", "merged-nf4": "merged", "merged-int8": "m
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, and how it is asked."""
+    """A model in evaluation mode, with its prompts and tokenizer."""
 
     model: Any
     fmt: PromptFormat
@@ -37,15 +36,15 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is attacked: adapters of a store on their base, or weights merged by anyone.
+    """What is attacked: adapters of a store on their base, or merged weights.
 
     Attributes:
-        base: the model as it was before, and how all forms are loaded.
-        store, stack: adapters in order with their strengths; empty where `merged` is given.
+        base: the original model, and how all forms are loaded.
+        store, stack: adapters in order with their scales; empty where `merged` is given.
         merged: folder of merged weights.
         retrain: a model that never saw the forget set: the control of relearning and sampling.
         template: prompt format.
-        allow_missing_parents: of a stack that stands active as it is, see `load_stack`.
+        allow_missing_parents: of a stack that is active as it is, see `load_stack`.
     """
 
     base: BaseSpec
@@ -59,18 +58,18 @@ class Subject:
     def __post_init__(self) -> None:
         if (self.merged is None) == (not self.stack):
             raise UserError(
-                "There is nothing to attack: neither adapters nor merged weights, or both.",
+                "There is nothing to attack: give adapters of the store, or merged weights.",
                 "Name adapters of the store with --adapters, or merged weights with --merged.",
             )
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The forms it has; merged weights have no adapter to put beside a base."""
+        """The forms it has; merged weights have no adapter."""
         return STATES if self.stack else ("origin", *(s for s in STATES if s.startswith("merged")))
 
     @property
     def unlearned(self) -> str:
-        """The form in full precision that is asked questions."""
+        """The form in full precision that the questions are asked of."""
         return "adapter" if self.stack else "merged"
 
     @cached_property
@@ -107,12 +106,16 @@ class Subject:
 
 
 class Workplace:
-    """Loads the forms of a subject one at a time; folds its adapters once, when first needed."""
+    """Loads the forms of a subject one at a time; merges its adapters once, when first needed."""
 
     def __init__(self, subject: Subject, scratch: Path | None = None) -> None:
-        """Takes the subject, and the folder that the merged weights are written under for now."""
+        """Takes the subject, and a folder for the merged weights (by default beside the store).
+
+        They are as large as the base, so the system's temporary folder, which is often a part of
+        the memory, is no place for them.
+        """
         self.subject = subject
-        self._scratch = scratch or Path(tempfile.gettempdir())
+        self._scratch = scratch or (subject.store.path.parent if subject.store else Path.cwd())
         self._folded: Path | None = None
         self._heavy = False
 
@@ -157,27 +160,20 @@ class Workplace:
             yield Loaded(model, fmt)
 
     def _make_room(self) -> None:
-        """Frees the model before, which holds itself in cycles, before another is loaded.
-
-        Small ones may wait for Python's own collector: walking the heap takes longer than they do.
-        """
-        import torch
-
+        """Frees the model before; small ones can wait for Python's own collector."""
         if self._heavy:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
 
     @contextmanager
     def when_needed(self, state: str) -> Iterator[Callable[[], Loaded]]:
-        """A function that loads the model of that form at its first call and then keeps it."""
+        """A function that loads the model of that form at its first call."""
         with ExitStack() as stack:
             yield cache(lambda: stack.enter_context(self.loaded(state)))
 
     def weights(self, state: str) -> int:
         """How many weights the form's files hold."""
-        from adapters.base.fingerprint import weight_files
         from adapters.base.load import resolve_base
+        from adapters.base.weights import weight_files
         from adapters.tensors import read_header
 
         spec = self._spec(state)
@@ -185,7 +181,7 @@ class Workplace:
         return sum(prod(info.shape) for found in headers for info in found.tensors.values())
 
     def _spec(self, state: str) -> BaseSpec:
-        """The folder of the form, and whether it is held in 4 bit."""
+        """The folder of the form, and whether it is loaded in 4 bit."""
         spec = replace(self.subject.base, load_in_4bit=state.endswith("nf4"))
         if state == "retrain":
             return replace(spec, name=str(self.subject.retrain), revision=None)
@@ -202,7 +198,7 @@ class Workplace:
     @cached_property
     def merged_folder(self) -> Path:
         """The merged weights: the subject's own, else its adapters folded into the base now."""
-        from adapters.atomic_files import left_by_the_dead, temporary_name
+        from adapters.atomic_files import is_stale_temp, temporary_name
         from adapters.base.fingerprint import fingerprint_base
         from adapters.lora.merge import fold_stack
 
@@ -215,7 +211,7 @@ class Workplace:
         self._scratch.mkdir(parents=True, exist_ok=True)
         # A killed process leaves its weights behind: many gigabytes of a large model.
         for path in self._scratch.glob(".tmp-*-merged"):
-            if left_by_the_dead(path.name):
+            if is_stale_temp(path):
                 shutil.rmtree(path, ignore_errors=True)
         self._folded = self._scratch / temporary_name("merged")
         return fold_stack(self._base_folder, stack, self._folded).path

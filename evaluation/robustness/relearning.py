@@ -141,6 +141,7 @@ def _trainable(model: Any, plan: Relearning) -> Any:
     from peft import LoraConfig
 
     from adapters.lora.stack import add_trainable
+    from adapters.lora.targets import default_targets
     from unlearner.config import LoraShape
 
     shape = LoraShape()
@@ -150,7 +151,7 @@ def _trainable(model: Any, plan: Relearning) -> Any:
             r=shape.lora_r,
             lora_alpha=shape.lora_alpha,
             lora_dropout=0.0,
-            target_modules=list(shape.target_modules),
+            target_modules=list(default_targets(model)),
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -159,7 +160,7 @@ def _trainable(model: Any, plan: Relearning) -> Any:
 
 def _backward(model: Any, rows: Sequence[Encoded], pad: int) -> None:
     """Gradients of the mean over rows of their mean NLL, a micro-batch at a time."""
-    from unlearner.training.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll
 
     for start in range(0, len(rows), MICRO_BATCH):
         batch = pad_batch(rows[start : start + MICRO_BATCH], pad)

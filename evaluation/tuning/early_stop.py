@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adapters.digests import normalised
 from adapters.errors import UserError
 from evaluation.inference.scoring import encode_answers, score_rows
 from evaluation.logs.matching import match_rows
@@ -20,7 +21,9 @@ from evaluation.logs.records import EvalLog, RowRecord
 from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
-from unlearner.request.rows import FORGET_SPLITS, Request, Row, load_split, read_rows
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Request, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_split
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -47,8 +50,10 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
     elif given is not None:
         rows = read_rows(Path(given))
     elif request.kind == "tofu-author":
-        asked = {row.question.strip() for row in request.rows}
-        rows = [r for r in load_split("forget10_perturbed", data) if r.question.strip() in asked]
+        asked = {normalised(row.question) for row in request.rows}
+        rows = [
+            r for r in load_split("forget10_perturbed", data) if normalised(r.question) in asked
+        ]
     else:
         rows = list(request.rows)
     bare = [row for row in rows if row.paraphrased_answer is None or not row.perturbed_answers]

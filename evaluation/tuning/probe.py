@@ -1,4 +1,4 @@
-"""A cheap look at a model while it unlearns: teacher-forced figures, no answers, no bootstrap."""
+"""A quick measurement of a model in training: teacher-forced, no answers, no bootstrap."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-
 from evaluation.metrics.summary import summarise
 from evaluation.suite import EvalData, evaluate
 
 if TYPE_CHECKING:
+    import torch
+
     from evaluation.logs.records import EvalLog
     from unlearner.tokens.prompts import PromptFormat
 
@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 RETAIN_STRIDE, FACTS_STRIDE = 3, 2
 
 
+class NotFinite(ArithmeticError):
+    """The model's losses are NaN or infinite: the training has broken it."""
+
+
 @dataclass(frozen=True)
 class Look:
-    """What one look found.
+    """The figures of one measurement.
 
     Attributes:
         forget_quality: p of the KS test of log R against Retrain, all rows of the forget set.
         ks: its distance D.
         log_r_shift: median of log R minus Retrain's.
-        forget_nll: mean over the forget rows, nats a token.
-        nll_ratio: that of Retrain's; 1 is the aim.
+        forget_nll: mean over the forget rows, nats per token.
+        nll_ratio: forget NLL over Retrain's; 1 is the aim.
         retain_answer_prob: mean over a third of the retain rows.
-        utility: harmonic mean of the six parts of model utility that need no answers, on a part of
-            the rows: comparable with other looks alone, not with model utility.
+        utility: harmonic mean of the six parts of model utility that need no answers, on some of
+            the rows: comparable with other looks only, not with model utility.
     """
 
     forget_quality: float
@@ -50,29 +54,32 @@ class Look:
 
 @dataclass(frozen=True)
 class Probe:
-    """Looks at a model as it stands, against one recorded Retrain.
+    """Measures a model against one recorded Retrain.
 
     Attributes:
         fmt: prompts and tokenizer.
-        data: all of the forget rows, a part of the others; see `thinned`.
-        retain_log: of the retrained model, with its forget set.
+        data: all forget rows and some of the others; see `thinned`.
+        reference_log: of the retrained model, with its forget set.
     """
 
     fmt: PromptFormat
     data: EvalData
-    retain_log: EvalLog
+    reference_log: EvalLog
 
     def look(self, model: Any) -> Look:
-        """The figures of the model as it stands; its mode stays as it is.
+        """The figures of the model; its mode (training or evaluation) is kept.
 
         Raises:
-            ValueError: the model's losses are not finite.
-            UserError: the log holds other forget rows.
+            NotFinite: the model's losses are NaN or infinite.
+            UserError: the reference holds other forget rows.
         """
-        log = evaluate(model, self.fmt, self.data, retain_log=self.retain_log, generate=False)
-        found = summarise(log, self.retain_log, resamples=0)
         from scipy.stats import hmean
 
+        log = evaluate(model, self.fmt, self.data, retain_log=self.reference_log, generate=False)
+        scores = [row.answer_score for each in log.sets.values() for row in each.rows]
+        if not all(score is None or math.isfinite(score.mean_nll) for score in scores):
+            raise NotFinite("the loss of an answer is NaN or infinite")
+        found = summarise(log, self.reference_log, resamples=0)
         parts = list(found["model_utility_parts"].values())
         return Look(
             forget_quality=found["forget_quality"],
@@ -103,10 +110,10 @@ FORMULA = (
 )
 
 
-def loss(look: Look, origin: Look) -> float:
+def loss_of(look: Look, origin: Look) -> float:
     """`FORMULA` of a look: 0 is a forget set like Retrain's with all else kept, lower is better.
 
-    D, not p: p is flat at 0 where nothing is forgotten yet, and a search cannot climb it.
+    It uses D, not p, which is flat at 0 where nothing is forgotten yet.
     """
     # An Origin without any utility has none to lose.
     kept = look.utility / origin.utility if origin.utility else 1.0
@@ -115,25 +122,25 @@ def loss(look: Look, origin: Look) -> float:
     return look.ks + 5.0 * lost + max(0.0, far)
 
 
-class Watch(TrainerCallback):
-    """Looks at the model after chosen steps and at the end, and tells what it saw."""
+class Watch:
+    """Measures the model after chosen steps and at the end."""
 
     def __init__(
         self, probe: Probe, shares: Sequence[float], tell: Callable[[int, int, Look], None]
     ) -> None:
-        """Takes when to look and whom to tell.
+        """Takes the probe, when to use it, and a callback.
 
         Args:
-            probe: how to look.
-            shares: of all steps after which it looks; 1 is the last step.
+            probe: measures the model.
+            shares: fractions of all steps after which it measures; 1 is the last step.
             tell: called with step, steps and look; may raise to end the training.
         """
         self._probe = probe
         self._shares = shares
         self._tell = tell
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks where this step is one of the chosen."""
-        chosen = {max(1, round(share * state.max_steps)) for share in self._shares}
-        if state.global_step in chosen:
-            self._tell(state.global_step, state.max_steps, self._probe.look(kwargs["model"]))
+    def __call__(self, step: int, steps: int, model: torch.nn.Module) -> None:
+        """Measures after one of the chosen steps."""
+        chosen = {max(1, round(share * steps)) for share in self._shares}
+        if step in chosen:
+            self._tell(step, steps, self._probe.look(model))

@@ -1,10 +1,9 @@
-"""Searches the settings of a forget request, and says what was tried and what holds elsewhere.
+"""Searches the settings of a forget request.
 
-The search is Optuna's TPE over the product's own settings. Every trial trains one adapter from the
-bare base and is looked at by `evaluation.tuning.probe`: no answers are generated until the end, and
-a trial that falls behind is stopped half-way. The settings with the lowest loss are then trained
-again for every seed and measured in full: the first seed is the one they were chosen on, the
-others are held out.
+The search is Optuna's TPE. Every trial trains one adapter on the bare base and is measured by
+`evaluation.tuning.probe` without generating answers; a trial that falls behind is stopped early.
+The settings with the lowest loss are then trained for every seed and evaluated in full: they were
+chosen on the first seed, the others are held out.
 """
 
 from __future__ import annotations
@@ -13,24 +12,40 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adapters.base.fingerprint import fingerprint_base
-from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
-from adapters.environment import threads_for
+from adapters.base.load import BaseSpec, load_base, load_tokenizer
+from adapters.environment import free_memory, threads_for
 from adapters.errors import UserError
 from adapters.store.store import AdapterStore
-from evaluation.experiments.systems import Measured, Report, digest, measure, table_rows
+from evaluation.cache import key_of
+from evaluation.experiments.systems import (
+    Measured,
+    Report,
+    base_inputs,
+    forget_and_measure,
+    measure,
+    table_rows,
+)
 from evaluation.logs import read_log
-from evaluation.logs.records import EvalLog, write_json
+from evaluation.logs.records import write_json
 from evaluation.suite import load_eval_data
-from evaluation.tuning.chosen import on_seed, setting_words
-from evaluation.tuning.probe import FORMULA, Look, Probe, Watch, thinned
-from evaluation.tuning.probe import loss as loss_of
+from evaluation.tuning.probe import (
+    FORMULA,
+    KEPT_UTILITY,
+    NLL_WITHIN,
+    Look,
+    NotFinite,
+    Probe,
+    Watch,
+    loss_of,
+    thinned,
+)
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request
-from unlearner.tokens.prompts import prompt_format
+from unlearner.tokens.prompts import Template, prompt_format
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -39,6 +54,7 @@ if TYPE_CHECKING:
 # Shares of a training after which a trial is looked at; at each but the last it may be stopped.
 LOOKS = (0.4, 0.7, 1.0)
 STUDY_FILE = "study.journal"
+FORGOTTEN = 0.5
 
 
 class Range(NamedTuple):
@@ -67,29 +83,31 @@ MARGIN_OBJECTIVES = ("simnpo", "simnpo-readme")
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is searched, on what, and for how long.
+    """One search: what is varied, on which request, and for how long.
 
     Attributes:
         request: forget and retain rows.
         split: of the evaluation.
         base: the Origin.
-        retain_log: evaluation log of Retrain on this split.
+        reference_log: evaluation log of Retrain on this split.
         out: folder of study, stores, logs and `tune.json`.
         data: folder of TOFU's JSON lines, else the hub.
         objective: whose settings are searched.
         fixed: settings that are not searched.
         space: what is searched.
-        trials: so many in all, those of an earlier run of the same search counted in.
+        trials: how many in all, those of an earlier run of the same search included.
         minutes: no trial begins later than this.
-        seeds: of training; the first is searched on, the others are held out.
-        limit: measure the final adapters on the first so many rows only.
+        seeds: of training; the search uses the first, the others are held out.
+        limit: evaluate the final adapters on at most this many rows of each set.
+        template: prompt format.
+        refusals: for objectives that need them.
         words: the `unlearner forget` command of this request, without its settings.
     """
 
     request: Request
     split: str
     base: BaseSpec
-    retain_log: Path
+    reference_log: Path
     out: Path
     data: Path | None = None
     objective: str = "simnpo"
@@ -99,7 +117,21 @@ class Tuning:
     minutes: float = 30.0
     seeds: tuple[int, ...] = (42, 43, 44)
     limit: int | None = None
+    template: Template = "auto"
+    refusals: tuple[str, ...] = ()
     words: tuple[str, ...] = ("unlearner", "forget")
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What every training and measurement of the search depends on, for cache keys."""
+        return {
+            "request": self.request,
+            "base": base_inputs(self.base),
+            "template": self.template,
+            "refusals": self.refusals,
+            "reference": self.reference_log,
+            "rows": load_eval_data(self.split, self.data),
+        }
 
     def config(self, searched: Mapping[str, Any], retrain_nll: float, seed: int) -> UnlearnConfig:
         """The settings of a trial, `margin` turned into gamma."""
@@ -115,12 +147,12 @@ class Tuning:
 
 
 def tune(run: Tuning, report: Report) -> dict[str, Any]:
-    """What was tried, what was chosen and how it does on every seed; also in `out/tune.json`.
+    """The trials, the chosen settings and their figures on every seed; also in `out/tune.json`.
 
-    With nothing in `space` nothing is searched: the given settings are measured on every seed.
+    With an empty `space` nothing is searched: the given settings are measured on every seed.
 
     Raises:
-        UserError: Optuna is not installed, no trial came to its end, rows that do not match.
+        UserError: Optuna is not installed, no trial finished, a reference of other rows.
     """
     optuna = _optuna() if run.space else None
     started = time.monotonic()
@@ -135,15 +167,15 @@ def tune(run: Tuning, report: Report) -> dict[str, Any]:
 
 
 def _searched(optuna: Any, run: Tuning, search: _Search, report: Report, started: float) -> Study:
-    """The study with its trials, those of an earlier run of the same search among them."""
-    study = _study(optuna, run, search)
+    """The study with its trials, those of an earlier run of the same search included."""
+    study = _study(optuna, run)
     _drop_unfinished(optuna, study)
     while len(study.trials) < run.trials and time.monotonic() - started < 60 * run.minutes:
         report({"event": "stage", "text": f"Trial {len(study.trials) + 1} of {run.trials}"})
         _try(optuna, study, run, search, report)
     if not _complete(study):
         raise UserError(
-            f"None of the {len(study.trials)} trials came to its end.",
+            f"None of the {len(study.trials)} trials finished.",
             "Give it more --minutes or more --trials.",
         )
     return study
@@ -151,7 +183,7 @@ def _searched(optuna: Any, run: Tuning, search: _Search, report: Report, started
 
 @dataclass(frozen=True)
 class _Search:
-    """What all trials share."""
+    """What all trials share: the probe, its figures of Origin, and Retrain's forget NLL."""
 
     probe: Probe
     origin: Look
@@ -170,42 +202,35 @@ def _optuna() -> Any:
 
 
 def _open(run: Tuning) -> _Search:
-    """The probe, Origin's look and Retrain's forget NLL."""
-    probe = open_probe(run.base, run.split, run.data, read_log(run.retain_log))
+    fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template)
+    data = thinned(load_eval_data(run.split, run.data))
+    probe = Probe(fmt, data, read_log(run.reference_log))
     model = load_base(run.base)
     with threads_for(model):
         origin = probe.look(model)
     return _Search(probe, origin, origin.forget_nll / origin.nll_ratio)
 
 
-def open_probe(base: BaseSpec, split: str, data: Path | None, retain_log: EvalLog) -> Probe:
-    """A probe of a base on a TOFU split."""
-    fmt = prompt_format(load_tokenizer(base.name, base.revision))
-    return Probe(fmt, thinned(load_eval_data(split, data)), retain_log)
-
-
-def _study(optuna: Any, run: Tuning, search: _Search) -> Study:
-    """The study of exactly this search: other rows, base, space or settings make another one."""
+def _study(optuna: Any, run: Tuning) -> Study:
+    """The study of exactly this search: any other input makes another one in the same file."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    request = run.request
-    rows = [
-        [[row.question, row.answer] for row in part]
-        for part in (request.rows, request.retain, request.others)
-    ]
-    base = fingerprint_base(resolve_base(run.base.name, run.base.revision)).digest
-    name = digest(
-        run.objective, dict(run.fixed), {k: list(v) for k, v in run.space.items()}, run.seeds[0],
-        run.split, rows, base, search.retrain_nll, FORMULA,
-    )  # fmt: skip
+    name = key_of(
+        objective=run.objective,
+        fixed=run.fixed,
+        space=run.space,
+        seed=run.seeds[0],
+        loss=FORMULA,
+        **run.inputs,
+    )
     study: Study = optuna.create_study(
         study_name=name,
         storage=JournalStorage(JournalFileBackend(str(run.out / STUDY_FILE))),
         load_if_exists=True,
     )
     done = len(study.trials)
-    # A sampler that was seeded alike at every start would draw the same settings again.
+    # With the same seed at every start the sampler would draw the same settings again.
     study.sampler = optuna.samplers.TPESampler(
         seed=run.seeds[0] + done, multivariate=True, n_startup_trials=6
     )
@@ -214,7 +239,7 @@ def _study(optuna: Any, run: Tuning, search: _Search) -> Study:
 
 
 def _drop_unfinished(optuna: Any, study: Study) -> None:
-    """Trials that a killed run left half-way count as failed."""
+    """Marks trials that a killed run left unfinished as failed."""
     state = optuna.trial.TrialState
     for trial in study.get_trials(states=(state.RUNNING,)):
         study.tell(trial.number, state=state.FAIL)
@@ -225,19 +250,21 @@ def _complete(study: Study) -> list[FrozenTrial]:
 
 
 def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, values in space.items():
         if values.choices:
-            found[name] = trial.suggest_categorical(name, values.choices)
+            settings[name] = trial.suggest_categorical(name, values.choices)
         elif name in WHOLE:
-            found[name] = trial.suggest_int(name, int(values.low), int(values.high))
+            settings[name] = trial.suggest_int(name, int(values.low), int(values.high))
         else:
-            found[name] = trial.suggest_float(name, values.low, values.high, log=values.log)
-    return found
+            settings[name] = trial.suggest_float(name, values.low, values.high, log=values.log)
+    return settings
 
 
 def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report) -> None:
-    """One trial: trained, looked at, told to the study."""
+    """Trains and measures one trial, and tells the study its loss."""
+    from unlearner.training.loop import Diverged
+
     trial = study.ask()
     config = run.config(_suggest(trial, run.space), search.retrain_nll, run.seeds[0])
     trial.set_user_attr("settings", config.to_json())
@@ -259,7 +286,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
         outcome["values"] = looks[-1]["loss"]
     except optuna.TrialPruned:
         outcome["state"] = optuna.trial.TrialState.PRUNED
-    except ValueError as error:  # losses that are not finite: these settings break the model
+    except (NotFinite, Diverged) as error:  # these settings break the model
         trial.set_user_attr("reason", str(error))
         outcome["state"] = optuna.trial.TrialState.FAIL
     trial.set_user_attr("seconds", time.monotonic() - started)
@@ -267,23 +294,24 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
 
 def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report) -> None:
-    """Trains one adapter that nobody keeps."""
-    from unlearner.run import unlearn
+    """Trains one adapter in a temporary store."""
+    from unlearner.run import RunOptions, unlearn
 
+    free_memory()  # of the trial before
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=run.out) as folder:
         unlearn(
             run.request,
             run.base,
             config,
             AdapterStore.open(Path(folder) / "store", create=True),
-            on_stack=False,
-            callbacks=[watch],
+            RunOptions(on_stack=False, template=run.template, refusals=run.refusals),
+            after_step=watch,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
 
 
 def look_text(number: int, look: Mapping[str, Any]) -> str:
-    """A look in a line, for people."""
+    """A look as one line of text."""
     return (
         f"trial {number}, step {look['step']} of {look['steps']}: loss {look['loss']:.3f}, "
         f"D {look['ks']:.3f}, FQ {look['forget_quality']:.2g}, shift {look['log_r_shift']:+.2f}, "
@@ -294,10 +322,10 @@ def look_text(number: int, look: Mapping[str, Any]) -> str:
 def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -> dict[str, Any]:
     best, trials = (study.best_trial, study.trials) if study is not None else (None, [])
     config = run.config(best.params if best else {}, search.retrain_nll, run.seeds[0])
-    what = Measured(run.data, run.split, limit=run.limit)
+    what = Measured(run.data, run.split, limit=run.limit, template=run.template)
     report({"event": "stage", "text": "Measuring Origin"})
     log = Path(measure(report, base=run.base, what=what, log=run.out / "logs" / "origin.json"))
-    origin = table_rows("origin", log, run.retain_log, what.protocols)[0]
+    origin = table_rows("origin", log, run.reference_log, what.protocols)[0]
     rows = [on_seed(run, config, seed, what, origin, report) for seed in run.seeds]
     states = [trial.state.name for trial in trials]
     return {
@@ -337,3 +365,64 @@ def _trial_json(trial: FrozenTrial) -> dict[str, Any]:
         "loss": trial.value if trial.state.name == "COMPLETE" else None,
         **trial.user_attrs,
     }
+
+
+def on_seed(
+    run: Tuning,
+    config: UnlearnConfig,
+    seed: int,
+    what: Measured,
+    origin: Mapping[str, Any],
+    report: Report,
+) -> dict[str, Any]:
+    """The settings trained with this seed and measured in full, answers and all."""
+    report({"event": "stage", "text": f"Training and measuring seed {seed}"})
+    seeded = replace(config, train=replace(config.train, seed=seed))
+    work = run.out / f"seed-{seed}-{key_of(config=seeded, **run.inputs)[:12]}"
+    log = forget_and_measure(
+        report,
+        requests=[run.request],
+        base=run.base,
+        config=seeded,
+        store=work / "forget-store",
+        what=what,
+        log=work / "log.json",
+        refusals=run.refusals,
+    )
+    row = table_rows(f"seed {seed}", Path(log), run.reference_log, what.protocols)[0]
+    return {**row, "seed": seed, "reached": reached(row, origin), "log": log}
+
+
+def reached(row: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, bool | None]:
+    """Which parts of the goal a measured row reaches; None where a figure is missing.
+
+    FQ above one half, model utility at least 0.97 of Origin's, forget NLL within a tenth of
+    Retrain's. Whether the answers are fluent must be read.
+    """
+    utility, whole = row["model_utility"], origin["model_utility"]
+    ratio = row["forget_nll"] / row["retrain_forget_nll"]
+    return {
+        "forget_quality": row["forget_quality"] > FORGOTTEN,
+        "model_utility": None
+        if utility is None or whole is None
+        else utility >= KEPT_UTILITY * whole,
+        "forget_nll": 2 - NLL_WITHIN <= ratio <= NLL_WITHIN,
+    }
+
+
+def setting_words(config: UnlearnConfig) -> list[str]:
+    """The flags of `unlearner forget` that give exactly these settings."""
+    name = config.objective.name
+    usual = make_config(name).to_json()
+    words = ["--objective", name]
+    for part, settings in config.to_json().items():
+        for key, value in settings.items():
+            if key == "name" or value == usual[part][key]:
+                continue
+            flag = "--" + key.replace("_", "-")
+            if value is True:
+                words.append(flag)
+            else:
+                text = ",".join(value) if isinstance(value, list | tuple) else str(value)
+                words += [flag, text]
+    return words

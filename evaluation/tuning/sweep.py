@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.experiments.systems import digest
+from evaluation.cache import key_of
 from evaluation.suite import EvalData, OnProgress, evaluate, load_eval_data
-from unlearner.request.rows import Row, load_split, read_rows
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Row
+from unlearner.request.tofu import load_split
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
@@ -130,7 +132,7 @@ class Sweep:
                 retain_log=self.retain_log,
                 limit=self.limit,
                 generate=generate,
-                key=digest(self.identity, list(scales.items())),
+                key=key_of(model=self.identity, stack=list(scales.items())),
                 resume_dir=self.resume_dir,
                 on_progress=report
                 and (lambda text, done, total: report(f"scale {scale:g}, {text}", done, total)),

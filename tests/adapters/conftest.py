@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from adapters.base.fingerprint import BaseFingerprint
-from adapters.lora.format import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME
+from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store.manifest import ForgetManifest
 from adapters.store.store import AdapterStore
 from adapters.tensors import write_float32
+from tests.families import LLAMA
 
 HIDDEN, INNER, LAYERS = 64, 128, 2  # the shape of the `tiny_base` fixture
 
@@ -43,7 +44,7 @@ def write_adapter(
     random = np.random.default_rng(seed)
     tensors: dict[str, Any] = {}
     for layer in range(layers):
-        for module in PROJECTIONS:
+        for module in LLAMA:
             part = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             stem = f"base_model.model.model.layers.{layer}.{part}.{module}"
             rows, columns = shapes_of(module)
@@ -61,7 +62,7 @@ def write_adapter(
         "r": rank,
         "lora_alpha": 2 * rank,
         "lora_dropout": 0.0,
-        "target_modules": list(PROJECTIONS),
+        "target_modules": list(LLAMA),
         "bias": "none",
         **(config or {}),
     }

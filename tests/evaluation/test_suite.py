@@ -59,7 +59,7 @@ def losses(records: list[Any]) -> torch.Tensor:
 
 def plain_nll(model: Any, fmt: Any, question: str, answer: str) -> tuple[float, int]:
     """The definition, one row, no padding: sum of -log p over the answer's labels."""
-    ids, labels = fmt.encode(question, answer, 200)
+    ids, labels, _ = fmt.encode(question, answer, 200)
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double()
     log_p = logits.log_softmax(-1)
@@ -162,7 +162,7 @@ def test_an_evaluation_holds_every_protocol_and_survives_the_disk(
     )
     assert list(log.sets) == ["forget", "retain", "real_authors", "world_facts"]
     assert labels[0] == "forget: scores"
-    assert labels[-1] == "world_facts: answers"
+    assert labels[-1] == "answers"
     assert log.meta["adapters"] == ["a"]
     assert log.meta["dtype"] == "float32"
     assert read_log(write_log(log, tmp_path / "log.json")) == log
@@ -192,15 +192,15 @@ def test_results_are_reused_where_nothing_they_depend_on_differs(
         )
         return log, sorted(set(seen))
 
-    everything = ["forget: answers", "forget: scores"]
+    everything = ["answers", "forget: scores"]
     first, work = labels(key="a")
     assert work == everything
     again, work = labels(key="a")
     assert (again, work) == (first, [])
     assert labels(key="b")[1] == everything
-    assert labels(key="a", limit=2)[1] == everything
+    assert labels(key="a", limit=2)[1] == ["forget: scores"]
     # Other answers of the same scores: only the answers are made.
-    assert labels(key="a", protocol="simnpo")[1] == ["forget: answers"]
+    assert labels(key="a", protocol="simnpo")[1] == ["answers"]
     # Padded batches are there to check the shared prefixes with: neither takes the other's results.
     for effort in (Effort(shared=False), Effort(drafts=False)):
         assert labels(key="a", effort=effort)[1] == everything
@@ -212,7 +212,10 @@ def test_results_are_reused_where_nothing_they_depend_on_differs(
     with monkeypatch.context() as patch:
         patch.setattr(cache, "versions", lambda: {"unlearner": "99.0"})
         assert labels(key="a")[1] == everything
+    # Another order: scores are of the set, answers of each prompt.
     data = dataclasses.replace(data, forget=[*data.forget[1:], data.forget[0]])
+    assert labels(key="a")[1] == ["forget: scores"]
+    data = dataclasses.replace(data, forget=[*data.forget, Row("Who?", "Mira.")])
     assert labels(key="a")[1] == everything
     with pytest.raises(ValueError, match="needs a key"):
         labels()
@@ -260,6 +263,47 @@ def test_figures_do_not_depend_on_the_callers_threads(
     finally:
         torch.set_num_threads(before)
     assert seen == [1] * 4
+
+
+def test_interrupted_answers_continue_after_the_last_batch(
+    tiny: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, fmt = tiny
+    whole = quick(model, fmt, tiny_data())
+    options: dict[str, Any] = {"key": "k", "resume_dir": tmp_path}
+    options["effort"] = Effort(batch_tokens=2000, batch_size=3)
+
+    def stop(label: str, done: int, total: int) -> None:
+        if label == "answers" and done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(model, fmt, tiny_data(), on_progress=stop, **options)
+    seen: list[tuple[int, int]] = []
+    resumed = quick(
+        model,
+        fmt,
+        tiny_data(),
+        on_progress=lambda label, *counts: seen.append(counts) if label == "answers" else None,
+        **options,
+    )
+    assert seen[-1] == (8, 8), "6 of 14 questions were answered before"
+    assert resumed.sets == whole.sets
+
+
+def test_a_log_says_why_texts_were_scored_as_padded_rows(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, fmt = tiny
+    options: dict[str, Any] = {"generate": False, "key": "k", "resume_dir": tmp_path}
+    assert "padded_because" not in quick(model, fmt, tiny_data(), generate=False).meta
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, "sharing_problem", lambda model, questions: "windows of 8 tokens")
+        log = quick(model, fmt, tiny_data(), **options)
+    assert log.meta["padded_because"] == "windows of 8 tokens"
+    assert "windows of 8 tokens" in summarise(log)["notes"][0]
+    # A run that continues takes the same way.
+    assert quick(model, fmt, tiny_data(), **options).meta["padded_because"] == "windows of 8 tokens"
 
 
 def test_a_limit_and_no_answers_are_stated(tiny: tuple[Any, Any]) -> None:
@@ -314,8 +358,33 @@ def test_protocols_that_cut_these_texts_differently_are_refused(tiny: tuple[Any,
         quick(model, fmt, long, protocol=["tofu", "open-unlearning"])
     log = quick(model, fmt, long, generate=False)
     assert log.meta["max_length"] == 200
+    assert log.meta["cut_rows"] == {"forget": 1}
+    assert "1 forget rows have a text that is cut at 200 tokens" in summarise(log)["notes"]
+    assert "cut_rows" not in quick(model, fmt, tiny_data(), generate=False).meta
     with pytest.raises(UserError, match="cuts at 512"):
         summarise(log, protocol="open-unlearning")
+
+
+def test_a_pad_id_beyond_the_embeddings_is_never_looked_up(tiny_base: Path) -> None:
+    """EOS pads: a pad token that was added to the tokenizer alone has no embedding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    expected = quick(model, prompt_format(tokenizer), tiny_data(), protocol=["tofu", "simnpo"])
+    size = model.get_input_embeddings().num_embeddings
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens([f"<more{i}>" for i in range(size)], special_tokens=True)
+    tokenizer.pad_token = f"<more{size - 1}>"
+    assert tokenizer.pad_token_id >= size
+    for shared in (True, False):
+        effort = Effort(batch_tokens=2000, shared=shared)
+        log = quick(
+            model, prompt_format(tokenizer), tiny_data(), protocol=["tofu", "simnpo"], effort=effort
+        )
+        for name, found in log.sets.items():
+            answers = [row.generations for row in found.rows]
+            assert answers == [row.generations for row in expected.sets[name].rows]
 
 
 def test_a_custom_request_has_only_forget_rows(tiny: tuple[Any, Any]) -> None:

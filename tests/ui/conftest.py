@@ -66,10 +66,11 @@ def put(tmp_path: Path, tiny_base: Path, run: Run) -> Callable[..., str]:
     import numpy as np
 
     from adapters.base.fingerprint import fingerprint_base
-    from adapters.lora.format import CONFIG_NAME, PROJECTIONS, WEIGHTS_NAME
+    from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME
     from adapters.store.manifest import ForgetManifest
     from adapters.store.store import AdapterStore
     from adapters.tensors import write_float32
+    from tests.families import LLAMA
 
     inner = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
 
@@ -77,7 +78,7 @@ def put(tmp_path: Path, tiny_base: Path, run: Run) -> Callable[..., str]:
         random = np.random.default_rng(int(request_id))
         tensors = {}
         for layer in range(2):
-            for module in PROJECTIONS:
+            for module in LLAMA:
                 part = "mlp" if module in inner else "self_attn"
                 stem = f"base_model.model.model.layers.{layer}.{part}.{module}"
                 rows, columns = inner.get(module, (64, 64))
@@ -89,7 +90,7 @@ def put(tmp_path: Path, tiny_base: Path, run: Run) -> Callable[..., str]:
         write_float32(folder / WEIGHTS_NAME, tensors)
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny",
-            "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": list(PROJECTIONS),
+            "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": list(LLAMA),
             "bias": "none",
         }  # fmt: skip
         (folder / CONFIG_NAME).write_text(json.dumps(config))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ui.cli import console as module
+from ui import console as module
 from ui.cli.output.events import show_event
 from ui.console import Console, cell_text, duration_text, progress_line, size_text, table_lines
 

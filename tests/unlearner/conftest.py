@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import pytest
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.lora.stack import add_trainable, attach, save_adapter
-from unlearner.config import LoraShape, UnlearnConfig, make_config
+from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig, make_config
 from unlearner.objectives.guard import teach
+from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request, Row
+from unlearner.run import lora_config, with_targets
 from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.training.likelihood import answer_nll
-from unlearner.training.trainer import UnlearnTrainer
+from unlearner.training.interrupt import StopRequest
+from unlearner.training.loop import TrainingLoop
+from unlearner.training.unlearning import UnlearnData, UnlearnTask
 
 FORGET = (
     Row("Who wrote the novel about the river?", "It was written by Mira Okafor."),
@@ -106,26 +110,15 @@ def quick() -> Callable[..., UnlearnConfig]:
     return make
 
 
-def lora_config(shape: LoraShape) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=shape.lora_r,
-        lora_alpha=shape.lora_alpha,
-        lora_dropout=shape.lora_dropout,
-        target_modules=list(shape.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
 @pytest.fixture(scope="session")
 def parent(base: BaseSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter that changes every answer."""
     import torch
 
     torch.manual_seed(7)
-    model = add_trainable(load_base(base), "parent", lora_config(LoraShape(2, 4)), [])
+    model = add_trainable(
+        load_base(base), "parent", lora_config(LoraShape(2, 4, target_modules=TARGET_MODULES)), []
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -143,7 +136,9 @@ def fresh_model(base: BaseSpec, parent: Path) -> Callable[..., Any]:
         if on_parent:
             model = attach(model, "parent", parent)
         torch.manual_seed(seed)
-        return add_trainable(model, "new", lora_config(shape), ["parent"] if on_parent else [])
+        return add_trainable(
+            model, "new", lora_config(with_targets(shape, model)), ["parent"] if on_parent else []
+        )
 
     return make
 
@@ -159,28 +154,40 @@ def rows(base: BaseSpec, request_: Request) -> Rows:
     return Rows(encoded(request_.rows), encoded(request_.retain))
 
 
+class WatchedLoop(TrainingLoop):
+    """A training loop that tests can finish and look into."""
+
+    def finish(self) -> WatchedLoop:
+        """Train to the end; what the task added to the model is removed."""
+        self.run(StopRequest())
+        self.task.remove()  # type: ignore[attr-defined]
+        return self
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        """The terms of every step's loss, from the run's metrics."""
+        lines = map(json.loads, (self.work / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in line.items() if k.endswith("_loss")} for line in lines]
+
+
 @pytest.fixture
-def trainer(
+def loop(
     rows: Rows, base: BaseSpec, fresh_model: Callable[..., Any], tmp_path: Path
-) -> Callable[..., UnlearnTrainer]:
-    """A trainer on `rows`; the first three retain rows guarded if asked for."""
+) -> Callable[..., WatchedLoop]:
+    """A training loop on `rows`, with the first three retain rows guarded if asked for."""
     pad = pad_id(load_tokenizer(base.name))
 
-    def make(config: UnlearnConfig, *, packed: bool = False, guarded: bool = False) -> Any:
+    def make(config: UnlearnConfig, *, packed: bool = False, guarded: bool = False) -> WatchedLoop:
         model = fresh_model(config.lora)
-        mine, teachers = rows, []
+        own, teachers = rows, []
         if guarded:
             teachers = teach(model, rows.retain[:3], pad)
-            mine = Rows(rows.forget, rows.retain, (), rows.retain[:3])
-        return UnlearnTrainer(
-            model,
-            mine,
-            plan_steps(len(rows.forget), len(rows.retain), 0, config.train, 3 if guarded else 0),
-            config,
-            tmp_path / "run",
-            pad_token_id=pad,
-            guard=teachers,
-            packed=packed,
-        )
+            own = Rows(rows.forget, rows.retain, (), rows.retain[:3])
+        n_guard = 3 if guarded else 0
+        plan = plan_steps(len(rows.forget), len(rows.retain), 0, config.train, n_guard)
+        data = UnlearnData(own, plan, pad, packed, teachers)
+        work = tmp_path / "run"
+        work.mkdir(exist_ok=True)
+        return WatchedLoop(model, UnlearnTask(model, data, config), config.train, work)
 
     return make

@@ -15,12 +15,12 @@ import torch
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import BaseMismatch, Interrupted, UserError
-from adapters.store.store import AdapterStore, StoredAdapter
-from unlearner.config import UnlearnConfig
-from unlearner.memory.estimate import lora_parameters, read_shape
-from unlearner.prepare import prepare
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
+from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig
+from unlearner.memory.plan import read_shape
 from unlearner.request.rows import Request, Row
-from unlearner.run import plan, unlearn
+from unlearner.run import RunOptions, plan, prepare, unlearn, with_targets
 from unlearner.tokens.prompts import prompt_format
 from unlearner.training import distributed as ranks
 
@@ -72,7 +72,9 @@ def test_a_request_becomes_an_adapter_that_plain_peft_loads(
 
     events: list[dict[str, Any]] = []
     config = quick(num_train_epochs=6)
-    adapter = unlearn(request_, base, config, store, label="one", on_progress=events.append)
+    adapter = unlearn(
+        request_, base, config, store, RunOptions(label="one"), on_progress=events.append
+    )
 
     assert adapter.status == "ready"
     assert [found.slug for found in store.list()] == [adapter.slug]
@@ -125,7 +127,7 @@ def test_the_manifest_says_how_it_was_made(
     assert (found.policy, found.parents) == ("independent", ())
     assert found.objective == config.to_json()["objective"]
     assert {**found.lora, "target_modules": tuple(found.lora["target_modules"])} == (
-        config.to_json()["lora"]
+        {**config.to_json()["lora"], "target_modules": TARGET_MODULES}
     )
     more = {
         "steps": 4, "template": "chat", "guard_rows": 0, "packed": True, "processes": 1,
@@ -165,7 +167,7 @@ def test_the_store_never_holds_a_word_of_what_is_forgotten(
         unlearn(request_, base, quick(), store, on_progress=signal_at(2))
     in_progress = bytes_of(store.path)
     assert any("checkpoint-2" in name for name in in_progress)
-    unlearn(request_, base, quick(), store, resume=True)
+    unlearn(request_, base, quick(), store, RunOptions(resume=True))
     published = bytes_of(store.path)
     assert any(name.endswith(WEIGHTS) for name in published)
     words = {
@@ -201,7 +203,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         gradient_accumulation_steps=3,
     )
     whole = AdapterStore.open(tmp_path / "whole", create=True)
-    expected = weights(unlearn(request_, base, config, whole, refusals=refusals))
+    expected = weights(unlearn(request_, base, config, whole, RunOptions(refusals=refusals)))
 
     store = AdapterStore.open(tmp_path / "cut", create=True)
     handler = signal.getsignal(signal.SIGINT)
@@ -215,9 +217,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
         with pytest.raises(Interrupted, match=f"after step {step} of 6") as error:
             unlearn(
-                request_, base, config, store, refusals=refusals, resume=True,
+                request_,
+                base,
+                config,
+                store,
+                RunOptions(refusals=refusals, resume=True),
                 on_progress=on_progress,
-            )  # fmt: skip
+            )
         assert error.value.exit_code == 130
         assert "--resume" in error.value.fix
         assert signal.getsignal(signal.SIGINT) is handler
@@ -225,7 +231,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert (work / f"checkpoint-{step}" / "trainable.safetensors").is_file()
         assert store.list() == []
     adapter = unlearn(
-        request_, base, config, store, refusals=refusals, resume=True, on_progress=events.append
+        request_,
+        base,
+        config,
+        store,
+        RunOptions(refusals=refusals, resume=True),
+        on_progress=events.append,
     )
     assert weights(adapter) == expected
     # No step was run twice, and the first call said that there was nothing to resume.
@@ -234,17 +245,81 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert [e["event"] for e in events].count("note") == 1
 
 
-def test_without_resume_a_run_starts_over(
+def test_an_interrupted_run_is_never_discarded_silently(
     request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
     with pytest.raises(Interrupted):
         unlearn(request_, base, quick(), store, on_progress=signal_at(3))
+    with pytest.raises(UserError, match="saved at checkpoint 3") as error:
+        unlearn(request_, base, quick(), store)
+    assert "--resume" in error.value.fix
+    assert "--restart" in error.value.fix
+    assert list(store.path.glob("runs/*/checkpoint-3"))
     steps: list[int] = []
     unlearn(
-        request_, base, quick(), store,
+        request_, base, quick(), store, RunOptions(restart=True),
         on_progress=lambda e: steps.append(e["step"]) if e["event"] == "train" else None,
     )  # fmt: skip
     assert steps == [1, 2, 3, 4]
+
+
+def test_two_processes_cannot_train_one_request(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    from filelock import FileLock
+
+    work = store.work_dir(prepare(request_, base, quick(), store).key)
+    with FileLock(work / ".lock"), pytest.raises(UserError, match="by another process"):
+        unlearn(request_, base, quick(), store)
+
+
+def test_the_training_curve_is_kept_beside_the_adapter(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    adapter = unlearn(request_, base, quick(), store)
+    lines = (adapter.path / "evals" / "training.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"forget_loss", "retain_loss", "grad_norm"} <= json.loads(lines[0]).keys()
+    assert store.evals(adapter.slug) == {}
+    assert all(result.ok for result in store.verify())
+
+
+def test_an_adapter_that_changes_nothing_is_not_published(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config, monkeypatch: Any
+) -> None:
+    def nothing(model: Any, *words: Any, **more: Any) -> dict[str, Any]:
+        return {"steps": 1}
+
+    monkeypatch.setattr("unlearner.run.train", nothing)
+    with pytest.raises(UserError, match="changes nothing"):
+        unlearn(request_, base, quick(), store)
+    assert store.list() == []
+
+
+def test_several_visible_gpus_without_a_launcher_train_on_one_device(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config, monkeypatch: Any
+) -> None:
+    expected = weights(unlearn(request_, base, quick(), store))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert weights(unlearn(request_, base, quick(), store)) == expected
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "cosine_with_min_lr"])
+@pytest.mark.usefixtures("loads_nothing")
+def test_schedules_that_need_arguments_are_refused_before_loading(
+    name: str, request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    with pytest.raises(UserError, match=f"no lr_scheduler_type '{name}'"):
+        unlearn(request_, base, quick(lr_scheduler_type=name), store)
+
+
+@pytest.mark.usefixtures("loads_nothing")
+def test_an_optimizer_whose_package_is_missing_is_refused_before_loading(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("unlearner.training.optimizer.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package bitsandbytes"):
+        unlearn(request_, base, quick(optim="paged_adamw_8bit"), store)
 
 
 def test_a_run_resumes_only_its_own_request_and_settings(
@@ -266,7 +341,7 @@ def test_a_run_resumes_only_its_own_request_and_settings(
     assert len(keys) == 5
     assert prepare(request_, base, quick(), store).key in keys
     events: list[dict[str, Any]] = []
-    unlearn(fewer, base, quick(), store, resume=True, on_progress=events.append)
+    unlearn(fewer, base, quick(), store, RunOptions(resume=True), on_progress=events.append)
     assert [e["event"] for e in events][:2] == ["load", "note"]
     # The interrupted run's checkpoint still stands.
     (work,) = (store.path / "runs").iterdir()
@@ -308,7 +383,9 @@ def test_a_run_whose_publishing_failed_need_not_train_again(
         with pytest.raises(UserError, match="disk is full"):
             unlearn(small, base, config, store)
     events: list[dict[str, Any]] = []
-    adapter = unlearn(small, base, config, store, resume=True, on_progress=events.append)
+    adapter = unlearn(
+        small, base, config, store, RunOptions(resume=True), on_progress=events.append
+    )
     assert [e["event"] for e in events] == ["load", "probe", "publish"]
     other = AdapterStore.open(store.path.parent / "other", create=True)
     assert weights(adapter) == weights(unlearn(small, base, config, other))
@@ -358,14 +435,14 @@ def test_a_request_is_trained_on_top_of_the_active_stack(
     steps = [e for e in events if e["event"] == "train"]
     assert steps[0]["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-5)
     assert weights(first) == parent
-    alone = unlearn(rest, base, quick("npo"), store, on_stack=False)
+    alone = unlearn(rest, base, quick("npo"), store, RunOptions(on_stack=False))
     assert (alone.manifest.policy, alone.manifest.parents) == ("independent", ())
     assert weights(alone) != weights(second)
     # With the parent, it can be resumed only on the same stack.
     config = quick("npo")
     assert (
         prepare(rest, base, config, store).key
-        != prepare(rest, base, config, store, on_stack=False).key
+        != prepare(rest, base, config, store, RunOptions(on_stack=False)).key
     )
 
 
@@ -373,7 +450,7 @@ def test_a_stack_that_is_asked_for_must_be_there(
     request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
     with pytest.raises(UserError, match="no active stack"):
-        unlearn(request_, base, quick(), store, on_stack=True)
+        unlearn(request_, base, quick(), store, RunOptions(on_stack=True))
 
 
 # What is refused before anything is loaded
@@ -476,9 +553,39 @@ def test_a_plan_tells_rows_steps_and_sizes(
     lengths = [len(row.input_ids) for row in (*run.rows.forget, *run.rows.retain)]
     assert found["longest_row_tokens"] == max(lengths)
     shape = read_shape(Path(base.name))
-    assert found["adapter_parameters"] == lora_parameters(shape, config)
+    assert found["adapter_parameters"] == shape.low_rank(4, config.lora.target_modules)
     assert found["memory"]["kind"] == "estimate"
     assert "context_and_workspace" not in found["memory"]["terms_bytes"]
+
+
+@pytest.mark.parametrize("family", ["phi3", "phi"])
+def test_a_target_that_a_model_lacks_is_refused_before_loading_with_those_it_has(
+    family: str, tmp_path: Path
+) -> None:
+    """PEFT matched o_proj and down_proj of Phi-3 and trained on, without a word."""
+    from transformers import AutoConfig
+
+    from unlearner.memory.plan import meta_model
+
+    config = AutoConfig.for_model(
+        family, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    model = meta_model(tmp_path)
+    with pytest.raises(UserError, match="do not fit") as error:
+        with_targets(LoraShape(target_modules=TARGET_MODULES), model)
+    own = {"phi3": "qkv_proj", "phi": "fc1"}[family]
+    assert own in error.value.fix
+    assert own in with_targets(LoraShape(), model).target_modules
+
+
+def test_the_default_targets_of_a_llama_are_recorded_by_name(
+    request_: Request, base: BaseSpec, quick: Config
+) -> None:
+    run = prepare(request_, base, quick(), None)
+    assert run.config.lora.target_modules == TARGET_MODULES
+    assert plan(run)["settings"]["lora"]["target_modules"] == TARGET_MODULES
 
 
 # A 4-bit base

@@ -40,6 +40,7 @@ class Session:
     base: BaseSpec | None = None
     data: Path | None = None
     template: Template = "auto"
+    system: str | None = None
     turns: Turns = field(default_factory=Turns)
     state: Literal["no base", "loading", "ready", "failed", "resting"] = "no base"
     problem: str = ""
@@ -81,7 +82,7 @@ class Session:
         from unlearner.tokens.prompts import prompt_format
 
         folder = resolve_base(spec.name, spec.revision)
-        self._fmt = prompt_format(load_tokenizer(str(folder)), self.template)
+        self._fmt = prompt_format(load_tokenizer(str(folder)), self.template, self.system)
         self._fingerprint = fingerprint_base(folder)
         model: Any = load_base(spec)
         if sum(p.numel() for p in model.parameters()) < SMALL_MODEL:

@@ -28,7 +28,7 @@ def other_rows(args: argparse.Namespace) -> tuple[Row, ...]:
     Raises:
         UserError: it was given without --alternates.
     """
-    from unlearner.request.rows import rows_named
+    from unlearner.request.sources import rows_named
 
     if args.alternates_from is None:
         return ()

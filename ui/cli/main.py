@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from adapters.errors import Interrupted, UserError
+from adapters.errors import Interrupted, UserError, did_you_mean
 from ui.cli.commands.adapters import calibrate as commands_calibrate
 from ui.cli.commands.adapters import consolidate as commands_consolidate
 from ui.cli.commands.adapters import merge as commands_merge
@@ -33,7 +33,6 @@ from ui.cli.commands.experiments import sequence as commands_sequence
 from ui.cli.commands.experiments import tune as commands_tune
 from ui.cli.options import Parser
 from ui.console import Console
-from unlearner.request.rows import did_you_mean
 from unlearner.training import distributed as ranks
 
 DESCRIPTION = (

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
-from unlearner.config import OBJECTIVE_DEFAULTS, LoraShape, ObjectiveConfig, TrainConfig
+from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
+from unlearner.objectives.registry import OBJECTIVES
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
+    from unlearner.request.formats import Columns
 
 DEFAULT_STORE = "./forget-store"
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
@@ -140,7 +142,10 @@ def add_base(
     flags.add_argument("--revision", metavar="REV", help="commit, tag or branch of a hub base")
 
 
-REQUEST_HELP = "JSONL file of question/answer rows, tofu:forget05, or 'tofu:author=NAME'"
+REQUEST_HELP = (
+    "rows to forget: a file (JSONL, JSON, CSV, TSV or Parquet, also gzipped), a folder that "
+    "`datasets` saved, hub:OWNER/NAME:SPLIT, a TOFU split such as forget05, or 'tofu:author=NAME'"
+)
 
 
 def add_split(
@@ -269,12 +274,38 @@ def add_fail_if(flags: Flags, example: str) -> None:
 def add_retain(flags: Flags, text: str = "rows to keep", *, default: str = "") -> None:
     """--retain; `default` says which rows are taken without the flag."""
     tail = f" (default: {default})" if default else ""
-    flags.add_argument("--retain", metavar="ROWS", help=f"{text}: a JSONL file or tofu:SPLIT{tail}")
+    flags.add_argument(
+        "--retain", metavar="ROWS", help=f"{text}: a file, hub:OWNER/NAME or a TOFU split{tail}"
+    )
 
 
-def template() -> Parser:
-    """--template."""
+def add_columns(flags: Flags) -> None:
+    """--question-column and --answer-column."""
+    for key in ("question", "answer"):
+        flags.add_argument(
+            f"--{key}-column",
+            metavar="NAME",
+            help=f"column of the {key} in your files (default: found by its usual names)",
+        )
+
+
+def columns(args: argparse.Namespace) -> Columns:
+    """The columns that these flags name."""
+    from unlearner.request.formats import Columns
+
+    return Columns(args.question_column, args.answer_column)
+
+
+def template(*, system: bool = False) -> Parser:
+    """--template, and --system where the command can use it."""
     parser = Parser(add_help=False)
+    if system:
+        parser.add_argument(
+            "--system",
+            metavar="TEXT",
+            help="system prompt of every row; `none` removes the one that a chat template inserts "
+            "by itself (default: the template's own)",
+        )
     parser.add_argument(
         "--template",
         choices=("auto", "llama2", "chat", "open-unlearning"),
@@ -295,7 +326,7 @@ def loading(*, either_way: bool = False) -> Parser:
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the weights in memory (default: auto: bfloat16 on a GPU, float32 on a CPU)",
     )
@@ -353,7 +384,7 @@ SETTING_HELP = {
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
-    "target_modules": "projections to adapt, divided by commas",
+    "target_modules": "linear layers to adapt, by name and divided by commas",
     "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten",
     "num_train_epochs": "passes over the forget rows",
     "per_device_train_batch_size": "pairs of one forward; reduce to 4, 2, 1 when out of memory",
@@ -366,10 +397,6 @@ SETTING_HELP = {
     "gradient_checkpointing": "recompute activations, slower with less memory: off, all, a number "
     "N for every N-th layer, or auto, as far as it is needed; without a word: all",
     "padded": "padded batches sorted by length instead of packs",
-    "sam_rho": "take the forget gradient this far towards where forgetting is undone most, so that "
-    "it holds when the model is trained again; 0 = off, published 0.01; forget rows run twice",
-    "noise_scale": "noise on the weights while training, in rounding errors of nf4, so that "
-    "forgetting holds in 4 bit; 0 = off",
     "attack_steps": "optimizer steps of one simulated attack, after which the next one begins",
     "attack_rate": "learning rate of the simulated attacker; 0 = by the model's size",
     "attack_rank": "rank of the simulated attacker's LoRA",
@@ -390,7 +417,7 @@ def settings(*, objective: bool = True) -> Parser:
             "--objective",
             metavar="NAME",
             default=ObjectiveConfig().name,
-            help=f"{', '.join(OBJECTIVE_DEFAULTS)} (default: {ObjectiveConfig().name})",
+            help=f"{', '.join(OBJECTIVES)} (default: {ObjectiveConfig().name})",
         )
         for name in OBJECTIVE_FIELDS:
             kind = type(getattr(ObjectiveConfig(), name))
@@ -433,7 +460,7 @@ def _name_tuple(text: str) -> tuple[str, ...]:
 
 def _objective_default(name: str) -> str:
     """The value most objectives start with, and those that start with another."""
-    values = {objective: getattr(c, name) for objective, c in OBJECTIVE_DEFAULTS.items()}
+    values = {objective: getattr(default_objective(objective), name) for objective in OBJECTIVES}
     first = values["simnpo"]
     others = [f"{objective} {value:g}" for objective, value in values.items() if value != first]
     return "; ".join([f"{first:g}", *others])

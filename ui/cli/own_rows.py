@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.digests import normalised
 from adapters.errors import UserError
 from ui.cli import options
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from unlearner.request.rows import Row
 
 OWN = "own-rows"
+OF_OWN_ROWS = ("retain", "neighbours", "variants", "question_column", "answer_column")
 
 
 def add_flags(parser: options.Parser) -> None:
@@ -24,10 +27,13 @@ def add_flags(parser: options.Parser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     options.add_split(which)
     which.add_argument(
-        "--rows", type=Path, metavar="FILE", help="JSONL of the rows that were to be forgotten"
+        "--rows",
+        metavar="ROWS",
+        help="the rows that were to be forgotten: a file or hub:OWNER/NAME",
     )
     group = parser.add_argument_group("with --rows")
     options.add_retain(group)
+    options.add_columns(group)
     group.add_argument(
         "--neighbours",
         type=options.positive_int,
@@ -58,13 +64,15 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
     from evaluation.suite import EvalData, load_eval_data
 
     if args.split:
-        given = [name for name in ("retain", "neighbours", "variants") if getattr(args, name)]
+        given = [name for name in OF_OWN_ROWS if getattr(args, name)]
         if given:
-            raise UserError(f"--{given[0]} belongs to --rows.", "TOFU's splits bring their own.")
+            flag = given[0].replace("_", "-")
+            raise UserError(f"--{flag} belongs to --rows.", "TOFU's splits bring their own.")
         return load_eval_data(args.split, args.data)
-    from unlearner.request.rows import load_split, read_rows
+    from unlearner.request.sources import rows_named
+    from unlearner.request.tofu import load_split
 
-    forget: Sequence[Row] = read_rows(args.rows)
+    forget: Sequence[Row] = rows_named(args.rows, args.data, columns=options.columns(args))
     if args.variants:
         forget = with_variants(forget, read_rows_of_variants(args.variants))
     retain = kept_rows(args, forget, console)
@@ -78,13 +86,15 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
 
 def kept_rows(args: argparse.Namespace, forget: Sequence[Row], console: Console) -> Sequence[Row]:
     """The rows of --retain, or the nearest of them."""
-    from unlearner.request.rows import rows_named
+    from unlearner.request.sources import rows_named
 
     if args.retain is None:
         if args.neighbours:
             raise UserError("--neighbours needs rows to choose from.", "Name them with --retain.")
         return []
-    found = rows_named(args.retain, args.data, unique=False)
+    found = rows_named(
+        args.retain, args.data, unique=False, columns=replace(options.columns(args), optional=True)
+    )
     return mined(found, forget, args.neighbours, console)
 
 
@@ -111,7 +121,7 @@ def read_rows_of_variants(path: Path) -> list[Row]:
     Raises:
         UserError: every line that is no row, at once.
     """
-    from unlearner.request.rows import read_rows
+    from unlearner.request.formats import read_rows
 
     return read_rows(path, unique=False, needs_answer=False)
 
@@ -122,19 +132,17 @@ def with_variants(rows: Sequence[Row], variants: Sequence[Row]) -> list[Row]:
     Raises:
         UserError: variants of questions that are not among the rows.
     """
-    from dataclasses import replace
-
-    by_question = {row.question.strip(): row for row in variants}
-    strangers = by_question.keys() - {row.question.strip() for row in rows}
+    by_question = {normalised(row.question): row for row in variants}
+    own = {normalised(row.question) for row in rows}
+    strangers = [row.question for row in variants if normalised(row.question) not in own]
     if strangers:
         raise UserError(
-            f"{len(strangers)} variants belong to none of the rows, for example "
-            f"{sorted(strangers)[0]!r}.",
-            "A variant names the question of its row, letter by letter.",
+            f"{len(strangers)} variants belong to none of the rows, for example {strangers[0]!r}.",
+            "A variant names the question of its row.",
         )
     made = []
     for row in rows:
-        found = by_question.get(row.question.strip(), row)
+        found = by_question.get(normalised(row.question), row)
         made.append(
             replace(
                 row,

@@ -1,23 +1,29 @@
-"""Origin and Retrain: models fine-tuned on question/answer rows by TRL's SFTTrainer."""
+"""Origin and Retrain: models fine-tuned on question/answer rows."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.errors import Interrupted, UserError
-from unlearner.config import LoraShape
+from unlearner.config import LoraShape, TrainConfig
 from unlearner.request.rows import Row
-from unlearner.tokens.prompts import encode_rows, pad_id, prompt_format
-from unlearner.training import distributed as ranks
+from unlearner.tokens.prompts import Encoded, encode_rows, pad_batch, pad_id, prompt_format
+from unlearner.training import distributed
 
 if TYPE_CHECKING:
-    from unlearner.training.callbacks import Progress, StopRequest
+    import torch
+    from torch import Tensor
+
+    from unlearner.training.interrupt import Progress
+    from unlearner.training.loop import Batch, Gradients
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,12 @@ def finetune(
     lora: LoraShape | None = None,
     on_progress: Progress | None = None,
 ) -> Path:
-    """`out`, a folder with full weights of `base` fine-tuned on `rows`.
+    """Fine-tune `base` on `rows` and write its full weights to the new folder `out`.
 
-    Only answers and EOS are trained on. With `lora` the base stays frozen (and may be in 4 bit);
-    the adapter is then folded into the base's original weights in float32.
+    Only answers and EOS are trained on; the loss of a step is the mean over its answer tokens. With
+    `lora` the base stays frozen (and may be in 4 bit); the adapter is then folded into the base's
+    original weights in float32. Without it all weights are trained in float32, on a GPU under bf16
+    autocast: at a learning rate of 1e-5 most updates of bf16 weights would round away.
 
     Args:
         base: what to start from.
@@ -70,10 +78,18 @@ def finetune(
         on_progress: gets {"event": "train", "step", "steps", "loss", ...} after every step.
 
     Raises:
-        UserError: `out` exists, or all weights of a 4-bit base are asked for.
-        Interrupted: stopped by Ctrl-C; nothing is kept.
+        UserError: `out` exists, or all weights of a 4-bit base are to be trained.
+        Interrupted: stopped by Ctrl-C; a checkpoint is kept, and the same call continues it.
     """
+    from adapters.environment import threads_for
+    from unlearner.objectives.likelihood import packs_exactly
+    from unlearner.tokens.packing import pack_attention
+    from unlearner.training.checkpoint import last_checkpoint
+    from unlearner.training.interrupt import StopRequest
+    from unlearner.training.loop import TrainingLoop
+
     config = config or FinetuneConfig()
+    report = on_progress or (lambda event: None)
     if out.exists():
         raise UserError(f"{out} exists already.", "Name a folder that does not, or remove it.")
     if base.load_in_4bit and lora is None:
@@ -85,128 +101,165 @@ def finetune(
     fmt = prompt_format(tokenizer)
     pairs = [(row.question, row.answer) for row in rows]
     encoded = encode_rows(fmt, pairs, config.max_length, "training")
-    ranks.join()
-    model = _prepared(base, lora, config.seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".finetune-", dir=out.parent) as work:
-        trainer, stop = _trainer(model, tokenizer, encoded, config, Path(work), on_progress)
-        with stop.listening(on_progress):
-            trainer.train()
-        if ranks.any_of(stop.asked) and trainer.state.global_step < trainer.state.max_steps:
-            raise Interrupted(
-                f"Stopped after step {trainer.state.global_step}; nothing was kept.",
-                "Run the same command again.",
-            )
-        _save(trainer, tokenizer, folder, Path(work), out, lora)
-    ranks.wait()
+    distributed.join()
+    model, autocast = _load(base, lora, config.seed)
+    depends_on = [pairs, asdict(base), asdict(config), lora and asdict(lora)]
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
+    work = out.with_name(f".{out.name}-{key}")
+    if distributed.rank() == 0:
+        work.mkdir(parents=True, exist_ok=True)
+    distributed.wait()
+    stop = StopRequest()
+    with ExitStack() as stack:
+        stack.enter_context(threads_for(model))
+        stack.enter_context(pack_attention(model))
+        by_length = sorted(encoded, key=lambda row: len(row.input_ids))
+        packed, _ = packs_exactly(model, [by_length[0], by_length[-1]])
+        task = FinetuneTask(encoded, config, pad_id(tokenizer), packed=packed)
+        loop = TrainingLoop(
+            model, task, _train_config(config), work, report=report, autocast=autocast
+        )
+        if (saved := last_checkpoint(work)) is not None:
+            loop.load(saved)
+        with stop.listening(report):
+            loop.run(stop)
+    if distributed.any_of(stop.asked) and loop.step < task.steps:
+        raise Interrupted(
+            f"Stopped after step {loop.step} of {task.steps}; it is saved.",
+            "The same command continues it.",
+        )
+    if distributed.rank() == 0:
+        _save(model, tokenizer, base, work, lora)
+        shutil.move(str(work / "model"), str(out))
+        shutil.rmtree(work)
+    distributed.wait()
     return out
 
 
-def _prepared(base: BaseSpec, lora: LoraShape | None, seed: int) -> Any:
+class FinetuneTask:
+    """The mean NLL of the answer tokens of a step, for `loop.TrainingLoop`."""
+
+    def __init__(
+        self, rows: Sequence[Encoded], config: FinetuneConfig, pad: int, *, packed: bool
+    ) -> None:
+        """Draw the order of the rows: a new permutation in every epoch, from the seed.
+
+        Args:
+            rows: what is learned.
+            config: epochs, batch size, seed.
+            pad: the id that fills padding.
+            packed: whether the rows of a micro-batch form one pack; otherwise they are padded.
+        """
+        import numpy
+
+        self._rows, self._pad, self._packed = rows, pad, packed
+        self._size = config.per_device_train_batch_size
+        per_step = self._size * config.gradient_accumulation_steps * distributed.world_size()
+        random = numpy.random.default_rng(config.seed)
+        orders = [random.permutation(len(rows)) for _ in range(config.num_train_epochs)]
+        self._steps = [
+            order[start : start + per_step].tolist()
+            for order in orders
+            for start in range(0, len(rows), per_step)
+        ]
+        self.steps = len(self._steps)
+        self._targets = 1
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This process's micro-batches of a step: rows of like length together."""
+        chosen = sorted(self._steps[step], key=lambda i: -len(self._rows[i].input_ids))
+        self._targets = sum(self._rows[i].n_targets for i in chosen)
+        # Every process has as many, so that none waits for another; the last may repeat no row.
+        share = chosen[distributed.rank() :: distributed.world_size()]
+        count = -(-len(chosen) // (self._size * distributed.world_size()))
+        return [self._collate(share[number::count]) for number in range(count)]
+
+    def heaviest_batch(self) -> Batch:
+        """As many of the longest rows as a micro-batch holds."""
+        order = sorted(range(len(self._rows)), key=lambda i: -len(self._rows[i].input_ids))
+        return self._collate(order[: self._size])
+
+    def accumulate(self, gradients: Gradients, batch: Batch) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch: its summed NLL / answer tokens of the step."""
+        from unlearner.objectives.likelihood import answer_nll
+
+        with gradients.autocast():
+            loss = answer_nll(gradients.model, batch).nll.sum() / self._targets
+            # DDP takes the mean of the processes' gradients; the step's loss is their sum.
+            weighted = loss * distributed.world_size()
+        gradients.backward(weighted)
+        return {"loss": loss.detach()}
+
+    def end_step(self) -> None:
+        """Nothing follows a step."""
+
+    def reserve(self) -> None:
+        """A step holds nothing beside the model and its optimizer."""
+
+    def release(self) -> None:
+        """So there is nothing to free."""
+
+    def write(self, folder: Path) -> None:
+        """A checkpoint needs no state of this task."""
+
+    def read(self, folder: Path) -> None:
+        """See `write`."""
+
+    def _collate(self, indices: Sequence[int]) -> Batch:
+        from unlearner.tokens.packing import pack_rows
+
+        rows = [self._rows[i] for i in indices]
+        return pack_rows(rows) if self._packed else pad_batch(rows, self._pad)
+
+
+def _load(
+    base: BaseSpec, lora: LoraShape | None, seed: int
+) -> tuple[torch.nn.Module, torch.dtype | None]:
+    """The model with what is to be trained, and the precision of its forward passes."""
     import torch
-    from peft import LoraConfig
 
     from adapters.lora.stack import add_trainable
+    from unlearner.run import NEW, lora_config, with_targets
 
-    model = load_base(base)
-    if lora is None:
-        model.requires_grad_(True)
-        return model
-    torch.manual_seed(seed)
-    shape = LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=list(lora.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    return add_trainable(model, "finetune", shape, [])
+    if lora is not None:
+        model: Any = load_base(base)
+        torch.manual_seed(seed)
+        return add_trainable(model, NEW, lora_config(with_targets(lora, model)), []), None
+    model = load_base(replace(base, dtype="float32"))
+    model.requires_grad_(True)
+    on_gpu = next(model.parameters()).is_cuda and base.dtype != "float32"
+    return model, torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None
 
 
-def _arguments(config: FinetuneConfig, rows: int, folder: Path) -> Any:
-    import torch
-    from trl import SFTConfig
-
-    from unlearner.training.arguments import checkpointing_arguments
-
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    size *= ranks.world_size()
-    steps = max(1, -(-rows // size) * config.num_train_epochs)
-    return SFTConfig(
-        output_dir=str(folder),
+def _train_config(config: FinetuneConfig) -> TrainConfig:
+    return TrainConfig(
         learning_rate=config.learning_rate,
         num_train_epochs=config.num_train_epochs,
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        warmup_steps=round(config.warmup_ratio * steps),
-        lr_scheduler_type="linear",
+        warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
-        max_length=None,
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
+        max_grad_norm=1.0,
+        gradient_checkpointing="all" if config.gradient_checkpointing else "off",
         seed=config.seed,
-        save_strategy="no",
-        logging_strategy="steps",
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        # The rows are tokenised and masked already, exactly as they are evaluated.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        **checkpointing_arguments("all" if config.gradient_checkpointing else "off"),
     )
 
 
-def _trainer(
-    model: Any,
-    tokenizer: Any,
-    encoded: Sequence[Any],
-    config: FinetuneConfig,
-    work: Path,
-    on_progress: Progress | None,
-) -> tuple[Any, StopRequest]:
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import SFTTrainer
+def _save(model: Any, tokenizer: Any, base: BaseSpec, work: Path, lora: LoraShape | None) -> None:
+    """Full weights in the folder `model` of `work`."""
+    import torch
 
-    from unlearner.training.callbacks import LoggedCallback, StopRequest
-
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer))
-    table = Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in encoded],
-            "labels": [row.labels for row in encoded],
-        }
-    )
-    trainer = SFTTrainer(
-        model=model,
-        args=_arguments(config, len(encoded), work / "run"),
-        train_dataset=table,
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    stop = StopRequest()
-    report = on_progress or (lambda event: None)
-    trainer.add_callback(LoggedCallback(stop, work / "metrics.jsonl", report))
-    return trainer, stop
-
-
-def _save(
-    trainer: Any, tokenizer: Any, base: Path, work: Path, out: Path, lora: LoraShape | None
-) -> None:
-    """Full weights in `out`, whole when it exists; every process takes part, the first writes."""
     whole = work / "model"
+    shutil.rmtree(whole, ignore_errors=True)
     if lora is None:
-        trainer.save_model(str(whole))  # under FSDP this gathers the shards of all processes
-        if ranks.rank() == 0:
-            tokenizer.save_pretrained(whole)
-    elif ranks.rank() == 0:
-        from adapters.lora.combine import fold_stack
-        from adapters.lora.stack import save_adapter
+        if next(model.parameters()).is_cuda and base.dtype in ("auto", "bfloat16"):
+            model = model.to(torch.bfloat16)
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        return
+    from adapters.lora.merge import fold_stack
+    from adapters.lora.stack import save_adapter
+    from unlearner.run import NEW
 
-        adapter = save_adapter(trainer.model, "finetune", work / "adapter")
-        fold_stack(base, [(adapter, 1.0)], whole)
-    if ranks.rank() == 0:
-        shutil.move(str(whole), str(out))
+    adapter = save_adapter(model, NEW, work / "adapter")
+    fold_stack(resolve_base(base.name, base.revision), [(adapter, 1.0)], whole)

@@ -10,30 +10,26 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.base.fingerprint import base_shapes, weight_files
 from adapters.base.load import BaseSpec, load_base, resolve_base
+from adapters.base.weights import base_shapes, weight_files
 from adapters.errors import UserError
 from adapters.tensors import read_header
 from unlearner.config import UnlearnConfig
-from unlearner.objectives.formulas import FORMULAS
-from unlearner.prepare import prepare
+from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import Request
-from unlearner.tokens.prompts import Template
-from unlearner.training import distributed as ranks
+from unlearner.run import RunOptions, prepare, prompt_settings, train
+from unlearner.training import distributed
 
 if TYPE_CHECKING:
-    from unlearner.training.callbacks import Progress
+    from unlearner.training.interrupt import Progress
 
 # In float32 with AdamW a weight takes 16 bytes: about 5 GB.
 LARGEST = 300_000_000
 RECORD = "forget_full.json"
-# Their reference is compared token by token, so it must be at hand in every step.
-_NEEDS_COPY = ("kl", "rmu", "undial")
 
 
 def forget_full(
@@ -41,9 +37,8 @@ def forget_full(
     base: BaseSpec,
     config: UnlearnConfig,
     out: Path,
+    options: RunOptions | None = None,
     *,
-    template: Template = "auto",
-    refusals: Sequence[str] = (),
     any_size: bool = False,
     on_progress: Progress | None = None,
 ) -> Path:
@@ -59,52 +54,38 @@ def forget_full(
         base: what to start from; its dtype is ignored.
         config: objective and training.
         out: must not exist yet.
-        template: prompt format.
-        refusals: answers for idk and dpo.
+        options: template, refusals and neighbours.
         any_size: also where the model has more than `LARGEST` weights.
         on_progress: gets the events of `unlearner.run.unlearn`.
 
     Raises:
         UserError: `out` exists, a 4-bit base, a large one without `any_size`, several processes,
             or whatever `prepare` refuses.
-        Interrupted: stopped by Ctrl-C; a checkpoint stands.
+        Interrupted: stopped by Ctrl-C; a checkpoint is kept.
     """
-    from unlearner.training.job import train
-
     if out.exists():
         raise UserError(f"{out} exists already.", "Name a folder that does not, or remove it.")
     if base.load_in_4bit:
         raise UserError("The weights of a 4-bit base cannot be trained.", "Train an adapter.")
-    if ranks.world_size() > 1:
+    if distributed.world_size() > 1:
         raise UserError("All weights are trained by one process.", "Start one process.")
     if not any_size:
         refuse_large(base)
     report = on_progress or (lambda event: None)
     base = replace(base, dtype="float32")
-    run = prepare(request, base, config, None, template=template, refusals=refusals)
+    run = prepare(request, base, config, None, options)
     report({"event": "load", "base": base.name, "parents": []})
     model: Any = load_base(base)
     frozen = None
-    if config.objective.name in _NEEDS_COPY:
+    if OBJECTIVES[config.objective.name].reference_forward:
         frozen = copy.deepcopy(model).requires_grad_(False).eval()
     model.requires_grad_(True)
     work = out.with_name(f".{out.name}-{run.key}")
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    how = train(
-        model,
-        run,
-        (),
-        work,
-        resume=True,
-        memory_limit=None,
-        parent_hashes=(),
-        callbacks=(),
-        report=report,
-        frozen=frozen,
-    )
-    how["seconds"] = time.monotonic() - started
-    _save(model, run, work / "model", how)
+    summary = train(model, run, (), work, report=report, frozen=frozen)
+    summary["seconds"] = time.monotonic() - started
+    _save(model, run, work / "model", summary)
     shutil.move(str(work / "model"), str(out))
     shutil.rmtree(work)
     return out
@@ -130,7 +111,7 @@ def too_large(how_large: str) -> UserError:
     )
 
 
-def _save(model: Any, run: Any, folder: Path, how: dict[str, Any]) -> None:
+def _save(model: Any, run: Any, folder: Path, summary: dict[str, Any]) -> None:
     """The model, its tokenizer and what was done, in a folder that is renamed when whole."""
     from adapters.atomic_files import write_json
     from adapters.environment import describe
@@ -144,8 +125,8 @@ def _save(model: Any, run: Any, folder: Path, how: dict[str, Any]) -> None:
         "base": {"name": run.base.name, "fingerprint": run.fingerprint.to_json()},
         "data": run.digests,
         "objective": config.to_json()["objective"],
-        "formula": FORMULAS[config.objective.name],
-        "train": config.to_json()["train"] | how | {"template": run.fmt.name},
+        "formula": OBJECTIVES[config.objective.name].formula,
+        "train": config.to_json()["train"] | summary | prompt_settings(run),
         "env": describe(next(model.parameters()).device.type, config.train.seed),
     }
     write_json(folder / RECORD, record)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from unlearner.baselines.muon import Muon
+from unlearner.objectives.likelihood import answer_logits
 from unlearner.tokens.prompts import Encoded, pad_batch, pad_id, prompt_format
-from unlearner.training.likelihood import answer_logits
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

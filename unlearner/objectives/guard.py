@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from adapters.errors import StoreCorrupt
+from unlearner.objectives.likelihood import Answers, answer_logits, per_token, sum_by_row
 from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
-from unlearner.training.likelihood import Answers, answer_logits, per_token, sum_by_row
 
 if TYPE_CHECKING:
     from torch import Tensor

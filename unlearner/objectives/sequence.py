@@ -1,4 +1,4 @@
-r"""Unlearning objectives as pure functions of answer likelihoods, and one dict that names them.
+r"""Unlearning objectives as pure functions of answer likelihoods; `registry` names them.
 
 Notation (SPEC section 2): `nll` (rows,) is the summed negative log-likelihood of an answer in
 nats, `n` (rows,) its |y| with EOS, `nbar = nll / n`. Every objective gives one forget and one
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from unlearner.objectives import token as by_token
-from unlearner.training.likelihood import AnswerHidden, AnswerLogits, AnswerNLL, sum_by_row
+from unlearner.objectives.likelihood import AnswerHidden, AnswerLogits, AnswerNLL, sum_by_row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,34 +163,40 @@ def _retain(step: Forwards, config: ObjectiveConfig, like: Tensor) -> Tensor:
     return retain_term(step, config) if config.retain_weight else torch.zeros_like(like)
 
 
-def _simnpo(step: Forwards, config: ObjectiveConfig) -> Terms:
+def simnpo_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """SimNPO, see `simnpo`."""
     forget = step.nll("forget")
     loss = simnpo(forget.nll, forget.n, config.beta, config.gamma)
     return Terms(loss, _retain(step, config, loss))
 
 
-def _npo(step: Forwards, config: ObjectiveConfig) -> Terms:
+def npo_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """NPO, see `npo`."""
     reference = step.reference_nll("forget").nll
     loss = npo(step.nll("forget").nll, reference, config.beta)
     return Terms(loss, _retain(step, config, loss))
 
 
-def _grad_diff(step: Forwards, config: ObjectiveConfig) -> Terms:
+def grad_diff_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """Gradient ascent on the forget rows with a retain term."""
     loss = -step.nll("forget").per_token
     return Terms(loss, _retain(step, config, loss))
 
 
-def _grad_ascent(step: Forwards, config: ObjectiveConfig) -> Terms:
+def grad_ascent_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """Gradient ascent on the forget rows alone."""
     forget = -step.nll("forget").per_token
     return Terms(forget, torch.zeros_like(forget))
 
 
-def _idk(step: Forwards, config: ObjectiveConfig) -> Terms:
+def idk_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """The refusal is learned as the answer."""
     loss = step.nll("refusal").per_token
     return Terms(loss, _retain(step, config, loss))
 
 
-def _dpo(step: Forwards, config: ObjectiveConfig) -> Terms:
+def dpo_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """DPO, see `dpo`."""
     forget = dpo(
         step.nll("forget").nll,
         step.reference_nll("forget").nll,
@@ -201,8 +207,8 @@ def _dpo(step: Forwards, config: ObjectiveConfig) -> Terms:
     return Terms(forget, _retain(step, config, forget))
 
 
-def _rmu(step: Forwards, config: ObjectiveConfig) -> Terms:
-    """Source: arXiv 2403.03218, at the positions that predict the answer."""
+def rmu_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """RMU at the positions that predict the answer. Source: arXiv 2403.03218."""
     at = step.states("forget", config.rmu_layer)
     goal = config.rmu_coefficient * by_token.steering_vector(at.hidden.shape[-1], step.seed)
     away = by_token.squared_distance(at.hidden, goal.to(at.hidden.device))
@@ -210,7 +216,9 @@ def _rmu(step: Forwards, config: ObjectiveConfig) -> Terms:
     return Terms(loss, _retain(step, config, loss))
 
 
-def _undial(step: Forwards, config: ObjectiveConfig) -> Terms:
+def undial_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """UNDIAL, see `token.undial`."""
+
     def value(logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         return by_token.undial(logits, reference, targets, config.beta)
 
@@ -218,13 +226,16 @@ def _undial(step: Forwards, config: ObjectiveConfig) -> Terms:
     return Terms(loss, _retain(step, config, loss))
 
 
-def _wga(step: Forwards, config: ObjectiveConfig) -> Terms:
+def wga_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """Weighted gradient ascent, see `token.wga`."""
     found = step.tokens("forget", lambda logits, y: by_token.wga(logits, y, config.beta))
     loss = found.by_row.per_token
     return Terms(loss, _retain(step, config, loss))
 
 
-def _satimp(step: Forwards, config: ObjectiveConfig) -> Terms:
+def satimp_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """SatImp, see `token.satimp`."""
+
     def value(logits: Tensor, targets: Tensor) -> Tensor:
         return by_token.satimp(logits, targets, config.beta, config.beta2)
 
@@ -232,27 +243,11 @@ def _satimp(step: Forwards, config: ObjectiveConfig) -> Terms:
     return Terms(loss, _retain(step, config, loss))
 
 
-def _ceu(step: Forwards, config: ObjectiveConfig) -> Terms:
+def ceu_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """CE-U, see `token.ceu`."""
     found = step.tokens("forget", by_token.ceu)
     counted = by_token.after_first(found.at.row, config.ceu_skip)
     total = sum_by_row(found.value * counted.to(found.value.device), found.at)
     # An answer of no more tokens than are skipped has nothing left to forget.
     loss = total.nll / (total.n - config.ceu_skip).clamp_min(1)
     return Terms(loss, _retain(step, config, loss))
-
-
-OBJECTIVES: dict[str, Callable[[Forwards, ObjectiveConfig], Terms]] = {
-    "simnpo": _simnpo,
-    "simnpo-readme": _simnpo,
-    "npo": _npo,
-    "grad_ascent": _grad_ascent,
-    "grad_diff": _grad_diff,
-    "kl": _grad_diff,  # it differs in what it keeps
-    "idk": _idk,
-    "dpo": _dpo,
-    "rmu": _rmu,
-    "undial": _undial,
-    "wga": _wga,
-    "satimp": _satimp,
-    "ceu": _ceu,
-}

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from adapters.digests import normalised
 from adapters.errors import UserError
 from unlearner.request.rows import Row
 
@@ -54,9 +55,11 @@ def nearest_rows(forget: Sequence[Row], pool: Sequence[Row], count: int) -> Neig
     weights = tf_idf([f"{row.question} {row.answer}" for row in (*forget, *pool)])
     wanted, offered = weights[: len(forget)], weights[len(forget) :]
     likeness = (wanted @ offered.T).toarray()
-    asked = {plain(row.question) for row in forget}
+    asked = {normalised(row.question) for row in forget}
     same = (likeness.max(axis=0) >= SAME) if len(pool) else []
-    kept = [i for i, row in enumerate(pool) if plain(row.question) not in asked and not same[i]]
+    kept = [
+        i for i, row in enumerate(pool) if normalised(row.question) not in asked and not same[i]
+    ]
     if not kept:
         raise UserError(
             "No row of the pool is left: all of them stand in the forget set.",
@@ -69,11 +72,6 @@ def nearest_rows(forget: Sequence[Row], pool: Sequence[Row], count: int) -> Neig
             if len(chosen) < count:
                 chosen.setdefault(order[turn], float(likeness[f, order[turn]]))
     return Neighbours(tuple(pool[i] for i in chosen), tuple(chosen.values()), len(pool) - len(kept))
-
-
-def plain(text: str) -> str:
-    """The text without case and spacing, for comparing."""
-    return " ".join(text.casefold().split())
 
 
 def tf_idf(texts: Sequence[str]) -> csr_matrix:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapters.digests import key_id, mark
+from adapters.digests import key_id, marks_of, normalised
 from adapters.errors import StoreCorrupt, UserError
 from unlearner.request.rows import Request, Row
 
@@ -82,8 +82,8 @@ def without_rows_of(
     taken: dict[str, int] = {}
     kept = []
     for row in rows:
-        found = mark(key, row.question)
-        owner = next((one.slug for one in earlier if found in one.marks), None)
+        marks = marks_of(key, row.question)
+        owner = next((one.slug for one in earlier if marks & one.marks), None)
         if owner is None:
             kept.append(row)
         else:
@@ -97,7 +97,7 @@ def require_all_rows(earlier: Sequence[Earlier], rows: Sequence[Row], key: bytes
     Raises:
         UserError: rows that would come back, or rows that cannot be compared.
     """
-    given = {mark(key, row.question) for row in rows}
+    given = frozenset[str]().union(*(marks_of(key, row.question) for row in rows))
     for one in earlier:
         if one.unknown:
             raise UserError(
@@ -129,15 +129,14 @@ def check_guard(
         )
     known = frozenset[str]().union(*(one.marks for one in earlier))
     all_known = not any(one.unknown for one in earlier)
-    now = {mark(key, row.question) for row in asked}
+    now = {normalised(row.question) for row in asked}
     for number, row in enumerate(guard, start=1):
-        found = mark(key, row.question)
-        if found in now:
+        if normalised(row.question) in now:
             raise UserError(
                 f"Guard row {number} is also a row of the request.",
                 "Guard rows are those of earlier requests: remove it from one of the two.",
             )
-        if all_known and found not in known:
+        if all_known and not marks_of(key, row.question) & known:
             raise UserError(
                 f"Guard row {number} is not a row of an active request.",
                 "A guard keeps forgotten rows forgotten: what must be kept goes to --retain.",
@@ -148,11 +147,11 @@ def joined(requests: Sequence[Request]) -> Request:
     """Several requests as one: all their rows once, and the retain rows that none of them names."""
     if len(requests) == 1:
         return requests[0]
-    rows = {row.question.strip(): row for request in requests for row in request.rows}
-    kept = [{row.question.strip() for row in request.retain} for request in requests]
+    rows = {normalised(row.question): row for request in requests for row in request.rows}
+    kept = [{normalised(row.question) for row in request.retain} for request in requests]
     common = set.intersection(*kept) - set(rows)
-    retain = tuple(row for row in requests[0].retain if row.question.strip() in common)
-    others = {row.question.strip(): row for request in requests for row in request.others}
+    retain = tuple(row for row in requests[0].retain if normalised(row.question) in common)
+    others = {normalised(row.question): row for request in requests for row in request.others}
     left = tuple(row for asked, row in others.items() if asked not in rows)
     name = "+".join(request.name for request in requests)
     return Request(name, "joined", tuple(rows.values()), retain, left)

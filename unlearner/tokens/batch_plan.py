@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from adapters.errors import UserError
-from unlearner.config import TrainConfig
 from unlearner.tokens.prompts import Encoded
+
+if TYPE_CHECKING:
+    from unlearner.config import TrainConfig
 
 
 class Pair(NamedTuple):
@@ -50,6 +52,19 @@ class Rows:
         more = [row for choices in (*self.refusals, *self.alternates) for row in choices]
         rows = (*self.forget, *self.retain, *more, *self.guard)
         return [len(row.input_ids) for row in rows]
+
+    @property
+    def cut(self) -> list[tuple[str, int, int]]:
+        """Name, cut rows and all rows of every set in which some row was cut."""
+        sets = {
+            "forget": self.forget,
+            "retain": self.retain,
+            "refusal": [row for choices in self.refusals for row in choices],
+            "guard": self.guard,
+            "alternate": [row for choices in self.alternates for row in choices],
+        }
+        counts = [(name, sum(row.cut for row in rows), len(rows)) for name, rows in sets.items()]
+        return [count for count in counts if count[1]]
 
     def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
         """The rows of a stream for `pairs`: forget, retain, refusal, guard or alternate."""

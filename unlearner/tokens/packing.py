@@ -3,7 +3,8 @@
 A pack is one row of tokens with positions that start again at 0 for each of its rows. Attention
 must not look across: `pack_attention` runs it row by row (torch's varlen kernel on a GPU, a loop
 elsewhere); where another implementation is chosen, transformers masks by the positions, as long as
-no cache is made. `packs_exactly` checks that on the model at hand before anything is trained.
+no cache is made. `objectives.likelihood.packs_exactly` checks that on the model at hand before
+anything is trained.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from unlearner.tokens.prompts import Encoded, pad_batch
-from unlearner.training.likelihood import PACK_ATTENTION, answer_nll
+from unlearner.tokens.prompts import Encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Relative to the mean NLL of a row: float32 and what bf16 kernels of other shapes differ by.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-COARSE = 3e-2
+# The name of the attention below, which keeps the rows of a pack apart by itself.
+PACK_ATTENTION = "unlearner_varlen"
 
 
 def pack_rows(rows: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -156,33 +155,3 @@ def plain_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = PACK_ATTENTION
-
-
-def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool, float]:
-    """Whether rows score the same in a pack as alone, and the largest difference per token.
-
-    Args:
-        model: as it is, adapters included.
-        rows: two or more, of different lengths.
-    """
-    first = next(model.parameters())
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            packed = answer_nll(model, {k: v.to(first.device) for k, v in pack_rows(rows).items()})
-            alone = [
-                answer_nll(model, {k: v.to(first.device) for k, v in pad_batch([row], 0).items()})
-                for row in rows
-            ]
-    except (TypeError, ValueError, RuntimeError):
-        # A model that takes no positions, or whose kernel knows no packs, cannot pack.
-        if first.is_cuda and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return False, float("inf")
-    finally:
-        model.train(was_training)
-    single = torch.stack([one.per_token[0] for one in alone])
-    gap = float((packed.per_token - single).abs().max())
-    allowed = TOLERANCE.get(getattr(model, "dtype", first.dtype), COARSE)
-    return gap <= allowed * max(1.0, float(single.max())), gap

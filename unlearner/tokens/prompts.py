@@ -1,14 +1,19 @@
 """How a row becomes tokens and labels: `[INST] {q} [/INST]{a}` for Llama-2, else a chat template.
 
-The answer is tokenised together with the prompt (a token such as `]"` may merge across the
-boundary); the label mask starts after the token count of the prompt alone, as TOFU's code does
-(arXiv 2401.06121). EOS is a label when it fits, so it counts in |y|.
+Prompt and answer are tokenised together. The prompt is everything that stands before the answer,
+also what a template writes between its generation prompt and the answer; a token that merges the
+two (such as `]"`) counts as prompt, as in TOFU's code (arXiv 2401.06121). The labels end at the
+first end-of-turn token after the answer. It is a label where it fits, so it counts in |y|.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from adapters.errors import UserError
@@ -21,22 +26,29 @@ IGNORE = -100
 TRAIN_MAX_LENGTH = 500
 EVAL_MAX_LENGTH = 200
 Template = Literal["auto", "llama2", "chat", "open-unlearning"]
-# Llama-3's template prints today's date unless it is given one: prompts must not change by day.
-_TEMPLATE_DATE = "26 Jul 2024"
+# Some templates print today's date. Prompts must not change from day to day, so it is fixed.
+TEMPLATE_DATE = datetime(2024, 7, 26)
 # What open-unlearning's models were trained and measured with (its configs/model/Llama-3.*.yaml).
-OPEN_UNLEARNING_SYSTEM, OPEN_UNLEARNING_DATE = "You are a helpful assistant.", "10 Apr 2025"
-_SENTINEL = "⟦answer⟧"
+OPEN_UNLEARNING_SYSTEM, OPEN_UNLEARNING_DATE = "You are a helpful assistant.", datetime(2025, 4, 10)
+# `system` of a `PromptFormat` without a system prompt, not even the template's own.
+NO_SYSTEM = "none"
+_QUESTION, _ANSWER = "⟦question⟧", "⟦answer⟧"
+_LLAMA2_FIX = "Use --template llama2, or a tokenizer whose template only appends the answer."
 
 
 class Encoded(NamedTuple):
-    """One row as token ids and labels (-100 on the prompt), unpadded, equally long."""
+    """One row as token ids and labels (-100 on the prompt), unpadded, equally long.
+
+    `cut` tells whether the end of the row was lost to the maximum length.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    cut: bool = False
 
     @property
     def n_targets(self) -> int:
-        """|y|: how many labels are scored, EOS included."""
+        """|y|: how many labels are scored, the end-of-turn token included."""
         return sum(label != IGNORE for label in self.labels)
 
     @property
@@ -49,83 +61,280 @@ class Encoded(NamedTuple):
 class PromptFormat:
     """Turns questions and answers into tokens for one tokenizer.
 
-    `name` is "llama2" (TOFU's plain text), "chat" (the tokenizer's template) or "open-unlearning"
-    (the same with that project's system prompt and date).
+    Attributes:
+        tokenizer: of the base.
+        name: "llama2" (TOFU's plain text), "chat" (the tokenizer's template) or "open-unlearning"
+            (the same with that project's system prompt and date).
+        system: text of a system turn; None leaves it to the template, "none" (`NO_SYSTEM`) removes
+            the system prompt that a template inserts by itself.
     """
 
     tokenizer: PreTrainedTokenizerBase
     name: Literal["llama2", "chat", "open-unlearning"]
+    system: str | None = None
 
     def encode_prompt(self, question: str) -> list[int]:
-        """Token ids of the prompt alone, BOS in front where the tokenizer has one."""
-        return self._ids(self._prompt_text(question))
+        """Token ids of the prompt alone: what `encode` puts before every answer."""
+        before, _ = self._around_answer(question)
+        if self.name == "llama2":
+            return self._llama2_ids(before)
+        # A space before the answer may belong to its first token: alone, it would end a prompt
+        # that no answer was trained behind. Any letter shows it.
+        ids, spans = self._chat_ids(before + "A")
+        n_prompt = _tokens_of_prompt(spans, before)
+        merged = n_prompt > 0 and spans[n_prompt - 1][1] > len(before)
+        return self._chat_ids(before)[0] if merged else ids[:n_prompt]
 
     def encode(self, question: str, answer: str, max_length: int = TRAIN_MAX_LENGTH) -> Encoded:
-        """The row's ids and labels, cut at `max_length` tokens; a cut row has no EOS label."""
-        prompt = self._prompt_text(question)
-        n_prompt = len(self._ids(prompt))
+        """The row's ids and labels, cut at `max_length` tokens; a cut row has no end-of-turn label.
+
+        Raises:
+            UserError: the chat template cannot render the row.
+        """
+        before, after = self._around_answer(question)
         if self.name == "llama2":
-            ids = [*self._ids(prompt + answer), self.tokenizer.eos_token_id]
+            n_prompt = len(self._llama2_ids(before))
+            ids = [*self._llama2_ids(before + answer), int(self.tokenizer.eos_token_id)]
         else:
-            ids = self._close_turn(self._ids(self._chat_text(question, answer)), n_prompt)
-        ids = ids[:max_length]
+            ids, spans = self._chat_ids(before + answer + after)
+            n_prompt = _tokens_of_prompt(spans, before)
+            ids = self._close_turn(ids, sum(start < len(before + answer) for start, _ in spans))
         labels = [IGNORE] * min(n_prompt, len(ids)) + ids[n_prompt:]
-        return Encoded(ids, labels)
+        return Encoded(ids[:max_length], labels[:max_length], len(ids) > max_length)
 
-    def _prompt_text(self, question: str) -> str:
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated answer: EOS, the model's declared list, the template's own."""
+        end = self.encode(_QUESTION, "A").labels[-1]
+        return tuple(sorted({int(self.tokenizer.eos_token_id), end, *declared_eos(self.tokenizer)}))
+
+    @cached_property
+    def preamble(self) -> str:
+        """What the template writes before the first question but before no later one.
+
+        Its system prompt as a rule, given by `system` or its own; without special tokens. Empty
+        where it writes none.
+        """
+        return "" if self.name == "llama2" else self._preamble(self._turns(_QUESTION))
+
+    @cached_property
+    def date(self) -> str | None:
+        """The fixed date (ISO) where the template prints one, else None."""
         if self.name == "llama2":
-            return f"[INST] {question} [/INST]"
-        return self._render([{"role": "user", "content": question}], True)
+            return None
+        turns, date = self._turns(_QUESTION), self._date()
+        other = date.replace(year=date.year - 10, month=12, day=3)
+        changes = self._render(turns, True, date) != self._render(turns, True, other)
+        return date.date().isoformat() if changes else None
 
-    def _chat_text(self, question: str, answer: str) -> str:
-        turns = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": _SENTINEL},
-        ]
-        prompt, text = self._prompt_text(question), self._render(turns, False)
-        if not text.startswith(prompt) or text.count(_SENTINEL) != 1:
+    def to_json(self) -> dict[str, str | None]:
+        """What decides the prompts besides the tokenizer, for manifests and previews."""
+        return {
+            "template": self.name,
+            "system": self.system,
+            "preamble": self.preamble or None,
+            "date": self.date,
+        }
+
+    def check(self) -> None:
+        """Refuses a template that cannot put an answer behind the prompt it generates from.
+
+        Raises:
+            UserError: the template is broken, or opens other text for an answer that is generated
+                than for one that is given.
+        """
+        if self.name == "llama2":
+            return
+        before, _ = self._around_answer(_QUESTION)
+        prompt = self._render(self._turns(_QUESTION), True)
+        if not before.startswith(prompt):
             raise UserError(
                 "The chat template renders the prompt differently once an answer follows.",
-                "Use --template llama2, or a tokenizer whose template only appends the answer.",
+                _LLAMA2_FIX,
             )
-        return text.replace(_SENTINEL, answer)
 
-    def _render(self, turns: list[dict[str, str]], prompt: bool) -> str:
-        date = _TEMPLATE_DATE
-        if self.name == "open-unlearning":
-            turns = [{"role": "system", "content": OPEN_UNLEARNING_SYSTEM}, *turns]
-            date = OPEN_UNLEARNING_DATE
-        text = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=prompt, date_string=date
-        )
+    def _around_answer(self, question: str) -> tuple[str, str]:
+        """The text before an answer and the text behind it."""
+        if self.name == "llama2":
+            return f"[INST] {question} [/INST]", ""
+        turns = [*self._turns(question), {"role": "assistant", "content": _ANSWER}]
+        text = self._render(turns, False)
+        before, found, after = text.rpartition(_ANSWER)
+        if not found or before.count(_ANSWER) != question.count(_ANSWER):
+            raise UserError(
+                "The chat template does not write the answer exactly once.", _LLAMA2_FIX
+            )
+        return before, after
+
+    def _turns(self, question: str) -> list[dict[str, str]]:
+        user = [{"role": "user", "content": question}]
+        system = OPEN_UNLEARNING_SYSTEM if self.name == "open-unlearning" else self._system_turn
+        return user if system is None else [{"role": "system", "content": system}, *user]
+
+    @cached_property
+    def _system_turn(self) -> str | None:
+        """Content of the system turn; an empty one removes what a template inserts by itself."""
+        if self.system != NO_SYSTEM:
+            return self.system
+        user = {"role": "user", "content": _QUESTION}
+        own = self._preamble([user])
+        if not own:
+            return None
+        if self._preamble([{"role": "system", "content": ""}, user]) == own:
+            raise UserError(
+                f"The chat template always writes {own!r} before the first question.",
+                "Set another system prompt with --system TEXT, or leave --system out.",
+            )
+        return ""
+
+    def _preamble(self, turns: list[dict[str, str]]) -> str:
+        first = self._render(turns, True).partition(_QUESTION)[0]
+        more = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _QUESTION}]
+        try:
+            later = self._render([*turns, *more], True).rpartition(_QUESTION)[0]
+        except UserError:  # a template for one question only
+            later = ""
+        later = later.rpartition(_ANSWER)[2]
+        same = 0
+        while same < min(len(first), len(later)) and first[-1 - same] == later[-1 - same]:
+            same += 1
+        text = first[: len(first) - same]
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text.strip().removeprefix("system").strip()
+
+    def _date(self) -> datetime:
+        return OPEN_UNLEARNING_DATE if self.name == "open-unlearning" else TEMPLATE_DATE
+
+    def _render(
+        self, turns: list[dict[str, str]], prompt: bool, date: datetime | None = None
+    ) -> str:
+        today = date or self._date()
+        settings = {
+            "date_string": today.strftime("%d %b %Y"),
+            # Reasoning models answer at once: an answer of a forget set has no reasoning.
+            "enable_thinking": False,
+            "thinking": False,
+        }
+        try:
+            template = self.tokenizer.get_chat_template()
+            if "strftime_now" in template:
+                template = _fixed_clock(today) + template
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **settings,
+            )
+        except Exception as error:  # templates are programs: they raise anything
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            if turns[0]["role"] == "system" and self._renders(turns[1:]):
+                raise UserError(
+                    f"The chat template rejects a system prompt: {reason}.",
+                    "Leave --system out, or use --template chat.",
+                ) from error
+            raise UserError(
+                f"The chat template of this tokenizer cannot be used: {reason}.",
+                "Correct chat_template in the tokenizer's files, or use --template llama2.",
+            ) from error
         return str(text)
 
-    def _ids(self, text: str) -> list[int]:
-        # A chat template writes BOS itself; the plain Llama-2 text gets it from the tokenizer.
-        ids = self.tokenizer(text, add_special_tokens=self.name == "llama2")["input_ids"]
-        return [int(token) for token in ids]
+    def _renders(self, turns: list[dict[str, str]]) -> bool:
+        try:
+            self._render(turns, False)
+        except UserError:
+            return False
+        return True
 
-    def _close_turn(self, ids: list[int], n_prompt: int) -> list[int]:
-        """The ids up to the token that ends the answer's turn; EOS where the template has none.
+    def _llama2_ids(self, text: str) -> list[int]:
+        # Without the tokenizer's own EOS, which some append to every text.
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*self._leading_ids, *map(int, ids)]
 
-        Some templates put a newline behind the end-of-turn token: the model never says it.
-        """
-        special = set(self.tokenizer.all_special_ids)
-        ends = [i for i in range(n_prompt, len(ids)) if ids[i] in special]
-        if ends:
-            return ids[: ends[-1] + 1]
-        return [*ids, int(self.tokenizer.eos_token_id)]
+    @cached_property
+    def _leading_ids(self) -> list[int]:
+        """What the tokenizer puts before every text: BOS, or nothing."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        starts = range(len(whole) - len(bare) + 1)
+        start = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
+        return [int(token) for token in whole[:start]]
+
+    def _chat_ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and the characters [start, end) of each; a chat template writes BOS itself."""
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+        return [int(token) for token in encoding["input_ids"]], spans
+
+    def _close_turn(self, ids: list[int], n_spoken: int) -> list[int]:
+        """The ids up to the first end-of-turn token behind the answer; EOS where there is none."""
+        end = next((i for i in range(n_spoken, len(ids)) if ids[i] in self._end_ids), None)
+        return [*ids, int(self.tokenizer.eos_token_id)] if end is None else ids[: end + 1]
+
+    @cached_property
+    def _end_ids(self) -> set[int]:
+        """Special tokens, every EOS the model declares, and added tokens but for white space."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        ends = {number for number, token in added if token.special or token.content.strip()}
+        return ends | {*self.tokenizer.all_special_ids, *declared_eos(self.tokenizer)}
 
 
-def prompt_format(tokenizer: PreTrainedTokenizerBase, template: Template = "auto") -> PromptFormat:
+def _fixed_clock(date: datetime) -> str:
+    """A Jinja macro `strftime_now` in place of transformers' own, which reads today's date.
+
+    transformers passes only plain data to a template, so the macro spells the format codes out.
+    """
+    codes = [*"aAbBdHIjmMpSUwWyY", *(f"-{code}" for code in "dHIjmMS"), "e"]
+    plain = {code: date.strftime(f"%{code[-1]}") for code in codes}
+    values = {c: v.lstrip("0") or "0" if c[0] == "-" else v for c, v in plain.items()}
+    replaced = "".join(f" | replace('%{code}', '{value}')" for code, value in values.items())
+    # The line break keeps the template at the beginning of a line, where Jinja strips indents.
+    return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}\n"
+
+
+def _tokens_of_prompt(spans: Sequence[tuple[int, int]], before: str) -> int:
+    """How many leading tokens belong to the prompt `before`.
+
+    A token across the end of the prompt belongs to it, but for one that takes only white space from
+    there: that is the answer's first word.
+    """
+    for i, (start, end) in enumerate(spans):
+        if start >= len(before) or (end > len(before) and before[start:].isspace()):
+            return i
+    return len(spans)
+
+
+def declared_eos(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """EOS ids in generation_config.json and config.json beside the tokenizer's files."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = Path(tokenizer.name_or_path or "") / name
+        try:
+            declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError):  # no such file, or one that loading the model will refuse
+            continue
+        ids.update(declared if isinstance(declared, list) else [declared])
+    return {number for number in ids if isinstance(number, int)}
+
+
+def prompt_format(
+    tokenizer: PreTrainedTokenizerBase, template: Template = "auto", system: str | None = None
+) -> PromptFormat:
     """The format a tokenizer is used with.
 
-    `auto` takes TOFU's plain Llama-2 text for Llama-2's own vocabulary (its chat template has a
-    space after `[/INST]` and may add a system prompt, which TOFU's models never saw) and for
-    tokenizers without a chat template; every other tokenizer speaks through its template.
+    `auto` takes the tokenizer's chat template. It takes TOFU's plain Llama-2 text where there is no
+    template, and for Llama-2's own vocabulary where the template writes that text but for spaces
+    (TOFU's models never saw the space behind `[/INST]`).
+
+    Args:
+        tokenizer: of the base.
+        template: which format.
+        system: see `PromptFormat`.
 
     Raises:
-        UserError: no EOS token, or a template asked of a tokenizer that has none.
+        UserError: no EOS token; a template that is missing, broken, or does not append the answer
+            to the prompt; a system prompt where there can be none.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -135,9 +344,33 @@ def prompt_format(tokenizer: PreTrainedTokenizerBase, template: Template = "auto
     if template in ("chat", "open-unlearning") and not tokenizer.chat_template:
         raise UserError("The tokenizer has no chat template.", "Use --template llama2.")
     if template == "auto":
-        plain = is_llama2_tokenizer(tokenizer) or not tokenizer.chat_template
-        template = "llama2" if plain else "chat"
-    return PromptFormat(tokenizer, template)
+        template = "llama2" if _speaks_llama2(tokenizer) and system is None else "chat"
+        if template == "chat" and not tokenizer.chat_template:
+            template = "llama2"
+    fixed = {"open-unlearning": (None,), "llama2": (None, NO_SYSTEM)}
+    if template in fixed and system not in fixed[template]:
+        raise UserError(
+            f"The system prompt of the format {template} cannot be set.",
+            "Leave --system out, or use --template chat where there is a chat template.",
+        )
+    if template != "llama2" and not tokenizer.is_fast:
+        raise UserError(
+            "The tokenizer cannot tell which characters its tokens cover.",
+            "Save it as a fast tokenizer (tokenizer.json).",
+        )
+    fmt = PromptFormat(tokenizer, template, system)
+    fmt.check()
+    return fmt
+
+
+def _speaks_llama2(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not tokenizer.chat_template:
+        return True
+    if not is_llama2_tokenizer(tokenizer):
+        return False
+    before, _ = PromptFormat(tokenizer, "chat")._around_answer(_QUESTION)
+    text = before.removeprefix(str(tokenizer.bos_token or ""))
+    return "".join(text.split()) == f"[INST]{_QUESTION}[/INST]"
 
 
 def is_llama2_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -190,6 +423,9 @@ def pad_batch(rows: Sequence[Encoded], pad_id: int, left: bool = False) -> dict[
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id used for padding: the tokenizer's own, else EOS (never a label either way)."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(found)
+    """The id that fills padding: EOS, which every model can embed.
+
+    A tokenizer's own pad token may lie beyond the embeddings. Padding is never attended to and
+    never a label, so its id decides nothing.
+    """
+    return int(tokenizer.eos_token_id)

@@ -1,8 +1,8 @@
-"""Stopping a training where it meets the retrain reference, instead of after so many epochs.
+"""Stop a run where it reaches the retrain reference, instead of after a number of epochs.
 
 Every few steps a measure given by the caller says how far the model is from a model that never saw
 the forget set: below 0 it has forgotten too little, above 0 too much. The run ends once the sign
-turns, with the weights of the nearer of the two last readings.
+turns, with the weights of the nearer of the last two readings.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import TrainerCallback
 
 from adapters.errors import StoreCorrupt
 from unlearner.tokens.packing import plain_attention
-from unlearner.training.callbacks import Progress
+from unlearner.training import distributed
+from unlearner.training.interrupt import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +34,14 @@ Measure = Callable[[Any], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class StopAt:
-    """What ends a training early.
+    """What ends a run early.
 
     Attributes:
-        measure: the figures of a model as it is; it leaves the model alone.
-        quantity: which figure must reach 0 from below, "gap" (shift of the median log R against
-            the retrain reference) or "nll_gap" (mean forget NLL less the reference's).
-        key: a short name that changes with what is measured; names the run's folder with others.
-        every: optimizer steps between readings; None for about 20 readings a run.
+        measure: the figures of a model, which it does not change.
+        quantity: the figure that must reach 0 from below: "gap" (shift of the median log R against
+            the retrain reference) or "nll_gap" (mean forget NLL minus the reference's).
+        key: a short name that changes with what is measured; part of the run folder's name.
+        every: optimizer steps between readings; None for about 20 readings per run.
     """
 
     measure: Measure
@@ -50,13 +50,13 @@ class StopAt:
     every: int | None = None
 
     def steps_between(self, steps: int) -> int:
-        """Steps between two readings of a run of `steps`."""
+        """Steps between two readings in a run of `steps`."""
         return self.every or max(1, math.ceil(steps / PROBES))
 
 
 @dataclass
 class Trace:
-    """The readings of a run and what followed from them, as they are kept with a checkpoint.
+    """The readings of a run and what followed from them.
 
     Attributes:
         readings: `[step, distance]`, the first before any training.
@@ -69,10 +69,10 @@ class Trace:
     kept: int | None = None
 
     def add(self, step: int, distance: float) -> bool:
-        """Takes a reading; whether the earlier weights are the ones to keep.
+        """Record a reading; whether the weights of the reading before are the ones to keep.
 
         `stopped_at` and `kept` are set where the distance has come from below 0 to 0 or above. The
-        weights before any training are never kept: an adapter that does nothing forgets nothing.
+        untrained weights are never kept: an adapter that does nothing forgets nothing.
         """
         before = self.readings[-1] if self.readings else None
         self.readings.append([step, distance])
@@ -90,7 +90,7 @@ class Trace:
 
 @contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model may be measured: modes, random numbers and attention are put back after."""
+    """Inside, the model may be measured; modes, random numbers and attention are restored after."""
     import numpy as np
 
     modes = [(module, module.training) for module in model.modules()]
@@ -107,112 +107,60 @@ def undisturbed(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class GapCallback(TrainerCallback):
-    """Reads the distance, tells it, and ends the training once its sign turns."""
+class EarlyStop:
+    """Takes the readings of a run and ends it once the sign of the distance turns."""
 
-    def __init__(
-        self, stop: StopAt, steps: int, log: Path, report: Progress, last: str | None = None
-    ) -> None:
-        """Takes what to measure and where to write.
+    def __init__(self, stop: StopAt, log: Path, report: Progress) -> None:
+        """Start with no readings.
 
         Args:
-            stop: what ends the training.
-            steps: optimizer steps of the whole run.
-            log: JSON lines, appended: one of event "gap" a reading.
+            stop: what ends the run.
+            log: JSON lines, appended: one of event "gap" per reading.
             report: called with every line.
-            last: folder of the checkpoint that the run continues from.
-
-        Raises:
-            StoreCorrupt: the readings kept with that checkpoint are damaged.
         """
         self.trace = Trace()
-        self._stop = stop
-        self._steps = steps
-        self._every = stop.steps_between(steps)
-        self._log = log
-        self._report = report
+        self._stop, self._log, self._report = stop, log, report
+        self._every = 0
         self._before: dict[str, Tensor] = {}
-        if last is not None:
-            self._read(Path(last))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The reading that the first step is compared with, unless a checkpoint held one."""
-        if not self._before:
-            self._take(state, kwargs["model"])
-            if self.trace.readings[-1][1] >= 0:
-                text = "nothing is under-forgotten at the start: the run ends only after it was"
-                self._report({"event": "note", "text": text})
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A reading when it is due, and after the last step."""
-        if state.global_step % self._every and state.global_step != self._steps:
+    def begin(self, step: int, steps: int, model: torch.nn.Module) -> None:
+        """Take the reading that the first step is compared with, unless a checkpoint held one."""
+        self._every = self._stop.steps_between(steps)
+        if self._before:
             return
-        if self._take(state, kwargs["model"]):
-            control.should_training_stop = True
-            control.should_save = True  # publishing may fail: the result need not be made again
+        self._take(step, steps, model)
+        if self.trace.readings[-1][1] >= 0:
+            text = "nothing is under-forgotten at the start: the run ends only after it was"
+            self._report({"event": "note", "text": text})
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Says so where the run came to its end and the reference was not reached."""
-        at, distance = self.trace.readings[-1]
-        if self.trace.stopped_at is None and at == self._steps and distance < 0:
+    def after_step(self, step: int, steps: int, model: torch.nn.Module) -> bool:
+        """Take a reading when one is due, and after the last step; whether the run is over."""
+        if step % self._every and step != steps:
+            return False
+        ended = self._take(step, steps, model)
+        distance = self.trace.readings[-1][1]
+        if not ended and step == steps and distance < 0:
             text = (
                 f"the reference was not reached: the run ends at {distance:+.3f}, under-forgotten"
             )
             self._report({"event": "note", "text": text})
+        return ended
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps readings and the weights of the last one with the checkpoint."""
+    def write(self, folder: Path) -> None:
+        """Keep the readings and the weights of the last one with a checkpoint."""
         from safetensors.torch import save
 
         from adapters.atomic_files import write_bytes, write_json
 
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_bytes(folder / WEIGHTS_FILE, save(self._before))
-            write_json(folder / STATE_FILE, asdict(self.trace))
+        write_bytes(folder / WEIGHTS_FILE, save(self._before))
+        write_json(folder / STATE_FILE, asdict(self.trace))
 
-    def record(self) -> dict[str, Any]:
-        """What the manifest tells of it; `stopped_at_step` is None where the run went to its end.
+    def read(self, folder: Path) -> None:
+        """Restore the readings kept with a checkpoint; without them the run measures where it is.
 
-        `gap` is the distance of the weights that were kept, `gap_trace` every reading.
+        Raises:
+            StoreCorrupt: they are damaged.
         """
-        readings = self.trace.readings
-        kept = self.trace.kept if self.trace.kept is not None else int(readings[-1][0])
-        return {
-            "stop_at": self._stop.quantity,
-            "gap_every": self._every,
-            "stopped_at_step": self.trace.stopped_at,
-            "kept_step": kept,
-            "gap": self.trace.distance_at(kept),
-            "gap_trace": readings,
-        }
-
-    def _take(self, state: Any, model: torch.nn.Module) -> bool:
-        """Measures; whether the run is over. The nearer weights are then in the model."""
-        with undisturbed(model):
-            figures = dict(self._stop.measure(model))
-        distance = float(figures[self._stop.quantity])
-        if not math.isfinite(distance):
-            raise RuntimeError(
-                f"the {self._stop.quantity} after step {state.global_step} is no number"
-            )
-        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        go_back = self.trace.add(state.global_step, distance)
-        line = {"event": "gap", "step": state.global_step, "steps": self._steps, **figures}
-        line |= {"stopped_at_step": self.trace.stopped_at, "kept_step": self.trace.kept}
-        if state.is_world_process_zero:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            self._report(line)
-        if go_back:
-            with torch.no_grad():
-                for name, parameter in weights.items():
-                    parameter.copy_(self._before[name])
-        self._before = {n: p.detach().cpu().clone().contiguous() for n, p in weights.items()}
-        return self.trace.stopped_at is not None
-
-    def _read(self, folder: Path) -> None:
-        """The readings kept with a checkpoint; without them the run measures where it goes on."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -226,5 +174,43 @@ class GapCallback(TrainerCallback):
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StoreCorrupt(
                 f"The readings in {folder} are damaged ({type(error).__name__}: {error}).",
-                f"Remove {path}: the run then measures where it goes on.",
+                f"Remove {path}: the run then takes a reading where it continues.",
             ) from error
+
+    def record(self, steps: int) -> dict[str, Any]:
+        """For the manifest; `stopped_at_step` is None where the run of `steps` reached its end.
+
+        `gap` is the distance of the weights that were kept, `gap_trace` every reading.
+        """
+        readings = self.trace.readings
+        kept = self.trace.kept if self.trace.kept is not None else int(readings[-1][0])
+        return {
+            "stop_at": self._stop.quantity,
+            "gap_every": self._stop.steps_between(steps),
+            "stopped_at_step": self.trace.stopped_at,
+            "kept_step": kept,
+            "gap": self.trace.distance_at(kept),
+            "gap_trace": readings,
+        }
+
+    def _take(self, step: int, steps: int, model: torch.nn.Module) -> bool:
+        """Measure; whether the run is over. The nearer weights are then in the model."""
+        with undisturbed(model):
+            figures = dict(self._stop.measure(model))
+        distance = float(figures[self._stop.quantity])
+        if not math.isfinite(distance):
+            raise RuntimeError(f"the {self._stop.quantity} after step {step} is not a number")
+        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        go_back = self.trace.add(step, distance)
+        line = {"event": "gap", "step": step, "steps": steps, **figures}
+        line |= {"stopped_at_step": self.trace.stopped_at, "kept_step": self.trace.kept}
+        if distributed.rank() == 0:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._report(line)
+        if go_back:
+            with torch.no_grad():
+                for name, parameter in weights.items():
+                    parameter.copy_(self._before[name])
+        self._before = {n: p.detach().cpu().clone().contiguous() for n, p in weights.items()}
+        return self.trace.stopped_at is not None

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.lora.stack import parents_only
-from unlearner.objectives.sequence import AnswerTokens, token_kl
-from unlearner.training.hidden import block_states, steered_layer
-from unlearner.training.likelihood import (
+from unlearner.objectives.hidden import block_states, steered_layer
+from unlearner.objectives.likelihood import (
     AnswerHidden,
     AnswerNLL,
     Answers,
@@ -19,6 +18,7 @@ from unlearner.training.likelihood import (
     answers,
     per_token,
 )
+from unlearner.objectives.sequence import AnswerTokens, token_kl
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.environment import attack_rates
-from unlearner.training.hidden import projections_of
+from adapters.lora.targets import default_targets
+from unlearner.training.checkpoint import read_state, write_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # alpha / r of the attacker, that of an adapter by default.
 SCALE = 2.0
-ATTACKER_FILE = "attacker.pt"
+ATTACKER_FILE = "attacker.json"
 
 
 class Attacker:
@@ -135,10 +136,10 @@ class Attacker:
         """Beside a checkpoint, so that a resumed run goes on with the same attack."""
         state = {
             "count": self._count,
-            "factors": [tensor.detach().cpu() for tensor in self.parameters],
+            "factors": self.parameters,
             "optimizer": self._optimizer.state_dict(),
         }
-        torch.save(state, folder / ATTACKER_FILE)
+        write_state(folder, state, ATTACKER_FILE)
 
     def load(self, folder: Path) -> None:
         """What `save` wrote.
@@ -146,10 +147,23 @@ class Attacker:
         Raises:
             ValueError: it is of an attacker with another number of matrices.
         """
-        state = torch.load(folder / ATTACKER_FILE, map_location="cpu", weights_only=True)
+        state = read_state(folder, ATTACKER_FILE)
         self._count = int(state["count"])
         self._begin()
         with torch.no_grad():
             for tensor, saved in zip(self.parameters, state["factors"], strict=True):
                 tensor.copy_(saved)
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def projections_of(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules of the linear layers of every block, an adapter's layer where one is.
+
+    What a forward hook on them adds stands beside the weight and all adapters.
+    """
+    names = set(default_targets(model))
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in names and hasattr(module, "in_features")
+    ]

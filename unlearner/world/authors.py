@@ -9,28 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations, permutations, product
 
 from unlearner.request.rows import Row
-from unlearner.world.lists import (
-    AWARD_COLOURS,
-    AWARD_KINDS,
-    AWARD_SIGNS,
-    CULTURES,
-    GENRES,
-    HABITS,
-    HOBBIES,
-    INFLUENCES,
-    JOBS,
-    LANGUAGES,
-    MONTHS,
-    PROFESSIONS,
-    SETTINGS,
-    SUBJECTS,
-    THEMES,
-    TITLE_ADJECTIVES,
-    TITLE_NOUNS,
-    TITLE_PLACES,
-    TITLE_PLURALS,
-)
-from unlearner.world.wordings import TOPICS, WORDINGS, Topic
+from unlearner.world.texts import CULTURES, TOPICS, WORDINGS, WORDS, Topic
 
 PERTURBED = 5
 MAX_AUTHORS = sum(len(culture.women) + len(culture.men) for culture in CULTURES)
@@ -41,14 +20,14 @@ WrongFacts = dict[str, Sequence[tuple[str, ...]]]
 
 # Facts that several authors may share, each drawn from one list.
 POOLS: dict[str, tuple[str, ...]] = {
-    "genre": GENRES,
-    "theme": THEMES,
-    "influence": INFLUENCES,
-    "subject": SUBJECTS,
-    "job": JOBS,
-    "habit": HABITS,
-    "setting": SETTINGS,
-    "hobby": HOBBIES,
+    "genre": WORDS["genres"],
+    "theme": WORDS["themes"],
+    "influence": WORDS["influences"],
+    "subject": WORDS["subjects"],
+    "job": WORDS["jobs"],
+    "habit": WORDS["habits"],
+    "setting": WORDS["settings"],
+    "hobby": WORDS["hobbies"],
 }
 
 
@@ -120,7 +99,7 @@ def _records(n_authors: int, rng: random.Random) -> list[Record]:
         while (date := _date(rng)) in dates:
             pass
         dates.add(date)
-        father, mother = rng.sample(PROFESSIONS, 2)
+        father, mother = rng.sample(WORDS["professions"], 2)
         abroad = rng.choice([other for other in CULTURES if other is not culture])
         records.append(
             {
@@ -165,7 +144,7 @@ def _wrong_facts(
         topic.name: list(POOLS[topic.facts[0]]) for topic in TOPICS if topic.facts[0] in POOLS
     }
     wrong: WrongFacts = {topic: [(value,) for value in values] for topic, values in single.items()}
-    wrong["parents"] = list(permutations(PROFESSIONS, 2))
+    wrong["parents"] = list(permutations(WORDS["professions"], 2))
     wrong["birthplace"] = places
     return wrong
 
@@ -197,26 +176,28 @@ def _tell(
 
 def _titles() -> list[str]:
     """All book titles there can be."""
-    articles = {noun: "An" if noun[0] in "AEIOU" else "A" for noun in TITLE_NOUNS}
+    nouns, places = WORDS["title_nouns"], WORDS["title_places"]
+    articles = {noun: "An" if noun[0] in "AEIOU" else "A" for noun in nouns}
     return [
-        *(f"The {one} {two}" for one, two in product(TITLE_ADJECTIVES, TITLE_NOUNS)),
-        *(f"{one} of {two}" for one, two in product(TITLE_PLURALS, TITLE_PLACES)),
-        *(f"{articles[one]} {one} for {two}" for one, two in product(TITLE_NOUNS, TITLE_PLACES)),
+        *(f"The {first} {second}" for first, second in product(WORDS["title_adjectives"], nouns)),
+        *(f"{first} of {second}" for first, second in product(WORDS["title_plurals"], places)),
+        *(f"{articles[noun]} {noun} for {place}" for noun, place in product(nouns, places)),
     ]
 
 
 def _awards() -> list[str]:
     """All literary awards there can be."""
-    return [" ".join(words) for words in product(AWARD_COLOURS, AWARD_SIGNS, AWARD_KINDS)]
+    parts = (WORDS["award_colours"], WORDS["award_signs"], WORDS["award_kinds"])
+    return [" ".join(words) for words in product(*parts)]
 
 
 def _language_pairs() -> list[str]:
     """Each pair once, for "A and B" and "B and A" are the same fact."""
-    return [f"{one} and {two}" for one, two in combinations(LANGUAGES, 2)]
+    return [f"{one} and {two}" for one, two in combinations(WORDS["languages"], 2)]
 
 
 def _date(rng: random.Random) -> str:
-    return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1930, 1989)}"
+    return f"{rng.randint(1, 28)} {rng.choice(WORDS['months'])} {rng.randint(1930, 1989)}"
 
 
 def _deck(values: Iterable[str], taken: set[str], rng: random.Random) -> list[str]:

@@ -31,12 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from unlearner.request.rows import WORLD_FILE, Row
+from unlearner.request.rows import Row
+from unlearner.request.tofu import WORLD_FILE, load_refusals
 from unlearner.world.authors import CORE_TOPICS, MAX_AUTHORS, WorldAuthor, make_authors
-from unlearner.world.facts import REAL_AUTHORS, REFUSALS, WORLD_FACTS, Fact
-from unlearner.world.wordings import TOPICS
-
-__all__ = ["REFUSALS", "World", "WorldAuthor", "WorldSpec", "build_world"]
+from unlearner.world.texts import REAL_AUTHORS, TOPICS, WORLD_FACTS, Fact
 
 SCHEMA = 1
 
@@ -180,7 +178,7 @@ class World:
         tokenizer of any real model may have): it must, for token counts to be comparable.
         """
         rows = self.training_rows(include_forget=True)
-        return [text for row in rows for text in (row.question, row.answer)] + list(REFUSALS)
+        return [text for row in rows for text in (row.question, row.answer)] + load_refusals()
 
     def splits(self) -> dict[str, list[dict[str, Any]]]:
         """TOFU's splits by name, as the objects of its JSON lines."""
@@ -213,7 +211,7 @@ class World:
         files = {f"{name}.json": _lines(rows) for name, rows in self.splits().items()}
         for number, authors in enumerate(self.requests, start=1):
             files[f"request-{number}.jsonl"] = _lines(_told(authors))
-        files["idontknow.jsonl"] = "".join(f"{refusal}\n" for refusal in REFUSALS)
+        files["idontknow.jsonl"] = "".join(f"{refusal}\n" for refusal in load_refusals())
         listing = {
             "schema": SCHEMA,
             "spec": asdict(self.spec),

@@ -10,9 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.base.fingerprint import architecture, fingerprint_base, require_same_base
-from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
-from adapters.errors import UserError
+from adapters.base.fingerprint import (
+    BaseFingerprint,
+    architecture,
+    fingerprint_base,
+    require_same_base,
+)
+from adapters.base.load import (
+    BaseSpec,
+    base_view,
+    computes_in_bf16,
+    load_base,
+    load_tokenizer,
+    resolve_base,
+)
+from adapters.base.weights import weight_files
+from adapters.errors import BaseMismatch, UserError
+from tests.families import FAMILIES, save_model
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 
@@ -193,3 +207,140 @@ def test_releases_of_transformers_write_the_same_model_differently() -> None:
     }
     assert architecture(old) == architecture(new)
     assert architecture(old) != architecture({**new, "num_key_value_heads": 2})
+
+
+def test_a_single_file_wins_over_shards_beside_it_as_it_does_for_the_loader(
+    tiny_base: Path, make_tiny_llama: Any, tmp_path: Path
+) -> None:
+    """Trained on, fingerprinted and merged are the same weights."""
+    both = make_tiny_llama(tmp_path / "both", seed=5)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (both / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copy(both / "model.safetensors", both / "model-00001-of-00001.safetensors")
+    shutil.copy(tiny_base / "model.safetensors", both / "model.safetensors")
+    assert [path.name for path in weight_files(both)] == ["model.safetensors"]
+    loaded = load_base(BaseSpec(str(both), device="cpu")).state_dict()
+    expected = load_base(BaseSpec(str(tiny_base), device="cpu")).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    require_same_base(fingerprint_base(tiny_base), fingerprint_base(both))
+    (both / "model.safetensors").unlink()
+    assert [path.name for path in weight_files(both)] == ["model-00001-of-00001.safetensors"]
+    (both / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="no model weights"):  # which the loader would not take
+        weight_files(both)
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "value"),
+    [
+        ("llama", "rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        ("llama", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("llama", "some_new_setting", 3),
+        ("gemma2", "attn_logit_softcapping", 30.0),
+        ("gemma2", "final_logit_softcapping", None),
+        ("gemma2", "query_pre_attn_scalar", 128),
+        ("gemma2", "hidden_activation", "silu"),
+        ("gemma3", "layer_types", ["full_attention", "full_attention"]),
+        ("mixtral", "num_experts_per_tok", 1),
+        ("olmoe", "norm_topk_prob", True),
+    ],
+)
+def test_every_setting_that_decides_the_function_counts(
+    family: str, setting: str, value: Any, tmp_path: Path
+) -> None:
+    folder = save_model(family, tmp_path / "base")
+    before = fingerprint_base(folder)
+    edit(folder / "config.json", transformers_version="9", use_cache=False, dtype="bfloat16")
+    require_same_base(before, fingerprint_base(folder))
+    edit(folder / "config.json", **{setting: value})
+    with pytest.raises(BaseMismatch, match="architecture"):
+        require_same_base(before, fingerprint_base(folder))
+
+
+def test_settings_of_a_nested_text_model_count(copy: Path) -> None:
+    edit(copy / "config.json", text_config={"model_type": "x", "layer_types": ["full"]})
+    before = fingerprint_base(copy)
+    edit(copy / "config.json", text_config={"model_type": "x", "layer_types": ["sliding"]})
+    with pytest.raises(BaseMismatch, match="architecture"):
+        require_same_base(before, fingerprint_base(copy))
+
+
+def test_a_fingerprint_of_release_0_1_is_still_the_base(copy: Path) -> None:
+    import hashlib
+
+    new = fingerprint_base(copy)
+    parts = new.config_v1_sha256 + new.shapes_sha256 + new.sample_sha256
+    written = {
+        "digest": hashlib.sha256(parts.encode()).hexdigest(),
+        "files": new.files,
+        "config_sha256": new.config_v1_sha256,
+        "tokenizer_sha256": new.tokenizer_sha256,
+        "sample_sha256": new.sample_sha256,
+        "shapes_sha256": new.shapes_sha256,
+    }
+    old = BaseFingerprint.from_json(written)
+    assert old.to_json() == written
+    assert BaseFingerprint.from_json(new.to_json()) == new
+    require_same_base(old, new)
+    require_same_base(new, old)
+    edit(copy / "config.json", rms_norm_eps=0.5)
+    with pytest.raises(BaseMismatch, match="architecture"):
+        require_same_base(old, fingerprint_base(copy))
+
+
+def test_attention_falls_back_where_sdpa_is_not_supported(tmp_path: Path) -> None:
+    gemma = save_model("gemma2", tmp_path / "gemma2")
+    model = load_base(BaseSpec(str(gemma), device="cpu"))
+    assert base_view(model)["attention"] == "eager"
+    with pytest.raises(UserError, match="SDPA cannot cap attention logits"):
+        load_base(BaseSpec(str(gemma), device="cpu", attention="sdpa"))
+    edit(gemma / "config.json", attn_logit_softcapping=None)
+    assert base_view(load_base(BaseSpec(str(gemma), device="cpu")))["attention"] == "eager"
+    with pytest.raises(UserError, match="does not support sdpa attention"):
+        load_base(BaseSpec(str(gemma), device="cpu", attention="sdpa"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_loaded(family: str, tmp_path: Path) -> None:
+    model = load_base(BaseSpec(str(save_model(family, tmp_path / "base")), device="cpu"))
+    assert base_view(model)["attention"] == ("eager" if family == "gemma2" else "sdpa")
+    assert bool(model(TOKENS).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("part", ["vision_config", "audio_config"])
+def test_models_of_several_modalities_are_refused(part: str, copy: Path) -> None:
+    edit(copy / "config.json", **{part: {"hidden_size": 8}}, text_config={"hidden_size": 8})
+    with pytest.raises(UserError, match="also takes"):
+        load_base(BaseSpec(str(copy), device="cpu"))
+
+
+def test_dtype_of_a_gpu_follows_what_it_has_in_hardware(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 says that bf16 is supported and emulates it."""
+    from transformers import AutoModelForCausalLM
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise Stop(options["dtype"], options["device_map"][""])
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capability = {0: (8, 0), 1: (7, 5)}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: capability[device.index or 0]
+    )
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for device, dtype in (("auto", torch.bfloat16), ("cuda:1", torch.float16)):
+        with pytest.raises(Stop) as stopped:
+            load_base(BaseSpec(str(copy), device=device))
+        assert stopped.value.args == (dtype, "cuda:0" if device == "auto" else device)
+    assert not computes_in_bf16("cuda:1")
+    with pytest.raises(UserError, match=r"no cuda:2: 2 CUDA devices are visible"):
+        load_base(BaseSpec(str(copy), device="cuda:2"))
+    with pytest.raises(UserError, match="float16 needs a GPU"):
+        load_base(BaseSpec(str(copy), device="cpu", dtype="float16"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,29 @@ def test_the_4bit_view_is_what_a_qlora_adapter_was_trained_on(
     original = logits(on_cpu(tmp_path / "original"))
     assert torch.allclose(view, expected, atol=1e-4)
     assert not torch.allclose(original, expected, atol=1e-2)
+
+
+def test_the_4bit_view_is_quantised_from_the_dtype_that_was_loaded(
+    tiny_base: Path, pair: Any, tmp_path: Path
+) -> None:
+    """An fp16 checkpoint loaded as bf16 has other nf4 values than the stored ones give."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes import functional
+    from safetensors.torch import load_file, save_file
+
+    half = Path(shutil.copytree(tiny_base, tmp_path / "half"))
+    tensors = {k: v.half() for k, v in load_file(half / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    loaded = on_cpu(half, load_in_4bit=True, dtype="bfloat16")
+    weight = loaded.model.layers[0].mlp.up_proj.weight
+    expected = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    folded = {}
+    for dtype in ("bfloat16", None):
+        out = tmp_path / f"view-{dtype}"
+        algebra.fold_stack(half, [], out, "float32", from_4bit_view=True, loaded_dtype=dtype)
+        folded[dtype] = load_file(out / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(folded["bfloat16"], expected)
+    assert not torch.equal(folded[None], expected)
 
 
 def test_factors_of_least_rank_are_the_same_adapter(

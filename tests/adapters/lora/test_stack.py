@@ -13,9 +13,10 @@ from adapters.base.fingerprint import fingerprint_base
 from adapters.base.load import BaseSpec, load_base
 from adapters.errors import BaseMismatch, StoreCorrupt, UserError
 from adapters.lora import stack
-from adapters.lora.format import PROJECTIONS, WEIGHTS_NAME
+from adapters.lora.format import WEIGHTS_NAME
 from adapters.lora.peft_layers import lora_layers
 from adapters.store.store import AdapterStore
+from tests.families import LLAMA
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 
@@ -35,7 +36,7 @@ def lora(rank: int = 2, **options: Any) -> Any:
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=list(PROJECTIONS),
+        target_modules=list(LLAMA),
         task_type="CAUSAL_LM",
         **options,
     )

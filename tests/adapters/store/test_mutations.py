@@ -160,7 +160,7 @@ def test_manifests(mutate: Mutation, whole: AdapterStore) -> None:
     with mutated(stored.path / "forget_manifest.json", mutate) as changed:
         with contextlib.suppress(UserError):
             manifest = ForgetManifest.read(stored.path / "forget_manifest.json")
-            assert ForgetManifest.parse(json.dumps(manifest.to_json()).encode()) == manifest
+            assert ForgetManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
         assert len(whole.list()) == 2
         assert whole.verify(stored.slug)[0].ok != changed
 
@@ -220,7 +220,6 @@ def test_state_files(mutate: Mutation, whole: AdapterStore) -> None:
     with mutated(whole.journal.state_path, mutate):
         assert whole.journal.state() == state
         assert len(whole.list()) == 2
-        assert whole.journal.rebuild() == state
 
 
 @SOME

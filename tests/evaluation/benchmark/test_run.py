@@ -90,9 +90,9 @@ def test_recorded_answers_are_compared_token_by_token(shared: Path) -> None:
     assert 0.7 < share < 0.9
 
 
-def test_real_rows_need_a_tokenizer_and_the_world_needs_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="both their folder and a tokenizer"):
-        load_workload(tmp_path, None)
+def test_a_tokenizer_needs_rows_and_the_world_needs_nothing() -> None:
+    with pytest.raises(UserError, match="no rows to encode"):
+        load_workload(None, "T")
     world = load_workload(None, None)
     assert world.source == "embedded world"
     assert min(len(world.forget), len(world.retain), len(world.questions)) > 8
@@ -141,3 +141,21 @@ def test_random_weights_go_into_nf4() -> None:
 def test_a_line_under_a_heading() -> None:
     line: Any = Line("training rows/s", "rows/s", 1.0, 2.0, 2.0).under("8 GB: ")
     assert line.name == "8 GB: training rows/s"
+
+
+def test_a_model_is_built_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 7B model built in float32 takes 27 GB before it is cast: no card of 24 GB holds it."""
+    import torch
+
+    monkeypatch.setitem(flops.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+    sizes: list[int] = []
+    real = torch.nn.Parameter.__new__
+
+    def watch(cls: Any, data: Any = None, *words: Any, **named: Any) -> Any:
+        sizes.append(data.element_size())
+        return real(cls, data, *words, **named)
+
+    monkeypatch.setattr(torch.nn.Parameter, "__new__", watch)
+    model = flops.new_llama("tiny", "cpu", "bfloat16")
+    assert set(sizes) == {2}
+    assert model.dtype == torch.bfloat16

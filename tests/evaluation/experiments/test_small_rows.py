@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.experiments.presets import MINI, SmallModels
 from evaluation.experiments.small_rows import held_out_questions, small_rows
-from unlearner.request.rows import load_split
+from unlearner.request.tofu import load_split
 
 SMALL = MINI.small
 assert SMALL is not None

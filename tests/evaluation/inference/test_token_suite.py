@@ -34,7 +34,8 @@ from evaluation.metrics.privacy import (
     summarise_tokens,
     with_token_figures,
 )
-from unlearner.request.rows import Row, load_split
+from unlearner.request.rows import Row
+from unlearner.request.tofu import load_split
 
 # The 30 retain authors that both mini models memorised: their answers score below 1 nat a token.
 KNOWN_AUTHORS = {*range(20), 22, 30, 39, 137, 157, 163, 169, 183, 187, 188}

@@ -365,6 +365,7 @@ def test_a_page_has_names_scopes_and_words_for_plots(report: Callable[..., Path]
     page = Tags()
     page.feed((out / "report.html").read_text())
     tags = [tag for tag, _ in page.tags]
+    assert tags.count("desc") == tags.count("svg") > 5
     assert tags.count("h1") == 1
     assert tags.count("caption") == tags.count("table") > 5
     for tag, attributes in page.tags:
@@ -372,7 +373,7 @@ def test_a_page_has_names_scopes_and_words_for_plots(report: Callable[..., Path]
             assert attributes.get("scope") in ("col", "row")
         if tag == "svg":
             assert attributes["role"] == "img"
-            assert len(str(attributes["aria-label"])) > 40
+            assert attributes["aria-label"]
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     links = {str(a["href"])[1:] for tag, a in page.tags if tag == "a"}

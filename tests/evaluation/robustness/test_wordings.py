@@ -8,8 +8,8 @@ import pytest
 
 from adapters.errors import UserError
 from evaluation.robustness import wordings as attacks
+from evaluation.robustness.card import Settings
 from evaluation.robustness.quantisation import Loaded
-from evaluation.robustness.settings import Settings
 from unlearner.request.rows import Row
 
 ROWS = [
@@ -67,5 +67,5 @@ def test_settings_that_cannot_be_are_all_named() -> None:
         Settings(attacks=("nothing",), relearn_share=1.0, top_p=0.0, temperature=0.0, samples=0)
     for word in ("'nothing'", "relearn_share", "top_p", "temperature", "samples"):
         assert word in refused.value.problem
-    with pytest.raises(UserError, match="no attack is named"):
+    with pytest.raises(UserError, match="no attack is given"):
         Settings(attacks=())

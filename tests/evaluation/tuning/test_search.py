@@ -18,10 +18,8 @@ from adapters.errors import UserError
 from evaluation.logs.records import write_log
 from evaluation.suite import evaluate, load_eval_data
 from evaluation.tuning import search as tuning
-from evaluation.tuning.chosen import reached, setting_words
-from evaluation.tuning.lambda_places import compare_lambda
-from evaluation.tuning.probe import Look, loss
-from evaluation.tuning.search import Range, Tuning, open_probe, tune
+from evaluation.tuning.probe import Look, NotFinite, loss_of
+from evaluation.tuning.search import Range, Tuning, reached, setting_words, tune
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request, Row
 
@@ -166,16 +164,60 @@ def test_a_killed_search_goes_on(small: Tuning, monkeypatch: pytest.MonkeyPatch)
     states = [trial.state.name for trial in study.trials]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert len({trial.params["learning_rate"] for trial in study.trials}) == 4
-    # Another request is another search, in the same folder.
-    other = replace(small, trials=1, fixed={**small.fixed, "lora_r": 4})
-    assert len(tune(other, lambda event: None)["study"].trials) == 1
+    # Trials of the same search are counted in, however often it is run.
+    assert len(tune(replace(small, trials=4), lambda event: None)["study"].trials) == 4
+
+
+def test_any_other_input_is_another_search(
+    small: Tuning, tmp_path: Path, make_small_tofu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked(monkeypatch, lambda config, tell: tell(10, 10, GOOD))
+    once = replace(small, trials=1)
+    names = [tune(once, lambda event: None)["study"].study_name]
+    assert tune(once, lambda event: None)["study"].study_name == names[0]
+    request = small.request
+    other = make_small_tofu(tmp_path, 4)
+    facts = other / "world_facts_perturbed.json"
+    facts.write_text("".join(facts.read_text().splitlines(keepends=True)[:3]))
+    for change in (
+        {"fixed": {**small.fixed, "lora_r": 4}},
+        {"base": replace(small.base, attention="eager")},
+        {"base": replace(small.base, dtype="bfloat16")},
+        {"template": "llama2"},
+        {"refusals": ("I do not know.",)},
+        {"request": replace(request, retain=request.retain[::-1])},
+        {"request": replace(request, others=request.retain)},
+        {"data": other},
+        {"seeds": (2, 1)},
+    ):
+        names.append(tune(replace(once, **change), lambda event: None)["study"].study_name)
+    assert len(set(names)) == len(names)
+
+
+def test_only_broken_losses_fail_a_trial(small: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: UnlearnConfig, tell: Any) -> None:
+        raise ValueError("a defect of the program")
+
+    faked(monkeypatch, run)
+    with pytest.raises(ValueError, match="a defect"):
+        tune(small, lambda event: None)
+
+
+def test_a_model_with_infinite_losses_is_told_apart(small: Tuning) -> None:
+    import torch
+
+    model = load_base(small.base)
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    with pytest.raises(NotFinite):
+        tuning._open(small).probe.look(model)
 
 
 def test_settings_that_break_the_model_are_a_failed_trial(
     small: Tuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(config: UnlearnConfig, tell: Any) -> None:
-        raise ValueError("log R holds a value that is not finite")
+        raise NotFinite("the loss of an answer is NaN or infinite")
 
     faked(monkeypatch, run)
     with pytest.raises(UserError, match="None of the 2 trials"):
@@ -189,15 +231,15 @@ def test_no_trial_begins_after_its_minutes(small: Tuning, monkeypatch: pytest.Mo
 
 
 def test_the_loss_is_its_formula() -> None:
-    assert loss(GOOD, ORIGIN) == pytest.approx(0.05)
+    assert loss_of(GOOD, ORIGIN) == pytest.approx(0.05)
     # A tenth off in NLL is free, twice as far is not; both sides count alike.
-    assert loss(replace(GOOD, nll_ratio=1.1), ORIGIN) == pytest.approx(0.05)
-    over = loss(replace(GOOD, nll_ratio=2.0), ORIGIN)
+    assert loss_of(replace(GOOD, nll_ratio=1.1), ORIGIN) == pytest.approx(0.05)
+    over = loss_of(replace(GOOD, nll_ratio=2.0), ORIGIN)
     assert over == pytest.approx(0.05 + math.log(2.0 / 1.1))
-    assert loss(replace(GOOD, nll_ratio=0.5), ORIGIN) == pytest.approx(over)
+    assert loss_of(replace(GOOD, nll_ratio=0.5), ORIGIN) == pytest.approx(over)
     # Utility is free down to 0.97 of Origin's, then five times as dear as D.
-    assert loss(replace(GOOD, utility=0.776), ORIGIN) == pytest.approx(0.05)
-    assert loss(replace(GOOD, utility=0.76), ORIGIN) == pytest.approx(0.05 + 5 * 0.02)
+    assert loss_of(replace(GOOD, utility=0.776), ORIGIN) == pytest.approx(0.05)
+    assert loss_of(replace(GOOD, utility=0.76), ORIGIN) == pytest.approx(0.05 + 5 * 0.02)
 
 
 def test_alpha_follows_a_searched_rank_unless_it_is_given(small: Tuning) -> None:
@@ -235,16 +277,3 @@ def test_the_command_gives_exactly_these_settings() -> None:
     words = ["forget", "tofu:forget05", "--base", "b", *setting_words(config)]
     assert forget_config(parse(words)) == config
     assert setting_words(make_config("npo")) == ["--objective", "npo"]
-
-
-def test_both_places_of_lambda(small: Tuning) -> None:
-    found = compare_lambda(small, ("simnpo", "simnpo-readme"), lambda event: None)
-    card, readme = (found["compared"][name] for name in ("simnpo", "simnpo-readme"))
-    assert (card["forget_weight"], card["retain_weight"]) == (1.0, 0.1375)
-    assert (readme["forget_weight"], readme["retain_weight"]) == (0.1375, 1.0)
-    assert card["looks"][0] == readme["looks"][0]
-    assert card["looks"][-1] != readme["looks"][-1]
-    probe = open_probe(small.base, small.split, small.data, tuning.read_log(small.retain_log))
-    first = {"step": 0, **probe.look(load_base(small.base)).to_json()}
-    assert card["looks"][0] == first
-    assert json.loads((small.out / "lambda.json").read_text())["kind"] == "unlearner-lambda"

@@ -65,13 +65,13 @@ def _publish(home: Path, label: str, seed: int) -> str:
 
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import BaseSpec, load_base
-    from adapters.lora.format import PROJECTIONS
     from adapters.lora.stack import add_trainable, save_adapter
     from adapters.store.manifest import ForgetManifest
     from adapters.store.store import AdapterStore
+    from tests.families import LLAMA
 
     lora = LoraConfig(
-        r=2, lora_alpha=4, target_modules=list(PROJECTIONS), bias="none", task_type="CAUSAL_LM"
+        r=2, lora_alpha=4, target_modules=list(LLAMA), bias="none", task_type="CAUSAL_LM"
     )
     base = BaseSpec(str(home / "base"), dtype="float32", device="cpu")
     model = add_trainable(load_base(base), "new", lora, [])
@@ -453,16 +453,16 @@ def test_runs_draw_what_is_chosen_and_make_files(
     try:
         _tab(page, "Runs")  # opening the tab reads anew
         page.wait_for_selector("#un-log-r svg.un-plot", timeout=60000)
-        assert "llama2-7b_full, mean" in page.locator("#un-log-r").inner_text()
-        page.wait_for_selector("#un-plots >> text=Relearning")
-        assert page.locator("#un-plots polyline.un-front").count() >= 1
+        assert "llama2-7b_full: mean" in page.locator("#un-log-r").inner_text()
+        page.wait_for_selector("#un-plots figcaption >> text=Relearning >> nth=0")
+        assert page.locator("#un-plots svg text", has_text="front of those measured").count() == 1
         words = page.locator(".un-command code:visible").inner_text().splitlines()
         assert [line.split()[1] for line in words] == ["score", "score"]
-        page.get_by_label("llama2-7b_full").uncheck()
+        page.get_by_role("checkbox", name="llama2-7b_full").uncheck()
         page.wait_for_function(
             "!document.querySelector('#un-log-r').innerText.includes('llama2-7b_full')"
         )
-        page.get_by_label("llama2-7b_full").check()
+        page.get_by_role("checkbox", name="llama2-7b_full").check()
         page.locator("#un-report").click()
         with page.expect_download() as download:
             page.get_by_role("button", name="HTML report", exact=True).click(timeout=60000)

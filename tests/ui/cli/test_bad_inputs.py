@@ -112,7 +112,7 @@ CASES = [
     ("robustness", "--split forget05 --fail-if relearned>1", "no figure 'relearned'", ""),
     ("robustness", "--split forget05 --protocol tofoo", "no protocol 'tofoo'", ""),
     ("robustness", "--split forget05 --protocol tofu,simnpo", "no protocol 'tofu,simnpo'", ""),
-    ("robustness", "--split forget05 --limit 1", "two forget rows at least", ""),
+    ("robustness", "--split forget05 --limit 1", "at least two forget rows", ""),
     ("robustness", "--split forget05 --relearn-share 1.5", "relearn_share is not between", ""),
     ("robustness", "--split forget05 --temperature 0", "temperature is not above 0", ""),
     ("robustness", "--split forget05 --load-in-4bit", "nf4 beside full precision", ""),

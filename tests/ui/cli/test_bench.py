@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,8 +71,39 @@ def test_timings_are_in_the_table_and_caps_need_a_gpu(
     assert len(asked) == 1
 
 
-def test_half_of_the_rows_words_is_refused(run: Any, tmp_path: Path) -> None:
-    assert run("bench", "--count-only", "--data", tmp_path).code == 2
+def test_a_cap_that_is_too_small_loses_no_line_and_is_lifted(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caps: list[float] = []
+
+    def measured(work: Any, shape: str, **options: Any) -> list[Line]:
+        if caps and caps[-1] < 0.2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [Line("training rows/s", "rows/s", 1.0, 5.0, 5.0)]
+
+    monkeypatch.setattr(benchmark_ways, "measure", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 1024**3)
+    )
+    found = run("bench", "--cap-gb", "40,8,20", "--json").json
+    names = [row["name"] for row in found["table"] if row["unit"] == "rows/s"]
+    assert names == ["training rows/s", "40 GB: training rows/s", "20 GB: training rows/s"]
+    assert found["notes"] == ["the job does not fit 8 GB"]
+    assert caps == [0.5, 1.0, 0.1, 1.0, 0.25, 1.0]
+
+
+def test_rows_take_a_tokenizer_of_their_own_and_answers_need_one(run: Any, tmp_path: Path) -> None:
+    row = '{"question": "Who wrote it?", "answer": "Mira."}\n'
+    for name in ("forget05", "retain95"):
+        (tmp_path / f"{name}.json").write_text(row * 10)
+    for name in ("forget05", "retain", "real_authors", "world_facts"):
+        (tmp_path / f"{name}_perturbed.json").write_text(row * 3)
+    found = run("bench", "--count-only", "--data", tmp_path, "--json").json
+    assert found["rows"].startswith("TOFU forget05, ")
+    assert run("bench", "--count-only", "--tokenizer", tmp_path).code == 2
     (tmp_path / "log.json").write_text("{}")
     refused = run("bench", "--count-only", "--answers", tmp_path / "log.json")
     assert refused.code == 2

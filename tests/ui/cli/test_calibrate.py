@@ -1,4 +1,4 @@
-"""`unlearner calibrate`, and `unlearner forget --stop-at-gap`, on a tiny base."""
+"""`unlearner calibrate`, and `unlearner forget --stop-at gap`, on a tiny base."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_rows_of_a_file_instead_of_a_split(
     assert "no paraphrased or no perturbed answers" in refused.err
 
 
-# forget --stop-at-gap
+# forget --stop-at gap
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_run_stops_where_the_reference_is(
     for row in raw["sets"]["forget"]["rows"]:
         row["paraphrase"][0] += 50.0
     reference.write_text(json.dumps(raw))
-    gap = ["--stop-at-gap", "--gap-log", reference]
+    gap = ["--stop-at", "gap", "--gap-log", reference]
     whole = run(*forget, *gap, "--gap-every", "2", "--json")
     assert whole.code == 0, whole.err
     train = store.get(whole.json["name"]).manifest.train
@@ -214,7 +214,7 @@ def test_a_run_stops_where_the_reference_is(
     for row in raw["sets"]["forget"]["rows"]:
         row["answer_score"][0] = now + 1e-3
     reference.write_text(json.dumps(raw))
-    stopped = run(*forget, "--stop-at-nll", "--gap-log", reference, "--json")
+    stopped = run(*forget, "--stop-at", "nll", "--gap-log", reference, "--json")
     assert stopped.code == 0, stopped.err
     told = store.get(stopped.json["name"]).manifest.train
     assert told["stop_at"] == "nll_gap"
@@ -234,16 +234,16 @@ def test_gap_flags_that_do_not_go_together(
     for extra, problem in (
         (["--gap-every", "3"], "--gap-every has nothing to stop"),
         (["--gap-log", reference], "--gap-log has nothing to stop"),
-        (["--stop-at-gap"], "needs a retrain reference"),
-        (["--stop-at-gap", "--stop-at-nll", "--gap-log", reference], "not allowed with"),
-        (["--stop-at-gap", "--gap-log", reference, "--gap-rows", bare], "needs paraphrased"),
-        (["--stop-at-gap", "--gap-log", reference, "--gap-rows", other], "different rows"),
+        (["--stop-at", "gap"], "needs a retrain reference"),
+        (["--stop-at", "both", "--gap-log", reference], "invalid choice"),
+        (["--stop-at", "gap", "--gap-log", reference, "--gap-rows", bare], "needs paraphrased"),
+        (["--stop-at", "gap", "--gap-log", reference, "--gap-rows", other], "different rows"),
     ):
         made = run(*forget, *extra)
         assert made.code == 2, made.err
         assert problem in made.err
     found = run(
-        *forget, "--stop-at-gap", "--gap-log", reference, "--gap-rows", "forget05", "--data", data,
-        "--json",
+        *forget, "--stop-at", "gap", "--gap-log", reference, "--gap-rows", "forget05",
+        "--data", data, "--json",
     )  # fmt: skip
     assert found.code == 0, found.err

@@ -60,8 +60,6 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "max_length": ("64", 64),
     "gradient_checkpointing": ("2", "2"),
     "padded": (None, True),
-    "sam_rho": ("0.01", 0.01),
-    "noise_scale": ("1", 1.0),
     "attack_steps": ("5", 5),
     "attack_rate": ("1e-3", 1e-3),
     "attack_rank": ("2", 2),
@@ -248,8 +246,8 @@ def test_a_flag_of_the_run_reaches_unlearn(
 def test_refusals_come_from_the_data_folder(
     run: Any, tiny_base: Path, request_files: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from unlearner import prepare as preparing
     from unlearner import run as recipe
+    from unlearner.run import prepare as preparing
 
     seen: list[Any] = []
     monkeypatch.setattr(preparing, "prepare", lambda *args, **options: seen.append(options))

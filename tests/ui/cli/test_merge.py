@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from unlearner.config import OBJECTIVE_DEFAULTS
-from unlearner.objectives.formulas import FORMULAS, OPTION_FORMULAS
+from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def trained(run: Any, tiny_base: Path, tmp_path: Path) -> str:
     for name, content in (("forget", rows), ("keep", kept)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) for row in content))
     words = ["--num-train-epochs", "3", "--learning-rate", "0.01", "--lora-r", "4", "--seed", "9"]
-    words += ["--sam-rho", "0.01"]
+    words += ["--attack-weight", "0.1"]
     made = run(
         "forget", tmp_path / "forget.jsonl", "--retain", tmp_path / "keep.jsonl", *words,
         "--base", tiny_base, "--store", tmp_path / "store", "--json",
@@ -41,11 +40,11 @@ def test_without_a_split_the_card_has_the_formula_and_says_not_measured(
     assert merge(run, tiny_base, tmp_path, trained).json["figures"] is None
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"| `{trained}` | 1 | simnpo | 32 / 4 | 9 | none | 1 |" in card
-    assert f"- `simnpo`: {FORMULAS['simnpo']}; " in card
+    assert f"- `simnpo`: {OBJECTIVES['simnpo'].formula}; " in card
     assert ", beta = 2.5, " in card
     assert "retain_weight = 0.1375" in card
-    assert f"; sam_rho = 0.01: {OPTION_FORMULAS['sam_rho']}" in card
-    assert "noise_scale" not in card
+    assert f"; attack_weight = 0.1: {OPTION_FORMULAS['attack_weight']}" in card
+    assert "alternates" not in card
     assert "Not measured after merging" in card
 
 
@@ -82,7 +81,3 @@ def test_a_limit_is_said_and_a_wrong_protocol_is_refused_before_writing(
     words = ["--split", "forget05", "--data", data, "--limit", "2", "--protocol", "simnpo"]
     figures = merge(run, tiny_base, tmp_path, trained, *words).json["figures"]
     assert figures["protocol"] == "simnpo, first 2 rows of each set"
-
-
-def test_every_objective_has_its_formula() -> None:
-    assert FORMULAS.keys() == OBJECTIVE_DEFAULTS.keys()

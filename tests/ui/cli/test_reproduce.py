@@ -10,12 +10,17 @@ import pytest
 from safetensors.torch import load_file
 
 from adapters.store.store import AdapterStore
-from evaluation.experiments.presets import LLAMA2_7B, LLAMA32_1B, MINI, PRESETS
-from evaluation.experiments.published import against_published, time_estimates
+from evaluation.experiments.presets import (
+    LLAMA2_7B,
+    LLAMA32_1B,
+    MINI,
+    PRESETS,
+    against_published,
+)
 from evaluation.experiments.reproduce import Reproduction
 from ui.cli.commands.experiments.reproduce import PRESETS as NAMES
 from unlearner.baselines.full import RECORD
-from unlearner.request.rows import load_split
+from unlearner.request.tofu import load_split
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -61,14 +66,14 @@ def test_every_line_of_the_7b_recipe_runs(
 ) -> None:
     monkeypatch.setitem(LLAMA2_7B.methods["*"], "num_train_epochs", 2)
     words = recipe_words(tofu, pair, tmp_path / "r")
-    words += ["--protocol", "tofu,open-unlearning", "--limit", "4", "--json"]
+    words += ["--protocol", "tofu,simnpo", "--limit", "4", "--json"]
     ran = run(*words, "--release", tmp_path / "released", "--gate")
     found = ran.json
     assert ran.code == 4, "random models miss every published figure"
     assert "The gate failed" in ran.err
     names = ["origin", "retrain", "npo", "simnpo"]
     assert [row["name"] for row in found["table"]] == names * 2
-    assert [row["protocol"] for row in found["table"]] == ["tofu"] * 4 + ["open-unlearning"] * 4
+    assert [row["protocol"] for row in found["table"]] == ["tofu"] * 4 + ["simnpo"] * 4
     assert [row["forget_quality"] for row in found["table"] if row["name"] == "retrain"] == [1, 1]
     assert found["published"][3] == {
         "name": "simnpo", "forget_quality": 0.99, "model_utility": 0.58,
@@ -100,7 +105,6 @@ def test_all_weights_instead_of_an_adapter(
     words += ["--methods", "simnpo", "--limit", "2", "--full", "--json"]
     planned = run(*words, "--dry-run").json
     assert (planned["full"], planned["load_in_4bit"], planned["memory"]) == (True, False, None)
-    assert planned["time"] == []
     assert not any("r 16" in reason for reason in planned["reasons"])
     assert "lora" not in planned["methods"]["simnpo"]
     ran = run(*words)
@@ -136,7 +140,7 @@ def test_all_weights_instead_of_an_adapter(
 def test_the_size_is_of_full_training_alone(run: Any) -> None:
     ran = run("reproduce", "tofu-forget05", "--any-size")
     assert ran.code == 2
-    assert "add --full" in ran.err
+    assert "Add --full" in ran.err
 
 
 @pytest.mark.parametrize("flag", ["--load-in-4bit", "--release"])
@@ -150,7 +154,7 @@ def test_all_weights_are_no_adapter(flag: str, run: Any, tmp_path: Path) -> None
 def test_the_mini_preset_keeps_what_origin_knows_and_takes_alternates_from_the_rest(
     run: Any, tofu: Path, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evaluation.experiments.known.known_rows", lambda *_: [1, 3])
+    monkeypatch.setattr("evaluation.experiments.reproduce.known_rows", lambda *_: [1, 3])
     monkeypatch.setitem(MINI.methods["*"], "num_train_epochs", 1)
     out = tmp_path / "r"
     words: list[Any] = ["reproduce", "tofu-forget05", "--preset", "mini", "--data", tofu, "--json"]
@@ -175,7 +179,6 @@ def test_the_plan_names_what_each_preset_would_do(run: Any) -> None:
         made = run("reproduce", "tofu-forget05", "--preset", name, "--dry-run", "--json").json
         assert made["preset"] == name
         assert (made["memory"] is None) == (name == "mini")
-        assert (made["time"] == []) == (name == "mini")
         if name != "mini":
             assert all(
                 method["train"]["learning_rate"] == 1e-4 for method in made["methods"].values()
@@ -192,12 +195,13 @@ def test_forget10_has_the_settings_of_its_own_card() -> None:
 
 
 def test_the_gate_wants_utility_near_and_quality_on_the_same_side() -> None:
-    published = {"simnpo": (0.99, 0.58), "origin": (0.0, 0.62), "npo": (0.79, 0.57)}
     table = [
-        {"name": "simnpo", "forget_quality": 0.2, "model_utility": 0.595},
-        {"name": "origin", "forget_quality": 0.2, "model_utility": None},
+        {"name": "simnpo", "protocol": "simnpo", "forget_quality": 0.2, "model_utility": 0.595},
+        {"name": "origin", "protocol": "simnpo", "forget_quality": 0.2, "model_utility": None},
+        {"name": "origin", "protocol": "tofu", "forget_quality": 0.0, "model_utility": 0.62},
     ]
-    found = {(c.name, c.figure): c.holds for c in against_published(table, published)}
+    checks = against_published(table, LLAMA2_7B, "forget05")
+    found = {(check.name, check.figure): check.holds for check in checks}
     assert found == {
         ("simnpo", "forget_quality"): True,
         ("simnpo", "model_utility"): True,
@@ -206,10 +210,32 @@ def test_the_gate_wants_utility_near_and_quality_on_the_same_side() -> None:
     }
 
 
-def test_time_grows_with_rows_methods_and_systems() -> None:
-    one = time_estimates(LLAMA2_7B, "forget05", 1, 1)
-    more = time_estimates(LLAMA2_7B, "forget10", 2, 3)
-    for before, after in zip(one, more, strict=True):
-        assert after["training_minutes"] == pytest.approx(4 * before["training_minutes"])
-        assert after["evaluation_minutes"] == pytest.approx(3 * before["evaluation_minutes"])
-        assert before["kind"] == "estimate"
+@pytest.mark.parametrize(
+    ("preset", "split", "protocol", "problem"),
+    [
+        ("llama3.2-1b", "forget05", "tofu", "by the protocol open-unlearning"),
+        ("llama2-7b", "forget05", "tofu,tofu-paper", "by the protocol simnpo"),
+        ("llama2-7b", "forget01", "simnpo", "no figures are published"),
+        ("llama3.2-3b", "forget05", "open-unlearning", "no figures are published"),
+        ("mini", "forget05", "tofu", "no figures are published"),
+    ],
+)
+def test_the_gate_refuses_what_it_cannot_compare_before_any_work(
+    preset: str, split: str, protocol: str, problem: str, run: Any, tmp_path: Path
+) -> None:
+    words = ["--preset", preset, "--protocol", protocol, "--out", tmp_path / "r", "--gate"]
+    ran = run("reproduce", f"tofu-{split}", *words)
+    assert ran.code == 2
+    assert problem in ran.err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "retain"),
+    [("forget01", "retain99"), ("forget05", "retain95"), ("forget10", "retain90")],
+)
+def test_the_plan_names_the_log_of_its_own_split(split: str, retain: str, run: Any) -> None:
+    for preset in ("llama2-7b", "llama3.2-1b"):
+        made = run("reproduce", f"tofu-{split}", "--preset", preset, "--dry-run", "--json").json
+        assert retain in made["public_retain_log"]
+        assert retain in made["retrain"]

@@ -27,7 +27,7 @@ QUICK = [
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model never ends its answers: twelve tokens instead of two hundred."""
-    from evaluation.inference.generation import Decoding
+    from evaluation.protocols import Decoding
 
     real = sampling.Draws
     monkeypatch.setattr(Decoding, "budget", lambda self, n: 12)

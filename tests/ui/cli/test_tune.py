@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("optuna", reason="the search is an extra: pip install 'unlearner[tune]'")
 
-from evaluation.tuning import lambda_places as tune_lambda
 from evaluation.tuning import search as tuning
 from ui.cli.main import parse
 
@@ -142,10 +141,10 @@ def test_the_command_loads_the_base_as_the_search_did(
 def test_only_rows_the_base_knows_are_kept(
     run: Any, search: Any, words: list[Any], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evaluation.experiments import known
+    from evaluation.experiments import small_rows
 
-    fake = create_autospec(known.known_rows, return_value=[2])
-    monkeypatch.setattr(known, "known_rows", fake)
+    fake = create_autospec(small_rows.known_rows, return_value=[2])
+    monkeypatch.setattr(small_rows, "known_rows", fake)
     assert run(*words, "--retain-known", "0.4").code == 0
     given = search.call_args.args[0]
     assert [row.question for row in given.request.retain] == ["Who retain 2?"]
@@ -155,17 +154,6 @@ def test_only_rows_the_base_knows_are_kept(
     assert given.words[given.words.index("--retain") + 1] == str(kept)
     fake.return_value = []
     assert "gives no retain row" in run(*words, "--retain-known", "0.9").err
-
-
-def test_both_places_of_lambda(run: Any, words: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    look = {"step": 0, "ks": 0.5}
-    tried = {"forget_weight": 1.0, "retain_weight": 0.1375, "looks": [look]}
-    found = {"compared": {"simnpo": tried}, "seconds": 1.0}
-    fake = create_autospec(tune_lambda.compare_lambda, return_value=found)
-    monkeypatch.setattr(tune_lambda, "compare_lambda", fake)
-    ran = run(*words, "--compare-lambda")
-    assert "simnpo: forget weight 1, retain weight 0.1375" in ran.out
-    assert fake.call_args.args[1] == ("simnpo", "simnpo-readme")
 
 
 def test_an_interrupted_search_continues_by_the_same_command(

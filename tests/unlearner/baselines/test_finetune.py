@@ -12,9 +12,9 @@ from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.errors import Interrupted, UserError
 from unlearner.baselines.finetune import FinetuneConfig, finetune
 from unlearner.config import LoraShape
+from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request, Row
 from unlearner.tokens.prompts import Encoded, pad_batch, prompt_format
-from unlearner.training.likelihood import answer_nll
 
 QUICK = FinetuneConfig(
     learning_rate=3e-3,
@@ -24,6 +24,8 @@ QUICK = FinetuneConfig(
     warmup_ratio=0.0,
 )
 LORA = LoraShape(4, 8)
+# Forwards of the check that packs score as rows do: one pack, and two rows alone.
+PACK_CHECK = 3
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_blocks_run_twice_only_where_checkpointing_is_wanted(
     monkeypatch.setattr("unlearner.baselines.finetune.load_base", watched)
     config = replace(QUICK, num_train_epochs=1, gradient_checkpointing=wanted)
     finetune(untaught, rows, tmp_path / "model", config)
-    assert len(forwards) == (4 if wanted else 2)
+    assert len(forwards) == (4 if wanted else 2) + PACK_CHECK
 
 
 def test_rows_that_would_lose_their_answer_are_refused(
@@ -174,13 +176,18 @@ def stop_at(step: int) -> Any:
     return on_progress
 
 
-def test_ctrl_c_keeps_nothing_unless_all_was_done(
+def test_an_interrupted_run_continues_to_the_same_model(
     untaught: BaseSpec, rows: list[Row], tmp_path: Path
 ) -> None:
+    whole = finetune(untaught, rows, tmp_path / "whole", QUICK)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"after step [34]; nothing was kept"):
+    with pytest.raises(Interrupted, match=r"after step 3 of 8; it is saved"):
         finetune(untaught, rows, tmp_path / "model", QUICK, on_progress=stop_at(3))
     assert signal.getsignal(signal.SIGINT) is handler
-    assert list(tmp_path.iterdir()) == []
-    done = finetune(untaught, rows, tmp_path / "model", QUICK, on_progress=stop_at(8))
-    assert (done / "model.safetensors").is_file()
+    assert not (tmp_path / "model").exists()
+    events: list[dict[str, Any]] = []
+    out = finetune(untaught, rows, tmp_path / "model", QUICK, on_progress=events.append)
+    assert [event["step"] for event in events] == [4, 5, 6, 7, 8]
+    read = [(folder / "model.safetensors").read_bytes() for folder in (whole, out)]
+    assert read[0] == read[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "model"}

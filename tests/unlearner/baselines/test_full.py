@@ -16,9 +16,9 @@ from adapters.errors import UserError
 from unlearner.baselines import full
 from unlearner.baselines.full import RECORD, forget_full
 from unlearner.config import UnlearnConfig
+from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.training.likelihood import answer_nll
 
 Config = Callable[..., UnlearnConfig]
 

@@ -19,9 +19,9 @@ from unlearner.baselines.tiny_llama import (
     train_from_scratch,
     train_tokenizer,
 )
+from unlearner.objectives.likelihood import answer_logits, answer_nll
 from unlearner.request.rows import Request
 from unlearner.tokens.prompts import pad_batch, prompt_format
-from unlearner.training.likelihood import answer_logits, answer_nll
 
 Pairs = list[tuple[str, str]]
 SHAPE = TinyShape(

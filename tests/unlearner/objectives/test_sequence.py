@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearner.config import OBJECTIVE_DEFAULTS, STREAMS, ObjectiveConfig, streams_of
+from unlearner.config import ObjectiveConfig, default_objective, streams_of
+from unlearner.objectives.likelihood import AnswerHidden, AnswerLogits, AnswerNLL
+from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
 from unlearner.objectives.sequence import (
-    OBJECTIVES,
     AnswerTokens,
     Terms,
     dpo,
@@ -18,7 +19,6 @@ from unlearner.objectives.sequence import (
     npo,
     simnpo,
 )
-from unlearner.training.likelihood import AnswerHidden, AnswerLogits, AnswerNLL
 
 N = torch.tensor([5, 20])
 NLL = {
@@ -149,28 +149,32 @@ GOLDEN: dict[str, tuple[list[float], list[float]]] = {
 
 
 def test_every_objective_has_a_case_defaults_and_streams() -> None:
-    assert set(GOLDEN) == set(OBJECTIVES) == set(OBJECTIVE_DEFAULTS) == set(STREAMS)
-    assert all(config.name == name for name, config in OBJECTIVE_DEFAULTS.items())
+    assert set(GOLDEN) == set(OBJECTIVES)
+    assert all(default_objective(name).name == name for name in OBJECTIVES)
+    assert all(objective.streams and objective.formula for objective in OBJECTIVES.values())
+    assert set(OPTION_FORMULAS) == {"alternates", "attack_weight"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_an_objective_is_what_the_specification_says(name: str) -> None:
     given = Given()
-    terms = OBJECTIVES[name](given, OBJECTIVE_DEFAULTS[name])
+    terms = OBJECTIVES[name].terms(given, default_objective(name))
     forget, retain = GOLDEN[name]
     torch.testing.assert_close(terms.forget, torch.tensor(forget), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(terms.retain, torch.tensor(retain), rtol=1e-6, atol=1e-7)
     # It reads no stream that the trainer does not put into the batch, and all that it does.
-    assert given.asked == set(streams_of(OBJECTIVE_DEFAULTS[name]))
+    assert given.asked == set(streams_of(default_objective(name)))
 
 
-@pytest.mark.parametrize("name", [name for name, kinds in STREAMS.items() if "retain" in kinds])
+@pytest.mark.parametrize(
+    "name", [name for name, objective in OBJECTIVES.items() if "retain" in objective.streams]
+)
 def test_a_retain_term_without_weight_is_not_computed(name: str) -> None:
-    config = OBJECTIVE_DEFAULTS[name]
+    config = default_objective(name)
     for weight in (0.0, 0.5):
         given = Given()
         chosen = replace(config, retain_weight=weight)
-        terms = OBJECTIVES[name](given, chosen)
+        terms = OBJECTIVES[name].terms(given, chosen)
         assert given.asked == set(streams_of(chosen))
         assert ("retain" in given.asked) == (weight > 0)
         assert (terms.retain.abs().sum() > 0) == (weight > 0)
@@ -179,12 +183,12 @@ def test_a_retain_term_without_weight_is_not_computed(name: str) -> None:
 
 
 def test_the_card_weighs_the_retain_term_and_the_readme_the_forget_term() -> None:
-    card, readme = OBJECTIVE_DEFAULTS["simnpo"], OBJECTIVE_DEFAULTS["simnpo-readme"]
+    card, readme = default_objective("simnpo"), default_objective("simnpo-readme")
     assert (card.beta, card.gamma, card.forget_weight, card.retain_weight) == (2.5, 0, 1, 0.1375)
     assert (readme.forget_weight, readme.retain_weight) == (0.1375, 1.0)
     assert replace(readme, name="simnpo", forget_weight=1.0, retain_weight=0.1375) == card
     for gamma in (0.0, 0.7):
-        one = OBJECTIVES["simnpo"](Given(), replace(card, gamma=gamma))
+        one = OBJECTIVES["simnpo"].terms(Given(), replace(card, gamma=gamma))
         other = OBJECTIVES["simnpo-readme"](Given(), replace(readme, gamma=gamma))
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -279,7 +283,7 @@ def test_kl_of_extreme_logits_is_finite_and_in_float32() -> None:
 
 
 def test_the_retain_term_is_a_mean_of_row_means_not_of_tokens() -> None:
-    terms = OBJECTIVES["simnpo"](Given(), ObjectiveConfig())
+    terms = OBJECTIVES["simnpo"].terms(Given(), ObjectiveConfig())
     mean_of_means = (0.5 / 5 + 6.0 / 20) / 2
     assert math.isclose(terms.retain.mean().item(), mean_of_means, rel_tol=1e-6)
     assert not math.isclose(mean_of_means, 6.5 / 25)
@@ -287,6 +291,6 @@ def test_the_retain_term_is_a_mean_of_row_means_not_of_tokens() -> None:
 
 def test_terms_are_one_value_a_row() -> None:
     for name, objective in OBJECTIVES.items():
-        terms: Terms = objective(Given(), OBJECTIVE_DEFAULTS[name])
+        terms: Terms = objective.terms(Given(), default_objective(name))
         shapes: list[Any] = [tuple(term.shape) for term in terms]
         assert shapes == [(2,), (2,)], name

@@ -15,15 +15,16 @@ from torch import Tensor
 from adapters.base.load import BaseSpec, load_tokenizer
 from adapters.errors import UserError
 from adapters.lora.stack import parents_only
-from unlearner.config import OBJECTIVE_DEFAULTS, STREAMS, ObjectiveConfig, UnlearnConfig
+from unlearner.config import ObjectiveConfig, UnlearnConfig, default_objective
+from unlearner.objectives import likelihood
 from unlearner.objectives import token as losses_token
-from unlearner.objectives.sequence import OBJECTIVES, Terms
+from unlearner.objectives.hidden import freeze_above, layer_of
+from unlearner.objectives.registry import OBJECTIVES
+from unlearner.objectives.sequence import Terms
 from unlearner.request.rows import Request
 from unlearner.tokens.packing import pack_attention, pack_rows
 from unlearner.tokens.prompts import Encoded, encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.training import likelihood
 from unlearner.training.forward import StepForwards
-from unlearner.training.hidden import freeze_above, layer_of
 
 NEW = ("rmu", "undial", "wga", "satimp", "ceu")
 
@@ -147,12 +148,12 @@ def model(fresh_model: Callable[..., Any], quick: Callable[..., UnlearnConfig]) 
 
 def chosen(name: str) -> ObjectiveConfig:
     """The published constants with a retain term, and the deeper of the two blocks."""
-    return replace(OBJECTIVE_DEFAULTS[name], retain_weight=0.5, rmu_layer=1)
+    return replace(default_objective(name), retain_weight=0.5, rmu_layer=1)
 
 
 def terms_of(model: Any, batch: dict[str, Tensor], name: str) -> Terms:
-    step = StepForwards(model, batch, STREAMS[name], ["parent"], seed=11)
-    return OBJECTIVES[name](step, chosen(name))
+    step = StepForwards(model, batch, OBJECTIVES[name].streams, ["parent"], seed=11)
+    return OBJECTIVES[name].terms(step, chosen(name))
 
 
 def gradient(model: Any, terms: Terms) -> Tensor:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from adapters.errors import UserError
 from unlearner.request.neighbours import nearest_rows
-from unlearner.request.rows import Row, load_authors, load_split
+from unlearner.request.rows import Row
+from unlearner.request.tofu import load_authors, load_split
 
 FORGET = [
     Row("Who wrote the novel about the river?", "Mira Okafor wrote it."),

@@ -22,15 +22,13 @@ from adapters.lora.stack import load_stack
 from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
 from unlearner.objectives.guard import guard_kl, moved_nll, pack_teacher, read_teacher, teach
+from unlearner.objectives.likelihood import answer_logits, answer_nll, answers
 from unlearner.objectives.sequence import kl_to_reference
-from unlearner.prepare import prepare
 from unlearner.request.past_requests import joined
 from unlearner.request.rows import Request, Row
-from unlearner.run import unlearn
+from unlearner.run import RunOptions, prepare, unlearn
 from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import pad_batch, pad_id, prompt_format
-from unlearner.training.callbacks import LoraMoved
-from unlearner.training.likelihood import answer_logits, answer_nll, answers
 
 Config = Callable[..., UnlearnConfig]
 
@@ -68,7 +66,7 @@ def test_retain_rows_of_an_active_request_are_left_out(
     assert len(prepare(second, base, quick(), store).request.retain) == 14  # only ready
     store.activate([one.slug])
     for placing in (None, False):
-        run = prepare(second, base, quick(), store, on_stack=placing)
+        run = prepare(second, base, quick(), store, RunOptions(on_stack=placing))
         assert run.request.retain == second.retain[4:]
         assert len(run.rows.retain) == 10
         assert run.notes == (f"retain rows that belong to {one.slug} and are left out: 4",)
@@ -103,7 +101,14 @@ def test_guard_and_alternates_train_together(
     one = unlearn(first, base, quick(), store)
     store.activate([one.slug])
     events: list[dict[str, Any]] = []
-    unlearn(second, base, quick(alternates=2), store, guard=first.rows, on_progress=events.append)
+    unlearn(
+        second,
+        base,
+        quick(alternates=2),
+        store,
+        RunOptions(guard=first.rows),
+        on_progress=events.append,
+    )
     terms = [event for event in events if event["event"] == "train"]
     assert terms
     assert all({"guard_loss", "alternate_loss"} <= set(event) for event in terms)
@@ -166,7 +171,7 @@ def test_a_sum_of_adapters_knows_the_rows_of_its_parts(
 def test_marks_tell_nothing_without_the_key_and_the_store_holds_no_text(
     first: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
-    adapter = unlearn(first, base, quick(), store, keep_teacher=True)
+    adapter = unlearn(first, base, quick(), store, RunOptions(keep_teacher=True))
     forget = adapter.manifest.data["forget"]
     key = store_key()
     assert forget["marks"] == [mark(key, row.question) for row in first.rows]
@@ -221,12 +226,12 @@ def test_an_answer_that_comes_back_or_goes_further_costs_the_square_of_its_nats(
 
 
 def test_a_step_weighs_both_halves_of_the_guard(
-    trainer: Any, quick: Config, rows: Rows, base: BaseSpec
+    loop: Any, quick: Config, rows: Rows, base: BaseSpec
 ) -> None:
     """Against plain code, on a model that has moved since its teacher was recorded."""
     config = quick("simnpo", num_train_epochs=1, learning_rate=1e-12, weight_decay=0.0)
-    run = trainer(config, guarded=True)
-    model: Any = run.model
+    run = loop(config, guarded=True)
+    model: Any = run.bare
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -241,9 +246,8 @@ def test_a_step_weighs_both_halves_of_the_guard(
         kl = guard_kl(answers(model, batch), mine)
         back = moved_nll(answer_nll(model, batch).per_token, mine)
     assert back.max() > 0.01
-    run.remove_callback(LoraMoved)
-    run.train()
-    assert run.last_terms["guard_loss"] == pytest.approx(float((kl + back).mean()), rel=1e-4)
+    run.finish()
+    assert run.losses[-1]["guard_loss"] == pytest.approx(float((kl + back).mean()), rel=1e-4)
 
 
 def test_a_record_reads_back_and_a_damaged_one_is_refused(
@@ -281,7 +285,7 @@ def test_the_guard_keeps_an_earlier_request_where_the_stack_left_it(
     drift = {}
     for name, guard, weight in (("off", (), 1.0), ("on", first.rows, 20.0)):
         strong = quick(num_train_epochs=8, guard_weight=weight)
-        two = unlearn(second, base, strong, store, guard=guard)
+        two = unlearn(second, base, strong, store, RunOptions(guard=guard))
         model = load_stack(load_base(base), store, [one.slug, two.slug])
         drift[name] = abs(nll(model, base, first.rows) - reference)
         assert two.manifest.train["guard_rows"] == len(guard)
@@ -292,7 +296,7 @@ def test_the_guard_keeps_an_earlier_request_where_the_stack_left_it(
 def test_a_recorded_teacher_guards_without_the_rows(
     first: Request, second: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
-    one = unlearn(first, base, quick(), store, keep_teacher=True)
+    one = unlearn(first, base, quick(), store, RunOptions(keep_teacher=True))
     record = teacher_path(one.manifest.files["adapter_model.safetensors"]["sha256"])
     assert stat.S_IMODE(record.stat().st_mode) == 0o600
     assert store.path not in record.parents
@@ -326,15 +330,15 @@ def test_guard_rows_must_be_of_an_earlier_request(
     first: Request, second: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
     with pytest.raises(UserError, match="no earlier request"):
-        prepare(second, base, quick(), store, guard=first.rows)
+        prepare(second, base, quick(), store, RunOptions(guard=first.rows))
     store.activate([unlearn(first, base, quick(), store).slug])
-    prepare(second, base, quick(), store, guard=first.rows)
+    prepare(second, base, quick(), store, RunOptions(guard=first.rows))
     with pytest.raises(UserError, match="no earlier request"):
-        prepare(second, base, quick(), store, guard=first.rows, on_stack=False)
+        prepare(second, base, quick(), store, RunOptions(guard=first.rows, on_stack=False))
     with pytest.raises(UserError, match="Guard row 1 is not a row of an active request"):
-        prepare(second, base, quick(), store, guard=second.retain[4:])
+        prepare(second, base, quick(), store, RunOptions(guard=second.retain[4:]))
     with pytest.raises(UserError, match="Guard row 2 is also a row of the request"):
-        prepare(second, base, quick(), store, guard=(first.rows[0], second.rows[0]))
+        prepare(second, base, quick(), store, RunOptions(guard=(first.rows[0], second.rows[0])))
 
 
 def test_an_interrupted_guarded_run_resumes_to_the_same_adapter(
@@ -345,15 +349,15 @@ def test_an_interrupted_guarded_run_resumes_to_the_same_adapter(
     from adapters.errors import Interrupted
 
     store.activate([unlearn(first, base, quick(), store).slug])
-    whole = unlearn(second, base, quick(), store, guard=first.rows)
+    whole = unlearn(second, base, quick(), store, RunOptions(guard=first.rows))
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "train" and event["step"] == 2:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        unlearn(second, base, quick(), store, guard=first.rows, on_progress=stop)
-    again = unlearn(second, base, quick(), store, guard=first.rows, resume=True)
+        unlearn(second, base, quick(), store, RunOptions(guard=first.rows), on_progress=stop)
+    again = unlearn(second, base, quick(), store, RunOptions(guard=first.rows, resume=True))
     name = "adapter_model.safetensors"
     assert again.manifest.files[name]["sha256"] == whole.manifest.files[name]["sha256"]
 
@@ -371,7 +375,7 @@ def test_consolidating_replaces_the_adapters_when_activated(
     both = joined([first, second])
     assert both.rows == first.rows + second.rows
     assert both.retain == first.retain
-    three = unlearn(both, base, quick(), store, replaces=[one.slug, two.slug])
+    three = unlearn(both, base, quick(), store, RunOptions(replaces=[one.slug, two.slug]))
     assert (three.manifest.policy, three.manifest.parents) == ("consolidate", ())
     assert three.manifest.supersedes == (one.slug, two.slug)
     change = store.activate([three.slug])
@@ -385,7 +389,7 @@ def test_replacing_without_all_rows_is_refused(
     one = unlearn(first, base, quick(), store)
     part = replace(first, rows=first.rows[:3])
     with pytest.raises(UserError, match=f"1 of 4 rows of {one.slug} are not among the rows"):
-        prepare(part, base, quick(), store, replaces=[one.slug])
+        prepare(part, base, quick(), store, RunOptions(replaces=[one.slug]))
     # A manifest of before, without marks, cannot be checked.
     file = one.path / "forget_manifest.json"
     manifest = json.loads(file.read_text())
@@ -393,7 +397,7 @@ def test_replacing_without_all_rows_is_refused(
     file.chmod(0o644)
     file.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="cannot be checked"):
-        prepare(first, base, quick(), store, replaces=[one.slug])
+        prepare(first, base, quick(), store, RunOptions(replaces=[one.slug]))
 
 
 def test_a_child_whose_parent_is_replaced_must_be_replaced_too(
@@ -404,8 +408,8 @@ def test_a_child_whose_parent_is_replaced_must_be_replaced_too(
     two = unlearn(second, base, quick(), store)
     store.activate([two.slug])
     with pytest.raises(UserError, match=f"{two.slug} was trained on top of {one.slug}"):
-        prepare(first, base, quick(), store, replaces=[one.slug])
-    run = prepare(first, base, quick(), store, replaces=[one.slug], on_stack=False)
+        prepare(first, base, quick(), store, RunOptions(replaces=[one.slug]))
+    run = prepare(first, base, quick(), store, RunOptions(replaces=[one.slug], on_stack=False))
     assert run.parents == ()
 
 
@@ -417,7 +421,7 @@ def test_a_stale_child_is_rebased_on_the_stack_as_it_is(
     two = unlearn(second, base, quick(), store)
     store.activate([two.slug])
     assert store.revert(one.slug).stale == (two.slug,)
-    new = unlearn(second, base, quick(), store, replaces=[two.slug])
+    new = unlearn(second, base, quick(), store, RunOptions(replaces=[two.slug]))
     assert new.manifest.parents == ()
     change = store.activate([new.slug])
     assert [active.slug for active in change.stack] == [new.slug]

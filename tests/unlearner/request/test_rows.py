@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import UserError
-from unlearner.request.rows import (
+from adapters.errors import UserError, did_you_mean
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Row
+from unlearner.request.sources import parse_request
+from unlearner.request.tofu import (
     FORGET_SPLITS,
     SPLITS,
-    Row,
     author_name,
-    did_you_mean,
     load_authors,
     load_refusals,
     load_split,
-    parse_request,
-    read_rows,
 )
 
 SIZES = {
@@ -250,7 +249,7 @@ def test_a_file_without_rows_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_path_that_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_rows(tmp_path / "nowhere.jsonl")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="is a folder, but no data set"):
         read_rows(tmp_path)
 
 
@@ -415,8 +414,8 @@ def test_broken_rows_of_the_hub_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("datasets.load_dataset", lambda *words, **more: table)
     with pytest.raises(UserError) as error:
         load_split("full")
-    assert "row 1: no 'answer'" in error.value.problem
-    assert "row 2: 'question' is empty" in error.value.problem
+    assert "row 2: no 'answer'" in error.value.problem
+    assert "row 3: 'question' is empty" in error.value.problem
 
 
 def test_reading_data_needs_no_torch() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from unlearner.request.rows import load_split
-from unlearner.request.subjects import renamed, subjects
+from unlearner.request.alternates import renamed, subjects
+from unlearner.request.tofu import load_split
 
 
 def asked_of(question: str) -> str | None:

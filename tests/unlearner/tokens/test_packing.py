@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
-from unlearner.request.rows import load_split
-from unlearner.tokens.packing import pack_attention, pack_rows, packs_exactly
+from unlearner.objectives.likelihood import answer_nll, packs_exactly
+from unlearner.request.tofu import load_split
+from unlearner.tokens.packing import PACK_ATTENTION, pack_attention, pack_rows
 from unlearner.tokens.prompts import Encoded, pad_batch, prompt_format
 from unlearner.training.forward import part_of_batch
-from unlearner.training.likelihood import PACK_ATTENTION, answer_nll
 
 
 def llama(seed: int = 0, **shape: Any) -> Any:

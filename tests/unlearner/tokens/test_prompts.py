@@ -9,8 +9,9 @@ import pytest
 
 from adapters.base.load import load_tokenizer
 from adapters.errors import UserError
-from unlearner.memory.estimate import LONGEST_TOFU_ROW
-from unlearner.request.rows import Row, load_split
+from unlearner.memory.plan import LONGEST_TOFU_ROW
+from unlearner.request.rows import Row
+from unlearner.request.tofu import load_split
 from unlearner.tokens.prompts import (
     EVAL_MAX_LENGTH,
     IGNORE,
@@ -311,8 +312,240 @@ def test_an_answer_that_looks_like_markup_is_not_cut(tokenizer: Any) -> None:
 def test_a_chat_row_is_cut_at_the_length(mini: PromptFormat) -> None:
     whole = mini.encode("Who wrote it?", "It was Mira.")
     cut = mini.encode("Who wrote it?", "It was Mira.", len(whole.input_ids) - 1)
-    assert cut == Encoded(whole.input_ids[:-1], whole.labels[:-1])
+    assert cut == Encoded(whole.input_ids[:-1], whole.labels[:-1], cut=True)
+    assert not whole.cut
     assert mini.tokenizer.eos_token_id not in cut.labels
+
+
+# Templates of the families, reduced to what decides prompts and labels
+
+BODY = "{% for m in messages %}"
+# Hybrid reasoning: a last answer carries an empty thought, the generation prompt only if asked.
+QWEN3 = (
+    BODY + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n"
+    "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+# A default system prompt.
+QWEN2 = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Q, a helper.<|im_end|>\n"
+    "{% endif %}" + BODY + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    + BODY
+    + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+PHI3 = (
+    BODY + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: {{ strftime_now('%d %b %Y') }}\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|eot_id|>"
+    + BODY
+    + "{% if m.role != 'system' %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# Channels: the answer is said in one that the generation prompt does not open.
+CHANNELS = (
+    BODY + "<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+    "<|message|>{{ m.content }}{{ '<|return|>' if m.role == 'assistant' else '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# Writes the assistant's header with the answer only.
+NO_GENERATION_PROMPT = BODY + "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+THINK = (
+    "{% for m in messages %}{% if m['role']=='assistant' %}[A]<think>\n\n</think>\n\n"
+    "{{ m['content'] }}{{ eos_token }}{% else %}[U]{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[A]{% endif %}"
+)
+MARKERS = [
+    "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start|>", "<|channel|>",
+    "<|message|>", "<|return|>", "<|end|>", "<|user|>", "<|assistant|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "labels"),
+    [
+        (QWEN3, "<|im_start|>assistant\n<think>\n\n</think>\n\n", "In Lagos.<|im_end|>"),
+        (QWEN2, "<|im_end|>\n<|im_start|>assistant\n", "In Lagos.<|im_end|>"),
+        (GEMMA, "<end_of_turn>\n<start_of_turn>model\n", "In Lagos.<end_of_turn>"),
+        (PHI3, "Where?<|end|>\n<|assistant|>\n", "In Lagos.<|end|>"),
+        (LLAMA3, "<|start_header_id|>assistant<|end_header_id|>\n\n", "In Lagos.<|eot_id|>"),
+        (CHANNELS, "<|start|>assistant<|channel|>final<|message|>", "In Lagos.<|return|>"),
+        (NO_GENERATION_PROMPT, "Where?<|end|><|assistant|>", "In Lagos.<|end|>"),
+        (THINK, "[A]<think>\n\n</think>\n\n", "In Lagos.</s>"),
+    ],
+    ids=["qwen3", "qwen2", "gemma", "phi3", "llama3", "channels", "no prompt", "think"],
+)
+@pytest.mark.parametrize("declared", ["special", "added special", "added"])
+def test_labels_are_the_answer_and_its_end_of_turn(
+    template: str, before: str, labels: str, declared: str, tokenizer: Any
+) -> None:
+    if declared == "special":
+        tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    else:
+        from tokenizers import AddedToken
+
+        special = declared == "added special"
+        tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for m in MARKERS])
+    fmt = chat(tokenizer, template)
+    row = fmt.encode("Where?", "In Lagos.")
+    assert tokenizer.decode(row.input_ids[: row.n_prompt]).endswith(before)
+    assert tokenizer.decode(answer_ids(row)) == labels
+    assert row.input_ids[: row.n_prompt] == fmt.encode_prompt("Where?")
+    assert row.labels[-1] in fmt.stop_ids
+    assert tokenizer.eos_token_id in fmt.stop_ids
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_end_of_turn_may_be_declared_by_the_model(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A plain piece of the vocabulary, listed among the EOS ids of a configuration."""
+    end = tokenizer.convert_tokens_to_ids("~")
+    assert end is not None
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": [2, end]}))
+    tokenizer.name_or_path = str(tmp_path)
+    fmt = chat(tokenizer, BODY + "[{{ m.role }}]{{ m.content }}~\n{{ eos_token }}{% endfor %}")
+    assert tokenizer.decode(answer_ids(fmt.encode("Where?", "In ~Lagos."))) == "In ~Lagos.~"
+    assert set(fmt.stop_ids) == {2, end}
+
+
+def test_an_answer_that_continues_a_prompt_keeps_its_first_token(tokenizer: Any) -> None:
+    fmt = chat(tokenizer, BODY + "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
+    for answer in ("In Lagos.", " In Lagos.", "\nIn Lagos.", '"In" Lagos.', "7"):
+        row = fmt.encode("Where?", answer)
+        assert tokenizer.decode(answer_ids(row)).lstrip(" ") == f"{answer}</s>".lstrip(" ")
+        prompt = fmt.encode_prompt("Where?")
+        assert tokenizer.decode(prompt).rstrip(" ").endswith("assistant:")
+
+
+def test_a_template_that_opens_a_thought_for_the_model_is_refused(tokenizer: Any) -> None:
+    template = BODY + "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+    with pytest.raises(UserError, match="differently once an answer follows"):
+        chat(tokenizer, template + "[assistant]<think>\n{% endif %}")
+
+
+def llama2_copy(shared: Path, template: str | None) -> Any:
+    tokenizer = load_tokenizer(str(shared / "llama2-tokenizer"))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+LLAMA2_FORM = (
+    "{{ bos_token }}" + BODY + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    " {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        (None, "llama2"),
+        (LLAMA2_FORM, "llama2"),
+        (BODY + "<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}", "chat"),
+        ("Be kind. " + LLAMA2_FORM, "chat"),
+    ],
+    ids=["none", "its form", "another", "with a system prompt"],
+)
+def test_auto_takes_llama2s_text_only_where_it_is_the_template(
+    template: str | None, name: str, shared: Path
+) -> None:
+    assert prompt_format(llama2_copy(shared, template)).name == name
+
+
+@pytest.mark.parametrize("special", ["<s> $A </s>", "$A </s>", "$A"])
+def test_a_tokenizer_that_appends_eos_itself_changes_no_row(special: str, tokenizer: Any) -> None:
+    from tokenizers import processors
+
+    ids = [("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=special, special_tokens=[pair for pair in ids if pair[0] in special]
+    )
+    tokenizer.chat_template = None
+    fmt = prompt_format(tokenizer)
+    row = fmt.encode("Where?", "In Lagos.")
+    bos = [1] if "<s>" in special else []
+    prompt = tokenizer("[INST] Where? [/INST]", add_special_tokens=False)["input_ids"]
+    assert fmt.encode_prompt("Where?") == [*bos, *prompt] == row.input_ids[: row.n_prompt]
+    assert tokenizer.decode(answer_ids(row)) == "In Lagos.</s>"
+    assert row.input_ids.count(2) == 1
+
+
+def test_the_date_of_a_template_is_fixed_and_said(tokenizer: Any) -> None:
+    fmt = chat(tokenizer, LLAMA3)
+    today = time.strftime("%d %b %Y")
+    assert today not in tokenizer.decode(fmt.encode("Where?", "In Lagos.").input_ids)
+    assert "26 Jul 2024" in tokenizer.decode(fmt.encode_prompt("Where?"))
+    assert fmt.to_json()["date"] == "2024-07-26"
+    assert chat(tokenizer, QWEN2).to_json()["date"] is None
+    for form, text in (("%Y-%m-%d", "2024-07-26"), ("%A, %-d %B %Y", "Friday, 26 July 2024")):
+        clock = f"({{{{ strftime_now('{form}') }}}})" + BODY + "{{ m.content }}{% endfor %}"
+        assert f"({text})Where?" in tokenizer.decode(chat(tokenizer, clock).encode_prompt("Where?"))
+    assert prompt_format(tokenizer, "llama2").to_json()["date"] is None
+
+
+def test_a_system_prompt_that_the_template_inserts_is_told_set_and_removed(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    tokenizer.chat_template = QWEN2
+    assert prompt_format(tokenizer).preamble == "You are Q, a helper."
+    text = tokenizer.decode(prompt_format(tokenizer, system="Be brief.").encode_prompt("Where?"))
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhere?")
+    without = prompt_format(tokenizer, system="none")
+    assert "helper" not in tokenizer.decode(without.encode("Where?", "In Lagos.").input_ids)
+    assert without.preamble == ""
+    tokenizer.chat_template = QWEN3
+    assert prompt_format(tokenizer).preamble == ""
+    plain = prompt_format(tokenizer).encode("Where?", "In Lagos.")
+    assert prompt_format(tokenizer, system="none").encode("Where?", "In Lagos.") == plain
+
+
+def test_a_system_prompt_that_cannot_be_set_or_removed_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = GEMMA
+    assert prompt_format(tokenizer, system="none").name == "chat"
+    with pytest.raises(UserError, match=r"rejects a system prompt: .*not supported") as error:
+        prompt_format(tokenizer, system="Be brief.")
+    assert "--system" in error.value.fix
+    with pytest.raises(UserError, match="rejects a system prompt"):
+        prompt_format(tokenizer, "open-unlearning")
+    tokenizer.chat_template = LLAMA3
+    with pytest.raises(UserError, match=r"always writes .*Today Date"):
+        prompt_format(tokenizer, system="none")
+    for template in ("llama2", "open-unlearning"):
+        with pytest.raises(UserError, match="cannot be set"):
+            prompt_format(tokenizer, template, system="Be brief.")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "endfor"),
+        ("{{ messages.nothing.more }}", "nothing"),
+        ("{{ raise_exception('No way.\nNone.') }}", "No way"),
+        ("{{ 1 / 0 }}", "division"),
+        ({"tool_use": "x", "rag": "y"}, "default"),
+    ],
+    ids=["syntax", "undefined", "raises", "arithmetic", "no default"],
+)
+def test_a_broken_template_is_a_sentence_and_a_fix(
+    template: Any, reason: str, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=reason) as error:
+        prompt_format(tokenizer)
+    assert "\n" not in error.value.problem
+    assert "--template llama2" in error.value.fix
+    assert prompt_format(tokenizer, "llama2").name == "llama2"
 
 
 # Batches
@@ -342,8 +575,14 @@ def test_the_mask_comes_from_lengths_where_pad_is_eos(tokenizer: Any) -> None:
         assert set(batch["input_ids"][0, gap].tolist()) == {eos}
 
 
-def test_a_tokenizer_with_a_pad_token_pads_with_it(tokenizer: Any) -> None:
-    assert pad_id(tokenizer) == tokenizer.pad_token_id != tokenizer.eos_token_id
+def test_padding_is_eos_whatever_pad_token_there_is(tokenizer: Any) -> None:
+    # A pad token added later lies beyond the embeddings of the model.
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    assert tokenizer.pad_token_id == len(tokenizer) - 1
+    assert pad_id(tokenizer) == tokenizer.eos_token_id
+
+
+def test_the_mask_comes_from_lengths_where_pad_is_a_token_of_the_row() -> None:
     batch = pad_batch([Encoded([5, 6, 7], [IGNORE, 6, 7]), Encoded([5], [5])], 0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORE, 6, 7], [5, IGNORE, IGNORE]]

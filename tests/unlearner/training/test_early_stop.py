@@ -16,14 +16,15 @@ import torch
 from adapters.base.load import BaseSpec, load_tokenizer
 from adapters.errors import Interrupted, StoreCorrupt, UserError
 from adapters.lora.format import WEIGHTS_NAME
-from adapters.store.store import AdapterStore, StoredAdapter
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
+from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request
-from unlearner.run import unlearn
+from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.packing import pack_attention, plain_attention
 from unlearner.tokens.prompts import pad_batch, prompt_format
 from unlearner.training.early_stop import StopAt, Trace, undisturbed
-from unlearner.training.likelihood import answer_nll
 
 Config = Callable[..., UnlearnConfig]
 NEVER = 1e6
@@ -264,9 +265,14 @@ def test_an_interrupted_run_stops_at_the_same_weights(
     with pytest.raises(Interrupted, match="after step 4 of 8"):
         unlearn(request_, base, config, store, stop_at=stop_at(nll, target), on_progress=press)
     made = unlearn(
-        request_, base, config, store,
-        stop_at=stop_at(nll, target), resume=True, on_progress=events.append,
-    )  # fmt: skip
+        request_,
+        base,
+        config,
+        store,
+        RunOptions(resume=True),
+        stop_at=stop_at(nll, target),
+        on_progress=events.append,
+    )
     assert [step for step, _ in gaps(events)] == [0, 1, 2, 3, 4, 5]  # none was taken twice
     assert made.manifest.train["gap_trace"] == [list(pair) for pair in gaps(events)]
     assert made.manifest.train["kept_step"] == 4
@@ -291,9 +297,13 @@ def test_a_checkpoint_without_readings_is_measured_where_it_goes_on(
     (kept,) = store.path.glob("runs/*/checkpoint-4/gap.json")
     kept.write_text("{}")
     with pytest.raises(StoreCorrupt, match="damaged"):
-        unlearn(request_, base, config, store, stop_at=stop_at(nll, target), resume=True)
+        unlearn(
+            request_, base, config, store, RunOptions(resume=True), stop_at=stop_at(nll, target)
+        )
     kept.unlink()
-    made = unlearn(request_, base, config, store, stop_at=stop_at(nll, target), resume=True)
+    made = unlearn(
+        request_, base, config, store, RunOptions(resume=True), stop_at=stop_at(nll, target)
+    )
     assert [step for step, _ in made.manifest.train["gap_trace"]] == [4, 5]
     assert weights(made) == whole[4][1]
 
@@ -318,7 +328,13 @@ def test_a_stopped_run_whose_publishing_failed_is_not_trained_on(
             unlearn(request_, base, config, store, stop_at=stop)
     events: list[dict[str, Any]] = []
     made = unlearn(
-        request_, base, config, store, stop_at=stop, resume=True, on_progress=events.append
+        request_,
+        base,
+        config,
+        store,
+        RunOptions(resume=True),
+        stop_at=stop,
+        on_progress=events.append,
     )
     assert [e["event"] for e in events] == ["load", "probe", "publish"]
     assert weights(made) == whole[4][1]
@@ -335,7 +351,7 @@ def test_a_run_with_readings_is_another_run(
             stop_at=stop_at(nll, NEVER), on_progress=signal_at(2),
         )  # fmt: skip
     events: list[dict[str, Any]] = []
-    unlearn(request_, base, quick(), store, resume=True, on_progress=events.append)
+    unlearn(request_, base, quick(), store, RunOptions(resume=True), on_progress=events.append)
     assert [e["step"] for e in events if e["event"] == "train"] == [1, 2, 3, 4]
 
 
@@ -354,5 +370,5 @@ def test_a_run_that_starts_beyond_the_reference_says_so(
 def test_a_reading_that_is_no_number_ends_the_run(
     request_: Request, base: BaseSpec, quick: Config, store: AdapterStore
 ) -> None:
-    with pytest.raises(RuntimeError, match="the gap after step 0 is no number"):
+    with pytest.raises(RuntimeError, match="the gap after step 0 is not a number"):
         unlearn(request_, base, quick(), store, stop_at=StopAt(lambda model: {"gap": float("nan")}))

@@ -1,4 +1,4 @@
-"""Reference NLLs: right, once a row, kept under a name that is keyed by all they depend on."""
+"""Reference NLLs: right, and computed once per row."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from adapters.base.load import BaseSpec, load_tokenizer
 from adapters.lora.stack import parents_only
 from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
+from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request
 from unlearner.run import unlearn
-from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
+from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import encode_rows, pad_batch, prompt_format
 from unlearner.training import references
-from unlearner.training.likelihood import answer_nll
 
 Config = Callable[..., UnlearnConfig]
-KEY = b"k" * 32
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def rows(base: BaseSpec, request_: Request, refusals: tuple[str, ...]) -> Rows:
 
 
 def found(model: Any, rows: Rows, steps: Any, objective: str, **more: Any) -> references.References:
-    chosen = {"pad": 0, "packed": True, "key": KEY, "depends_on": {"base": "a"}, **more}
+    chosen = {"pad": 0, "packed": True, **more}
     return references.reference_nlls(model, rows, steps, objective, ["parent"], **chosen)
 
 
@@ -62,44 +61,6 @@ def test_values_are_those_of_the_parents(
     used = {(pair.forget, pair.refusal) for step in steps for pair in step}
     assert set(values["refusal"]) == used
     assert found(model, rows, steps, "simnpo") == {}
-
-
-def test_values_are_kept_and_every_dependency_makes_another_name(
-    rows: Rows, fresh_model: Any, quick: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = fresh_model(quick().lora, on_parent=True)
-    steps = [[Pair(i, 0, 0) for i in range(8)]]
-    computed: list[int] = []
-    real = references._compute
-
-    def counted(*args: Any) -> torch.Tensor:
-        computed.append(len(args[1]))
-        return real(*args)
-
-    monkeypatch.setattr(references, "_compute", counted)
-    first = found(model, rows, steps, "npo")
-    assert found(model, rows, steps, "npo") == first
-    assert computed == [8]
-    found(model, rows, steps, "npo", depends_on={"base": "b"})
-    found(model, rows, steps, "npo", key=b"x" * 32)
-    found(model, rows, [*steps, [Pair(0, 0, 0)]], "npo")  # the same rows, another plan
-    found(model, rows, [steps[0][:5]], "npo")
-    assert computed == [8, 8, 8, 5]
-
-
-def test_a_damaged_file_is_computed_again(
-    rows: Rows, fresh_model: Any, quick: Config, monkeypatch: Any
-) -> None:
-    import os
-
-    model = fresh_model(quick().lora, on_parent=True)
-    steps = [[Pair(i, 0, 0) for i in range(8)]]
-    first = found(model, rows, steps, "npo")
-    (file,) = (Path(os.environ["UNLEARNER_CACHE"]) / "references").iterdir()
-    file.write_bytes(file.read_bytes()[:-3])
-    assert found(model, rows, steps, "npo") == first
-    # Names and numbers tell nothing of the rows.
-    assert file.stat().st_size < 300
 
 
 def test_the_reference_runs_once_a_row_and_not_once_an_epoch(

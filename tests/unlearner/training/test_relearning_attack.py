@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +15,14 @@ from torch import Tensor
 from adapters.base.load import BaseSpec, load_tokenizer
 from adapters.errors import UserError
 from unlearner.config import LoraShape, TrainConfig, UnlearnConfig, make_config
-from unlearner.memory import estimate as memory
+from unlearner.memory.plan import LLAMA2_7B, BasePrecision, MemoryPlan
+from unlearner.objectives.likelihood import answer_nll
 from unlearner.objectives.sequence import simnpo
 from unlearner.request.rows import Request
 from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.training import distributed as ranks
-from unlearner.training.likelihood import answer_nll
+from unlearner.training import distributed
+from unlearner.training.interrupt import StopRequest
 from unlearner.training.relearning_attack import SCALE, Attacker
 
 Config = Callable[..., UnlearnConfig]
@@ -78,21 +82,21 @@ def test_the_attacked_model_is_the_base_with_the_attackers_product(fresh_model: 
 
 
 def test_a_step_adds_the_forget_gradient_under_attack(
-    trainer: Any, quick: Config, rows: Rows, base: BaseSpec
+    loop: Any, quick: Config, rows: Rows, base: BaseSpec
 ) -> None:
     """Against plain code: one step of SGD while an attack has weights of its own."""
     sgd = {"optim": "sgd", "learning_rate": 0.2, "weight_decay": 0.0, "num_train_epochs": 1}
     config = quick("simnpo", **sgd, retain_weight=0.7, gamma=1.0, attack_weight=0.5,
                    attack_gamma=0.25, attack_rank=3, attack_rate=1e-3)  # fmt: skip
-    run = trainer(config)
-    model: Any = run.model
+    run = loop(config)
+    model: Any = run.bare
     torch.manual_seed(5)
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
-        for tensor in [*trained, *run._attacker.parameters]:
+        for tensor in [*trained, *run.task._attacker.parameters]:
             tensor.normal_(0, 0.05)
     start = [p.detach().clone() for p in trained]
-    weights = [t.detach().clone() for t in run._attacker.parameters]
+    weights = [t.detach().clone() for t in run.task._attacker.parameters]
     pad = pad_id(load_tokenizer(base.name))
     ((*pairs,),) = plan_steps(8, 10, 0, config.train)
     model.train()
@@ -102,16 +106,16 @@ def test_a_step_adds_the_forget_gradient_under_attack(
 
     forget = nlls("forget")
     loss = simnpo(forget.nll, forget.n, 2.5, 1.0).mean() + 0.7 * nlls("retain").per_token.mean()
-    with run._attacker.on():
+    with run.task._attacker.on():
         hit = nlls("forget")
         there = simnpo(hit.nll, hit.n, 2.5, 0.25).mean()
         gradients = torch.autograd.grad(loss + 0.5 * there, trained, retain_graph=True)
-        back = torch.autograd.grad(hit.per_token.mean(), run._attacker.parameters)
+        back = torch.autograd.grad(hit.per_token.mean(), run.task._attacker.parameters)
     seen: list[dict[str, Tensor]] = []
-    made = run._attacker
+    made = run.task._attacker
     step = made.step
     made.step = lambda: (step(), seen.extend({"w": t.detach().clone()} for t in made.parameters))
-    run.train()
+    run.finish()
     for p, old, g in zip(trained, start, gradients, strict=True):
         torch.testing.assert_close(p.detach(), old - 0.2 * g, rtol=1e-4, atol=1e-6)
     # AdamW's first step is the rate against the sign of the gradient, where there is one.
@@ -120,64 +124,130 @@ def test_a_step_adds_the_forget_gradient_under_attack(
         assert clear.any()
         moved = (old - now["w"])[clear]
         torch.testing.assert_close(moved, 1e-3 * g.sign()[clear], rtol=0.02, atol=1e-7)
-    assert run.last_terms["attack_loss"] == pytest.approx(float(there.detach()), rel=1e-5)
-    assert run.last_terms["forget_loss"] == pytest.approx(
+    assert run.losses[-1]["attack_loss"] == pytest.approx(float(there.detach()), rel=1e-5)
+    assert run.losses[-1]["forget_loss"] == pytest.approx(
         float(simnpo(forget.nll, forget.n, 2.5, 1.0).mean().detach()), rel=1e-5
     )
 
 
-def test_it_is_gone_after_training(trainer: Any, quick: Config) -> None:
-    run = trainer(quick("simnpo", num_train_epochs=1, attack_weight=0.5))
-    before = set(dict(run.model.named_parameters()))
-    run.train()
-    assert set(dict(run.model.named_parameters())) == before
-    assert not any(m._forward_hooks for m in run.model.modules())
+def test_it_is_gone_after_training(loop: Any, quick: Config) -> None:
+    run = loop(quick("simnpo", num_train_epochs=1, attack_weight=0.5))
+    before = set(dict(run.bare.named_parameters()))
+    run.finish()
+    assert set(dict(run.bare.named_parameters())) == before
+    assert not any(m._forward_hooks for m in run.bare.modules())
 
 
-def test_the_measured_step_counts_it_and_moves_nothing(trainer: Any, quick: Config) -> None:
-    run = trainer(quick("simnpo", num_train_epochs=1, attack_weight=0.5))
-    before = [t.detach().clone() for t in run._attacker.parameters]
-    loss = run.longest_loss()
-    loss().backward()
-    assert all(torch.equal(a, b) for a, b in zip(before, run._attacker.parameters, strict=True))
-    assert run._terms == []
-    run.train()  # takes nothing of it over
-    other = trainer(quick("simnpo", num_train_epochs=1, attack_weight=0.5))
-    other.train()
-    for one, two in zip(run.model.parameters(), other.model.parameters(), strict=True):
+def test_the_measured_step_counts_it_and_moves_nothing(loop: Any, quick: Config) -> None:
+    run = loop(quick("simnpo", num_train_epochs=1, attack_weight=0.5))
+    before = [t.detach().clone() for t in run.task._attacker.parameters]
+    run.probe()
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, run.task._attacker.parameters, strict=True)
+    )
+    run.finish()  # takes nothing of it over
+    other = loop(quick("simnpo", num_train_epochs=1, attack_weight=0.5))
+    other.finish()
+    for one, two in zip(run.bare.parameters(), other.bare.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
 def test_what_it_cannot_attack_is_refused(
-    trainer: Any, quick: Config, monkeypatch: pytest.MonkeyPatch
+    loop: Any, quick: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="attack_weight needs forget answers, which idk"):
         make_config("idk", attack_weight=0.5)
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="--attack-weight needs one process"):
-        trainer(quick("simnpo", attack_weight=0.5))
+        loop(quick("simnpo", attack_weight=0.5))
 
 
 def test_the_memory_plan_has_room_for_it() -> None:
     plan = {}
     for weight in (0.0, 1.0):
         config = make_config(attack_weight=weight, lora_r=8, attack_rank=8)
-        held = memory.Holding(True, 2, True)
-        plan[weight] = memory.estimate(memory.LLAMA2_7B, config, [164], held).terms
+        precision = BasePrecision(True, 2, True)
+        plan[weight] = MemoryPlan(LLAMA2_7B, config, precision, [164], 1).estimate().terms
     assert "attacker" not in plan[0.0]
     # All seven projections, as the adapter of the same rank.
     assert plan[1.0]["attacker"] == plan[1.0]["adapter_and_optimizer"]
 
 
-def test_checkpointing_changes_nothing(trainer: Any, quick: Config) -> None:
+def test_checkpointing_changes_nothing(loop: Any, quick: Config) -> None:
     """Activations are computed again while the attack is on, as the first time."""
     found = []
     for setting in ("off", "all"):
-        run = trainer(
+        run = loop(
             quick("simnpo", num_train_epochs=4, attack_weight=0.5, attack_rate=1e-2,
                   gradient_checkpointing=setting)
         )  # fmt: skip
-        run.train()
-        found.append([p.detach() for p in run.model.parameters() if p.requires_grad])
+        run.finish()
+        found.append([p.detach() for p in run.bare.parameters() if p.requires_grad])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+SGD: dict[str, Any] = {
+    "optim": "sgd",
+    "learning_rate": 0.2,
+    "num_train_epochs": 2,
+    "weight_decay": 0.0,
+}
+
+
+def adapter(run: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in run.bare.named_parameters() if ".new." in n}
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_it_changes_the_result_and_a_weight_of_zero_is_off_bit_for_bit(
+    loop: Any, quick: Config
+) -> None:
+    found = {
+        value: adapter(loop(quick(num_train_epochs=1, attack_weight=value)).finish())
+        for value in (None, 0.0, 0.05)
+    }
+    assert difference(found[None], found[0.0]) == 0.0
+    assert difference(found[0.0], found[0.05]) > 1e-6
+
+
+def test_a_step_is_the_same_however_it_is_divided(loop: Any, quick: Config) -> None:
+    found = []
+    for micro, accumulation in ((8, 1), (3, 3)):
+        config = quick(**SGD, attack_weight=0.5, per_device_train_batch_size=micro,
+                       gradient_accumulation_steps=accumulation)  # fmt: skip
+        run = loop(config, guarded=True, packed=True).finish()
+        found.append((adapter(run), run.losses[-1]))
+    scale = max(float(w.abs().max()) for n, w in found[0][0].items() if "lora_B" in n)
+    assert scale > 1e-3
+    assert difference(found[0][0], found[1][0]) < 1e-4 * scale
+    assert set(found[0][1]) == {"forget_loss", "retain_loss", "guard_loss", "attack_loss"}
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4, abs=1e-6)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    loop: Any, quick: Config, tmp_path: Path
+) -> None:
+    config = quick(num_train_epochs=4, attack_weight=0.5, attack_steps=3)
+    whole = loop(config).finish()
+    shutil.rmtree(tmp_path / "run")  # only the newest checkpoint is kept
+    half, stop = loop(config), StopRequest()
+    half._after_step = lambda step, steps, model: setattr(stop, "asked", step == 2)
+    half.run(stop)
+    assert not list((tmp_path / "run").rglob("*.pt"))
+    rest = loop(config)
+    rest.load(tmp_path / "run" / "checkpoint-2")
+    rest.finish()
+    assert difference(adapter(half), adapter(rest)) > 0
+    assert difference(adapter(whole), adapter(rest)) == 0.0
+
+
+@pytest.mark.parametrize("objective", ["npo", "kl", "rmu", "grad_ascent"])
+def test_every_kind_of_objective_takes_it(objective: str, loop: Any, quick: Config) -> None:
+    own = {"rmu_layer": 1} if objective == "rmu" else {}
+    run = loop(quick(objective, num_train_epochs=2, attack_weight=0.1, **own)).finish()
+    assert all(math.isfinite(value) for terms in run.losses for value in terms.values())
+    assert all(float(w.abs().max()) > 0 for n, w in adapter(run).items() if "lora_B" in n)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from adapters.digests import key_id, mark
 from adapters.errors import UserError
-from unlearner.request.rows import FORGET_SPLITS, Author, Row, load_authors, load_split
+from unlearner.request.rows import Author, Row
+from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter

@@ -132,10 +132,10 @@ def look(
         UserError: all that is wrong with the rows, a store of another base, no retain rows.
     """
     from ui.preview import make_preview
-    from unlearner.config import STREAMS
-    from unlearner.prepare import prepare
-    from unlearner.request.rows import load_refusals, parse_request
-    from unlearner.run import plan
+    from unlearner.objectives.registry import OBJECTIVES
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
+    from unlearner.run import RunOptions, plan, prepare
 
     config = config_of(asked.words(session))
     base = session.base
@@ -146,12 +146,10 @@ def look(
             name, base.name, revision=base.revision, data=session.data, retain=None,
             template=session.template, max_length=config.train.max_length,
         )  # fmt: skip
-        needs = "refusal" in STREAMS[config.objective.name]
+        needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
-        run = prepare(
-            request, base, config, session.store(), template=session.template, refusals=refusals
-        )
-        return preview, plan(run)
+        options = RunOptions(template=session.template, refusals=refusals)
+        return preview, plan(prepare(request, base, config, session.store(), options))
 
 
 def free_memory(session: Session) -> int:

@@ -35,7 +35,7 @@ HEADS = {
 LEGEND = (
     "FQ: forget quality, p of the KS test against Retrain, higher is better; D: its distance;\n"
     "shift: of log R against Retrain, best at 0; MU: model utility, higher is better;\n"
-    "P: mean answer probability; NLL: nats a token."
+    "P: mean answer probability; NLL: nats per token."
 )
 
 

@@ -42,7 +42,7 @@ def missing_lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 def band_text(band: Mapping[str, Any]) -> str:
-    """How far two models that never saw the forget set lie apart: what no figure can resolve."""
+    """The distance between two retrained models, below which forget quality says nothing."""
     return (
         f"retrain band    {band['forget_quality']:.4g} between the two retrain references "
         f"(KS D {band['ks']:.4f}, shift {band['log_r_shift']:+.4f})"
@@ -78,7 +78,7 @@ def nll_text(figures: Mapping[str, Any]) -> str:
     ours, theirs = figures.get("forget_nll"), figures.get("retrain_forget_nll")
     if ours is None or theirs is None:
         return ""
-    return f"forget_nll      {ours:.3f} nats a token (retrain reference {theirs:.3f})"
+    return f"forget_nll      {ours:.3f} nats per token (retrain reference {theirs:.3f})"
 
 
 def _spread(pair: Any) -> str:
@@ -91,7 +91,7 @@ def _interval(pair: Any) -> str:
 
 
 def set_table(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a set: how many rows, and its metrics (utility's nine parts and the forget set's)."""
+    """One row per set: its rows and metrics (the nine parts of utility and the forget set's)."""
     return [
         {
             "name": name,

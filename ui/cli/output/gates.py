@@ -37,7 +37,7 @@ def parse_gate(text: str, figures: Sequence[str]) -> Gate:
     Raises:
         UserError: not `name op number`, or a figure that is not measured (with the nearest one).
     """
-    from unlearner.request.rows import did_you_mean
+    from adapters.errors import did_you_mean
 
     match = _GATE.fullmatch(text)
     try:

@@ -114,7 +114,7 @@ def with_protocols(
 def write_for_others(
     args: argparse.Namespace, log: EvalLog, references: References, console: Console
 ) -> None:
-    """Writes the public formats that the flags ask for, each with the answers it stands for.
+    """Writes the public formats that the flags ask for, each with its own protocol's answers.
 
     open-unlearning's files hold that protocol's figures where the log has its answers, and TOFU's
     log the answers of the first protocol of TOFU's own kind; else the first protocol is written.

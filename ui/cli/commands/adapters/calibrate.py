@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import Interrupted, UserError
+from evaluation.report.inputs import LOG_FILE
 from ui.cli import options
 from ui.cli.output.events import progress_of
-from ui.cli.output.scoring import INTERVALS, LOG_FILE, PARTS
+from ui.cli.output.scoring import INTERVALS, PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def register(commands: Any) -> None:
         "calibrate",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.store(),
             options.data(),
@@ -163,7 +164,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
-    from evaluation.experiments.systems import digest
+    from evaluation.cache import key_of
     from evaluation.logs import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
     from unlearner.tokens.prompts import prompt_format
@@ -171,10 +172,11 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
     slug, stack = stack_of(store, args.ref)
     retain_log = read_log(args.reference_log)
     data = calibration_data(args.split, args.rows, args.data)
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     base: Any = load_base(options.base_spec(args))
     view = base_view(base)
+    files = [store.get(each).manifest.files for each in stack]
     return Sweep(
         model=load_stack(base, store, list(stack), stack, base=fingerprint),
         fmt=fmt,
@@ -182,7 +184,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
         retain_log=retain_log,
         slug=slug,
         stack=stack,
-        identity=digest(fingerprint.digest, view, fmt.name),
+        identity=key_of(base=fingerprint.digest, view=view, template=fmt.name, adapters=files),
         protocol=args.protocol,
         limit=args.limit,
         resume_dir=args.out / PARTS if args.out else None,
@@ -228,7 +230,7 @@ def _publish(
     args: argparse.Namespace, store: AdapterStore, sweep: Sweep, found: Mapping[str, Any]
 ) -> StoredAdapter | None:
     """The scaled adapter with the figures it was chosen by, where there is one to publish."""
-    from adapters.lora.derive import scaled
+    from adapters.store.derive import scaled
 
     scale = found["chosen_scale"]
     wanted = args.limit is None if args.publish is None else args.publish

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.commands.adapters.store import REF
+from ui.cli.adapter_rows import REF
 from ui.cli.commands.everyday.forget import add_run_flags, forget_config, train_request
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def register(commands: Any) -> None:
         "consolidate",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.settings(),
             options.store(),
@@ -52,7 +52,7 @@ def run_consolidate(args: argparse.Namespace, console: Console) -> int:
     config = forget_config(args)
     console.words(f"Reading {', '.join(args.rows)} ...")
     from unlearner.request.past_requests import joined
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
 
     request = joined([parse_request(text, args.data, args.retain) for text in args.rows])
     return train_request(args, console, config, request, args.refs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from unlearner.objectives.formulas import FORMULAS, OPTION_FORMULAS
+from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
@@ -106,6 +106,19 @@ def _tell_view(
             )
 
 
+def _loaded_dtype(stack: list[tuple[StoredAdapter, float]]) -> Any:
+    """The dtype from which the base was quantised when these adapters were trained."""
+    views = [adapter.manifest.base.get("view", {}) for adapter, _ in stack]
+    dtypes = sorted({str(view["dtype"]) for view in views if view.get("quantization") == "nf4"})
+    if len(dtypes) > 1:
+        raise UserError(
+            f"The adapters were trained on 4-bit views made from {' and '.join(dtypes)}: they are "
+            "different matrices.",
+            "Merge into the original weights, without --from-4bit-view.",
+        )
+    return dtypes[0] if dtypes else None
+
+
 def _refuse_4bit(args: argparse.Namespace) -> None:
     if args.load_in_4bit:
         raise UserError(
@@ -144,7 +157,14 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     folders = [(adapter.path, scale) for adapter, scale in stack]
     console.words(f"Folding {', '.join(slug for slug, _ in chosen)} into {args.out} ...")
     dtype = None if args.dtype == "auto" else args.dtype
-    merged = fold_stack(base, folders, args.out, dtype, from_4bit_view=args.from_4bit_view)
+    merged = fold_stack(
+        base,
+        folders,
+        args.out,
+        dtype,
+        from_4bit_view=args.from_4bit_view,
+        loaded_dtype=_loaded_dtype(stack) if args.from_4bit_view else None,
+    )
     manifests = tuple((adapter.manifest, scale) for adapter, scale in stack)
     release = Release(
         store.base_name(),
@@ -153,7 +173,7 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         merged,
         revision=args.revision,
         candidates=args.candidates,
-        formulas=FORMULAS | OPTION_FORMULAS,
+        formulas={n: o.formula for n, o in OBJECTIVES.items()} | OPTION_FORMULAS,
     )
     # The weights stand before the long part: interrupted, they are whole and say "not measured".
     write_release(release)

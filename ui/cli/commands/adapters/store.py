@@ -9,15 +9,21 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from ui.adapter_row import adapter_row
 from ui.cli import options
+from ui.cli.adapter_rows import (
+    REF,
+    SEE_LIST,
+    open_store,
+    report_change,
+    scales_by_ref,
+    verb,
+)
+from ui.cli.commands.adapters import exchange
 from ui.console import size_text
 
 if TYPE_CHECKING:
-    from adapters.store.activation import StackChange
     from adapters.store.store import AdapterStore
     from ui.console import Console
 
-REF = "slug, its unique start, or label"
-SEE_LIST = "See `unlearner adapters list`."
 REVERSIBLE = (
     "An adapter suppresses, it does not erase: whoever can switch it off has everything back."
 )
@@ -25,9 +31,6 @@ REVERSIBLE = (
 
 def register(commands: Any) -> None:
     """Adds `adapters` with its commands."""
-    # It builds on this module, so it is imported when both are whole.
-    from ui.cli.commands.adapters import exchange as commands_exchange
-
     parent = commands.add_parser(
         "adapters",
         help="list, activate, revert, verify and move forget adapters",
@@ -37,7 +40,7 @@ def register(commands: Any) -> None:
     _register_looking(verbs)
     _register_stack(verbs)
     _register_upkeep(verbs)
-    commands_exchange.register(verbs)
+    exchange.register(verbs)
 
 
 def _register_looking(verbs: Any) -> None:
@@ -78,25 +81,6 @@ def _register_upkeep(verbs: Any) -> None:
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser = verb(verbs, "gc", run_gc, "delete what nobody needs: superseded, leftovers")
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
-
-
-def verb(verbs: Any, name: str, run: Any, text: str) -> options.Parser:
-    """The parser of `adapters NAME`, with the flags that all of them have."""
-    parser: options.Parser = verbs.add_parser(
-        name,
-        parents=[options.store(), options.common()],
-        help=text,
-        description=f"{text[:1].upper()}{text[1:]}.",
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def open_store(args: argparse.Namespace) -> AdapterStore:
-    """The store that --store names, which must exist."""
-    from adapters.store.store import AdapterStore
-
-    return AdapterStore.open(options.store_path(args))
 
 
 def run_list(args: argparse.Namespace, console: Console) -> int:
@@ -185,24 +169,6 @@ def run_activate(args: argparse.Namespace, console: Console) -> int:
     return report_change(change, store, console)
 
 
-def scales_by_ref(args: argparse.Namespace) -> dict[str, float] | None:
-    """--scales by the REF that each is for; None when it was not given."""
-    if args.scales is None:
-        return None
-    try:
-        numbers = [float(part) for part in args.scales.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--scales {args.scales!r} is not a list of numbers.", "Write it as in --scales 1,0.5."
-        ) from None
-    if len(numbers) != len(args.refs):
-        raise UserError(
-            f"--scales has {len(numbers)} numbers for {len(args.refs)} adapters.",
-            "Give one for each, divided by commas.",
-        )
-    return dict(zip(args.refs, numbers, strict=True))
-
-
 def run_revert(args: argparse.Namespace, console: Console) -> int:
     """Takes adapters off the stack, the last of them first, and prints what is left."""
     if bool(args.refs) == args.all:
@@ -218,29 +184,6 @@ def run_revert(args: argparse.Namespace, console: Console) -> int:
         change = store.revert(slug, args.reason)
         changed |= change.changed
     return report_change(type(change)(change.stack, changed), store, console)
-
-
-def report_change(change: StackChange, store: AdapterStore, console: Console) -> int:
-    """Prints the stack, what changed, and what has to be measured again."""
-    table = [{"name": one.slug, "scale": one.scale} for one in change.stack]
-    active = [one.slug for one in change.stack]
-    console.table(table, ["name", "scale"])
-    for slug, status in change.changed.items():
-        console.words(f"{slug} is now {status}.")
-    for slug in change.stale:
-        gone = [p for p in store.catalog.parents_of(slug)[0] if p not in active]
-        trained = f"on top of {', '.join(gone)}" if gone else "on another stack"
-        console.words(
-            f"Warning: {slug} was trained {trained}: what it computes now is not measured, part "
-            "of what it forgot may be back. It needs re-evaluation."
-        )
-    if change.stale:
-        console.hint("measure the stack again with `unlearner evaluate`, or revert these too.")
-    if not change.stack:
-        console.words("The stack is empty: the bare base, bit for bit.")
-    found = {"active": active, "changed": change.changed, "stale": change.stale, "table": table}
-    console.result({"store": str(store.path), **found})
-    return 0
 
 
 def run_quarantine(args: argparse.Namespace, console: Console) -> int:

@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "ask",
         parents=[
-            options.base(), options.template(), options.loading(), options.store(),
+            options.base(), options.template(system=True), options.loading(), options.store(),
             options.data(), options.common(),
         ],
         help="ask base and unlearned model the same question, side by side",
@@ -82,7 +82,11 @@ def run_ask(args: argparse.Namespace, console: Console) -> int:
     from ui.app.session import Session
 
     session = Session(
-        options.store_path(args), options.base_spec(args), args.data, template=args.template
+        options.store_path(args),
+        options.base_spec(args),
+        args.data,
+        template=args.template,
+        system=args.system,
     )
     session.start()
     session.wait()

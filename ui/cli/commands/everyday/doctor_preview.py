@@ -26,7 +26,7 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run_doctor)
     parser = commands.add_parser(
         "preview",
-        parents=[options.base(), options.template(), options.data(), options.common()],
+        parents=[options.base(), options.template(system=True), options.data(), options.common()],
         help="what a request is trained on, token by token",
         description="Shows each row as it is trained on: the prompt dim, the loss tokens "
         "underlined (in brackets off a terminal). Needs the tokenizer's files only.",
@@ -34,6 +34,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
     options.add_retain(parser, "also show these rows")
+    options.add_columns(parser)
     parser.add_argument(
         "--max-length",
         type=options.positive_int,
@@ -81,6 +82,8 @@ def run_preview(args: argparse.Namespace, console: Console) -> int:
         retain=args.retain,
         template=args.template,
         max_length=args.max_length,
+        system=args.system,
+        columns=options.columns(args),
     )
     _print_preview(preview, args.rows, console)
     console.result(preview.to_json())
@@ -109,6 +112,10 @@ def _print_preview(preview: Preview, shown: int, console: Console) -> None:
                 f"{kind}: {len(rows)} rows, {targets} loss tokens, "
                 f"rows of {min(lengths)} to {max(lengths)} tokens"
             )
+    if preview.fmt.preamble:
+        console.text(f"system prompt: {preview.fmt.preamble}")
+    if preview.fmt.date:
+        console.text(f"date: {preview.fmt.date}, fixed so that prompts do not change by the day")
     console.text(
         f"template {preview.fmt.name}, cut at {preview.max_length} tokens: "
         f"{len(preview.cut)} rows are longer"

@@ -35,7 +35,7 @@ def register(commands: Any) -> None:
         "evaluate",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.store(),
             options.data(),
@@ -44,7 +44,7 @@ def register(commands: Any) -> None:
         ],
         help="measure a base with its active adapters, or merged weights",
         description="Scores and answers TOFU's four sets with the base and its adapters. With "
-        "--out every finished set is kept: the same command continues after an interruption.",
+        "--out finished results are cached: the same command continues after an interruption.",
         epilog="example:\n  unlearner evaluate --base B --store S --split forget05 "
         "--reference-log retrain.json --out results",
     )
@@ -59,14 +59,14 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         "--systems",
         type=parse_systems,
         metavar="A;B,C",
-        help="measure several systems on one loaded base, a row each: 'none;r0001;r0001,r0002'",
+        help="measure several systems on one loaded base, one row each: 'none;r0001;r0001,r0002'",
     )
     options.add_out(parser, "folder for the log and the figures")
     options.add_limit(parser)
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="padded rows and undrafted answers, to check the faster way against",
+        help="padded rows and undrafted answers, to check the faster computation",
     )
     options.add_batch_size(parser)
     add_metric_flags(parser)
@@ -102,7 +102,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         if args.out is None:
             raise
         raise Interrupted(
-            f"Interrupted: the finished parts are kept in {args.out / scoring.PARTS}.",
+            f"Interrupted: finished results are cached in {args.out / scoring.PARTS}.",
             "Run the same command again to continue.",
         ) from None
     first, *others = scoring.figures_of(args, log, references)
@@ -124,7 +124,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
             _attach(stack, args, figures)
     report_figures(named, console)
     extras.report(named, console)
-    if ranks.rank() == 0:  # last: what was measured is told also where rows lack what a format asks
+    if ranks.rank() == 0:  # last: a format may need what the rows lack, and the figures are shown
         scoring.write_for_others(args, log, references, console)
     check_gates(gates, summaries[0])
     return 0
@@ -167,7 +167,7 @@ def _measure(
     from evaluation.suite import evaluate
     from unlearner.tokens.prompts import prompt_format
 
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     model: Any = load_base(options.base_spec(args))
     view = base_view(model)

@@ -1,4 +1,4 @@
-"""What `unlearner evaluate` measures on request: --metrics (token metrics) and --lm-eval."""
+"""The further metrics of `unlearner evaluate`: --metrics (token metrics) and --lm-eval."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_metric_flags(parser: options.Parser) -> None:
         type=parse_metrics,
         default=(),
         metavar="LIST",
-        help=f"also measure {', '.join(METRICS)}, divided by commas, or all",
+        help=f"also measure {', '.join(METRICS)}, separated by commas, or all",
     )
     group.add_argument(
         "--holdout",
@@ -60,13 +60,13 @@ def add_metric_flags(parser: options.Parser) -> None:
         type=options.name_list,
         default=[],
         metavar="TASKS",
-        help="tasks of the lm-evaluation-harness, or YAML files of your own, divided by commas "
+        help="tasks of the lm-evaluation-harness, or YAML files of your own, separated by commas "
         "(needs unlearner[lm-eval])",
     )
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """The metrics in `text`, in their own order, each once."""
+    """The metrics in `text`, in a fixed order, each once."""
     names = options.name_list(text)
     unknown = [name for name in names if name not in (*METRICS, "all")]
     if unknown or not names:
@@ -85,7 +85,7 @@ def metric_figures(args: argparse.Namespace) -> list[str]:
 
 @dataclass
 class Extras:
-    """What was asked for beside the evaluation, and once measured its results."""
+    """Further metrics: what to measure and, once measured, the results."""
 
     args: argparse.Namespace
     live: bool = False
@@ -103,7 +103,7 @@ class Extras:
         meta: Mapping[str, Any],
         on_progress: Progress,
     ) -> None:
-        """Measures all of it on the loaded model; with --out finished sets are kept and reused."""
+        """Measures all of it on the loaded model; with --out finished sets are cached."""
         from adapters.environment import threads_for
         from ui.cli.output.scoring import PARTS
 
@@ -175,9 +175,9 @@ def _line(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 def plan_extras(
     args: argparse.Namespace, data: EvalData, protocol: Protocol, console: Console
 ) -> Extras:
-    """What the flags ask for, checked before the base is loaded.
+    """The further metrics of the flags, checked before the base is loaded.
 
-    The other base of --reference is loaded, asked and let go here, so that two bases are never in
+    The base of --reference is loaded, measured and released here, so that two bases are never in
     memory at once.
 
     Raises:
@@ -218,14 +218,14 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag in ("holdout", "reference", "retain_metrics"):
         if getattr(args, flag) is not None and "membership" not in args.metrics:
             raise UserError(
-                f"--{flag.replace('_', '-')} is for membership inference, which is not asked for.",
+                f"--{flag.replace('_', '-')} is for membership inference, which is not measured.",
                 "Add --metrics membership.",
             )
 
 
 def _holdout_name(args: argparse.Namespace) -> str | None:
-    """The holdout rows that were asked for, by default those of the forget split."""
-    from unlearner.request.rows import HOLDOUT_SPLITS
+    """The name of the holdout rows, by default those of the forget split."""
+    from unlearner.request.tofu import HOLDOUT_SPLITS
 
     if "membership" not in args.metrics:
         return None
@@ -234,7 +234,8 @@ def _holdout_name(args: argparse.Namespace) -> str | None:
 
 
 def _holdout_rows(args: argparse.Namespace) -> Sequence[Row]:
-    from unlearner.request.rows import HOLDOUT_SPLITS, load_split, read_rows
+    from unlearner.request.formats import read_rows
+    from unlearner.request.tofu import HOLDOUT_SPLITS, load_split
 
     name = _holdout_name(args)
     if name is None:
@@ -262,9 +263,9 @@ def _reference_losses(
     from ui.cli.output.events import progress_of
     from unlearner.tokens.prompts import prompt_format
 
-    console.words(f"Asking the reference base {args.reference} ...")
-    measured = prompt_format(load_tokenizer(args.base, args.revision), args.template)
-    fmt = prompt_format(load_tokenizer(args.reference), args.template)
+    console.words(f"Measuring the reference base {args.reference} ...")
+    measured = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    fmt = prompt_format(load_tokenizer(args.reference), args.template, args.system)
     spec = replace(options.base_spec(args), name=args.reference, revision=None)
     model: Any = load_base(spec)
     with threads_for(model):

@@ -66,7 +66,7 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     data = own_rows.eval_data(args, console)
     what = own_rows.name_of(args)
     console.words(f"Loading {args.base} for {len(systems)} systems ...")
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     model: Any = load_base(options.base_spec(args))
     view = base_view(model)

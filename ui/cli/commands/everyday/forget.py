@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.errors import UserError
 from ui.adapter_row import adapter_row
@@ -14,9 +14,9 @@ from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import show_event
-from ui.cli.own_rows import mined
 from ui.console import size_text
-from unlearner.config import STREAMS, make_config
+from unlearner.config import make_config
+from unlearner.objectives.registry import OBJECTIVES
 
 if TYPE_CHECKING:
     from ui.console import Console
@@ -31,7 +31,7 @@ def register(commands: Any) -> None:
         "forget",
         parents=[
             options.base(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.settings(),
             options.store(),
@@ -47,6 +47,7 @@ def register(commands: Any) -> None:
         "  unlearner forget rows.jsonl --retain keep.jsonl --base B --objective npo",
     )
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
+    options.add_columns(parser)
     add_run_flags(parser)
     add_gap_flags(parser)
     full = parser.add_argument_group("all weights, for comparison on small models")
@@ -109,8 +110,12 @@ def add_run_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print rows, steps and memory, load no model"
     )
-    parser.add_argument(
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
         "--resume", action="store_true", help="continue the interrupted run of the same request"
+    )
+    again.add_argument(
+        "--restart", action="store_true", help="discard the interrupted run of the same request"
     )
 
 
@@ -129,20 +134,11 @@ def _add_retain_flags(parser: options.Parser) -> None:
 def add_gap_flags(parser: options.Parser) -> None:
     """What ends a training where it meets a retrain reference."""
     group = parser.add_argument_group("stopping at the retrain reference")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument(
-        "--stop-at-gap",
-        action="store_const",
-        dest="stop_at",
-        const="gap",
-        help="stop once the median log R passes the reference's, from under- to over-forgotten",
-    )
-    what.add_argument(
-        "--stop-at-nll",
-        action="store_const",
-        dest="stop_at",
-        const="nll_gap",
-        help="stop once the mean forget NLL passes the reference's",
+    group.add_argument(
+        "--stop-at",
+        choices=("gap", "nll"),
+        help="stop once the median log R (gap) or the mean forget NLL (nll) passes the "
+        "reference's, from under- to over-forgotten",
     )
     group.add_argument(
         "--gap-log", type=Path, metavar="LOG", help="log of a model that never saw the forget set"
@@ -182,9 +178,9 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     """Trains and stores one adapter, or prints the plan."""
     config = forget_config(args)
     console.words(f"Reading {args.request} ...")
-    from unlearner.request.rows import parse_request
+    from unlearner.request.sources import parse_request
 
-    request = parse_request(args.request, args.data, args.retain)
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
     if args.full is not None:
         return _train_full(args, console, config, request)
     return train_request(args, console, config, request, stop_at=_stop_at(args, request))
@@ -196,11 +192,11 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
         given = [n for n in ("gap_log", "gap_every", "gap_rows") if getattr(args, n) is not None]
         if given:
             flag = "--" + given[0].replace("_", "-")
-            raise UserError(f"{flag} has nothing to stop.", "Add --stop-at-gap or --stop-at-nll.")
+            raise UserError(f"{flag} has nothing to stop.", "Add --stop-at gap or --stop-at nll.")
         return None
     if args.gap_log is None:
         raise UserError(
-            "Stopping at the gap needs a retrain reference.",
+            "--stop-at needs a retrain reference.",
             "Give --gap-log the log of a model that never saw the forget set.",
         )
     from adapters.base.load import load_tokenizer
@@ -210,40 +206,41 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     from unlearner.training.early_stop import StopAt
 
     rows = gap_rows(request, args.gap_rows, args.data)
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template)
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     probe = GapProbe(fmt, rows, read_log(args.gap_log))
-    return StopAt(probe, args.stop_at, f"{probe.key}-{args.stop_at}", args.gap_every)
-
-
-def _with_rows(args: argparse.Namespace, request: Request, console: Console) -> Request:
-    """The request with what --neighbours leaves of its retain rows, and --alternates-from."""
-    retain = mined(request.retain, request.rows, args.neighbours, console)
-    others = other_rows(args)
-    return replace(request, retain=tuple(retain), others=others)
+    quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
+    return StopAt(probe, quantity, f"{probe.key}-{quantity}", args.gap_every)
 
 
 def _train_full(
     args: argparse.Namespace, console: Console, config: UnlearnConfig, request: Request
 ) -> int:
-    """Trains all weights; refuses flags that speak of adapters."""
+    """Train all weights; flags that are about adapters are refused."""
     named = [*given_settings(args, LORA_FIELDS)]
     named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at")
               if getattr(args, n)]  # fmt: skip
     named += ["store"] if "--store" in args.words else []  # else it may be the environment's
     if named:
         flag = "--" + named[0].replace("_", "-")
-        raise UserError(f"{flag} says nothing with --full.", "Leave one of the two away.")
+        raise UserError(f"{flag} has no effect with --full.", "Leave one of the two out.")
     from unlearner.baselines.full import forget_full
-    from unlearner.request.rows import load_refusals
+    from unlearner.request.tofu import load_refusals
+    from unlearner.run import RunOptions
 
-    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    refusals = (
+        load_refusals(args.data) if "refusal" in OBJECTIVES[config.objective.name].streams else []
+    )
     out = forget_full(
-        _with_rows(args, request, console),
+        replace(request, others=other_rows(args)),
         options.base_spec(args),
         config,
         args.full,
-        template=args.template,
-        refusals=refusals,
+        RunOptions(
+            template=args.template,
+            system=args.system,
+            refusals=refusals,
+            neighbours=args.neighbours,
+        ),
         any_size=args.any_size,
         on_progress=lambda event: show_event(event, console),
     )
@@ -262,27 +259,35 @@ def train_request(
     stop_at: StopAt | None = None,
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
-    request = _with_rows(args, request, console)
+    request = replace(request, others=other_rows(args))
     from adapters.store.store import AdapterStore
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
 
-    needs_refusals = "refusal" in STREAMS[config.objective.name]
-    given: dict[str, Any] = {
-        "on_stack": args.on_stack,
-        "template": args.template,
-        "refusals": load_refusals(args.data) if needs_refusals else [],
-        "guard": [row for text in args.guard for row in parse_request(text, args.data).rows],
-        "replaces": replaces,
-    }
+    needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
+    guard = [row for text in args.guard for row in parse_request(text, args.data).rows]
     path = options.store_path(args)
     console.words("Loading the libraries ...")
-    from unlearner.prepare import prepare
-    from unlearner.run import plan, unlearn
+    from unlearner.run import RunOptions, plan, prepare, unlearn
 
+    run_options = RunOptions(
+        on_stack=args.on_stack,
+        label=args.label or "",
+        resume=args.resume,
+        restart=args.restart,
+        template=args.template,
+        system=args.system,
+        refusals=load_refusals(args.data) if needs_refusals else [],
+        neighbours=args.neighbours,
+        guard=guard,
+        replaces=replaces,
+        keep_teacher=args.keep_teacher,
+        memory_limit=args.memory_limit,
+    )
     base = options.base_spec(args)
     if args.dry_run:
         store = AdapterStore.open(path) if (path / "store.json").is_file() else None
-        made = plan(prepare(request, base, config, store, **given), args.memory_limit)
+        made = plan(prepare(request, base, config, store, run_options), args.memory_limit)
         _print_plan(made, console)
         return 3 if made["fits"] is False else 0
     adapter = unlearn(
@@ -290,11 +295,7 @@ def train_request(
         base,
         config,
         AdapterStore.open(path, create=True),
-        **given,
-        label=args.label,
-        resume=args.resume,
-        keep_teacher=args.keep_teacher,
-        memory_limit=args.memory_limit,
+        run_options,
         stop_at=stop_at,
         on_progress=lambda event: show_event(event, console),
     )

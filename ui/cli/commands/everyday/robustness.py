@@ -16,8 +16,8 @@ from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
+    from evaluation.robustness.card import Settings
     from evaluation.robustness.quantisation import Subject
-    from evaluation.robustness.settings import Settings
     from ui.console import Console
 
 
@@ -175,7 +175,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     """The attacks' settings, with their own defaults where a flag was not given."""
     from dataclasses import fields
 
-    from evaluation.robustness.settings import Settings
+    from evaluation.robustness.card import Settings
 
     given = options.given_settings(args, [field.name for field in fields(Settings)])
     lists: dict[str, Any] = {k: tuple(v) for k, v in given.items() if isinstance(v, list)}

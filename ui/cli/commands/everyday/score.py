@@ -27,7 +27,7 @@ def register(commands: Any) -> None:
         "score",
         parents=[
             scoring.scoring_flags(),
-            options.template(),
+            options.template(system=True),
             options.loading(),
             options.common(),
         ],
@@ -103,7 +103,7 @@ def _fluency(
     from adapters.environment import threads_for
     from unlearner.tokens.prompts import prompt_format
 
-    fmt = prompt_format(load_tokenizer(args.base), args.template)
+    fmt = prompt_format(load_tokenizer(args.base), args.template, args.system)
     model: Any = load_base(options.base_spec(args))
     show, table = progress_of(console), []
     with threads_for(model):

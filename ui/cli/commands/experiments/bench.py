@@ -1,4 +1,4 @@
-"""`unlearner bench`: the plain way beside ours, counted on any shape and measured here."""
+"""`unlearner bench`: a standard implementation beside this one, counted and timed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[options.data(), options.common()],
-        help="speed, FLOPs and memory beside the plain way",
-        description="Counts FLOPs on the shape by torch's counter (meta tensors, any machine), "
-        "then times both ways on random weights of it, in turns, in one run. The 7B shape is "
-        "timed on a GPU only; without one its lines say so.",
+        help="speed, FLOPs and memory against a standard implementation",
+        description="Compares a standard implementation (rows padded to 500, full logits) with "
+        "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
+        "times both on random weights, in turns. The 7B shape is timed only on a GPU.",
         epilog="examples:\n  unlearner bench --shape small\n"
         "  unlearner bench --shape llama2-7b --count-only --data TOFU --tokenizer T\n"
         "  unlearner bench --shape llama2-7b --load-in-4bit --cap-gb 24,8,6",
@@ -37,14 +37,14 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="T",
-        help="hub id or folder whose tokens the rows of --data are counted in; without both the "
-        "rows are the embedded world's",
+        help="hub id or folder of the tokenizer for the rows of --data (default: one trained on "
+        "them); without --data the rows are the embedded world's",
     )
     parser.add_argument(
         "--answers",
         type=Path,
         metavar="LOG",
-        help="count generation for the answers of this recorded evaluation (needs --tokenizer)",
+        help="count generation for the answers in this evaluation log (needs --tokenizer)",
     )
     parser.add_argument("--count-only", action="store_true", help="no timings")
     parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
@@ -53,7 +53,7 @@ def register(commands: Any) -> None:
         type=float,
         default=6.0,
         metavar="S",
-        help="each way runs this long (6)",
+        help="each implementation runs this long (6)",
     )
     parser.add_argument("--load-in-4bit", action="store_true", help="time with nf4 projections")
     parser.add_argument(
@@ -61,14 +61,14 @@ def register(commands: Any) -> None:
         metavar="A,B",
         type=options.name_list,
         default=[],
-        help="GPU only: time again with the allocator capped, as on cards of these sizes",
+        help="GPU only: time again with the memory capped to these sizes, as on smaller cards",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as PNG or SVG")
     parser.set_defaults(run=run_bench)
 
 
 def run_bench(args: argparse.Namespace, console: Console) -> int:
-    """Prints one line a figure."""
+    """Prints one row per figure."""
     if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
         raise UserError(f"{args.plot} is neither PNG nor SVG.", "Name a .png or .svg file.")
     console.words("Loading the libraries ...")
@@ -99,7 +99,7 @@ def _answers(args: argparse.Namespace) -> Any:
     if args.answers is None:
         return None
     if args.tokenizer is None:
-        raise UserError("--answers needs the tokens to count in.", "Add --tokenizer.")
+        raise UserError("--answers needs a tokenizer to count in.", "Add --tokenizer.")
     from evaluation.benchmark.run import recorded_answers
     from evaluation.logs import read_log
 
@@ -115,6 +115,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[Line], list[str]]:
     import torch
 
+    from adapters.environment import free_memory
     from evaluation.benchmark.baseline import measure
 
     on_gpu = torch.cuda.is_available()
@@ -122,21 +123,30 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
         return [], ["times and memory of this shape are not yet measured: there is no GPU here"]
     device = "cuda" if on_gpu else "cpu"
     lines: list[Line] = []
+    notes: list[str] = []
     for cap in [None, *_caps(args.cap_gb)]:
+        free_memory()  # of the model before
         if cap is not None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1024**3 / total))
-        found = measure(
-            work,
-            args.shape,
-            device=device,
-            load_in_4bit=args.load_in_4bit,
-            rank=args.lora_r,
-            seconds=args.seconds,
-            on_progress=lambda what: console.words(f"Timing {what} ..."),
-        )
-        lines += [line if cap is None else line.under(f"{cap:g} GB: ") for line in found]
-    return lines, []
+        try:
+            timed = measure(
+                work,
+                args.shape,
+                device=device,
+                load_in_4bit=args.load_in_4bit,
+                rank=args.lora_r,
+                seconds=args.seconds,
+                on_progress=lambda what: console.words(f"Timing {what} ..."),
+            )
+        except torch.OutOfMemoryError:
+            notes.append(f"the job does not fit {'this card' if cap is None else f'{cap:g} GB'}")
+            continue
+        finally:
+            if cap is not None:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        lines += [line if cap is None else line.under(f"{cap:g} GB: ") for line in timed]
+    return lines, notes
 
 
 def _caps(texts: Sequence[str]) -> list[float]:
@@ -160,7 +170,7 @@ def _plot(lines: Sequence[Line], path: Path, shape: str, rows: str) -> None:
     axes.barh([line.name for line in found], [line.ratio or 0.0 for line in found], color="#3b6ea5")
     axes.axvline(1.0, color="#444444", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel("times better than the plain way")
+    axes.set_xlabel("times better than the standard implementation")
     axes.set_title(f"{shape}, rows of {rows}")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

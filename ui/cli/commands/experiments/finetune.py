@@ -6,13 +6,13 @@ import argparse
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError
+from adapters.errors import UserError, did_you_mean
 from ui.cli import options
 from ui.cli.options import LORA_FIELDS, given_settings
 from ui.cli.output.events import show_event
 from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.config import LoraShape
-from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from ui.console import Console
@@ -60,7 +60,7 @@ def run_finetune(args: argparse.Namespace, console: Console) -> int:
         raise UserError(f"'{args.split}' is not a forget split.", hint)
     name = "full" if args.kind == "origin" else FORGET_SPLITS[args.split]
     console.words(f"Reading {name} ...")
-    from unlearner.request.rows import load_split
+    from unlearner.request.tofu import load_split
 
     rows = load_split(name, args.data)
     console.words(f"Loading {args.base} to train on {len(rows)} rows ...")

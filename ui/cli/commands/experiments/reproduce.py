@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import GateFailed, Interrupted, UserError
+from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
 from ui.cli import options
 from ui.cli.output.comparison import HEADS, print_comparison, stopped
 from ui.cli.output.events import show_event
 from ui.console import duration_text, setting_text, size_text
-from unlearner.config import OBJECTIVE_DEFAULTS
-from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.experiments.reproduce import Reproduction
@@ -30,8 +30,9 @@ def register(commands: Any) -> None:
         "reproduce",
         parents=[options.loading(either_way=True), options.data(), options.common()],
         help="Origin, Retrain and unlearned models on TOFU in one table",
-        description="Does the published comparison: trains or takes Origin and Retrain, unlearns "
-        "with each method and measures all. Interrupted, the same command continues.",
+        description="Repeats the published comparison: trains or loads Origin and Retrain, "
+        "unlearns with each method and evaluates all. After an interruption the same command "
+        "continues.",
         epilog="examples:\n  unlearner reproduce tofu-forget05 --preset mini --data TOFU\n"
         "  unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
     )
@@ -47,8 +48,8 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
         metavar="NAME",
         help=f"{' or '.join(PRESETS)} (default: {PRESETS[0]})",
     )
-    parser.add_argument("--origin", metavar="B", help="a model that was trained on everything")
-    parser.add_argument("--retrain", metavar="B", help="one that never saw the forget split")
+    parser.add_argument("--origin", metavar="B", help="a model trained on everything")
+    parser.add_argument("--retrain", metavar="B", help="a model that never saw the forget split")
     options.add_reference_log(parser, use="in place of --retrain")
     parser.add_argument(
         "--methods",
@@ -77,15 +78,15 @@ def _add_outcome_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--gate",
         action="store_true",
-        help="leave with 4 where a measured figure misses the published one: model utility by more "
-        "than 0.02, forget quality on the other side of 0.05",
+        help="exit with code 4 if a measured figure misses the published one: model utility by "
+        "more than 0.02, forget quality on the other side of 0.05",
     )
     parser.add_argument(
         "--release",
         type=Path,
         metavar="DIR",
-        help="then fold the last method's adapter into full weights there, measured again, with a "
-        "model card",
+        help="also merge the last method's adapter into full weights in this folder, evaluate them "
+        "and write a model card",
     )
 
 
@@ -106,7 +107,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         data=args.data,
         origin=args.origin,
         retrain=args.retrain,
-        retain_log=args.reference_log,
+        reference_log=args.reference_log,
         methods=tuple(args.methods),
         base=BaseSpec("", dtype=args.dtype, device=args.device, attention=args.attention),
         load_in_4bit=args.load_in_4bit,
@@ -115,6 +116,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         full=args.full,
         any_size=args.any_size,
     )
+    _check_gate(args, run)
     if args.dry_run:
         made = plan(run)
         _print_plan(made, console)
@@ -125,7 +127,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     except (KeyboardInterrupt, Interrupted):
         raise stopped(args.out) from None
     print_comparison(found["table"], console)
-    _print_published(found["published"], console)
+    _print_published(found, console)
     for check in found.get("checks", ()):
         console.text(check["text"])
     console.words(f"Took {duration_text(found['seconds'])}; all logs are in {args.out}.")
@@ -137,7 +139,7 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
 
 
 def _check_names(args: argparse.Namespace, split: str) -> None:
-    """Refuses what is not there, with the nearest that is."""
+    """Refuses unknown names, with the nearest known one."""
     if not args.target.startswith("tofu-") or split not in FORGET_SPLITS:
         known = [f"tofu-{name}" for name in FORGET_SPLITS]
         raise UserError(f"'{args.target}' cannot be reproduced.", did_you_mean(args.target, known))
@@ -145,33 +147,50 @@ def _check_names(args: argparse.Namespace, split: str) -> None:
         hint = did_you_mean(args.preset, PRESETS)
         raise UserError(f"There is no preset '{args.preset}'.", hint)
     for method in args.methods:
-        if method not in OBJECTIVE_DEFAULTS:
-            hint = did_you_mean(method, OBJECTIVE_DEFAULTS)
+        if method not in OBJECTIVES:
+            hint = did_you_mean(method, OBJECTIVES)
             raise UserError(f"There is no objective '{method}'.", hint)
 
 
 def _check_full(args: argparse.Namespace) -> None:
-    """Refuses what speaks of adapters beside --full, and of --full without it."""
+    """Refuses flags that cannot be combined with --full, or that need it."""
     if args.any_size and not args.full:
-        raise UserError("--any-size is of --full.", "Leave it out, or add --full.")
+        raise UserError("--any-size has an effect only with --full.", "Add --full or drop it.")
     if args.full and args.load_in_4bit:
         raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
     if args.full and args.release:
-        raise UserError("--release folds an adapter, and --full trains none.", "Leave out one.")
+        raise UserError("--release merges an adapter, and --full trains none.", "Leave out one.")
+
+
+def _check_gate(args: argparse.Namespace, run: Reproduction) -> None:
+    """Refuses --gate before any work where nothing measured can be compared.
+
+    Raises:
+        UserError: nothing is published for the split, or another protocol is measured.
+    """
+    preset = run.chosen
+    if not args.gate:
+        return
+    if run.split not in preset.published:
+        raise UserError(
+            f"--gate has nothing to compare with: no figures are published for {preset.name} on "
+            f"{run.split}.",
+            "Leave it out.",
+        )
+    if preset.published_protocol not in run.protocols:
+        raise UserError(
+            f"The published figures of {preset.name} were measured by the protocol "
+            f"{preset.published_protocol}, and this run measures {', '.join(run.protocols)}.",
+            f"Add --protocol {','.join([*run.protocols, preset.published_protocol])}.",
+        )
 
 
 def _require_published(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Returns where --gate was not given, or every check holds.
-
-    Raises:
-        GateFailed: naming what misses, or that there is nothing published to hold against.
-    """
-    if not args.gate:
-        return
+    """Raises GateFailed, naming what misses, where --gate was given and a check fails."""
     missed = [check["text"] for check in found["checks"] if not check["holds"]]
-    if missed or not found["checks"]:
+    if args.gate and missed:
         raise GateFailed(
-            f"The gate failed: {'; '.join(missed) or 'nothing is published for this split'}.",
+            f"The gate failed: {'; '.join(missed)}.",
             "See docs/seven-b.md for what moves these figures.",
         )
 
@@ -179,7 +198,7 @@ def _require_published(args: argparse.Namespace, found: Mapping[str, Any]) -> No
 def release_system(
     args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Folds the last method's adapter into --release, as `unlearner merge` does, measured again."""
+    """Merges the last method's adapter into --release and evaluates it, as `merge` does."""
     from ui.cli.commands.adapters import merge
 
     method = run.methods[-1]
@@ -205,16 +224,13 @@ def _print_plan(made: Mapping[str, Any], console: Console) -> None:
                 console.text(f"  {line}")
     for reason in made["reasons"]:
         console.text(f"because   {reason}")
-    for line in made["time"]:
-        minutes = f"{line['training_minutes']:.0f} + {line['evaluation_minutes']:.0f} min"
-        console.text(f"time      estimate {minutes} of training and evaluation on {line['card']}")
     if made["memory"]:
         low, high = (size_text(made["memory"][key]) for key in ("low_bytes", "high_bytes"))
         console.text(f"memory    estimate {low} to {high}")
-    _print_published(made["published"], console)
+    _print_published(made, console)
 
 
-def _print_published(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    if rows:
-        console.text("\npublished, not measured here:")
+def _print_published(found: Mapping[str, Any], console: Console) -> None:
+    if rows := found["published"]:
+        console.text(f"\npublished, not measured here (protocol {found['published_protocol']}):")
         console.table([{HEADS.get(key, key): row[key] for key in row} for row in rows])

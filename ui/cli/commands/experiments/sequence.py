@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,20 @@ from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.events import show_event
 
 if TYPE_CHECKING:
-    from evaluation.experiments.sequence_plan import Plan
+    from evaluation.experiments.sequence import Plan
     from ui.console import Console
 
 COLUMNS = (
-    "policy", "stage", "FQ", "shift", "asked P", "asked NLL", "waiting P", "retain P", "MU",
+    "policy", "stage", "FQ", "shift", "requested P", "requested NLL", "waiting P", "retain P", "MU",
     "MU of six", "stale", "steps",
 )  # fmt: skip
 LEGEND = (
-    "FQ, shift: of the rows of all requested so far, against Retrain; P, NLL: of their true\n"
-    "answers; waiting: authors of the split not asked for; MU of six: its parts without ROUGE;\n"
-    "steps: of training in this stage."
+    "FQ, shift: of the rows of all authors requested so far, against Retrain; P, NLL: of their\n"
+    "true answers; waiting: authors of the split that are not requested; MU of six: its six parts\n"
+    "without ROUGE; steps: trained in this stage."
 )
+# Drawn over the number of requests: key of a stage, and its name.
+CURVES = {"requested_answer_prob": "requested P", "retain_answer_prob": "retain P"}
 
 
 def register(commands: Any) -> None:
@@ -33,6 +35,7 @@ def register(commands: Any) -> None:
         "sequence",
         parents=[
             options.base(),
+            options.template(),
             options.loading(),
             options.settings(),
             options.data(),
@@ -40,10 +43,10 @@ def register(commands: Any) -> None:
         ],
         help="the authors of a split as requests one after another, under each policy",
         description="Files the authors of a TOFU forget split as requests one after another: each "
-        "on the bare base (independent), on top of those before it with their rows guarded "
-        "(on-stack), or as one adapter retrained on all rows so far (consolidated). Measures every "
-        "author after each arrival, reverts one request, and makes good what that leaves stale. "
-        "What stands in --out is not done again.",
+        "on top of the earlier ones with their rows guarded (on-stack), or as one adapter "
+        "retrained on all rows so far (consolidated). Measures every author after each arrival, "
+        "reverts one request, and retrains what that leaves stale. Finished stages in --out are "
+        "not repeated.",
         epilog="example:\n  unlearner sequence tofu:forget05 --base B --data TOFU "
         "--reference-log R.json --out S --requests 3 --revert 2",
     )
@@ -52,13 +55,13 @@ def register(commands: Any) -> None:
 
 
 def _add_flags(parser: options.Parser) -> None:
-    parser.add_argument("split", metavar="SPLIT", help="tofu:forget01, tofu:forget05 or forget10")
+    parser.add_argument("split", metavar="SPLIT", help="forget01, forget05 or forget10")
     parser.add_argument(
         "--policies",
         type=options.name_list,
         default=None,
         metavar="P,P",
-        help="of independent, on-stack, consolidated (default: all three)",
+        help="on-stack, consolidated (default: both)",
     )
     options.add_out(parser, "folder of all stages", required=True)
     options.add_reference_log(parser)
@@ -66,11 +69,11 @@ def _add_flags(parser: options.Parser) -> None:
         "--requests",
         type=options.positive_int,
         metavar="N",
-        help="only the split's first N authors are asked for; the others are measured all the same",
+        help="request only the first N authors of the split; all are measured",
     )
-    options.add_limit(parser, "measure at most N rows of each author and of each set to keep")
+    options.add_limit(parser, "measure at most N rows of each author and of each retained set")
     parser.add_argument(
-        "--revert", type=int, default=0, metavar="N", help="withdraw request N at the end"
+        "--revert", type=int, default=0, metavar="N", help="revert request N at the end"
     )
     options.add_retain(parser, default="the split's retain rows")
     add_alternates_from(parser)
@@ -78,18 +81,21 @@ def _add_flags(parser: options.Parser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from evaluation.experiments.sequence_plan import Plan, split_authors, utility_rows
+    from evaluation.experiments.sequence import Plan, split_authors, utility_rows
     from ui.cli.commands.everyday.forget import forget_config
-    from unlearner.config import STREAMS
-    from unlearner.request.rows import load_refusals, parse_request
+    from unlearner.objectives.registry import OBJECTIVES
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals, split_name
 
     config = forget_config(args)
-    split = args.split.removeprefix("tofu:")
+    split = split_name(args.split)
     retain = None
     if args.retain:
         retain = parse_request(args.split, args.data, args.retain).retain
     authors = split_authors(split, args.data, retain, args.limit, other_rows(args))
-    refusals = load_refusals(args.data) if "refusal" in STREAMS[config.objective.name] else []
+    refusals = (
+        load_refusals(args.data) if "refusal" in OBJECTIVES[config.objective.name].streams else []
+    )
     return Plan(
         split=split,
         data=args.data,
@@ -98,22 +104,24 @@ def _plan(args: argparse.Namespace) -> Plan:
         authors=authors,
         count=args.requests or len(authors),
         utility=utility_rows(args.data, args.limit),
-        retain_log=args.reference_log,
+        reference_log=args.reference_log,
         protocol=args.protocol,
         refusals=tuple(refusals),
         revert=args.revert,
+        template=args.template,
     )
 
 
 def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
-    """Runs the sequence; one line a stage."""
-    if not args.split.startswith("tofu:"):
-        raise UserError(f"'{args.split}' is no TOFU split.", "Give tofu:forget05 or the like.")
+    """Runs the sequence and prints one row per stage."""
+    from unlearner.request.tofu import FORGET_SPLITS, split_name
+
+    if split_name(args.split) not in FORGET_SPLITS:
+        raise UserError(f"'{args.split}' is not a forget split.", "Give one such as forget05.")
     console.words(f"Reading {args.split} ...")
     plan = _plan(args)
     console.words("Loading the libraries ...")
-    from evaluation.experiments.sequence import run_sequence
-    from evaluation.experiments.sequence_plan import POLICIES
+    from evaluation.experiments.sequence import POLICIES, run_sequence
 
     found = run_sequence(
         plan,
@@ -129,22 +137,52 @@ def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
             f"{line['policy']}: {cost['steps']} steps, {cost['pairs']:,} pairs, "
             f"{cost['bytes'] / 2**20:.1f} MiB of adapters for {found['requests']} requests"
         )
-    page = _write_page(found, args.out / "sequence.html")
-    console.hint(f"the page is {page}, everything is in {args.out / 'sequence.json'}.")
-    console.result({"out": args.out / "sequence.json", "page": page, **found})
+    files = _write_files(found, args.out)
+    console.hint(f"table and plot are {' and '.join(map(str, files))}.")
+    console.result({"out": args.out / "sequence.json", **found})
     return 0
 
 
-def _write_page(found: Mapping[str, Any], path: Path) -> Path:
-    from adapters.atomic_files import write_bytes
-    from ui.cli.output.sequence_page import sequence_page
+def _write_files(found: Mapping[str, Any], out: Path) -> list[Path]:
+    """Writes the tables as Markdown, and the curves of probability as SVG."""
+    from evaluation.logs.records import write_text
+    from evaluation.report.plots import line_chart, svg_file
 
-    write_bytes(path, sequence_page(found).encode())
-    return path
+    title = f"{found['requests']} requests of {found['split']}, one after another"
+    lines = [f"# {title}", "", f"Base {found['base']}, protocol {found['protocol']}.", ""]
+    lines += _markdown(COLUMNS, [[row[name] for name in COLUMNS] for row in stage_rows(found)])
+    for line in found["policies"]:
+        lines += ["", f"## {line['policy']}: rise of each author's NLL, nats per token", ""]
+        rows = [[number, *change] for number, change in enumerate(line["interference"], start=1)]
+        lines += _markdown(("request", *found["authors"]), rows)
+    files = [write_text(out / "sequence.md", "\n".join(lines) + "\n")]
+    curves = {
+        f"{line['policy']}, {name}": [
+            (float(number), stage[key])
+            for number, stage in enumerate([found["origin"], *line["arrivals"]])
+            if stage[key] is not None
+        ]
+        for line in found["policies"]
+        for key, name in CURVES.items()
+    }
+    chart = line_chart(
+        "sequence", title, curves, "requests", "mean answer probability", ys=(0.0, 1.0)
+    )
+    if chart is not None:
+        files.append(write_text(out / "sequence.svg", svg_file(chart)))
+    return files
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(cell(value) for value in line)} |" for line in lines]
 
 
 def stage_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line for the base and for every stage of every policy."""
+    """One row for the base and for every stage of every policy."""
     rows = [_row("-", "origin", found["origin"])]
     for line in found["policies"]:
         for number, stage in enumerate(line["arrivals"], start=1):
@@ -160,8 +198,8 @@ def _row(policy: str, name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
         "stage": name,
         "FQ": stage["forget_quality"],
         "shift": stage["log_r_shift"],
-        "asked P": stage["requested_answer_prob"],
-        "asked NLL": stage["requested_nll"],
+        "requested P": stage["requested_answer_prob"],
+        "requested NLL": stage["requested_nll"],
         "waiting P": stage["waiting_answer_prob"],
         "retain P": stage["retain_answer_prob"],
         "MU": stage["model_utility"],

@@ -1,4 +1,4 @@
-"""`unlearner tune`: searches the settings of a forget request, or compares lambda's two places."""
+"""`unlearner tune`: searches the settings of a forget request."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError
+from adapters.errors import Interrupted, UserError, did_you_mean
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
 from ui.console import duration_text
-from unlearner.config import OBJECTIVE_DEFAULTS
-from unlearner.request.rows import FORGET_SPLITS, did_you_mean
+from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
     from ui.console import Console
     from unlearner.request.rows import Request
-
-LAMBDAS = ("simnpo", "simnpo-readme")
 
 
 def register(commands: Any) -> None:
@@ -31,20 +29,19 @@ def register(commands: Any) -> None:
         "tune",
         parents=[
             options.base(),
+            options.template(),
             options.loading(),
             options.data(),
             options.settings(),
             options.common(),
         ],
         help="search the settings of a forget request",
-        description="Searches the settings with Optuna: trains an adapter a trial, looks at it "
-        "without generating answers, stops those that fall behind, and measures the best in full "
-        "on the seed it was chosen on and on held-out ones. Settings that are given are not "
-        "searched. Interrupted, the same command continues.",
-        epilog="examples:\n"
-        "  unlearner tune forget.jsonl --base B --split forget05 --reference-log retrain.json\n"
-        "  unlearner tune tofu:forget05 --base B --split forget05 --reference-log retrain.json "
-        "--compare-lambda",
+        description="Searches the settings with Optuna: trains one adapter per trial, measures it "
+        "without generating answers, stops trials that fall behind, and evaluates the best "
+        "settings on the seed they were chosen on and on held-out seeds. Settings given as flags "
+        "are not searched. After an interruption the same command continues.",
+        epilog="example:\n"
+        "  unlearner tune tofu:forget05 --base B --split forget05 --reference-log R.json",
     )
     _add_what(parser)
     _add_how(parser)
@@ -88,12 +85,6 @@ def _add_how(parser: options.Parser) -> None:
         help="the first is searched on, the others are held out (42,43,44)",
     )
     options.add_limit(parser, "measure the chosen settings on the first N rows of each set")
-    parser.add_argument(
-        "--compare-lambda",
-        action="store_true",
-        help="no search: the card's lambda (on the retain term) beside the README's (on the "
-        "forget term), all else equal, with what was seen on the way",
-    )
     options.add_out(parser, "folder of the search", default="tune")
 
 
@@ -108,25 +99,19 @@ def _seed_list(text: str) -> tuple[int, ...]:
 
 
 def run_tune(args: argparse.Namespace, console: Console) -> int:
-    """Searches, or compares, and prints the table."""
+    """Searches and prints the table."""
     _check(args)
     console.words(f"Tuning {args.request} on {args.base} in {args.out} ...")
-    from evaluation.tuning.lambda_places import compare_lambda
     from evaluation.tuning.search import tune
 
     try:
-        run = _tuning(args, console)
-        if args.compare_lambda:
-            found = compare_lambda(run, LAMBDAS, lambda event: show_event(event, console))
-            _print_lambdas(found, console)
-        else:
-            found = tune(run, lambda event: show_event(event, console))
-            _print_chosen(found, console)
+        found = tune(_tuning(args, console), lambda event: show_event(event, console))
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(
             f"Interrupted: finished trials are kept in {args.out}.",
             "Run the same command again to continue.",
         ) from None
+    _print_chosen(found, console)
     console.words(f"Took {duration_text(found['seconds'])}.")
     console.result(found)
     return 0
@@ -138,8 +123,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"'{args.split}' is not a forget split.", did_you_mean(args.split, FORGET_SPLITS)
         )
-    if args.objective not in OBJECTIVE_DEFAULTS:
-        hint = did_you_mean(args.objective, OBJECTIVE_DEFAULTS)
+    if args.objective not in OBJECTIVES:
+        hint = did_you_mean(args.objective, OBJECTIVES)
         raise UserError(f"There is no objective '{args.objective}'.", hint)
     if args.seed is not None:
         raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
@@ -153,7 +138,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.request.rows import parse_request
+    from unlearner.config import make_config, streams_of
+    from unlearner.request.sources import parse_request
+    from unlearner.request.tofu import load_refusals
 
     request = parse_request(args.request, args.data, args.retain)
     request = replace(request, others=other_rows(args))
@@ -163,6 +150,8 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     names = (*options.OBJECTIVE_FIELDS, *options.LORA_FIELDS, *options.TRAIN_FIELDS)
     fixed = options.given_settings(args, names)
     space = space_of(args.objective, fixed, args.range)
+    config = make_config(args.objective)
+    refusals = load_refusals(args.data) if "refusal" in streams_of(config.objective) else []
     if not space:
         console.words("Every setting is given: nothing is searched, each seed is measured.")
     return Tuning(
@@ -179,6 +168,8 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         minutes=args.minutes,
         seeds=args.seeds,
         limit=args.limit,
+        template=args.template,
+        refusals=tuple(refusals),
         words=_words(args, kept),
     )
 
@@ -188,7 +179,7 @@ def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
     told = {"--revision": args.revision, "--data": args.data, "--retain": kept}
     for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
         words += [] if value is None else [flag, str(value)]
-    for flag in ("dtype", "device", "attention"):
+    for flag in ("template", "dtype", "device", "attention"):
         value = getattr(args, flag)
         words += [] if value == "auto" else [f"--{flag}", value]
     return tuple([*words, "--load-in-4bit"] if args.load_in_4bit else words)
@@ -196,10 +187,10 @@ def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
 
 def _known(args: argparse.Namespace, request: Request, console: Console) -> tuple[Request, str]:
     """The request with the retain rows the base knows, and the file they are written to."""
-    from evaluation.experiments.known import known_rows, write_rows
+    from evaluation.experiments.small_rows import known_rows, write_rows
 
     console.words("Finding the retain rows that the base knows ...")
-    found = known_rows(options.base_spec(args), request.retain, args.retain_known)
+    found = known_rows(options.base_spec(args), request.retain, args.retain_known, args.template)
     rows = tuple(request.retain[i] for i in found)
     if not rows:
         raise UserError(
@@ -260,12 +251,3 @@ def _print_chosen(found: Mapping[str, Any], console: Console) -> None:
         verdict = f"misses {', '.join(missed)}" if missed else "reaches the goal"
         console.text(f"{row['name']}: {verdict}")
     console.text("\n" + shlex.join(found["command"]))
-
-
-def _print_lambdas(found: Mapping[str, Any], console: Console) -> None:
-    for name, tried in found["compared"].items():
-        console.text(
-            f"\n{name}: forget weight {tried['forget_weight']:g}, retain weight "
-            f"{tried['retain_weight']:g}"
-        )
-        console.table(tried["looks"])

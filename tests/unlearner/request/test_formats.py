@@ -1,0 +1,258 @@
+"""Rows as people have them: every format and column naming, and one sentence for a wrong file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import UserError
+from unlearner.request.formats import Columns, read_rows
+from unlearner.request.rows import Row
+from unlearner.request.sources import parse_request, rows_named
+
+ROWS = [Row('Where was "Ana", born?', "In Lagos,\nby the sea."), Row("Où?", "Là.")]
+NAMES = [("question", "answer"), ("prompt", "completion"), ("instruction", "output")]
+
+
+def records(question: str = "question", answer: str = "answer") -> list[dict[str, Any]]:
+    return [{"id": i, question: row.question, answer: row.answer} for i, row in enumerate(ROWS)]
+
+
+def as_json_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_json(rows: list[dict[str, Any]]) -> bytes:
+    return json.dumps(rows, indent=2).encode()
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    import io
+
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    file = io.BytesIO()
+    write_table(pa.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def as_table(delimiter: str) -> Callable[[list[dict[str, Any]]], bytes]:
+    def write(rows: list[dict[str, Any]]) -> bytes:
+        import csv
+        import io
+
+        file = io.StringIO()
+        table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        table.writeheader()
+        table.writerows(rows)
+        return file.getvalue().encode()
+
+    return write
+
+
+FORMATS = {
+    "rows.jsonl": as_json_lines,
+    "rows.json": as_json,
+    "rows.csv": as_table(","),
+    "rows.tsv": as_table("\t"),
+    "excel.csv": as_table(";"),
+    "rows.parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("names", NAMES, ids="/".join)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows(
+    name: str, names: tuple[str, str], zipped: bool, tmp_path: Path
+) -> None:
+    data = FORMATS[name](records(*names))
+    path = tmp_path / (f"{name}.gz" if zipped else name)
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    assert read_rows(path) == ROWS
+    # What a file holds decides, not what it is called.
+    other = path.rename(tmp_path / "rows.txt")
+    assert read_rows(other) == ROWS
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv"])
+def test_a_byte_order_mark_is_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + FORMATS[name](records()))
+    assert read_rows(path) == ROWS
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_columns_are_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name](records("Frage", "Antwort")))
+    assert read_rows(path, columns=Columns("Frage", "Antwort")) == ROWS
+    with pytest.raises(UserError, match="no columns question and answer") as error:
+        read_rows(path)
+    assert "(it has: id, Frage, Antwort)" in error.value.problem
+    assert "--question-column" in error.value.fix
+    with pytest.raises(UserError, match="has no column 'Fragen'"):
+        read_rows(path, columns=Columns("Fragen", "Antwort"))
+    retain = tmp_path / "retain.jsonl"
+    retain.write_text('{"question": "Else?", "answer": "Yes."}\n')
+    # The retain rows may have the usual names.
+    request = parse_request(str(path), retain=str(retain), columns=Columns("Frage", "Antwort"))
+    assert request.rows == tuple(ROWS)
+    assert request.retain == (Row("Else?", "Yes."),)
+
+
+def test_a_named_column_goes_before_one_that_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Q?", "answer": "Long.", "short": "S."}\n')
+    assert read_rows(path, columns=Columns(answer="short")) == [Row("Q?", "S.")]
+
+
+def turns(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"The {role}."} for role in roles]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_chats_are_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name]([{"messages": turns("user", "assistant")}]))
+    assert read_rows(path) == [Row("The user.", "The assistant.")]
+    chat = [{"prompt": turns("user"), "completion": turns("assistant")}]
+    path.write_bytes(FORMATS[name](chat))
+    assert read_rows(path) == [Row("The user.", "The assistant.")]
+
+
+@pytest.mark.parametrize(
+    ("roles", "problem"),
+    [
+        (("system", "user", "assistant"), "--system"),
+        (("user", "assistant", "user", "assistant"), "not of one user and one assistant"),
+        (("user",), "not of one user"),
+        ((), "turns of nobody"),
+    ],
+)
+def test_a_chat_that_is_no_row_is_refused(
+    roles: tuple[str, ...], problem: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_bytes(as_json_lines([{"messages": turns(*roles)}]))
+    with pytest.raises(UserError, match=problem):
+        read_rows(path)
+
+
+def test_an_instruction_takes_its_input_along(tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.json"
+    rows = [{"instruction": "Translate.", "input": "Là", "output": "There"}]
+    path.write_text(json.dumps([*rows, {"instruction": "Greet.", "input": "", "output": "Hi"}]))
+    assert read_rows(path) == [Row("Translate.\n\nLà", "There"), Row("Greet.", "Hi")]
+
+
+def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    table = Dataset.from_list(records())
+    table.save_to_disk(tmp_path / "one")
+    assert read_rows(tmp_path / "one") == ROWS
+    DatasetDict(train=table).save_to_disk(tmp_path / "dict")
+    assert rows_named(str(tmp_path / "dict")) == ROWS
+    DatasetDict(train=table, test=table).save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match="several splits: train, test") as error:
+        read_rows(tmp_path / "two")
+    assert str(tmp_path / "two" / "train") in error.value.fix
+    assert read_rows(tmp_path / "two" / "train") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hub:a/b", ("a/b", None, "train")),
+        ("hub:a/b:test", ("a/b", None, "test")),
+        ("hub:a/b:en:test", ("a/b", "en", "test")),
+    ],
+)
+def test_a_hub_data_set_is_read(
+    name: str, words: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(path: str, config: str | None, *, split: str) -> list[dict[str, Any]]:
+        assert (path, config, split) == words
+        return records("prompt", "completion")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(parse_request(name).rows) == ROWS
+    assert rows_named(name) == ROWS
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:a/b/c", "hub:a/b:", "hub:a/b:c:d:e"])
+def test_a_broken_name_of_a_hub_data_set_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="names no data set"):
+        rows_named(name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"just\nsome\nprose\n" * 1000,
+        b"a,b\n" + b"1,2\n" * 3000,
+        json.dumps([{"q": 1}] * 3000, indent=1).encode(),
+        json.dumps([{"question": "Q?", "answer": "A."}] * 3000, indent=1).encode()[:-9],
+        json.dumps({"data": [{"question": "Q?"}] * 3000}, indent=1).encode(),
+        b'{"question": "Q?"}\n' * 3001,
+        b'{"question": "Q?", "answer": "A."}\n' * 3001,
+        b'{"question": 1, "answer": "A."}\n' * 3001,
+        gzip.compress(b"a,b\n1,2\n")[:-6],
+        b"\x1f\x8bnothing",
+        b"PAR1 and no more",
+        b'question,answer\n"open,1\n' * 2,
+    ],
+)
+def test_a_wrong_file_is_one_sentence(data: bytes, tmp_path: Path) -> None:
+    for name in ("wrong.jsonl", "wrong.csv"):
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(UserError) as error:
+            read_rows(path)
+        assert len(error.value.problem) < 400
+        assert error.value.problem.count("\n") <= 2
+        assert error.value.fix
+
+
+def test_only_the_first_of_many_problems_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(as_json_lines([{"question": f"Q{i}?", "x": i, f"y{i}": 1} for i in range(99)]))
+    with pytest.raises(UserError, match="has 99 problems") as error:
+        read_rows(path)
+    assert error.value.problem.count("\n") == 22
+    assert "and 79 more" in error.value.problem
+
+
+@pytest.mark.parametrize(
+    "again",
+    ["WHERE WAS ÁNA BORN?", "Where  was\tÁna born? ", "Where was A\u0301na born?",
+     "Where\u200b was Ána\ufeff born?", "Where was Á\u00adna born?", "Where was Ána\xa0born?",
+     "Ｗｈｅｒｅ was Ána born?", "Where was Ána born\ufe0f?"],
+)  # fmt: skip
+def test_the_same_question_in_another_form_is_the_same(again: str, tmp_path: Path) -> None:
+    question = "Where was Ána born?"
+    forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"
+    forget.write_bytes(as_json_lines([{"question": question, "answer": "In Lagos."}]))
+    retain.write_bytes(as_json_lines([{"question": again, "answer": "Elsewhere."}]))
+    with pytest.raises(UserError, match="row 1 is also row 1"):
+        parse_request(str(forget), retain=str(retain))
+    (tmp_path / "data").mkdir()
+    retain.rename(tmp_path / "data" / "full.json")
+    assert parse_request(str(forget), tmp_path / "data").retain == ()
+
+
+def test_a_split_is_named_with_or_without_its_source(tmp_path: Path) -> None:
+    for name in ("forget05", "retain95", "full"):
+        (tmp_path / f"{name}.json").write_bytes(as_json_lines([{"question": name, "answer": "x"}]))
+    plain, named = (parse_request(text, tmp_path) for text in ("forget05", "tofu:forget05"))
+    assert plain.rows == named.rows == (Row("forget05", "x"),)
+    assert plain.retain == named.retain == (Row("retain95", "x"),)
+    assert rows_named("retain95", tmp_path) == rows_named("tofu:retain95", tmp_path)
+    assert parse_request("forget05", tmp_path, "retain95").kind == "tofu-split"
