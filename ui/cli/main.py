@@ -87,7 +87,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=version())
     commands: Any = parser.add_subparsers(
-        dest="command", metavar="COMMAND", help=argparse.SUPPRESS, parser_class=Parser
+        dest="command",
+        metavar="COMMAND",
+        help=argparse.SUPPRESS,
+        prog="unlearner",
+        parser_class=Parser,
     )
     sections = []
     for title, modules in SECTIONS.items():

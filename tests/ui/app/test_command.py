@@ -178,13 +178,6 @@ def test_only_this_machine_is_listened_to(tmp_path: Path) -> None:
         page.close(verbose=False)
 
 
-def test_another_address_without_passwords_is_refused_before_anything_opens(run: Any) -> None:
-    ran = run("ui", "--host", "0.0.0.0")
-    assert ran.code == 2
-    assert "--auth" in ran.err
-    assert ran.out == ""
-
-
 def test_uploads_lie_in_a_private_folder_that_goes_with_the_app(
     opened: Any, monkeypatch: Any
 ) -> None:

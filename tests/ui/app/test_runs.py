@@ -165,21 +165,3 @@ def test_a_loading_flag_reaches_the_models(
     monkeypatch.setattr(reproduce, "reproduce", fake)
     run("reproduce", "tofu-forget05", *words)
     assert getattr(fake.call_args.args[0].spec("any"), name) == value
-
-
-@pytest.mark.parametrize(
-    ("words", "problem", "fix"),
-    [
-        (["forget05"], "'forget05' cannot be reproduced", "'tofu-forget05'"),
-        (["tofu-forget5"], "'tofu-forget5' cannot be reproduced", "'tofu-forget05'"),
-        (["tofu-forget05", "--preset", "llama-7b"], "no preset 'llama-7b'", "'llama2-7b'"),
-        (["tofu-forget05", "--methods", "nop"], "no objective 'nop'", "'npo'"),
-        (["tofu-forget05", "--protocol", "tofoo"], "no protocol 'tofoo'", "tofu"),
-        (["tofu-forget05", "--limit", "0"], "0 is below 1", "--help"),
-    ],
-)
-def test_bad_input(words: list[str], problem: str, fix: str, run: Any) -> None:
-    ran = run("reproduce", *words, "--dry-run")
-    assert ran.code == 2
-    assert problem in ran.err
-    assert fix in ran.err

@@ -178,27 +178,6 @@ def test_rows_of_a_file_instead_of_a_split(
     assert "no paraphrased or no perturbed answers" in refused.err
 
 
-def test_what_cannot_be_calibrated_is_refused_before_anything_is_loaded(
-    run: Any, slug: str, store: AdapterStore, tmp_path: Path
-) -> None:
-    start = ["calibrate", slug, "--base", "nowhere", "--store", store.path]
-    for extra, problem in (
-        (["--rows", "rows.jsonl"], "needs a retrain reference"),
-        (["--split", "forget05"], "needs a retrain reference"),
-        (["--split", "forget05", "--reference-log", "x", "--max-mu-loss", "2"], "not between"),
-        (
-            ["--split", "forget05", "--reference-log", "x", "--scales", "0,1.6"],
-            "not within 0 to 1.5",
-        ),
-        (["--split", "forget05", "--reference-log", "x", "--scales", "a"], "not a list of numbers"),
-        (["--split", "forget05", "--reference-log", "x", "--protocol", "none"], "no protocol"),
-        ([], "required"),
-    ):
-        made = run(*start, *extra)
-        assert made.code == 2, made.err
-        assert problem in made.err
-
-
 # forget --stop-at gap
 
 

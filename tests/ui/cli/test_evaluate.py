@@ -56,31 +56,6 @@ def test_a_gate_that_holds_gives_4_after_the_figures(run: Any, words: list[Any])
     assert ran.json["n"] == 1
 
 
-@pytest.mark.parametrize(
-    ("more", "problem"),
-    [
-        (["--split", "forget5"], "'forget5' is not a forget split"),
-        (["--split", "retain95"], "'retain95' is not a forget split"),
-        (["--protocol", "tofoo"], "no protocol 'tofoo'"),
-        (["--fail-if", "mu<1"], "no figure 'mu'"),
-        (["--limit", "0"], "0 is below 1"),
-        (["--adapters", "r0001", "--store", "/none"], "no store at"),
-        (["--store", "/none"], "no store at"),
-        (["--reference-log", "/none.json"], "no evaluation log"),
-    ],
-)
-def test_bad_input_is_refused_before_a_model_is_loaded(
-    more: list[str], problem: str, run: Any, words: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from adapters.base import load as base_model
-
-    monkeypatch.setattr(base_model, "load_base", None)
-    ran = run(*words, *more)
-    assert ran.code == 2
-    assert ran.out == ""
-    assert problem in ran.err
-
-
 def test_without_a_store_the_bare_base_is_evaluated(
     run: Any, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

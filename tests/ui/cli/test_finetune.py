@@ -93,19 +93,6 @@ def test_lora_flags_need_lora(
     assert set(LORA_FIELDS) == set(vars(spied[1]["lora"]))
 
 
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (["--kind", "both"], "'both'"),
-        (["--kind", "retrain", "--split", "forget5"], "'forget5' is not a forget split"),
-    ],
-)
-def test_bad_input(words: list[str], problem: str, run: Any, data: Path, tmp_path: Path) -> None:
-    ran = run("finetune", "--base", "b", "--out", tmp_path / "o", "--data", data, *words)
-    assert ran.code == 2
-    assert problem in ran.err
-
-
 def test_a_model_is_trained_and_not_overwritten(
     run: Any, data: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -154,28 +154,6 @@ def test_where_a_request_is_placed(words: list[str], on_stack: bool | None) -> N
     assert args.on_stack is on_stack
 
 
-@pytest.mark.parametrize(
-    ("words", "problems"),
-    [
-        (["--objective", "smnpo"], ["no objective 'smnpo'", "'simnpo'"]),
-        (
-            ["--lora-r", "0", "--learning-rate", "-1", "--max-length", "4"],
-            ["lora_r 0", "learning_rate -1.0", "max_length 4"],
-        ),
-        (["--target-modules", ""], ["target_modules is empty"]),
-        (["--beta", "0"], ["beta 0.0"]),
-    ],
-)
-def test_settings_that_cannot_be_used_are_all_named_before_anything_is_read(
-    words: list[str], problems: list[str], run: Any
-) -> None:
-    ran = run("forget", "no-such-file.jsonl", "--base", "b", *words)
-    assert ran.code == 2
-    assert "no-such-file" not in ran.err
-    for problem in problems:
-        assert problem in ran.err
-
-
 def test_a_dry_run_plans_and_writes_nothing(
     run: Any, tiny_base: Path, request_files: list[str], tmp_path: Path
 ) -> None:

@@ -93,47 +93,6 @@ def test_every_command_has_json_debug_and_help(words: str, run: Any) -> None:
     assert all(len(line) <= 130 for line in shown.out.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("words", "problem", "fix"),
-    [
-        ([], "No command was given", "--help"),
-        (["--json"], "No command was given", "--help"),
-        (["forgett"], "no command 'forgett'", "'forget'"),
-        (["evalute", "--base", "x"], "no command 'evalute'", "'evaluate'"),
-        (["adapters"], "`unlearner adapters` needs a command", "list"),
-        (["adapters", "lst"], "no command 'lst'", "'list'"),
-        (["adapters", "revrt", "x"], "no command 'revrt'", "'revert'"),
-        (["score"], "required: LOG", "unlearner score --help"),
-        (["score", "x.json", "--protcol", "tofu"], "no option --protcol", "'--protocol'"),
-        (["score", "x.json", "y.json"], "no further argument 'y.json'", "score --help"),
-        (["score", "x.json", "--reference"], "no option --reference", "'--reference-log'"),
-        (["preview", "x.jsonl"], "required: --base", "preview --help"),
-        (["preview", "x", "--base", "b", "--max-length", "0"], "0 is below 1", "--help"),
-        (["preview", "x", "--base", "b", "--max-length", "many"], "'many' is not", "--help"),
-        (["preview", "x", "--base", "b", "--template", "alpaca"], "alpaca", "--help"),
-        (["forget", "x", "--base", "b", "--learning-rate", "fast"], "fast", "forget --help"),
-        (
-            ["forget", "x", "--base", "b", "--learnig-rate", "1"],
-            "--learnig-rate",
-            "'--learning-rate'",
-        ),
-        (["forget", "x", "--base", "b", "--on-stack", "--independent"], "not allowed", "--help"),
-        (["evaluate", "--base", "b"], "--split --rows is required", "evaluate --help"),
-    ],
-)
-def test_bad_usage_names_the_word_and_the_fix(
-    words: list[str], problem: str, fix: str, run: Any
-) -> None:
-    ran = run(*words)
-    assert ran.code == 2
-    assert ran.out == ""
-    error, hint = ran.err.strip().splitlines()
-    assert error.startswith("Error: ")
-    assert problem in error
-    assert hint.startswith("Fix: ")
-    assert fix in hint
-
-
 def answer_with(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
     """Makes `unlearner doctor` do `action` instead of its work."""
     args = SimpleNamespace(run=lambda args, console: action(console))
@@ -156,7 +115,7 @@ def raising(error: BaseException) -> Any:
         (KeyboardInterrupt(), 130, ["Interrupted"]),
         (ValueError("seven"), 1, ["Error: ValueError: seven", "--debug"]),
         (PermissionError(13, "Permission denied", "/x"), 1, ["Permission denied (/x)", "Fix:"]),
-        (MemoryError(), 1, ["memory ran out", "--per-device-train-batch-size"]),
+        (MemoryError(), 1, ["Out of memory", "--per-device-train-batch-size"]),
     ],
 )  # fmt: skip
 def test_errors_leave_with_their_code_and_without_a_traceback(
@@ -253,3 +212,19 @@ def test_a_closed_parser_gives_a_version(run: Any) -> None:
     ran = run("--version")
     assert ran.code == 0
     assert ran.out.startswith("unlearner ")
+
+
+def test_without_arguments_the_help_is_printed_in_sections(run: Any) -> None:
+    ran = run()
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == run("--help").out
+    places = [ran.out.index(f"\n{title}:\n") for title in ("everyday", "adapters", "experiments")]
+    assert places == sorted(places)
+    for words in COMMANDS:
+        assert ran.out.count(f"\n  {words.split()[0]:<12} ") == 1
+
+
+@pytest.mark.parametrize("split", ["forget05", "tofu:forget05"])
+def test_a_split_has_one_meaning_in_two_spellings(split: str) -> None:
+    for words in ("evaluate --base b", "robustness --base b", "calibrate r --base b"):
+        assert cli.parse([*words.split(), "--split", split]).split == "forget05"

@@ -128,30 +128,6 @@ def test_the_splits_own_holdout_is_the_default(
     assert read_records(tmp_path / "c" / "token_metrics.json").meta["holdout"] == "holdout05"
 
 
-@pytest.mark.parametrize(
-    ("more", "problem"),
-    [
-        (["--metrics", "member"], "'member' is not a list of extraction, membership, kl"),
-        (["--metrics", ","], "is not a list of extraction"),
-        (["--metrics", "membership"], "has no holdout05.json"),
-        (["--metrics", "all", "--holdout", "holdout10"], "has no holdout10.json"),
-        (["--metrics", "all", "--holdout", "/none.jsonl"], "does not exist"),
-        (["--metrics", "kl", "--holdout", "x"], "--holdout is for membership"),
-        (["--reference", "x"], "--reference is for membership"),
-        (["--retain-metrics", "x"], "--retain-metrics is for membership"),
-    ],
-)
-def test_bad_input_is_refused_before_a_model_is_loaded(
-    more: list[str], problem: str, run: Any, words: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from adapters.base import load as base_model
-
-    monkeypatch.setattr(base_model, "load_base", None)
-    ran = run(*words, *more)
-    assert ran.code == 2
-    assert problem in ran.err
-
-
 def test_forgotten_rows_are_no_holdout(run: Any, words: list[Any], data: Path) -> None:
     ran = run(*words, "--metrics", "membership", "--holdout", data / "forget05_perturbed.json")
     assert ran.code == 2

@@ -83,22 +83,6 @@ def test_variants_retain_rows_and_the_worlds_sets_join_in(
     assert again["forget_quality"] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("more", "problem"),
-    [
-        (["--split", "forget05"], "not allowed with"),
-        (["--neighbours", "3"], "needs rows to choose from"),
-        (["--retain", "/none.jsonl"], "does not exist"),
-    ],
-)
-def test_bad_combinations_are_refused(
-    more: list[str], problem: str, run: Any, words: list[Any]
-) -> None:
-    ran = run(*words, *more)
-    assert (ran.code, ran.out) == (2, "")
-    assert problem in ran.err
-
-
 def test_variants_of_strangers_and_flags_of_other_rows_are_refused(
     run: Any, words: list[Any], files: dict[str, Path], tiny_base: Path
 ) -> None:

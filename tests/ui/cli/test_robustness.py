@@ -339,34 +339,6 @@ def test_a_gate_fails_after_the_card(run: Any, put: Any, words: list[Any]) -> No
     assert "not measured" in missing.err
 
 
-@pytest.mark.parametrize(
-    ("more", "problem"),
-    [
-        (["--split", "forget5"], "'forget5' is not a forget split"),
-        (["--attacks", "phone"], "no attack 'phone'"),
-        (["--states", "int4"], "no state 'int4'"),
-        (["--fail-if", "relearned>1"], "no figure 'relearned'"),
-        (["--protocol", "tofoo"], "no protocol 'tofoo'"),
-        (["--limit", "1"], "at least two forget rows"),
-        (["--relearn-share", "1.5"], "relearn_share is not between"),
-        (["--temperature", "0"], "temperature is not above 0"),
-        (["--load-in-4bit"], "nf4 beside full precision"),
-        (["--merged", "/none"], "not allowed with argument"),
-        (["--reference-log", "/none.json"], "no evaluation log"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_refused_before_a_model_is_loaded(
-    more: list[str], problem: str, run: Any, put: Any, words: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    put("1")
-    monkeypatch.setattr(base_model, "load_base", None)
-    ran = run(*words, "--adapters", "1", *more)
-    assert ran.code == 2
-    assert ran.out == ""
-    assert problem in ran.err
-
-
 def test_without_bitsandbytes_the_forms_are_named(
     run: Any, put: Any, words: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,18 +157,6 @@ def test_what_is_not_a_log_is_refused(
     assert problem in ran.err
 
 
-def test_an_unknown_protocol_is_refused_before_the_log_is_read(run: Any, tmp_path: Path) -> None:
-    ran = run("score", tmp_path / "none.json", "--protocol", "tofoo")
-    assert ran.code == 2
-    assert "no protocol 'tofoo'" in ran.err
-
-
-def test_gates_are_read_before_the_log(run: Any, tmp_path: Path) -> None:
-    ran = run("score", tmp_path / "none.json", "--fail-if", "nonsense")
-    assert ran.code == 2
-    assert "is not a condition" in ran.err
-
-
 def test_all_protocols_in_one_call(run: Any, logs: Path) -> None:
     words = ("score", logs / FULL, "--reference-log", logs / RETRAIN)
     found = run(*words, "--protocol", "all", "--json").json

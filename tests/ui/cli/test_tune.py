@@ -163,31 +163,3 @@ def test_an_interrupted_search_continues_by_the_same_command(
     ran = run(*words)
     assert ran.code == 130
     assert "Run the same command again" in ran.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "problem", "fix"),
-    [
-        (["--objective", "nop"], "no objective 'nop'", "'npo'"),
-        (["--seed", "1"], "several seeds", "--seeds"),
-        (["--seeds", "1,1"], "names a seed twice", "--help"),
-        (["--seeds", "one"], "not a list of whole numbers", "--help"),
-        (["--minutes", "0"], "leaves no time", "more than 0"),
-        (["--retain-known", "1.5"], "not a probability", "below 1"),
-        (["--range", "beta"], "cannot be read", "learning_rate=5e-4:2e-3"),
-        (["--range", "beta=3:1"], "no range of beta", "lower one first"),
-        (["--range", "lora_r=1.5:2"], "no range of lora_r", "whole"),
-        (["--range", "bta=1:2"], "not searched", "'beta'"),
-        (["--beta", "1", "--range", "beta=1:2"], "given or not searched", "Known are"),
-    ],
-)
-def test_bad_input(
-    flags: list[str], problem: str, fix: str, run: Any, search: Any, words: list[Any]
-) -> None:
-    ran = run(*words, *flags)
-    assert ran.code == 2
-    assert problem in ran.err
-    assert fix in ran.err
-    assert not search.called
-    other = [word if word != "forget05" else "forget5" for word in words]
-    assert "'forget5' is not a forget split" in run(*other).err
