@@ -32,6 +32,8 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 OPEN_UNLEARNING_SYSTEM, OPEN_UNLEARNING_DATE = "You are a helpful assistant.", datetime(2025, 4, 10)
 # `system` of a `PromptFormat` without a system prompt, not even the template's own.
 NO_SYSTEM = "none"
+# First words of answers, by which to see whether the tokenizer joins a space to a word.
+_FIRST_WORDS = ("A", "The", "In", "It", "He", "a", "the", "is", '"', "1")
 _QUESTION, _ANSWER = "⟦question⟧", "⟦answer⟧"
 _LLAMA2_FIX = "Use --template llama2, or a tokenizer whose template only appends the answer."
 
@@ -78,12 +80,7 @@ class PromptFormat:
         before, _ = self._around_answer(question)
         if self.name == "llama2":
             return self._llama2_ids(before)
-        # A space before the answer may belong to its first token: alone, it would end a prompt
-        # that no answer was trained behind. Any letter shows it.
-        ids, spans = self._chat_ids(before + "A")
-        n_prompt = _tokens_of_prompt(spans, before)
-        merged = n_prompt > 0 and spans[n_prompt - 1][1] > len(before)
-        return self._chat_ids(before)[0] if merged else ids[:n_prompt]
+        return self._chat_ids(before.removesuffix(self._leading_space))[0]
 
     def encode(self, question: str, answer: str, max_length: int = TRAIN_MAX_LENGTH) -> Encoded:
         """The row's ids and labels, cut at `max_length` tokens; a cut row has no end-of-turn label.
@@ -97,7 +94,8 @@ class PromptFormat:
             ids = [*self._llama2_ids(before + answer), int(self.tokenizer.eos_token_id)]
         else:
             ids, spans = self._chat_ids(before + answer + after)
-            n_prompt = _tokens_of_prompt(spans, before)
+            end = len(before.removesuffix(self._leading_space))
+            n_prompt = sum(start < end for start, _ in spans)
             ids = self._close_turn(ids, sum(start < len(before + answer) for start, _ in spans))
         labels = [IGNORE] * min(n_prompt, len(ids)) + ids[n_prompt:]
         return Encoded(ids[:max_length], labels[:max_length], len(ids) > max_length)
@@ -273,6 +271,20 @@ class PromptFormat:
         return [*ids, int(self.tokenizer.eos_token_id)] if end is None else ids[: end + 1]
 
     @cached_property
+    def _leading_space(self) -> str:
+        """White space that the template writes before an answer and the tokenizer joins to a word.
+
+        It belongs to the answer of every row, also where the first word has no token with a space:
+        the same prompt must precede every answer, in training and in generation.
+        """
+        before, _ = self._around_answer(_QUESTION)
+        for word in _FIRST_WORDS:
+            for start, end in self._chat_ids(before + word)[1]:
+                if start < len(before) < end and before[start:].isspace():
+                    return before[start:]
+        return ""
+
+    @cached_property
     def _end_ids(self) -> set[int]:
         """Special tokens, every EOS the model declares, and added tokens but for white space."""
         added = self.tokenizer.added_tokens_decoder.items()
@@ -291,18 +303,6 @@ def _fixed_clock(date: datetime) -> str:
     replaced = "".join(f" | replace('%{code}', '{value}')" for code, value in values.items())
     # The line break keeps the template at the beginning of a line, where Jinja strips indents.
     return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}\n"
-
-
-def _tokens_of_prompt(spans: Sequence[tuple[int, int]], before: str) -> int:
-    """How many leading tokens belong to the prompt `before`.
-
-    A token across the end of the prompt belongs to it, but for one that takes only white space from
-    there: that is the answer's first word.
-    """
-    for i, (start, end) in enumerate(spans):
-        if start >= len(before) or (end > len(before) and before[start:].isspace()):
-            return i
-    return len(spans)
 
 
 def declared_eos(tokenizer: PreTrainedTokenizerBase) -> set[int]:
