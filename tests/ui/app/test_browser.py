@@ -322,7 +322,7 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any, monkeyp
     monkeypatch.setattr(sheet, "_batch", batch)
     page.get_by_role("button", name="Fill the sheet").click()
     page.wait_for_function(
-        "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
+        "document.querySelector('#un-sheet-status').textContent.includes('25 of')", timeout=120000
     )
     groups = page.locator("#un-tally tbody th").all_inner_texts()
     assert groups == ["this author", "retain authors", "real authors", "world facts"]
@@ -337,7 +337,7 @@ def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, s
     _tab(page, "Stack")
     _pick(page, "#un-ref", "request-2")
     page.locator("#un-on").click()
-    page.wait_for_selector("text=Read back from the model: request-2 × 1.")
+    page.wait_for_selector("#un-read-back >> text=request-2 × 1.")
     assert [slug for slug, _ in app.session.filed_stack()] == [
         app.session.store().get("request-2").slug
     ]
@@ -346,7 +346,7 @@ def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, s
     page.wait_for_selector("text=It is switched off, exactly")
     assert app.session.filed_stack()  # only asked so far
     page.get_by_role("button", name="Yes, revert").click()
-    page.wait_for_selector("text=no adapter is active")
+    page.wait_for_selector("#un-read-back >> text=no adapter is active")
     assert app.session.filed_stack() == ()
     assert app.session.store().get("request-2").status == "reverted"
 
