@@ -56,8 +56,9 @@ FORMS = (
 class BareText(PromptFormat):
     """BOS and the question alone: no `[INST]`, no chat template."""
 
-    def _prompt_text(self, question: str) -> str:
-        return question
+    def around_answer(self, question: str) -> tuple[str, str]:
+        """The question alone, and nothing behind the answer."""
+        return question, ""
 
 
 def bare(fmt: PromptFormat) -> PromptFormat:

@@ -132,6 +132,7 @@ def test_the_manifest_says_how_it_was_made(
     more = {
         "steps": 4, "template": "chat", "guard_rows": 0, "packed": True, "processes": 1,
         "gradient_checkpointing": "off",
+        "prompt": {"template": "chat", "system": None, "preamble": None, "date": None},
     }  # fmt: skip
     assert found.train.pop("probe_bytes") > 100e6
     assert found.train == {**config.to_json()["train"], **more}
@@ -545,15 +546,15 @@ def test_a_plan_tells_rows_steps_and_sizes(
     config = quick(num_train_epochs=3, per_device_train_batch_size=4)
     run = prepare(request_, base, config, store)
     found = plan(run)
-    assert json.loads(json.dumps(found)) == found | {
-        "settings": json.loads(json.dumps(config.to_json()))
-    }
+    settings = json.loads(json.dumps(config.to_json()))
+    settings["lora"]["target_modules"] = list(TARGET_MODULES)  # "all-linear", resolved
+    assert json.loads(json.dumps(found)) == found | {"settings": settings}
     assert (found["forget_rows"], found["retain_rows"], found["parents"]) == (8, 10, [])
     assert (found["steps"], found["pairs_per_step"]) == (6, 4)
     lengths = [len(row.input_ids) for row in (*run.rows.forget, *run.rows.retain)]
     assert found["longest_row_tokens"] == max(lengths)
     shape = read_shape(Path(base.name))
-    assert found["adapter_parameters"] == shape.low_rank(4, config.lora.target_modules)
+    assert found["adapter_parameters"] == shape.low_rank(4, TARGET_MODULES)
     assert found["memory"]["kind"] == "estimate"
     assert "context_and_workspace" not in found["memory"]["terms_bytes"]
 

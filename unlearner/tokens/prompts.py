@@ -77,7 +77,7 @@ class PromptFormat:
 
     def encode_prompt(self, question: str) -> list[int]:
         """Token ids of the prompt alone: what `encode` puts before every answer."""
-        before, _ = self._around_answer(question)
+        before, _ = self.around_answer(question)
         if self.name == "llama2":
             return self._llama2_ids(before)
         return self._chat_ids(before.removesuffix(self._leading_space))[0]
@@ -88,7 +88,7 @@ class PromptFormat:
         Raises:
             UserError: the chat template cannot render the row.
         """
-        before, after = self._around_answer(question)
+        before, after = self.around_answer(question)
         if self.name == "llama2":
             n_prompt = len(self._llama2_ids(before))
             ids = [*self._llama2_ids(before + answer), int(self.tokenizer.eos_token_id)]
@@ -143,7 +143,7 @@ class PromptFormat:
         """
         if self.name == "llama2":
             return
-        before, _ = self._around_answer(_QUESTION)
+        before, _ = self.around_answer(_QUESTION)
         prompt = self._render(self._turns(_QUESTION), True)
         if not before.startswith(prompt):
             raise UserError(
@@ -151,7 +151,7 @@ class PromptFormat:
                 _LLAMA2_FIX,
             )
 
-    def _around_answer(self, question: str) -> tuple[str, str]:
+    def around_answer(self, question: str) -> tuple[str, str]:
         """The text before an answer and the text behind it."""
         if self.name == "llama2":
             return f"[INST] {question} [/INST]", ""
@@ -186,20 +186,23 @@ class PromptFormat:
         return ""
 
     def _preamble(self, turns: list[dict[str, str]]) -> str:
-        first = self._render(turns, True).partition(_QUESTION)[0]
+        first = self._without_special(self._render(turns, True).partition(_QUESTION)[0])
         more = [{"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _QUESTION}]
         try:
             later = self._render([*turns, *more], True).rpartition(_QUESTION)[0]
         except UserError:  # a template for one question only
             later = ""
-        later = later.rpartition(_ANSWER)[2]
+        later = self._without_special(later.rpartition(_ANSWER)[2])
         same = 0
         while same < min(len(first), len(later)) and first[-1 - same] == later[-1 - same]:
             same += 1
         text = first[: len(first) - same]
+        return text.strip().removeprefix("system").strip()
+
+    def _without_special(self, text: str) -> str:
         for token in self.tokenizer.all_special_tokens:
             text = text.replace(token, "")
-        return text.strip().removeprefix("system").strip()
+        return text
 
     def _date(self) -> datetime:
         return OPEN_UNLEARNING_DATE if self.name == "open-unlearning" else TEMPLATE_DATE
@@ -277,7 +280,7 @@ class PromptFormat:
         It belongs to the answer of every row, also where the first word has no token with a space:
         the same prompt must precede every answer, in training and in generation.
         """
-        before, _ = self._around_answer(_QUESTION)
+        before, _ = self.around_answer(_QUESTION)
         for word in _FIRST_WORDS:
             for start, end in self._chat_ids(before + word)[1]:
                 if start < len(before) < end and before[start:].isspace():
@@ -368,7 +371,7 @@ def _speaks_llama2(tokenizer: PreTrainedTokenizerBase) -> bool:
         return True
     if not is_llama2_tokenizer(tokenizer):
         return False
-    before, _ = PromptFormat(tokenizer, "chat")._around_answer(_QUESTION)
+    before, _ = PromptFormat(tokenizer, "chat").around_answer(_QUESTION)
     text = before.removeprefix(str(tokenizer.bos_token or ""))
     return "".join(text.split()) == f"[INST]{_QUESTION}[/INST]"
 

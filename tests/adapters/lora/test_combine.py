@@ -236,7 +236,8 @@ def test_a_matrix_folded_in_blocks_is_the_matrix_folded_whole(
 MEMORY = """
 import json, sys
 from pathlib import Path
-import torch, adapters.lora.combine
+import torch
+from adapters.lora import merge
 torch.zeros(64, 64).addmm_(torch.ones(64, 8), torch.ones(8, 64))
 def figure(name):
     for line in open("/proc/self/status"):
@@ -244,8 +245,8 @@ def figure(name):
             return int(line.split()[1]) * 1024
 base, adapter, out = map(Path, sys.argv[1:])
 before = figure("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew here
-adapters.lora.combine.fold_stack(base, [(adapter, 1.0)], out)
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+merge.fold_stack(base, [(adapter, 1.0)], out)
 print(json.dumps({"before": before, "after": figure("VmHWM")}))
 """
 

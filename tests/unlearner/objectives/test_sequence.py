@@ -189,7 +189,7 @@ def test_the_card_weighs_the_retain_term_and_the_readme_the_forget_term() -> Non
     assert replace(readme, name="simnpo", forget_weight=1.0, retain_weight=0.1375) == card
     for gamma in (0.0, 0.7):
         one = OBJECTIVES["simnpo"].terms(Given(), replace(card, gamma=gamma))
-        other = OBJECTIVES["simnpo-readme"](Given(), replace(readme, gamma=gamma))
+        other = OBJECTIVES["simnpo-readme"].terms(Given(), replace(readme, gamma=gamma))
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
