@@ -262,6 +262,20 @@ def _nf4_view(weight: torch.Tensor, loaded_dtype: DtypeName | None) -> torch.Ten
     return view
 
 
+def require_full_weights(base_folder: Path) -> None:
+    """Refuse a base that is stored quantised.
+
+    Raises:
+        UserError: config.json declares a quantisation.
+    """
+    if read_json(base_folder / "config.json").get("quantization_config"):
+        raise UserError(
+            f"The base {base_folder.name} is stored quantised: merging into it would erase the "
+            "forgetting.",
+            "Give the original weights; --from-4bit-view folds into their 4-bit view.",
+        )
+
+
 def _check_request(
     base_folder: Path,
     out: Path,
@@ -270,12 +284,7 @@ def _check_request(
 ) -> None:
     if dtype is not None and dtype not in CODES:
         raise UserError(f"{dtype!r} is not a dtype.", f"Use one of {', '.join(CODES)}.")
-    if read_json(base_folder / "config.json").get("quantization_config"):
-        raise UserError(
-            f"The base {base_folder.name} is stored quantised: merging into it would erase the "
-            "forgetting.",
-            "Give the original weights; --from-4bit-view folds into their 4-bit view.",
-        )
+    require_full_weights(base_folder)
     for files, _ in stack:
         check_finite(files)
         require_fits(files, base_folder)

@@ -148,10 +148,11 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.words(f"Reading {args.base} ...")
     from adapters.base.fingerprint import fingerprint_base
     from adapters.base.load import resolve_base
-    from adapters.lora.merge import fold_stack
+    from adapters.lora.merge import fold_stack, require_full_weights
     from adapters.lora.model_card import Release, write_release
 
     base = resolve_base(args.base, args.revision)
+    require_full_weights(base)  # before it is compared: a quantised copy is another base too
     fingerprint = fingerprint_base(base)
     stack = [(store.require_whole(slug, fingerprint), scale) for slug, scale in chosen]
     _tell_view(stack, args.from_4bit_view, console)
