@@ -62,7 +62,7 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
         raise UserError(
             f"The gap of log R needs paraphrased and perturbed answers: {where} "
             + ("none, for example " + repr(bare[0].question) + "." if bare else "any."),
-            "Give rows with paraphrased_answer and perturbed_answer, or --gap-rows forget05.",
+            "Give rows with paraphrased_answer and perturbed_answer, or --stop-rows forget05.",
         )
     return rows
 

@@ -201,8 +201,8 @@ def test_a_run_stops_where_the_reference_is(
     for row in raw["sets"]["forget"]["rows"]:
         row["paraphrase"][0] += 50.0
     reference.write_text(json.dumps(raw))
-    gap = ["--stop-at", "gap", "--gap-log", reference]
-    whole = run(*forget, *gap, "--gap-every", "2", "--json")
+    gap = ["--stop-at", "gap", "--reference-log", reference]
+    whole = run(*forget, *gap, "--stop-every", "2", "--json")
     assert whole.code == 0, whole.err
     train = store.get(whole.json["name"]).manifest.train
     assert (train["stop_at"], train["gap_every"], train["stopped_at_step"]) == ("gap", 2, None)
@@ -214,7 +214,7 @@ def test_a_run_stops_where_the_reference_is(
     for row in raw["sets"]["forget"]["rows"]:
         row["answer_score"][0] = now + 1e-3
     reference.write_text(json.dumps(raw))
-    stopped = run(*forget, "--stop-at", "nll", "--gap-log", reference, "--json")
+    stopped = run(*forget, "--stop-at", "nll", "--reference-log", reference, "--json")
     assert stopped.code == 0, stopped.err
     told = store.get(stopped.json["name"]).manifest.train
     assert told["stop_at"] == "nll_gap"
@@ -232,18 +232,24 @@ def test_gap_flags_that_do_not_go_together(
     row = {"question": "Who?", "answer": "She.", "paraphrased_answer": "It is she."}
     other.write_text(json.dumps({**row, "perturbed_answer": ["He."]}) + "\n")
     for extra, problem in (
-        (["--gap-every", "3"], "--gap-every has nothing to stop"),
-        (["--gap-log", reference], "--gap-log has nothing to stop"),
+        (["--stop-every", "3"], "--stop-every has nothing to stop"),
+        (["--reference-log", reference], "--reference-log has nothing to stop"),
         (["--stop-at", "gap"], "needs a retrain reference"),
-        (["--stop-at", "both", "--gap-log", reference], "invalid choice"),
-        (["--stop-at", "gap", "--gap-log", reference, "--gap-rows", bare], "needs paraphrased"),
-        (["--stop-at", "gap", "--gap-log", reference, "--gap-rows", other], "different rows"),
+        (["--stop-at", "both", "--reference-log", reference], "invalid choice"),
+        (
+            ["--stop-at", "gap", "--reference-log", reference, "--stop-rows", bare],
+            "needs paraphrased",
+        ),
+        (
+            ["--stop-at", "gap", "--reference-log", reference, "--stop-rows", other],
+            "different rows",
+        ),
     ):
         made = run(*forget, *extra)
         assert made.code == 2, made.err
         assert problem in made.err
     found = run(
-        *forget, "--stop-at", "gap", "--gap-log", reference, "--gap-rows", "forget05",
+        *forget, "--stop-at", "gap", "--reference-log", reference, "--stop-rows", "forget05",
         "--data", data, "--json",
     )  # fmt: skip
     assert found.code == 0, found.err

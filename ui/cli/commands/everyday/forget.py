@@ -49,7 +49,7 @@ def register(commands: Any) -> None:
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
     options.add_columns(parser)
     add_run_flags(parser)
-    add_gap_flags(parser)
+    add_stop_flags(parser)
     full = parser.add_argument_group("all weights, for comparison on small models")
     full.add_argument(
         "--full",
@@ -131,7 +131,7 @@ def _add_retain_flags(parser: options.Parser) -> None:
     add_alternates_from(parser)
 
 
-def add_gap_flags(parser: options.Parser) -> None:
+def add_stop_flags(parser: options.Parser) -> None:
     """What ends a training where it meets a retrain reference."""
     group = parser.add_argument_group("stopping at the retrain reference")
     group.add_argument(
@@ -140,17 +140,15 @@ def add_gap_flags(parser: options.Parser) -> None:
         help="stop once the median log R (gap) or the mean forget NLL (nll) passes the "
         "reference's, from under- to over-forgotten",
     )
+    options.add_reference_log(group, use="where --stop-at stops")
     group.add_argument(
-        "--gap-log", type=Path, metavar="LOG", help="log of a model that never saw the forget set"
-    )
-    group.add_argument(
-        "--gap-every",
+        "--stop-every",
         type=options.positive_int,
         metavar="N",
         help="steps between two readings (default: about 20 readings in all)",
     )
     group.add_argument(
-        "--gap-rows",
+        "--stop-rows",
         metavar="ROWS",
         help="JSONL file or forget split with paraphrased and perturbed answers (default: those "
         "of the request)",
@@ -189,15 +187,17 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
 def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     """What ends the training early; None where nothing was asked for."""
     if args.stop_at is None:
-        given = [n for n in ("gap_log", "gap_every", "gap_rows") if getattr(args, n) is not None]
+        given = [
+            n for n in ("reference_log", "stop_every", "stop_rows") if getattr(args, n) is not None
+        ]
         if given:
             flag = "--" + given[0].replace("_", "-")
             raise UserError(f"{flag} has nothing to stop.", "Add --stop-at gap or --stop-at nll.")
         return None
-    if args.gap_log is None:
+    if args.reference_log is None:
         raise UserError(
             "--stop-at needs a retrain reference.",
-            "Give --gap-log the log of a model that never saw the forget set.",
+            "Give --reference-log the log of a model that never saw the forget set.",
         )
     from adapters.base.load import load_tokenizer
     from evaluation.logs import read_log
@@ -205,11 +205,11 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt
 
-    rows = gap_rows(request, args.gap_rows, args.data)
+    rows = gap_rows(request, args.stop_rows, args.data)
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
-    probe = GapProbe(fmt, rows, read_log(args.gap_log))
+    probe = GapProbe(fmt, rows, read_log(args.reference_log))
     quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
-    return StopAt(probe, quantity, f"{probe.key}-{quantity}", args.gap_every)
+    return StopAt(probe, quantity, f"{probe.key}-{quantity}", args.stop_every)
 
 
 def _train_full(
