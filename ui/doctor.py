@@ -50,6 +50,7 @@ def findings(store: Path) -> Iterator[Finding]:
         _gpu,
         lambda: _package("transformers"),
         lambda: _package("peft"),
+        lambda: _package("trl"),
         lambda: _package("datasets"),
         _four_bit,
         _attention,

@@ -137,4 +137,4 @@ def test_a_package_that_is_too_old_fails(run: Any, monkeypatch: pytest.MonkeyPat
     rows = {row["name"]: row for row in run("doctor", "--json").json["table"]}
     assert rows["peft"]["status"] == "fail"
     assert "0.20.1, but peft>=0.21 is needed" in rows["peft"]["detail"]
-    assert rows["trl"]["status"] == "ok"
+    assert rows["transformers"]["status"] == "ok"

@@ -187,7 +187,7 @@ def test_the_split_keeps_every_character_of_the_row(tiny_base: Path) -> None:
         ("tofu:forget5", "'tofu:forget5' is not a request", "'forget05'"),
         ("tofu:author=Hina Amen", "no author 'Hina Amen'", "'Hina Ameen'"),
         ("tofu:author=", "no author ''", "Fix: "),
-        ("nowhere.jsonl", "nowhere.jsonl does not exist", "JSONL file"),
+        ("nowhere.jsonl", "nowhere.jsonl does not exist", "file of rows"),
     ],
 )
 def test_a_request_that_does_not_exist(

@@ -138,7 +138,13 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(run: Any, tmp_path: Path) -
 def test_a_flag_reaches_the_reproduction(
     words: list[str], name: str, value: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = {"table": [ROW], "published": [], "published_protocol": None, "seconds": 1.0}
+    result = {
+        "table": [ROW],
+        "published": [],
+        "published_protocol": None,
+        "checks": [],
+        "seconds": 1.0,
+    }
     fake = create_autospec(reproduce.reproduce, return_value=result)
     monkeypatch.setattr(reproduce, "reproduce", fake)
     assert run("reproduce", "tofu-forget05").code == 0
@@ -160,7 +166,13 @@ def test_a_flag_reaches_the_reproduction(
 def test_a_loading_flag_reaches_the_models(
     words: list[str], name: str, value: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = {"table": [ROW], "published": [], "published_protocol": None, "seconds": 1.0}
+    result = {
+        "table": [ROW],
+        "published": [],
+        "published_protocol": None,
+        "checks": [],
+        "seconds": 1.0,
+    }
     fake = create_autospec(reproduce.reproduce, return_value=result)
     monkeypatch.setattr(reproduce, "reproduce", fake)
     run("reproduce", "tofu-forget05", *words)

@@ -96,11 +96,11 @@ def test_a_cap_that_is_too_small_loses_no_line_and_is_lifted(
 
 
 def test_rows_take_a_tokenizer_of_their_own_and_answers_need_one(run: Any, tmp_path: Path) -> None:
-    row = '{"question": "Who wrote it?", "answer": "Mira."}\n'
+    rows = [f'{{"question": "Who wrote book {i}?", "answer": "Mira."}}\n' for i in range(10)]
     for name in ("forget05", "retain95"):
-        (tmp_path / f"{name}.json").write_text(row * 10)
+        (tmp_path / f"{name}.json").write_text("".join(rows))
     for name in ("forget05", "retain", "real_authors", "world_facts"):
-        (tmp_path / f"{name}_perturbed.json").write_text(row * 3)
+        (tmp_path / f"{name}_perturbed.json").write_text("".join(rows[:3]))
     found = run("bench", "--count-only", "--data", tmp_path, "--json").json
     assert found["rows"].startswith("TOFU forget05, ")
     assert run("bench", "--count-only", "--tokenizer", tmp_path).code == 2

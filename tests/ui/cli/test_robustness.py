@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adapters.atomic_files import temporary_name
 from adapters.base import load as base_model
 from evaluation import suite
 from evaluation.robustness import card as robustness
@@ -319,8 +320,8 @@ def test_weights_that_a_killed_run_left_behind_go(
 ) -> None:
     """The folder's name holds the process: that of a living one stays."""
     put("1")
-    out, mine = tmp_path / "card", f".tmp-{os.getpid()}-abcd-merged"
-    for name in (mine, ".tmp-2147483646-abcd-merged"):
+    out, mine = tmp_path / "card", temporary_name("merged")
+    for name in (mine, mine.replace(f"-{os.getpid()}-", "-2147483646-")):
         (out / name).mkdir(parents=True)
     words = [*words, "--adapters", "1", "--attacks", "states", "--states", "merged"]
     assert run(*words, "--out", out).code == 0
