@@ -13,7 +13,7 @@ from ui import doctor
 
 NAMES = [
     "python", "adapters package", "memory", "disk", "write access", "torch", "gpu", "transformers",
-    "peft", "datasets", "4-bit", "attention", "hub", "store",
+    "peft", "trl", "datasets", "4-bit", "attention", "hub", "store",
 ]  # fmt: skip
 
 
