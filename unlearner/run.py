@@ -18,6 +18,7 @@ from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
+from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
 from unlearner.request.alternates import alternate_answers
@@ -116,6 +117,7 @@ def unlearn(
     store: AdapterStore,
     options: RunOptions | None = None,
     *,
+    model: Any = None,
     stop_at: StopAt | None = None,
     after_step: AfterStep | None = None,
     on_progress: Progress | None = None,
@@ -128,6 +130,7 @@ def unlearn(
         config: objective, LoRA shape and training.
         store: where the adapter is published, and where its checkpoints are meanwhile.
         options: stack, guard, label, resuming.
+        model: the base as `load_base` gives it, where it is loaded already; it is bare afterwards.
         stop_at: a measure against a retrain reference that ends the run once its sign turns.
         after_step: called with the step, the number of steps and the model after every step.
         on_progress: gets a dict per event: "note", "load", "probe" (the peak of two steps), "train"
@@ -145,10 +148,13 @@ def unlearn(
         report({"event": "note", "text": note})
     distributed.join()
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
-    model, view = load_with_adapter(run, store)
-    run, teachers = guard_targets(model, run, store, report)
     key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
-    with run_folder(store, key, run.options, report) as work:
+    with ExitStack() as stack:
+        if model is not None:
+            stack.callback(detach, model)
+        model, view = load_with_adapter(run, store, model)
+        run, teachers = guard_targets(model, run, store, report)
+        work = stack.enter_context(run_folder(store, key, run.options, report))
         summary = train(
             model, run, teachers, work, stop_at=stop_at, after_step=after_step, report=report
         )
@@ -448,13 +454,15 @@ def _memory_plan(run: Prepared, precision: BasePrecision) -> MemoryPlan:
 # Loading
 
 
-def load_with_adapter(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str, Any]]:
+def load_with_adapter(
+    run: Prepared, store: AdapterStore, base: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """The base with frozen, active parents and one new trainable adapter; and how it is held."""
     import torch
 
     from adapters.lora.stack import add_trainable, load_stack
 
-    base = load_base(run.base)
+    base = base if base is not None else load_base(run.base)
     view = base_view(base)
     slugs = [parent.slug for parent in run.parents]
     scales = {parent.slug: parent.scale for parent in run.parents}
