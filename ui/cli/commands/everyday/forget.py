@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
         "forget",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.settings(),
             options.store(),
@@ -154,8 +154,8 @@ def add_stop_flags(parser: options.Parser) -> None:
     group.add_argument(
         "--stop-rows",
         metavar="ROWS",
-        help="JSONL file or forget split with paraphrased and perturbed answers (default: those "
-        "of the request)",
+        help="a file, hub:OWNER/NAME or a forget split, with paraphrased and perturbed answers "
+        "(default: those of the request)",
     )
 
 
@@ -221,7 +221,7 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt
 
-    rows = gap_rows(request, args.stop_rows, args.data)
+    rows = gap_rows(request, args.stop_rows, args.data, options.columns(args))
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     probe = GapProbe(fmt, rows, read_log(args.reference_log))
     quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
@@ -281,7 +281,10 @@ def train_request(
     from unlearner.request.tofu import load_refusals
 
     needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
-    guard = [row for text in args.guard for row in parse_request(text, args.data).rows]
+    columns = options.columns(args)
+    guard = [
+        row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
+    ]
     path = options.store_path(args)
     console.words("Loading the libraries ...")
     from unlearner.run import RunOptions, plan, prepare, unlearn
