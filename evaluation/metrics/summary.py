@@ -27,6 +27,7 @@ from evaluation.logs.records import (
     write_json,
 )
 from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, mean_interval
+from evaluation.metrics.fact_recall import row_recalls
 from evaluation.metrics.forget_quality import (
     NEEDS_RETRAIN,
     ForgetQuality,
@@ -52,6 +53,8 @@ BETTER = {
     "forget_nll": "near retrain",
     "forget_rouge_l_recall": "near retrain",
     "forget_truth_ratio": "higher",
+    "forget_fact_recall": "near retrain",
+    "retain_fact_recall": "higher",
     **{
         f"{name}_{metric}": "lower" if metric == "nll" else "higher"
         for name in SETS[1:]
@@ -145,6 +148,13 @@ def summarise(
         result[f"{key}_interval"] = _spread(column, resamples, seed)
         if column is None:
             reasons[key] = _why_missing(log, name, metric, chosen)
+    for name in ("forget", "retain"):
+        recalls = row_recalls(rows.get(name, ()), chosen)
+        column = np.array(recalls) if recalls else None
+        result[f"{name}_fact_recall"] = None if column is None else float(column.mean())
+        result[f"{name}_fact_recall_interval"] = _spread(column, resamples, seed)
+        if column is None:
+            reasons[f"{name}_fact_recall"] = _why_missing(log, name, "fact_recall", chosen)
     result["retrain_forget_nll"] = _reference_nll(retain_log, chosen)
     if retain_log is not None and second_retain_log is not None:
         band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples, seed)
@@ -286,6 +296,8 @@ def _refuse_other_cut(log: EvalLog | None, protocol: Protocol) -> None:
 def _why_missing(log: EvalLog, name: str, metric: str, protocol: Protocol) -> str:
     if name not in log.sets:
         return f"the log has no {name} set"
+    if metric == "fact_recall":
+        return f"not every row has a question and an answer decoded as {protocol.decoding.name}"
     if metric == "rouge_l_recall":
         return f"the log has no answers decoded as {protocol.decoding.name} for every row"
     if metric == "nll" or (metric == "answer_prob" and name in ("forget", "retain")):
