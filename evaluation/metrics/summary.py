@@ -176,6 +176,32 @@ def _spread(values: Floats | None, resamples: int, seed: int) -> list[float] | N
     return list(mean_interval(values, resamples=resamples, seed=seed))
 
 
+FILED_INTERVALS = (
+    "ks_interval", "log_r_shift_interval", "model_utility_interval", "forget_fact_recall_interval",
+    "retain_fact_recall_interval",
+)  # fmt: skip
+
+
+def figures_to_file(
+    summary: Mapping[str, Any], split: str, scales: Mapping[str, float], limit: int | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Name and content of what a store keeps of a summary: numbers and words, never a text.
+
+    Args:
+        summary: of `summarise`.
+        split: what was evaluated.
+        scales: the strength of each adapter, in the order of the stack.
+        limit: of the rows of each set.
+    """
+    kept = {
+        key: value
+        for key, value in summary.items()
+        if not isinstance(value, dict | list) or key in FILED_INTERVALS
+    }
+    about = {"split": split, "stack": list(scales), "scales": dict(scales), "limit": limit}
+    return f"{split}-{summary['protocol']}", {**kept, **about}
+
+
 def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every figure of a summary as a row: name, value, interval, better, n, and why it is missing.
 
