@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
+from ui.cli.parser import Parser as Parser
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
 from unlearner.objectives.registry import OBJECTIVES
 
@@ -20,35 +19,8 @@ if TYPE_CHECKING:
     from unlearner.request.formats import Columns
 
 DEFAULT_STORE = "./forget-store"
+PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of printing and leaving.
-
-    Flags are never abbreviated: a script must not change its meaning when a flag is added.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("allow_abbrev", False)
-        # Examples below the flags keep their lines; the text above them is wrapped here.
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        if options.get("description"):
-            options["description"] = textwrap.fill(options["description"], 88)
-        super().__init__(**options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError with argparse's words and where to read more."""
-        raise UserError(f"{message[:1].upper()}{message[1:]}.", f"See `{self.prog} --help`.")
-
-    def option_names(self) -> list[str]:
-        """Every long flag of this parser."""
-        return [
-            name
-            for action in self._actions
-            for name in action.option_strings
-            if name.startswith("--")
-        ]
 
 
 def positive_int(text: str) -> int:
@@ -87,6 +59,26 @@ def common() -> Parser:
         "--json", action="store_true", help="one JSON object on stdout instead of text"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def config(*preset_keys: str) -> Parser:
+    """--config, and --preset where a preset has some of the settings `preset_keys`."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("settings from a file")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with settings of this command, which flags overrule; `unlearner config` prints "
+        "one",
+    )
+    if preset_keys:
+        group.add_argument(
+            "--preset",
+            metavar="NAME",
+            help=f"settings of a preset of `reproduce`: {', '.join(PRESETS)}",
+        )
+        parser.set_defaults(preset_keys=preset_keys)
     return parser
 
 
@@ -406,6 +398,9 @@ SETTING_HELP = {
 OBJECTIVE_FIELDS = tuple(field.name for field in fields(ObjectiveConfig) if field.name != "name")
 LORA_FIELDS = tuple(field.name for field in fields(LoraShape))
 TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
+SETTINGS = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
+# What a preset says of a base, whatever is done with it.
+OF_BASE = ("base", "template", "load_in_4bit")
 
 
 def settings(*, objective: bool = True) -> Parser:

@@ -59,6 +59,11 @@ def effort_of(args: argparse.Namespace) -> Effort:
     return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
 
 
+def without_tables(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as a store keeps them: numbers and words, and the intervals of `INTERVALS`."""
+    return {k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in INTERVALS}
+
+
 class References(NamedTuple):
     """Logs of one or two models that never saw the forget set."""
 

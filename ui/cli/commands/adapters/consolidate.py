@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError
 from ui.cli import options
 from ui.cli.adapter_rows import REF
-from ui.cli.commands.everyday.forget import add_run_flags, forget_config, train_request
+from ui.cli.commands.everyday.forget import (
+    add_run_flags,
+    forget_config,
+    resolved_settings,
+    train_request,
+)
 
 if TYPE_CHECKING:
     from ui.console import Console
@@ -25,6 +30,7 @@ def register(commands: Any) -> None:
             options.settings(),
             options.store(),
             options.data(),
+            options.config(*options.OF_BASE, *options.SETTINGS),
             options.common(),
         ],
         help="retrain several requests into one adapter that supersedes them",
@@ -41,7 +47,7 @@ def register(commands: Any) -> None:
         "--rows", metavar="REQUEST", action="append", required=True, help=options.REQUEST_HELP
     )
     add_run_flags(parser)
-    parser.set_defaults(run=run_consolidate)
+    parser.set_defaults(run=run_consolidate, resolve=resolved_settings)
 
 
 def run_consolidate(args: argparse.Namespace, console: Console) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.cli import options
+from ui.cli import models, options
 from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def register(commands: Any) -> None:
             options.template(),
             options.store(),
             options.data(),
+            options.config("base", "template", "protocol"),
             options.common(),
         ],
         help="fold adapters into full weights, which can be released",
@@ -75,10 +76,7 @@ def _chosen(args: argparse.Namespace, store: AdapterStore) -> list[tuple[str, fl
     """Slugs and scales to fold; refused where there are none, or one is stale or quarantined."""
     from adapters.store.states import after
 
-    if args.adapters is None:
-        chosen = [(one.slug, one.scale) for one in store.active()]
-    else:
-        chosen = [(store.get(ref).slug, 1.0) for ref in args.adapters]
+    chosen = models.chosen_stack(args, store)
     if not chosen:
         raise UserError(
             "No adapter is active in the store.", "Name some with --adapters, or activate them."

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.atomic_files import write_bytes
 from adapters.errors import UserError
 from ui.adapter_row import adapter_row
-from ui.cli import options
+from ui.cli import config_file, options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import show_event
 from ui.console import size_text
 from unlearner.config import make_config
 from unlearner.objectives.registry import OBJECTIVES
+from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
+    from adapters.store.catalog import StoredAdapter
     from ui.console import Console
     from unlearner.config import UnlearnConfig
     from unlearner.request.rows import Request
@@ -36,6 +39,7 @@ def register(commands: Any) -> None:
             options.settings(),
             options.store(),
             options.data(),
+            options.config(*options.OF_BASE, *options.SETTINGS),
             options.common(),
         ],
         help="train an adapter that forgets a request, and store it",
@@ -63,7 +67,7 @@ def register(commands: Any) -> None:
         action="store_true",
         help="with --full: also where the model has more than 300 million weights",
     )
-    parser.set_defaults(run=run_forget)
+    parser.set_defaults(run=run_forget, resolve=resolved_settings)
 
 
 def add_run_flags(parser: options.Parser) -> None:
@@ -159,6 +163,18 @@ def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     """The settings of a run: the objective's published ones with the given flags."""
     names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     return make_config(args.objective, **given_settings(args, names))
+
+
+def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags leave to defaults: the settings of the objective, and the store."""
+    config = forget_config(args)
+    settings = {**asdict(config.objective), **asdict(config.lora), **asdict(config.train)}
+    if getattr(args, "full", None) is not None:  # which takes no flag of an adapter
+        settings = {k: v for k, v in settings.items() if k not in LORA_FIELDS}
+    else:
+        settings["store"] = options.store_path(args)
+    limit = args.memory_limit
+    return {**settings, "memory_limit": None if limit is None else limit / 1024**3}
 
 
 def gib_size(text: str) -> int:
@@ -299,6 +315,7 @@ def train_request(
         stop_at=stop_at,
         on_progress=lambda event: show_event(event, console),
     )
+    _keep_settings(args, adapter)
     console.text(adapter.slug)
     console.hint(
         f"measure it with `unlearner evaluate --adapters {adapter.slug} ...`, "
@@ -306,6 +323,24 @@ def train_request(
     )
     console.result({**adapter_row(adapter), "path": adapter.path, "store": path})
     return 0
+
+
+def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter) -> None:
+    """Write the settings of the run beside the adapter, without the name of an author."""
+    if ranks.rank() != 0:
+        return
+    names = ("request", "rows", "retain", "guard", "alternates_from")
+    named = {name: _without_names(getattr(args, name, None)) for name in names}
+    changes = {**named, "on_stack": bool(adapter.manifest.parents)}
+    path = adapter.path / "evals" / config_file.FILE
+    write_bytes(path, config_file.resolved(args.parser, args, changes).encode())
+
+
+def _without_names(text: Any) -> Any:
+    """A request as given, None where it names an author, whom the store must not name."""
+    if isinstance(text, list):
+        return [each for each in map(_without_names, text) if each is not None]
+    return None if isinstance(text, str) and "author=" in text else text
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted
-from ui.cli import options
-from ui.cli.output.comparison import print_comparison, stopped
+from ui.cli import models, options
+from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
 from ui.console import duration_text
 
@@ -29,11 +28,12 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "quickstart",
-        parents=[options.common()],
+        parents=[options.config(), options.common()],
         help="the whole story on an embedded world: CPU, minutes, no download",
         description="Trains Origin and Retrain on a made-up world of authors, files two forget "
         "requests, measures them beside the baselines, reverts one, merges. A second run reuses "
         "what stands.",
+        epilog="example:\n  unlearner quickstart --out my-quickstart",
     )
     options.add_out(parser, "folder for models, store and logs", default="quickstart")
     parser.set_defaults(run=run_quickstart)
@@ -44,10 +44,8 @@ def run_quickstart(args: argparse.Namespace, console: Console) -> int:
     console.words(f"Quickstart in {args.out}: loading the libraries ...")
     from evaluation.experiments.quickstart import quickstart
 
-    try:
+    with models.resumable(args.out):
         found = quickstart(args.out, lambda event: show_event(event, console))
-    except (KeyboardInterrupt, Interrupted):
-        raise stopped(args.out) from None
     print_comparison(found["table"], console)
     _print_answers(found["answers"], console)
     _print_proofs(found, console)

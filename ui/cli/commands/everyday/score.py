@@ -29,6 +29,7 @@ def register(commands: Any) -> None:
             scoring.scoring_flags(),
             options.template(system=True),
             options.loading(),
+            options.config("protocol", "template"),
             options.common(),
         ],
         help="forget quality and model utility from recorded logs, no model",

@@ -22,7 +22,11 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "bench",
-        parents=[options.data(), options.common()],
+        parents=[
+            options.data(),
+            options.config("shape", "load_in_4bit", "lora_r"),
+            options.common(),
+        ],
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "

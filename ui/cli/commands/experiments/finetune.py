@@ -24,7 +24,13 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "finetune",
-        parents=[options.base(), options.loading(), options.data(), options.common()],
+        parents=[
+            options.base(),
+            options.loading(),
+            options.data(),
+            options.config("base"),
+            options.common(),
+        ],
         help="train the Origin or the Retrain model on TOFU",
         description="Fine-tunes a base on TOFU: Origin on all rows, Retrain on all but the forget "
         "split. The defaults are TOFU's recipe for full fine-tuning.",

@@ -39,6 +39,7 @@ def register(commands: Any) -> None:
             options.loading(),
             options.settings(),
             options.data(),
+            options.config(*options.OF_BASE, *options.SETTINGS),
             options.common(),
         ],
         help="the authors of a split as requests one after another, under each policy",

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError, did_you_mean
-from ui.cli import options
+from adapters.errors import UserError, did_you_mean
+from ui.cli import models, options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
@@ -33,6 +33,7 @@ def register(commands: Any) -> None:
             options.loading(),
             options.data(),
             options.settings(),
+            options.config(*options.OF_BASE),
             options.common(),
         ],
         help="search the settings of a forget request",
@@ -104,13 +105,8 @@ def run_tune(args: argparse.Namespace, console: Console) -> int:
     console.words(f"Tuning {args.request} on {args.base} in {args.out} ...")
     from evaluation.tuning.search import tune
 
-    try:
+    with models.resumable(args.out):
         found = tune(_tuning(args, console), lambda event: show_event(event, console))
-    except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(
-            f"Interrupted: finished trials are kept in {args.out}.",
-            "Run the same command again to continue.",
-        ) from None
     _print_chosen(found, console)
     console.words(f"Took {duration_text(found['seconds'])}.")
     console.result(found)
