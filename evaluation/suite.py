@@ -40,7 +40,6 @@ from evaluation.logs.records import (
     RowRecord,
     SetRecord,
     row_from_json,
-    row_json,
 )
 from evaluation.metrics.summary import match_forget
 from evaluation.metrics.text import rouge_recall
@@ -329,7 +328,7 @@ class _Work:
             )
 
         records = ranks.spread(range(len(rows)), score)
-        entry.write([row_json(record) for record in records])
+        entry.write([dataclasses.asdict(record) for record in records])
         return records
 
     def answers(

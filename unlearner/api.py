@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import unlearner.request.rows as rows_
 from adapters.atomic_files import write_bytes
@@ -36,7 +36,7 @@ from unlearner.tokens.prompts import PromptFormat, Template, prompt_format
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
-    from unlearner.config import UnlearnConfig
+    from unlearner.run import RunOptions
 
 SETTINGS_FILE = "run.yaml"
 RowsLike = str | Path | Iterable[Any]
@@ -341,6 +341,8 @@ def forget(
     label: str = "",
     on_stack: bool | None = None,
     guard: Sequence[rows_.Request] = (),
+    target: float | Literal["auto"] | None = None,
+    unseen: Iterable[Any] = (),
     neighbours: int | None = None,
     resume: bool = False,
     restart: bool = False,
@@ -358,13 +360,17 @@ def forget(
         label: a name for people; it is stored in the clear.
         on_stack: train on top of the store's active adapters; None does so where some are active.
         guard: earlier requests of the stack, which must stay forgotten.
+        target: mean forget NLL per token to stop at; None measures it on `unseen` in simnpo and
+            npo, 0 is none.
+        unseen: rows of the same kind that the base never saw; by default alternate answers.
         neighbours: keep only so many of the retain rows, those nearest to the request.
         resume: continue an interrupted run of the same request and settings.
         restart: discard such a run.
         data: folder of TOFU's files, for the refusals of the objectives idk and dpo.
         progress: show a bar (None: on a terminal and in a notebook), or what gets the events of
             `unlearner.run.unlearn`.
-        **config: settings by name, such as `learning_rate` (see `unlearner.config`).
+        **config: settings by name, such as `learning_rate` (see `unlearner.config`); batch,
+            learning rate and weights that are not given are chosen for the rows and the model.
 
     Raises:
         UserError: an unknown setting or a value that cannot be used, rows that cannot be trained
@@ -375,7 +381,8 @@ def forget(
     from unlearner.run import RunOptions, unlearn
 
     base.require_bare("Training")
-    known = [f.name for kind in (ObjectiveConfig, LoraShape, TrainConfig) for f in fields(kind)]
+    kinds = (ObjectiveConfig, LoraShape, TrainConfig)
+    known = [f.name for kind in kinds for f in fields(kind) if f.name not in ("name", "target")]
     for name in config:
         if name not in known:
             raise UserError(f"forget() has no setting {name!r}.", did_you_mean(name, known))
@@ -393,20 +400,23 @@ def forget(
             refusals=refusals,
             neighbours=neighbours,
             guard=[row for past in guard for row in past.rows],
+            given=tuple(config),
+            target=target,
+            unseen=rows_in_memory(unseen, "unseen"),
+            summarise=True,
         )
         opened = AdapterStore.open(Path(store), create=True)
         stored = unlearn(
             request, base.spec, settings, opened, options, model=base.model, on_progress=report
         )
-    _keep_settings(request, base, settings, options, stored)
+    _keep_settings(request, base, options, stored)
     return ForgetAdapter(stored.slug, opened)
 
 
 def _keep_settings(
     request: rows_.Request,
     base: Base,
-    config: UnlearnConfig,
-    options: Any,
+    options: RunOptions,
     stored: StoredAdapter,
 ) -> None:
     """Write the settings beside the adapter, as `unlearner forget --config` reads them.
@@ -416,7 +426,10 @@ def _keep_settings(
     import yaml
 
     named = request.kind == "tofu-split" or Path(request.name).exists()
-    flat = {k: v for part in config.to_json().values() for k, v in part.items() if k != "name"}
+    manifest = stored.manifest
+    objective = {name: value for name, value in manifest.objective.items() if name != "name"}
+    names = {f.name for kind in (LoraShape, TrainConfig) for f in fields(kind)}
+    rest = {**manifest.lora, **manifest.train}
     settings = {
         "request": request.name if named else None,
         "base": base.spec.name,
@@ -427,11 +440,12 @@ def _keep_settings(
         "attention": base.spec.attention,
         "template": options.template,
         "system": options.system,
-        "objective": config.objective.name,
-        **{k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()},
+        "objective": manifest.objective["name"],
+        **objective,
+        **{n: list(v) if isinstance(v, tuple) else v for n, v in rest.items() if n in names},
         "label": options.label or None,
         "neighbours": options.neighbours,
-        "on_stack": bool(stored.manifest.parents),
+        "on_stack": bool(manifest.parents),
     }
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     (stored.path / "evals").mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from evaluation.experiments.systems import (
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import RowRecord, generation_of, write_json
+from evaluation.metrics.summary import figures_to_file
 from evaluation.protocols import protocol_named
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
 from unlearner.config import UnlearnConfig, make_config
@@ -96,6 +97,7 @@ def quickstart(
     revert = run.revert(world)
     merge = run.merge()
     table = run.table()
+    run.file_figures(table)
     return {
         "table": table,
         "answers": run.answers(world),
@@ -235,6 +237,21 @@ class _Run:
         names = ("origin", "retrain", "npo", "simnpo")
         retrain = self.log("retrain")
         return [row for n in names for row in table_rows(n, self.log(n), retrain, (PROTOCOL,))]
+
+    def file_figures(self, table: Sequence[Mapping[str, Any]]) -> None:
+        """Files what was measured with the last adapter of each stack, as `evaluate` does."""
+        from adapters.store.store import AdapterStore
+
+        for row in table:
+            if row["name"] not in ("simnpo", "npo"):
+                continue
+            simnpo = row["name"] == "simnpo"
+            store = AdapterStore.open(self.store if simnpo else self.folder / "npo-store")
+            active = {each.slug: each.scale for each in store.active()}
+            last, summary = list(active)[-1], {k: v for k, v in row.items() if k != "name"}
+            name, result = figures_to_file(summary, SPLIT, active)
+            if name not in store.evals(last):  # of an earlier run in this folder
+                store.attach_eval(last, name, result)
 
     def answers(self, world: World) -> list[dict[str, Any]]:
         """A few forgotten and kept questions with the true answer, Origin's and SimNPO's."""

@@ -10,7 +10,7 @@ from adapters.errors import UserError
 from evaluation.report.inputs import LOG_FILE
 from ui.cli import models, options
 from ui.cli.output.events import progress_of
-from ui.cli.output.scoring import PARTS, without_tables
+from ui.cli.output.scoring import PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -217,6 +217,7 @@ def _publish(
 ) -> StoredAdapter | None:
     """The scaled adapter with the figures it was chosen by, where there is one to publish."""
     from adapters.store.derive import scaled
+    from evaluation.metrics.summary import figures_to_file
 
     scale = found["chosen_scale"]
     wanted = args.limit is None if args.publish is None else args.publish
@@ -224,15 +225,14 @@ def _publish(
         return None
     made = scaled(store, sweep.slug, scale)
     figures = next(one for one in found["evaluations"] if one["scale"] == scale)
-    stack = [made.slug if slug == sweep.slug else slug for slug in sweep.stack]
-    scales = {made.slug: 1.0, **{s: x for s, x in sweep.stack.items() if s != sweep.slug}}
-    about = {"split": args.split or "rows", "stack": stack, "scales": scales, "limit": args.limit}
-    held = found["held_out"] or {}
-    about["held_out_forget_quality"] = held.get("forget_quality")
-    about["scales_tried"] = found["tried"]
-    store.attach_eval(
-        made.slug, f"{about['split']}-{args.protocol}", {**without_tables(figures), **about}
-    )
+    scales = {
+        made.slug if slug == sweep.slug else slug: 1.0 if slug == sweep.slug else scale
+        for slug, scale in sweep.stack.items()
+    }
+    name, result = figures_to_file(figures, args.split or "rows", scales, args.limit)
+    held = (found["held_out"] or {}).get("forget_quality")
+    about = {"held_out_forget_quality": held, "scales_tried": found["tried"]}
+    store.attach_eval(made.slug, name, {**result, **about})
     return made
 
 

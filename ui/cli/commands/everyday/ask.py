@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ui.console import Console
 
 SIDES = (("base", "base"), ("unlearned", "stack"))
-SCORES = ("rouge_l_recall", "answer_prob", "truth_ratio")
+SCORES = ("fact_recall", "rouge_l_recall", "answer_prob", "truth_ratio")
 
 
 def register(commands: Any) -> None:

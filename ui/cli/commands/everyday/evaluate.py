@@ -171,8 +171,7 @@ def _attach(
     """Files the figures with the last adapter of the stack: numbers and words, never a text."""
     if store is None or not stack:
         return
-    slugs = [slug for slug, _ in stack]
-    what = own_rows.name_of(args)
-    about = {"split": what, "stack": slugs, "scales": dict(stack), "limit": args.limit}
-    name = f"{what}-{figures['protocol']}"
-    store.attach_eval(slugs[-1], name, {**scoring.without_tables(figures), **about})
+    from evaluation.metrics.summary import figures_to_file
+
+    name, result = figures_to_file(figures, own_rows.name_of(args), dict(stack), args.limit)
+    store.attach_eval(stack[-1][0], name, result)
