@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import BaseSpec
-from unlearner.config import UnlearnConfig
-from unlearner.request.rows import Request
+from unlearner.config import LoraShape, UnlearnConfig
+from unlearner.request.rows import Request, Row
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
     from evaluation.suite import EvalData
+    from unlearner.baselines.finetune import FinetuneConfig
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
     from unlearner.tokens.prompts import Template
 
@@ -80,6 +81,23 @@ def train_small(
             background=background,
             on_progress=lambda event: report({"event": "pretrain", **event}),
         )
+    return str(out)
+
+
+def teach(
+    report: Report,
+    *,
+    base: BaseSpec,
+    rows: Sequence[Row],
+    out: Path,
+    config: FinetuneConfig,
+    lora: LoraShape,
+) -> str:
+    """Folder of `base` fine-tuned on `rows` with an adapter folded in, unless it exists already."""
+    from unlearner.baselines.finetune import finetune
+
+    if not out.exists():
+        finetune(base, rows, out, config, lora=lora, on_progress=report)
     return str(out)
 
 
