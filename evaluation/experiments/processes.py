@@ -54,7 +54,7 @@ def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[
                 return
             report({**event, "job": name})
 
-    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox, threads))
+    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox,))
     try:
         with _threads_each(threads):
             futures = {job.name: pool.submit(_run, job) for job in jobs}
@@ -79,17 +79,12 @@ def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(inbox: Any, threads: int) -> None:
+def _start(inbox: Any) -> None:
     global _inbox
-    import torch
-    from transformers.utils import logging as transformers_logging
-
     _inbox = inbox
     # Ctrl-C reaches the whole process group: the parent ends its jobs itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    # Libraries' bars and notices would overwrite the parent's progress line.
-    transformers_logging.disable_progress_bar()
+    # Libraries' notices would overwrite the parent's progress line.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -99,11 +94,12 @@ def _run(job: Job) -> Any:
 
 @contextmanager
 def _threads_each(threads: int) -> Iterator[None]:
-    """Inside: new processes start with so many threads for OpenMP and MKL."""
+    """Inside: new processes start with so many threads for torch, and without progress bars."""
     settings = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers reads it too
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

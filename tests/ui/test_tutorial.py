@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from evaluation.experiments.quickstart import Quickstart, quickstart
+from ui.cli import main as cli
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 from unlearner.config import make_config
 
@@ -21,6 +22,13 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 def commands() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_tutorial_is_one() -> None:
+    lines = [line for line in commands() if line.startswith("unlearner ")]
+    assert len(lines) > 5
+    for line in lines:
+        cli.parse(shlex.split(line, comments=True)[1:])
 
 
 @pytest.mark.slow
