@@ -67,10 +67,11 @@ def test_every_file_that_is_no_code_is_named_as_package_data() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     for package, patterns in tool["setuptools"]["package-data"].items():
         shipped = {path for pattern in patterns for path in (ROOT / package).glob(pattern)}
-        files = {path for path in (ROOT / package).rglob("*") if path.is_file()}
-        data = {p for p in files if p.suffix != ".py" and "__pycache__" not in p.parts}
-        assert data <= shipped
-        assert all((path.parent / "__init__.py").is_file() for path in files - data), package
+        files = [path for path in (ROOT / package).rglob("*.*") if path.is_file()]
+        own = {path for path in files if "__pycache__" not in path.parts}
+        code = {path for path in own if path.suffix == ".py"}
+        assert own - code <= shipped
+        assert all((path.parent / "__init__.py").is_file() for path in code)
 
 
 def outside_make() -> dict[str, str]:
