@@ -74,8 +74,8 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
     if "learning_rate" not in given and weights < SMALL:
         train["learning_rate"] = SMALL_RATE
         reasons["learning_rate"] = (
-            f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, this "
-            f"one has {weights / 1e6:,.1f} million"
+            f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, "
+            f"this one has {weights / 1e6:,.1f} million"
         )
     if config.objective.name == "simnpo" and weights < SMALL:
         for name, value in SMALL_SIMNPO.items():
