@@ -26,6 +26,8 @@ SMALL, SMALL_RATE = 1_000_000_000, 1e-3
 # SimNPO's constants on small models: measured on SmolLM2-135M-Instruct.
 SMALL_SIMNPO = {"beta": 4.0, "retain_weight": 2.0}
 GENERAL_WEIGHT = 2.0
+# What a run chooses where it is not given; gamma follows the target.
+CHOSEN = (*BATCH_SETTINGS, "learning_rate", *SMALL_SIMNPO, "gamma", "general_weight")
 # The objectives that stop at the NLL of unseen rows by themselves.
 TARGETED = ("simnpo", "npo")
 # Why something was chosen, in one word for manifests; "model-size" for all that is not here.

@@ -18,6 +18,7 @@ from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
+from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
 from unlearner.defaults import CAUSES, suited
@@ -147,6 +148,7 @@ def unlearn(
     store: AdapterStore,
     options: RunOptions | None = None,
     *,
+    model: Any = None,
     stop_at: StopAt | None = None,
     after_step: AfterStep | None = None,
     on_progress: Progress | None = None,
@@ -159,6 +161,7 @@ def unlearn(
         config: objective, LoRA shape and training.
         store: where the adapter is published, and where its checkpoints are meanwhile.
         options: stack, guard, label, resuming.
+        model: the base as `load_base` gives it, where it is loaded already; it is bare afterwards.
         stop_at: a measure against a retrain reference that ends the run once its sign turns.
         after_step: called with the step, the number of steps and the model after every step.
         on_progress: gets a dict per event: "note", "load", "probe" (the peak of two steps), "train"
@@ -176,12 +179,15 @@ def unlearn(
         report({"event": "note", "text": note})
     distributed.join()
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
-    model, view = load_with_adapter(run, store)
-    run, teachers = guard_targets(model, run, store, report)
-    run, general, held_out = hold_general(model, run, report)
-    run, stop_at = find_target(model, run, stop_at, report)
-    key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
-    with run_folder(store, key, run.options, report) as work:
+    with ExitStack() as stack:
+        if model is not None:
+            stack.callback(detach, model)
+        model, view = load_with_adapter(run, store, model)
+        run, teachers = guard_targets(model, run, store, report)
+        run, general, held_out = hold_general(model, run, report)
+        run, stop_at = find_target(model, run, stop_at, report)
+        key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
+        work = stack.enter_context(run_folder(store, key, run.options, report))
         summarised = _summary(model, run, held_out, report)
         summary = train(
             model,
@@ -538,13 +544,15 @@ def _memory_plan(run: Prepared, precision: BasePrecision) -> MemoryPlan:
 # Loading
 
 
-def load_with_adapter(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str, Any]]:
+def load_with_adapter(
+    run: Prepared, store: AdapterStore, base: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """The base with frozen, active parents and one new trainable adapter; and how it is held."""
     import torch
 
     from adapters.lora.stack import add_trainable, load_stack
 
-    base = load_base(run.base)
+    base = base if base is not None else load_base(run.base)
     view = base_view(base)
     slugs = [parent.slug for parent in run.parents]
     scales = {parent.slug: parent.scale for parent in run.parents}

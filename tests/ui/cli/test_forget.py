@@ -118,7 +118,7 @@ def test_the_objective_brings_its_own_defaults() -> None:
 
 
 def test_help_tells_the_defaults(run: Any) -> None:
-    text = " ".join(run("forget", "--help").out.split())
+    text = " ".join(run("forget", "--help-all").out.split())
     assert "(default: 0.0001)" in text
     assert "(default: 2.5; npo 0.1; dpo 0.1; undial 10; wga 1; satimp 5)" in text
     named = "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo, rmu, undial, wga"

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.atomic_files import write_bytes
 from adapters.errors import UserError
 from ui.adapter_row import adapter_row
-from ui.cli import options
+from ui.cli import config_file, options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import outcome_lines, show_event
 from ui.console import size_text
 from unlearner.config import make_config
+from unlearner.defaults import CHOSEN
 from unlearner.objectives.registry import OBJECTIVES
+from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
+    from adapters.store.catalog import StoredAdapter
     from ui.console import Console
     from unlearner.config import UnlearnConfig
     from unlearner.request.rows import Request
@@ -31,11 +35,12 @@ def register(commands: Any) -> None:
         "forget",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.settings(),
             options.store(),
             options.data(),
+            options.config(*options.OF_BASE, *options.SETTINGS),
             options.common(),
         ],
         help="train an adapter that forgets a request, and store it",
@@ -65,7 +70,7 @@ def register(commands: Any) -> None:
         action="store_true",
         help="with --full: also where the model has more than 300 million weights",
     )
-    parser.set_defaults(run=run_forget)
+    parser.set_defaults(run=run_forget, resolve=resolved_settings)
 
 
 def add_run_flags(parser: options.Parser) -> None:
@@ -172,8 +177,8 @@ def add_stop_flags(parser: options.Parser) -> None:
     group.add_argument(
         "--stop-rows",
         metavar="ROWS",
-        help="JSONL file or forget split with paraphrased and perturbed answers (default: those "
-        "of the request)",
+        help="a file, hub:OWNER/NAME or a forget split, with paraphrased and perturbed answers "
+        "(default: those of the request)",
     )
 
 
@@ -181,6 +186,23 @@ def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     """The settings of a run: the objective's published ones with the given flags."""
     names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     return make_config(args.objective, **given_settings(args, names))
+
+
+def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags leave to defaults: the settings of the objective, and the store.
+
+    What a run chooses for its rows and model is left open.
+    """
+    config = forget_config(args)
+    settings = {**asdict(config.objective), **asdict(config.lora), **asdict(config.train)}
+    del settings["target"]
+    settings |= {name: None for name in CHOSEN if getattr(args, name) is None}
+    if getattr(args, "full", None) is not None:  # which takes no flag of an adapter
+        settings = {k: v for k, v in settings.items() if k not in LORA_FIELDS}
+    else:
+        settings["store"] = options.store_path(args)
+    limit = args.memory_limit
+    return {**settings, "memory_limit": None if limit is None else limit / 1024**3}
 
 
 def target_nll(text: str) -> float | Literal["auto"]:
@@ -239,7 +261,7 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt
 
-    rows = gap_rows(request, args.stop_rows, args.data)
+    rows = gap_rows(request, args.stop_rows, args.data, options.columns(args))
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     probe = GapProbe(fmt, rows, read_log(args.reference_log))
     quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
@@ -329,7 +351,10 @@ def train_request(
     from unlearner.training.outcome import remarks
 
     needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
-    guard = [row for text in args.guard for row in parse_request(text, args.data).rows]
+    columns = options.columns(args)
+    guard = [
+        row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
+    ]
     unseen = getattr(args, "unseen", None)
     path = options.store_path(args)
     console.words("Loading the libraries ...")
@@ -369,6 +394,7 @@ def train_request(
         stop_at=stop_at,
         on_progress=lambda event: show_event(event, console),
     )
+    _keep_settings(args, adapter)
     console.text(adapter.slug)
     manifest = adapter.manifest
     outcome = manifest.train["outcome"]
@@ -384,6 +410,34 @@ def train_request(
         {**row, "path": adapter.path, "store": path, "outcome": outcome, "remarks": advice}
     )
     return 0
+
+
+def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter) -> None:
+    """Write the settings of the run beside the adapter, without the name of an author.
+
+    What was chosen for its rows and model is in the manifest; what it was chosen by is left out.
+    """
+    if ranks.rank() != 0:
+        return
+    manifest = adapter.manifest
+    names = ("request", "rows", "retain", "guard", "alternates_from", "stop_rows")
+    changes = {name: _without_names(getattr(args, name, None)) for name in names}
+    changes |= {name: value for name, value in manifest.objective.items() if name != "name"}
+    changes |= {n: v for n, v in manifest.train.items() if n in CHOSEN}
+    changes |= {"on_stack": bool(manifest.parents), "unseen": None}
+    if getattr(args, "stop_at", None) is None:
+        changes["reference_log"] = None
+    else:
+        changes["target"] = None
+    path = adapter.path / "evals" / config_file.FILE
+    write_bytes(path, config_file.resolved(args.parser, args, changes).encode())
+
+
+def _without_names(text: Any) -> Any:
+    """A request as given, None where it names an author, whom the store must not name."""
+    if isinstance(text, list):
+        return [each for each in map(_without_names, text) if each is not None]
+    return None if isinstance(text, str) and "author=" in text else text
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:
