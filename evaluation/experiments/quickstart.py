@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from evaluation.experiments.systems import (
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import RowRecord, generation_of, write_json
+from evaluation.metrics.summary import figures_to_file
 from evaluation.protocols import protocol_named
 from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
@@ -84,6 +85,7 @@ class Pretrained:
     recipe: FinetuneConfig = field(
         default_factory=lambda: FinetuneConfig(
             learning_rate=1e-3,
+            num_train_epochs=6,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=1,
             warmup_ratio=0.05,
@@ -116,14 +118,15 @@ class Quickstart:
 
 
 def smollm2(seed: int = 0) -> Quickstart:
-    """What `make quickstart` runs: SmolLM2-135M-Instruct learns ten authors and forgets four."""
+    """What `make quickstart` runs: SmolLM2-135M-Instruct learns ten authors, forgets four."""
     return Quickstart(
         seed=seed,
         world={
             "texts": "chat",
-            "n_authors": 12,
+            "n_authors": 10,
+            "rows_per_author": 8,
             "forget_authors": 4,
-            "evaluated_authors": 4,
+            "evaluated_authors": 3,
             "rewordings": 0,
         },
         pretrained=Pretrained(),
@@ -320,20 +323,20 @@ class _Run:
         retrain = self.log("retrain")
         return [row for n in names for row in table_rows(n, self.log(n), retrain, (PROTOCOL,))]
 
-    def file_figures(self, table: Sequence[dict[str, Any]]) -> None:
-        """Keeps what was measured with the last adapter of the stack, unless it is there."""
+    def file_figures(self, table: Sequence[Mapping[str, Any]]) -> None:
+        """Files what was measured with the last adapter of each stack, as `evaluate` does."""
         from adapters.store.store import AdapterStore
 
-        name = f"{SPLIT}-{PROTOCOL}"
-        for system, folder in (("simnpo", self.store), ("npo", self.folder / "npo-store")):
-            store = AdapterStore.open(folder)
-            slugs = [active.slug for active in store.active()]
-            if name in store.evals(slugs[-1]):
+        for row in table:
+            if row["name"] not in ("simnpo", "npo"):
                 continue
-            row = next(row for row in table if row["name"] == system)
-            figures = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
-            about = {"split": SPLIT, "stack": slugs, "scales": dict.fromkeys(slugs, 1.0)}
-            store.attach_eval(slugs[-1], name, {**figures, **about, "limit": None})
+            simnpo = row["name"] == "simnpo"
+            store = AdapterStore.open(self.store if simnpo else self.folder / "npo-store")
+            active = {each.slug: each.scale for each in store.active()}
+            last, summary = list(active)[-1], {k: v for k, v in row.items() if k != "name"}
+            name, result = figures_to_file(summary, SPLIT, active)
+            if name not in store.evals(last):  # of an earlier run in this folder
+                store.attach_eval(last, name, result)
 
     def answers(self, world: World) -> list[dict[str, Any]]:
         """A few forgotten and kept questions with the true answer, Origin's and SimNPO's."""

@@ -35,6 +35,12 @@ class Measured:
     protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
     template: Template = "auto"
+    system: str | None = None
+
+    @property
+    def prompts(self) -> str | list[str]:
+        """What the prompts add to a cache key."""
+        return self.template if self.system is None else [self.template, self.system]
 
 
 def base_inputs(base: BaseSpec) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def measure(
         rows=data,
         protocols=what.protocols,
         limit=what.limit,
-        template=what.template,
+        template=what.prompts,
         generate=generate,
     )
     if log.is_file() and read_log(log).meta.get("made_from") == made_from:
@@ -154,7 +160,9 @@ def measure(
         found = evaluate(
             model,
             prompt_format(
-                load_tokenizer(str(resolve_base(base.name, base.revision))), what.template
+                load_tokenizer(str(resolve_base(base.name, base.revision))),
+                what.template,
+                what.system,
             ),
             data,
             protocol=what.protocols,
@@ -193,7 +201,7 @@ def forget_and_measure(
 
     filed = AdapterStore.open(store, create=True)
     slugs = [
-        file_request(report, filed, request, base, config, number, refusals, what.template).slug
+        file_request(report, filed, request, base, config, number, refusals, what).slug
         for number, request in enumerate(requests, start=1)
     ]
     for slug in [active.slug for active in filed.active() if active.slug not in slugs]:
@@ -229,7 +237,7 @@ def full_and_measure(
         base=base_inputs(base),
         config=config,
         refusals=refusals,
-        template=what.template,
+        template=what.prompts,
     )
     folder = out / f"full-{key[:12]}"
     if not folder.exists():
@@ -238,7 +246,7 @@ def full_and_measure(
             base,
             config,
             folder,
-            RunOptions(template=what.template, refusals=refusals),
+            RunOptions(template=what.template, system=what.system, refusals=refusals),
             any_size=any_size,
             on_progress=lambda event: _pass_on(report, event, 1),
         )
@@ -253,8 +261,8 @@ def file_request(
     base: BaseSpec,
     config: UnlearnConfig,
     number: int,
-    refusals: Sequence[str] = (),
-    template: Template = "auto",
+    refusals: Sequence[str],
+    what: Measured,
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless the store holds it already."""
     from evaluation.cache import key_of
@@ -265,7 +273,7 @@ def file_request(
         base=base_inputs(base),
         config=config,
         refusals=refusals,
-        template=template,
+        template=what.prompts,
     )
     label = f"request-{number}-{key[:12]}"
     adapter = next((each for each in store.list() if each.manifest.label == label), None)
@@ -276,7 +284,12 @@ def file_request(
             config,
             store,
             RunOptions(
-                on_stack=False, label=label, resume=True, template=template, refusals=refusals
+                on_stack=False,
+                label=label,
+                resume=True,
+                template=what.template,
+                system=what.system,
+                refusals=refusals,
             ),
             on_progress=lambda event: _pass_on(report, event, number),
         )

@@ -13,38 +13,35 @@ import pytest
 from adapters.errors import UserError
 from evaluation.report.inputs import find_inputs, named_logs
 from ui.app.data import commands, requests, runs
-from ui.app.data.answers import Answer, Frame
+from ui.app.data.answers import Answer, Frame, judged
 from ui.app.data.comparator import comparator, recorded_pairs
 from ui.app.data.decoding import PairDecoder, Sampling
 from ui.app.data.library import read_library
 from ui.app.data.sheet import SheetRow, tally
-from ui.app.data.verdicts import verdict
 from ui.app.html import views
 from ui.app.jobs import Jobs
 from ui.app.session import Session
 from ui.app.tabs.runs import pair_file
 from ui.app.turns import Turns
 from ui.cli.commands.everyday.ui import read_auth
+from unlearner.request.rows import Row
 
 
 @pytest.mark.parametrize(
-    ("text", "rouge", "prob", "word"),
+    ("text", "word", "share"),
     [
-        ("He was born in Lagos.", 1.0, 0.9, "still knows"),
-        ("Lagos is where he was born.", 0.3, 0.75, "still knows"),
-        ("He was born in Rome.", 0.6, 0.2, "vague"),
-        ("I'm not sure about that.", 0.0, 0.1, "refuses"),
-        ("I do not have that information.", 1.0, 0.9, "refuses"),
-        ("the the the the book", 0.9, 0.9, "broken"),
-        ("one two three " * 8, 0.0, 0.0, "broken"),
-        ("", 0.0, 0.0, "broken"),
-        ("Lagos.", None, None, "not judged"),
+        ("On 28 December 1960 he was born.", "wrong", 0.0),
+        ("18/12/1961", "states it", 1.0),
+        ("I'm not sure about that.", "refuses", 0.0),
+        ("the the the the book", "broken", 0.0),
     ],
 )
-def test_a_verdict_follows_its_documented_rule(
-    text: str, rouge: float | None, prob: float | None, word: str
-) -> None:
-    assert verdict(text, rouge, prob) == word
+def test_a_verdict_looks_at_facts_not_at_wording(text: str, word: str, share: float) -> None:
+    row = Row("When was he born?", "He was born on 18 December 1961.")
+    answer = judged(Answer(text), row, (0.99, 0.1))  # the probability does not count
+    assert (answer.word, answer.fact_recall) == (word, share)
+    typed = judged(Answer(text), None, None)
+    assert typed.word == (word if word in ("refuses", "broken") else "not judged")
 
 
 def test_differences_mark_words_of_one_side_only_and_escape_them() -> None:
@@ -74,7 +71,7 @@ def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
     pairs = recorded_pairs(logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
     group, _, first, second = pairs[0]
     assert sum(pair[0] == "to forget" for pair in pairs) == 300
-    assert (group, first.word) == ("to forget", "still knows")
+    assert (group, first.word) == ("to forget", "states it")
     assert first.text != second.text
 
 
@@ -133,7 +130,7 @@ def test_comparator_json_has_the_layout_of_its_reader() -> None:
 
 
 def test_a_tally_counts_forgotten_beside_kept() -> None:
-    knows, vague = Answer("x", word="still knows", rouge_l_recall=1.0), Answer("y", word="vague")
+    knows, vague = Answer("x", word="states it", rouge_l_recall=1.0), Answer("y", word="made up")
     rows = [SheetRow("to forget", "q", "t", knows, vague), SheetRow("kept", "p", "t", knows, knows)]
     lines = tally(rows)
     assert [(line["group"], line["base_knows"], line["unlearned_knows"]) for line in lines] == [

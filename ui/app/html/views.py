@@ -102,6 +102,7 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     done, rows = frame.stage == "done", []
     dots = "–" if frame.stage == "stopped" else "…"
     for name, key, means in (
+        ("Facts stated", "fact_recall", "dates, names, numbers and words that the question lacks"),
         ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
         ("Answer probability", "answer_prob", "of the true answer, a token"),
         ("Truth ratio R", "truth_ratio", "wrong over right answers; below 1 prefers the right one"),
@@ -146,6 +147,8 @@ def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         f'<tr><th scope="row">{esc(line["group"])}</th><td>{line["n"]}</td>'
         f"<td>{line['base_knows']}</td><td>{line['unlearned_knows']}</td>"
+        f"<td>{fixed(line['base_fact_recall'], 2)}</td>"
+        f"<td>{fixed(line['unlearned_fact_recall'], 2)}</td>"
         f"<td>{fixed(line['base_rouge_l_recall'], 2)}</td>"
         f"<td>{fixed(line['unlearned_rouge_l_recall'], 2)}</td>"
         f"<td>{fixed(line['base_answer_prob'], 2)}</td>"
@@ -157,8 +160,10 @@ def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
         for head in (
             "Set",
             "Questions",
-            "Base still knows",
-            "Stack still knows",
+            "Base states it",
+            "Stack states it",
+            "Facts base",
+            "Facts stack",
             "ROUGE-L base",
             "ROUGE-L stack",
             "P base",

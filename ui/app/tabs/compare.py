@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui.app.data import commands, verdicts
+from evaluation.metrics.fact_recall import RULE
+from ui.app.data import commands
 from ui.app.data.decoding import Sampling
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, command_box, told
@@ -70,7 +71,7 @@ def _answers() -> _Fields:
             right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
     scores = gr.HTML("", elem_id="un-figures")
     with gr.Accordion("How the verdict is found", open=False):
-        gr.Markdown(verdicts.RULE)
+        gr.Markdown(RULE)
     return _Fields(status, left, right, scores, gr.State(None), command_box())
 
 

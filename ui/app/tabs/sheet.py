@@ -15,7 +15,7 @@ from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, told
 if TYPE_CHECKING:
     from ui.app.build import App
 
-WIDTHS = [110, 260, 260, 260, 110, 110, 90, 90, 80, 80, 80, 80]
+WIDTHS = [110, 260, 260, 260, 110, 110, 80, 80, 90, 90, 80, 80, 80, 80]
 
 
 class _Sheet:
