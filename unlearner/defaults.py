@@ -6,7 +6,7 @@ small model, they end before anything is forgotten. Presets do not come through 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,17 +20,18 @@ BATCH_SETTINGS = (
     "gradient_accumulation_steps",
     "num_train_epochs",
 )
-# Weights below which a model counts as tiny or small, as those that were measured: 1.3 million
-# (trained on the spot) and 135 million (SmolLM2-135M-Instruct).
-TINY, SMALL = 20_000_000, 1_000_000_000
-TINY_RATE, SMALL_RATE = 1e-3, 1e-3
-# SimNPO on small models: chosen on SmolLM2-135M-Instruct.
+# Weights below which a model is small, and its rate: measured on 1.3 million (trained on the spot)
+# and on 135 million (SmolLM2-135M-Instruct). Above, the published rate of LoRA.
+SMALL, SMALL_RATE = 1_000_000_000, 1e-3
+# SimNPO's constants on small models: measured on SmolLM2-135M-Instruct.
 SMALL_SIMNPO = {"beta": 4.0, "retain_weight": 2.0}
 GENERAL_WEIGHT = 2.0
 # What a run chooses where it is not given; gamma follows the target.
 CHOSEN = (*BATCH_SETTINGS, "learning_rate", *SMALL_SIMNPO, "gamma", "general_weight")
 # The objectives that stop at the NLL of unseen rows by themselves.
 TARGETED = ("simnpo", "npo")
+# Why something was chosen, in one word for manifests; "model-size" for all that is not here.
+CAUSES = {"batch": "published-steps", "general_weight": "keeps-knowledge", "target": "unseen-nll"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Suited:
     Attributes:
         config: complete but for the target.
         finds_target: whether the target is to be measured on the model.
-        reasons: one sentence for each choice.
+        reasons: by name of what was chosen, why.
     """
 
     config: UnlearnConfig
     finds_target: bool
-    reasons: tuple[str, ...]
+    reasons: Mapping[str, str]
 
 
 def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: int) -> Suited:
@@ -59,7 +60,7 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
     """
     objective: dict[str, Any] = {}
     train: dict[str, Any] = {}
-    reasons = []
+    reasons: dict[str, str] = {}
     if not set(BATCH_SETTINGS) & set(given):
         pairs = min(LARGEST_BATCH, max(1, round(rows * config.train.num_train_epochs / STEPS)))
         forwards = -(-pairs // LARGEST_FORWARD)
@@ -68,25 +69,25 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
             "gradient_accumulation_steps": forwards,
         }
         chosen = replace(config.train, **train)
-        reasons.append(
-            f"{chosen.steps(rows)} steps of {chosen.batch_size(rows)} pairs: about as many steps "
-            f"as the published {STEPS}, whatever the number of rows"
+        batch = chosen.batch_size(rows)
+        reasons["batch"] = (
+            f"{chosen.steps(rows)} steps of {batch} {'pair' if batch == 1 else 'pairs'}: the "
+            f"published run has {STEPS}, of {LARGEST_BATCH} pairs for 200 rows"
         )
-    size = f"{weights / 1e6:,.0f} million weights"
     if "learning_rate" not in given and weights < SMALL:
-        train["learning_rate"] = TINY_RATE if weights < TINY else SMALL_RATE
-        reasons.append(
-            f"learning rate {train['learning_rate']:g}: measured on models of "
-            f"{'1.3' if weights < TINY else '135'} million weights, this one has {size}"
+        train["learning_rate"] = SMALL_RATE
+        reasons["learning_rate"] = (
+            f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, "
+            f"this one has {weights / 1e6:,.1f} million"
         )
     if config.objective.name == "simnpo" and weights < SMALL:
         for name, value in SMALL_SIMNPO.items():
             if name not in given:
                 objective[name] = value
-                reasons.append(f"{name} {value:g}: measured on models of 135 million weights")
+                reasons[name] = f"{name} {value:g}: measured on models of 135 million weights"
     if "general_weight" not in given:
         objective["general_weight"] = GENERAL_WEIGHT
-        reasons.append(
+        reasons["general_weight"] = (
             f"general_weight {GENERAL_WEIGHT:g}: what the base knows is held on neutral prompts, "
             "for about 40 percent more time a step (0 turns it off)"
         )
@@ -97,5 +98,5 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
     )
     finds_target = config.objective.name in TARGETED and not {"target", "gamma"} & set(given)
     if finds_target:
-        reasons.append("target auto: the run stops where rows that the base never saw are")
-    return Suited(suits, finds_target, tuple(reasons))
+        reasons["target"] = "target auto: the run stops where rows that the base never saw are"
+    return Suited(suits, finds_target, reasons)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from adapters.lora.format import WEIGHTS_NAME
 from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
-from unlearner.defaults import suited
+from unlearner.defaults import CAUSES, suited
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.neighbours import nearest_rows
 from unlearner.request.past_requests import (
@@ -119,7 +119,8 @@ class Prepared:
     """A run before anything is loaded: encoded rows, parents, and the key of its checkpoints.
 
     `unseen` are the rows whose NLL under the model will be its target; empty where it has one.
-    `reasons` say why settings were chosen that nobody gave.
+    `prompts` are those whose answers are held. `chosen` says by name why a setting was chosen that
+    nobody gave, `target_from` whose NLL the target is.
     """
 
     request: Request
@@ -135,7 +136,9 @@ class Prepared:
     supersedes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     unseen: Sequence[Encoded] = ()
-    reasons: tuple[str, ...] = ()
+    prompts: Sequence[str] = ()
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    target_from: str = ""
 
 
 def unlearn(
@@ -172,7 +175,7 @@ def unlearn(
     """
     report = on_progress or (lambda event: None)
     run = prepare(request, base, config, store, options)
-    for note in (*run.reasons, *run.notes):
+    for note in (*run.chosen.values(), *run.notes):
         report({"event": "note", "text": note})
     distributed.join()
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
@@ -198,6 +201,10 @@ def unlearn(
         )
         require_update(model)
         summary |= summarised()
+        if run.chosen:
+            summary["chosen"] = {name: CAUSES.get(name, "model-size") for name in run.chosen}
+        if run.target_from:
+            summary["target_from"] = run.target_from
         report({"event": "publish"})
         summary["guard_rows"] = len(teachers)
         adapter = distributed.from_first(
@@ -226,7 +233,7 @@ def prepare(
         BaseMismatch: the store belongs to another base.
     """
     from unlearner.memory.plan import meta_model
-    from unlearner.training.general import general_prompts, placeholders
+    from unlearner.training.general import own_prompts, placeholders
     from unlearner.training.target import with_target
 
     options = options or RunOptions()
@@ -241,12 +248,12 @@ def prepare(
         _check_layer(config, folder)
     meta = meta_model(folder)
     config = replace(config, lora=with_targets(config.lora, meta))
-    target, reasons = options.target, tuple[str, ...]()
+    target, reasons = options.target, dict[str, str]()
     if options.given is not None:
         named = {*options.given, *(() if target is None else ("target",))}
         weights = sum(p.numel() for p in meta.parameters())
         chosen = suited(config, named, len(request.rows), weights)
-        config, reasons = chosen.config, chosen.reasons
+        config, reasons = chosen.config, dict(chosen.reasons)
         target = "auto" if chosen.finds_target else target
     if target not in (None, "auto"):
         config = with_target(config, float(target), margin="gamma" not in (options.given or ()))
@@ -260,8 +267,10 @@ def prepare(
     fmt = prompt_format(load_tokenizer(str(folder)), options.template, options.system)
     refusals = options.refusals if "refusal" in streams_of(config.objective) else ()
     rows = _encode(request, config, fmt, refusals, options.guard)
-    prompts = options.general or general_prompts()
+    prompts: tuple[str, ...] = ()
     if config.objective.general_weight:
+        pairs = config.train.steps(len(rows.forget)) * config.train.batch_size(len(rows.forget))
+        prompts = tuple(options.general or own_prompts(pairs))
         rows = replace(rows, general=placeholders(fmt, prompts))
     unseen = _unseen(request, options, fmt, config) if target == "auto" else ()
     notes += [
@@ -290,7 +299,7 @@ def prepare(
         "refusals": list(refusals),
         "guard": _digest(key, options.guard, "guard")["digest"],
         "replaces": replaced,
-        "general": list(prompts) if config.objective.general_weight else [],
+        "general": prompts,
         "unseen": [row.input_ids for row in unseen],
     }
     text = json.dumps(depends_on, sort_keys=True)
@@ -308,6 +317,7 @@ def prepare(
         replaced,
         tuple(notes),
         unseen,
+        prompts,
         reasons,
     )
 
@@ -514,7 +524,7 @@ def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
         "guard_rows": len(run.rows.guard),
         "cut_rows": {name: n for name, n, _ in run.rows.cut},
         "prompt": run.fmt.to_json(),
-        "notes": [*run.reasons, *run.notes],
+        "notes": [*run.chosen.values(), *run.notes],
     }
 
 
@@ -627,12 +637,11 @@ def hold_general(
     model: Any, run: Prepared, report: Progress
 ) -> tuple[Prepared, list[GuardRow], list[GuardRow]]:
     """The run with its general rows, their teachers, and those that are only measured."""
-    from unlearner.training.general import general_prompts, split_held_out, taught_prompts
+    from unlearner.training.general import split_held_out, taught_prompts
 
-    if not run.config.objective.general_weight:
+    if not run.prompts:
         return run, [], []
-    prompts = run.options.general or general_prompts()
-    taught = taught_prompts(model, run.fmt, prompts, run.fingerprint.digest, report)
+    taught = taught_prompts(model, run.fmt, run.prompts, run.fingerprint.digest, report)
     general, held_out = split_held_out(taught)
     return replace(run, rows=replace(run.rows, general=[r.row for r in general])), general, held_out
 
@@ -641,14 +650,19 @@ def find_target(
     model: Any, run: Prepared, stop_at: StopAt | None, report: Progress
 ) -> tuple[Prepared, StopAt | None]:
     """The run with its target, measured where it has to be, and what stops it there."""
-    from unlearner.training.target import mean_nll, stop_at_target, with_target
+    from unlearner.training.target import RETRAIN_NLL, WORDS, mean_nll, stop_at_target, with_target
 
     pad = pad_id(run.fmt.tokenizer)
     if run.unseen:
         nll = round(mean_nll(model, run.unseen, pad), 3)
-        source = "unseen rows" if run.options.unseen else "alternate answers to the forget rows"
-        report({"event": "note", "text": f"target {nll:.2f}: NLL per token of {source}"})
-        run = replace(run, config=with_target(run.config, nll))
+        source, text = "unseen", "that of unseen rows"
+        if not run.options.unseen:
+            source, text = "alternates", "that of alternate answers to the forget questions"
+            if nll < RETRAIN_NLL and len(run.fmt.tokenizer) >= WORDS:
+                text = f"of retrained models ({text}, {nll:.2f}, is less: they may be remembered)"
+                source, nll = "retrained-models", RETRAIN_NLL
+        report({"event": "note", "text": f"target {nll:.2f} nats per token, {text}"})
+        run = replace(run, config=with_target(run.config, nll), target_from=source)
     target = run.config.objective.target
     if target and stop_at is None:
         stop_at = stop_at_target(run.rows.forget, target, pad, run.config.train.seed)
@@ -661,9 +675,8 @@ def _summary(
     """Measures now; what is returned measures again and gives the entries for the manifest."""
     from unlearner.training.outcome import measured, outcome, watched_rows
 
-    reasons = {"chosen": list(run.reasons)} if run.reasons else {}
     if not run.options.summarise:
-        return lambda: reasons
+        return dict
     rows, pad = run.rows, pad_id(run.fmt.tokenizer)
     watched = watched_rows(
         rows.forget,
@@ -679,7 +692,7 @@ def _summary(
     def after() -> dict[str, Any]:
         report({"event": "note", "text": "measuring them after the run"})
         figures = measured(model, watched, pad)
-        return {**reasons, "outcome": outcome(before, figures, watched, run.config)}
+        return {"outcome": outcome(before, figures, watched)}
 
     return after
 

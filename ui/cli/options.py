@@ -416,7 +416,8 @@ SETTING_HELP = {
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
     "target_modules": "linear layers to adapt, by name and divided by commas",
-    "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten",
+    "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten; "
+    "`forget` takes 1e-3 below 1 billion weights (measured on 1.3 and 135 million)",
     "num_train_epochs": "passes over the forget rows",
     "per_device_train_batch_size": "pairs of one forward; reduce to 4, 2, 1 when out of memory",
     "gradient_accumulation_steps": "forwards of one optimizer step; raise it as the batch shrinks",

@@ -36,19 +36,26 @@ ANSWER_TOKENS = 32
 TOP = 64
 # Prompts that are answered at once.
 BATCH = 20
+# Prompts of the package that a run takes at least.
+FEWEST = 80
 # One prompt in so many is measured instead of trained on.
 HELD_OUT = 8
 
 
-def general_prompts(path: Path | None = None) -> list[str]:
-    """The prompts in `path`, one a line, or those that come with the package.
+def own_prompts(pairs: int | None = None) -> list[str]:
+    """The prompts of the package; for a run of `pairs` pairs fewer, evenly of all domains."""
+    text = (files("unlearner.request") / "general_prompts.json").read_text(encoding="utf-8")
+    prompts = [prompt for domain in json.loads(text).values() for prompt in domain]
+    count = len(prompts) if pairs is None else min(len(prompts), max(FEWEST, pairs // 2))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a text file, one a line, each once.
 
     Raises:
         UserError: there is no such file, or no prompt in it.
     """
-    if path is None:
-        text = (files("unlearner.request") / "general_prompts.json").read_text(encoding="utf-8")
-        return [prompt for domain in json.loads(text).values() for prompt in domain]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unlearner.config import UnlearnConfig
 from unlearner.tokens.batch_plan import Pair
 from unlearner.tokens.prompts import Encoded
 from unlearner.training.references import summed_nlls
@@ -84,10 +83,9 @@ def outcome(
     before: Mapping[str, Mapping[str, float]],
     after: Mapping[str, Mapping[str, float]],
     watched: Watched,
-    config: UnlearnConfig,
-) -> dict[str, Any]:
-    """The figures of every set, and what follows from them in words, with the flag to turn."""
-    sets = {
+) -> dict[str, dict[str, Any]]:
+    """For the manifest, by set: rows, whether they are held out, and figures before and after."""
+    return {
         name: {
             "rows": len(rows),
             "held_out": watched.held_out[name],
@@ -96,37 +94,38 @@ def outcome(
         }
         for name, rows in watched.rows.items()
     }
-    return {"sets": sets, "remarks": _remarks(before, after, config)}
 
 
-def _remarks(
-    before: Mapping[str, Mapping[str, float]],
-    after: Mapping[str, Mapping[str, float]],
-    config: UnlearnConfig,
-) -> list[str]:
-    remarks = []
-    objective, train = config.objective, config.train
-    was, now = before["forget"], after["forget"]
-    if objective.target and was["nll"] >= objective.target:
-        remarks.append("the forget rows were no likelier than rows that the base never saw")
+def remarks(sets: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """What follows from an outcome, with the flag to turn; empty where all went well.
+
+    Args:
+        sets: from `outcome`.
+        settings: of objective and training, by name, as a manifest has them.
+    """
+    texts = []
+    was, now = sets["forget"]["before"], sets["forget"]["after"]
+    target, rate = settings.get("target", 0.0), settings["learning_rate"]
+    if target and was["nll"] >= target:
+        texts.append("the forget rows were no likelier than rows that the base never saw")
     elif now["probability"] > FORGOTTEN * was["probability"]:
-        remarks.append(
-            "almost nothing was forgotten: raise --learning-rate (it was "
-            f"{train.learning_rate:g}) or --num-train-epochs ({train.num_train_epochs})"
+        texts.append(
+            f"almost nothing was forgotten: raise --learning-rate (it was {rate:g}) or "
+            f"--num-train-epochs ({settings['num_train_epochs']})"
         )
-    elif objective.target and now["nll"] > PAST * objective.target:
-        remarks.append(
-            f"the forget rows are far past the target of {objective.target:.2f}: lower "
-            f"--learning-rate (it was {train.learning_rate:g})"
+    elif target and now["nll"] > PAST * target:
+        texts.append(
+            f"the forget rows are far past the target of {target:.2f}: lower --learning-rate (it "
+            f"was {rate:g})"
         )
     words = {"retain": "retained rows", "general": "general answers"}
     for name, what in words.items():
-        if name not in after or after[name]["probability"] >= HELD * before[name]["probability"]:
+        if name not in sets:
             continue
-        lost = 1 - after[name]["probability"] / before[name]["probability"]
-        weight = getattr(objective, f"{name}_weight")
-        remarks.append(
-            f"{what} lost {lost:.0%} of their probability: raise --{name}-weight (it was "
-            f"{weight:g}), or lower --learning-rate"
-        )
-    return remarks
+        left = sets[name]["after"]["probability"] / sets[name]["before"]["probability"]
+        if left < HELD:
+            texts.append(
+                f"{what} lost {1 - left:.0%} of their probability: raise --{name}-weight (it was "
+                f"{settings[name + '_weight']:g}), or lower --learning-rate"
+            )
+    return texts

@@ -339,8 +339,7 @@ def test_the_right_side_alone_says_what_both_sides_said(
 def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any) -> None:
     from adapters.digests import key_id, mark
     from adapters.store.store import AdapterStore
-    from ui.app.data.library import Library, requested
-    from unlearner.request.rows import Row
+    from ui.app.data.library import Library, filed_requests, marked_rows, readable_names
 
     key = b"k" * 32
     rows = tuple(Row(f"Who is {n}?", f"{n} is.") for n in "ABC")
@@ -350,13 +349,21 @@ def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any)
         told = {"n": 2, "digest": "0" * 64, "kind": "x", "key_id": key_id(with_key)}
         return {"forget": {**told, "marks": marks}}
 
-    put("1", label="mine", data=data(key))
+    mine = put("1", label="request-1-b3f16356713b", data=data(key))
     put("2", label="of another key", data=data(b"o" * 32))
-    put("3", label="unmarked")
-    found = requested(
-        Library({"A": rows[:1], "B": rows[1:]}), AdapterStore.open(tmp_path / "store").list(), key
-    )
-    assert found == {"filed: mine": rows[:2]}
+    bare = put("3", label="")
+    same = put("4", label="request-1-0123456789ab")
+    adapters = AdapterStore.open(tmp_path / "store").list()
+    library = Library({"A": rows[:1], "B": rows[1:]})
+    filed = filed_requests(marked_rows(library, key), adapters, key)
+    assert {slug: (each.rows, each.authors) for slug, each in filed.items()} == {
+        mine: (rows[:2], ("A", "B"))
+    }
+    names = readable_names(adapters, filed)
+    assert (names[mine], names[bare]) == ("request-1: A, B", "request-3")
+    assert names[same] == "request-1"
+    assert "of another key" in names.values()
+    assert len(set(readable_names([*adapters], {}).values())) == 4  # no two are alike
 
 
 def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def look(
     from unlearner.request.tofu import load_refusals
     from unlearner.run import RunOptions, plan, prepare
 
-    config = config_of(asked.words(session))
+    words = asked.words(session)
+    config = config_of(words)
     base = session.base
     assert base is not None  # `words` refuses a session without one
     with _named(asked) as name:
@@ -148,7 +149,8 @@ def look(
         )  # fmt: skip
         needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
-        options = RunOptions(template=session.template, refusals=refusals)
+        given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+        options = RunOptions(template=session.template, refusals=refusals, given=given)
         return preview, plan(prepare(request, base, config, session.store(), options))
 
 

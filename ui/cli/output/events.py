@@ -55,16 +55,16 @@ def gap_text(event: Mapping[str, Any]) -> str:
 
 
 def outcome_lines(outcome: Mapping[str, Any]) -> list[str]:
-    """What a run did to forget, retain and general rows, and what to do about it."""
+    """What a run did to forget, retain and general rows, a line each."""
     lines = []
-    for name, part in outcome["sets"].items():
+    for name, part in outcome.items():
         before, after = part["before"], part["after"]
         how = ", not trained on" if part["held_out"] else ", trained on"
         lines.append(
             f"{name:<8} P {before['probability']:.3f} -> {after['probability']:.3f}, "
             f"NLL {before['nll']:.2f} -> {after['nll']:.2f} ({part['rows']} rows{how})"
         )
-    return [*lines, *(f"{remark[0].upper()}{remark[1:]}." for remark in outcome["remarks"])]
+    return lines
 
 
 def progress_of(console: Console) -> Callable[[str, int, int], None]:

@@ -140,8 +140,8 @@ def _add_retain_flags(parser: options.Parser) -> None:
         "--general-prompts",
         type=Path,
         metavar="FILE",
-        help="neutral prompts, one a line, whose answers by the base are held (default: 260 of the "
-        "package); the base answers them once",
+        help="neutral prompts, one a line, whose answers by the base are held (default: 80 to 260 "
+        "of the package, by the length of the run); the base answers them once",
     )
 
 
@@ -347,14 +347,16 @@ def train_request(
     from adapters.store.store import AdapterStore
     from unlearner.request.sources import parse_request, rows_named
     from unlearner.request.tofu import load_refusals
-    from unlearner.training.general import general_prompts
+    from unlearner.training.general import read_prompts
+    from unlearner.training.outcome import remarks
 
+    names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
     columns = options.columns(args)
     guard = [
         row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
     ]
-    unseen = getattr(args, "unseen", None)
+    unseen, preset = getattr(args, "unseen", None), getattr(args, "preset", None)
     path = options.store_path(args)
     console.words("Loading the libraries ...")
     from unlearner.run import RunOptions, plan, prepare, unlearn
@@ -372,10 +374,10 @@ def train_request(
         replaces=replaces,
         keep_teacher=args.keep_teacher,
         memory_limit=args.memory_limit,
-        given=given_settings(args, (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)),
+        given=None if preset else given_settings(args, names),  # a preset is complete
         target=target,
         unseen=rows_named(unseen, args.data) if unseen else (),
-        general=general_prompts(args.general_prompts) if args.general_prompts else (),
+        general=read_prompts(args.general_prompts) if args.general_prompts else (),
         summarise=True,
     )
     base = options.base_spec(args)
@@ -395,15 +397,19 @@ def train_request(
     )
     _keep_settings(args, adapter)
     console.text(adapter.slug)
-    outcome = adapter.manifest.train["outcome"]
-    for line in outcome_lines(outcome):
+    manifest = adapter.manifest
+    outcome = manifest.train["outcome"]
+    advice = remarks(outcome, {**manifest.objective, **manifest.train})
+    for line in (*outcome_lines(outcome), *(f"Note: {text}." for text in advice)):
         console.words(line)
     console.hint(
         f"measure it with `unlearner evaluate --adapters {adapter.slug} ...`, "
         f"switch it on with `unlearner adapters activate {adapter.slug}`."
     )
     row = adapter_row(adapter)
-    console.result({**row, "path": adapter.path, "store": path, "outcome": outcome})
+    console.result(
+        {**row, "path": adapter.path, "store": path, "outcome": outcome, "remarks": advice}
+    )
     return 0
 
 
