@@ -17,7 +17,7 @@ from evaluation.benchmark import flops
 from evaluation.inference.generation import BATCH_SIZE, LEAVE
 from unlearner.config import make_config
 from unlearner.tokens.batch_plan import plan_steps
-from unlearner.tokens.prompts import Encoded, PromptFormat
+from unlearner.tokens.prompts import Encoded, PromptFormat, Template
 
 if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
@@ -63,10 +63,16 @@ class Line:
         return replace(self, name=f"{heading}{self.name}")
 
 
-def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
+def load_workload(
+    data: Path | None,
+    tokenizer: str | None,
+    template: Template = "auto",
+    system: str | None = None,
+) -> Workload:
     """TOFU's rows of `data` as tokens of `tokenizer`; without `data` the embedded world's.
 
-    The default tokenizer is a BPE trained on the rows themselves, so that nothing is downloaded.
+    `template` and `system` are those of `prompt_format`. The default tokenizer is a BPE trained on
+    the rows themselves, so that nothing is downloaded.
 
     Raises:
         UserError: a tokenizer without data.
@@ -91,7 +97,7 @@ def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
     else:
         from adapters.base.load import load_tokenizer
 
-        fmt = prompt_format(load_tokenizer(tokenizer))
+        fmt = prompt_format(load_tokenizer(tokenizer), template, system)
     sets = [("forget05", 200), ("retain", 300), ("real_authors", 100), ("world_facts", 117)]
     asked = [row for name, n in sets for row in load_split(f"{name}_perturbed", data)[:n]]
 

@@ -1,4 +1,4 @@
-"""Jobs side by side, each in a process of its own with one thread."""
+"""Jobs side by side, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Job:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
-    """The result of every job by name; all run at once, with one torch thread each.
+def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[str, Any]:
+    """The result of every job by name; all run at once, with so many torch threads each.
 
     Progress of a job arrives at `report` with its `job` name added. When a job fails the others are
     ended.
@@ -54,9 +54,9 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
                 return
             report({**event, "job": name})
 
-    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox,))
+    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox, threads))
     try:
-        with _one_thread_each():
+        with _threads_each(threads):
             futures = {job.name: pool.submit(_run, job) for job in jobs}
         left = set(futures.values())
         while left and not any(f.done() and f.exception() for f in futures.values()):
@@ -79,7 +79,7 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(inbox: Any) -> None:
+def _start(inbox: Any, threads: int) -> None:
     global _inbox
     import torch
     from transformers.utils import logging as transformers_logging
@@ -87,7 +87,7 @@ def _start(inbox: Any) -> None:
     _inbox = inbox
     # Ctrl-C reaches the whole process group: the parent ends its jobs itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     # Libraries' bars and notices would overwrite the parent's progress line.
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -98,9 +98,13 @@ def _run(job: Job) -> Any:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Inside: new processes start with one thread for OpenMP, MKL and tokenizers."""
-    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+def _threads_each(threads: int) -> Iterator[None]:
+    """Inside: new processes start with so many threads for OpenMP and MKL."""
+    settings = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

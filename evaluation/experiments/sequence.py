@@ -79,6 +79,7 @@ class Plan:
         refusals: for objectives that need them.
         revert: number of the request that is reverted at the end, from 1; 0 for none.
         template: prompt format.
+        system: system prompt, see `PromptFormat`.
     """
 
     split: str
@@ -93,6 +94,7 @@ class Plan:
     refusals: tuple[str, ...] = ()
     revert: int = 0
     template: Template = "auto"
+    system: str | None = None
 
     @property
     def requests(self) -> tuple[Arrival, ...]:
@@ -250,7 +252,7 @@ class _Line:
             config=plan.config,
             requests=[author.request for author in plan.authors],
             refusals=plan.refusals,
-            template=plan.template,
+            template=plan.template if plan.system is None else [plan.template, plan.system],
             end=[plan.count, plan.revert] if plan.revert else None,
         )
 
@@ -294,7 +296,11 @@ class _Line:
             self._tell,
             base=self.plan.base,
             what=Measured(
-                self.plan.data, self.plan.split, (self.plan.protocol,), None, self.plan.template
+                self.plan.data,
+                self.plan.split,
+                (self.plan.protocol,),
+                template=self.plan.template,
+                system=self.plan.system,
             ),
             log=self._log_path(name),
             store=self.folder / "store",
@@ -363,6 +369,7 @@ class _Line:
                     label=label,
                     resume=True,
                     template=self.plan.template,
+                    system=self.plan.system,
                     refusals=self.plan.refusals,
                     guard=guard,
                     replaces=replaces,

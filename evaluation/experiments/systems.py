@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import BaseSpec
-from unlearner.config import UnlearnConfig
-from unlearner.request.rows import Request
+from unlearner.config import LoraShape, UnlearnConfig
+from unlearner.request.rows import Request, Row
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
     from evaluation.suite import EvalData
+    from unlearner.baselines.finetune import FinetuneConfig
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
     from unlearner.tokens.prompts import Template
 
@@ -34,6 +35,12 @@ class Measured:
     protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
     template: Template = "auto"
+    system: str | None = None
+
+    @property
+    def prompts(self) -> str | list[str]:
+        """What the prompts add to a cache key."""
+        return self.template if self.system is None else [self.template, self.system]
 
 
 def base_inputs(base: BaseSpec) -> dict[str, Any]:
@@ -74,6 +81,23 @@ def train_small(
             background=background,
             on_progress=lambda event: report({"event": "pretrain", **event}),
         )
+    return str(out)
+
+
+def teach(
+    report: Report,
+    *,
+    base: BaseSpec,
+    rows: Sequence[Row],
+    out: Path,
+    config: FinetuneConfig,
+    lora: LoraShape,
+) -> str:
+    """Folder of `base` fine-tuned on `rows` with an adapter folded in, unless it exists already."""
+    from unlearner.baselines.finetune import finetune
+
+    if not out.exists():
+        finetune(base, rows, out, config, lora=lora, on_progress=report)
     return str(out)
 
 
@@ -120,7 +144,7 @@ def measure(
         rows=data,
         protocols=what.protocols,
         limit=what.limit,
-        template=what.template,
+        template=what.prompts,
         generate=generate,
     )
     if log.is_file() and read_log(log).meta.get("made_from") == made_from:
@@ -136,7 +160,9 @@ def measure(
         found = evaluate(
             model,
             prompt_format(
-                load_tokenizer(str(resolve_base(base.name, base.revision))), what.template
+                load_tokenizer(str(resolve_base(base.name, base.revision))),
+                what.template,
+                what.system,
             ),
             data,
             protocol=what.protocols,
@@ -175,7 +201,7 @@ def forget_and_measure(
 
     filed = AdapterStore.open(store, create=True)
     slugs = [
-        file_request(report, filed, request, base, config, number, refusals, what.template).slug
+        file_request(report, filed, request, base, config, number, refusals, what).slug
         for number, request in enumerate(requests, start=1)
     ]
     for slug in [active.slug for active in filed.active() if active.slug not in slugs]:
@@ -211,7 +237,7 @@ def full_and_measure(
         base=base_inputs(base),
         config=config,
         refusals=refusals,
-        template=what.template,
+        template=what.prompts,
     )
     folder = out / f"full-{key[:12]}"
     if not folder.exists():
@@ -220,7 +246,7 @@ def full_and_measure(
             base,
             config,
             folder,
-            RunOptions(template=what.template, refusals=refusals),
+            RunOptions(template=what.template, system=what.system, refusals=refusals),
             any_size=any_size,
             on_progress=lambda event: _pass_on(report, event, 1),
         )
@@ -235,8 +261,8 @@ def file_request(
     base: BaseSpec,
     config: UnlearnConfig,
     number: int,
-    refusals: Sequence[str] = (),
-    template: Template = "auto",
+    refusals: Sequence[str],
+    what: Measured,
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless the store holds it already."""
     from evaluation.cache import key_of
@@ -247,7 +273,7 @@ def file_request(
         base=base_inputs(base),
         config=config,
         refusals=refusals,
-        template=template,
+        template=what.prompts,
     )
     label = f"request-{number}-{key[:12]}"
     adapter = next((each for each in store.list() if each.manifest.label == label), None)
@@ -258,7 +284,12 @@ def file_request(
             config,
             store,
             RunOptions(
-                on_stack=False, label=label, resume=True, template=template, refusals=refusals
+                on_stack=False,
+                label=label,
+                resume=True,
+                template=what.template,
+                system=what.system,
+                refusals=refusals,
             ),
             on_progress=lambda event: _pass_on(report, event, number),
         )

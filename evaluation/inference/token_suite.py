@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from evaluation.logs.token_records import (
     TokenRow,
     TokenSet,
     token_row_from_json,
-    token_row_json,
 )
 from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
@@ -260,7 +259,7 @@ class _Work:
             return self._with_kl(name, token_rows, part) if diverged else token_rows
 
         token_rows = ranks.spread(range(len(rows)), measure)
-        entry.write([token_row_json(row) for row in token_rows])
+        entry.write([asdict(row) for row in token_rows])
         return tuple(token_rows)
 
     def _tokens(self, name: str, texts: Sequence[Encoded]) -> list[AnswerTokens]:

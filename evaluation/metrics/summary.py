@@ -27,6 +27,7 @@ from evaluation.logs.records import (
     write_json,
 )
 from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, mean_interval
+from evaluation.metrics.fact_recall import row_recalls
 from evaluation.metrics.forget_quality import (
     NEEDS_RETRAIN,
     ForgetQuality,
@@ -52,6 +53,8 @@ BETTER = {
     "forget_nll": "near retrain",
     "forget_rouge_l_recall": "near retrain",
     "forget_truth_ratio": "higher",
+    "forget_fact_recall": "near retrain",
+    "retain_fact_recall": "higher",
     **{
         f"{name}_{metric}": "lower" if metric == "nll" else "higher"
         for name in SETS[1:]
@@ -145,6 +148,13 @@ def summarise(
         result[f"{key}_interval"] = _spread(column, resamples, seed)
         if column is None:
             reasons[key] = _why_missing(log, name, metric, chosen)
+    for name in ("forget", "retain"):
+        recalls = row_recalls(rows.get(name, ()), chosen)
+        column = np.array(recalls) if recalls else None
+        result[f"{name}_fact_recall"] = None if column is None else float(column.mean())
+        result[f"{name}_fact_recall_interval"] = _spread(column, resamples, seed)
+        if column is None:
+            reasons[f"{name}_fact_recall"] = _why_missing(log, name, "fact_recall", chosen)
     result["retrain_forget_nll"] = _reference_nll(retain_log, chosen)
     if retain_log is not None and second_retain_log is not None:
         band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples, seed)
@@ -164,6 +174,32 @@ def _spread(values: Floats | None, resamples: int, seed: int) -> list[float] | N
     if values is None or not resamples:
         return None
     return list(mean_interval(values, resamples=resamples, seed=seed))
+
+
+FILED_INTERVALS = (
+    "ks_interval", "log_r_shift_interval", "model_utility_interval", "forget_fact_recall_interval",
+    "retain_fact_recall_interval",
+)  # fmt: skip
+
+
+def figures_to_file(
+    summary: Mapping[str, Any], split: str, scales: Mapping[str, float], limit: int | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Name and content of what a store keeps of a summary: numbers and words, never a text.
+
+    Args:
+        summary: of `summarise`.
+        split: what was evaluated.
+        scales: the strength of each adapter, in the order of the stack.
+        limit: of the rows of each set.
+    """
+    kept = {
+        key: value
+        for key, value in summary.items()
+        if not isinstance(value, dict | list) or key in FILED_INTERVALS
+    }
+    about = {"split": split, "stack": list(scales), "scales": dict(scales), "limit": limit}
+    return f"{split}-{summary['protocol']}", {**kept, **about}
 
 
 def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -286,6 +322,8 @@ def _refuse_other_cut(log: EvalLog | None, protocol: Protocol) -> None:
 def _why_missing(log: EvalLog, name: str, metric: str, protocol: Protocol) -> str:
     if name not in log.sets:
         return f"the log has no {name} set"
+    if metric == "fact_recall":
+        return f"not every row has a question and an answer decoded as {protocol.decoding.name}"
     if metric == "rouge_l_recall":
         return f"the log has no answers decoded as {protocol.decoding.name} for every row"
     if metric == "nll" or (metric == "answer_prob" and name in ("forget", "retain")):

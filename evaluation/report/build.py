@@ -29,7 +29,7 @@ from evaluation.report.cards import (
     Robustness,
     Search,
     read_calibration,
-    read_json,
+    read_object,
     read_robustness,
     read_rows,
     read_search,
@@ -195,7 +195,7 @@ def gather(request: ReportRequest) -> tuple[Report, list[LoadedLog]]:
         "search": [(path, read_search(path)) for path in inputs.tune],
     }
     robustness, calibration, searches = (tuple(card for _, card in c) for c in cards.values())
-    reproductions = {path: read_json(path) for path in inputs.results}
+    reproductions = {path: read_object(path) for path in inputs.results}
     origin = next((log.log.sets for log in logs if log.name.casefold() == "origin"), None)
     answers = tuple(
         answer_set

@@ -202,6 +202,7 @@ def _settings(subject: Subject, settings: Settings, states: Sequence[str]) -> di
         "merged": None if subject.merged is None else str(subject.merged),
         "retrain": subject.retrain,
         "template": subject.template,
+        **({} if subject.system is None else {"system": subject.system}),
         "base_digest": subject.identity["base"],
         "leaked_rouge_l_recall": LEAKED_ROUGE,
     }

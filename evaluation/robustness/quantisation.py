@@ -44,6 +44,7 @@ class Subject:
         merged: folder of merged weights.
         retrain: a model that never saw the forget set: the control of relearning and sampling.
         template: prompt format.
+        system: system prompt, see `PromptFormat`.
         allow_missing_parents: of a stack that is active as it is, see `load_stack`.
     """
 
@@ -53,6 +54,7 @@ class Subject:
     merged: Path | None = None
     retrain: str | None = None
     template: Template = "auto"
+    system: str | None = None
     allow_missing_parents: bool = False
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class Subject:
         found: dict[str, Any] = {
             "base": fingerprint_base(resolve_base(self.base.name, self.base.revision)).digest,
             "loading": [self.base.dtype, self.base.attention, self._device],
-            "template": self.template,
+            "template": self.template if self.system is None else [self.template, self.system],
         }
         if self.store is not None:
             files = [self.store.get(slug).manifest.files for slug, _ in self.stack]
@@ -141,7 +143,9 @@ class Workplace:
         from unlearner.tokens.prompts import prompt_format
 
         spec = self._spec(state)
-        fmt = prompt_format(load_tokenizer(spec.name, spec.revision), self.subject.template)
+        fmt = prompt_format(
+            load_tokenizer(spec.name, spec.revision), self.subject.template, self.subject.system
+        )
         spec = replace(spec, dtype="float32") if float32 else spec
         self._make_room()
         self._heavy = self.weights(state) >= SMALL_MODEL

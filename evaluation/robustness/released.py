@@ -38,6 +38,7 @@ def measure_release(
     protocol: str,
     retain_log: EvalLog | None = None,
     template: Template = "auto",
+    system: str | None = None,
     limit: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Measured:
@@ -50,45 +51,35 @@ def measure_release(
         protocol: name of the protocol.
         retain_log: reference of forget quality; without it that figure is missing.
         template: prompt format.
+        system: system prompt, see `PromptFormat`.
         limit: only the first rows of each set; said in the protocol's name.
         on_progress: called with a label, done and all.
     """
-    chosen = protocol_named(protocol)
-    name = chosen.name if limit is None else f"{chosen.name}, first {limit} rows of each set"
-    figures = []
-    for spec in (base, replace(base, name=str(merged), revision=None)):
-        log = _evaluated(spec, data, chosen.name, retain_log, template, limit, on_progress)
-        figures.append(_numbers(log, retain_log, chosen.name))
-        gc.collect()
-    return Measured(figures[0], figures[1], name)
-
-
-def _evaluated(
-    spec: BaseSpec,
-    data: EvalData,
-    protocol: str,
-    retain_log: EvalLog | None,
-    template: Template,
-    limit: int | None,
-    on_progress: OnProgress | None,
-) -> EvalLog:
     from adapters.base.load import load_base, load_tokenizer
     from adapters.environment import threads_for
     from evaluation.suite import evaluate
     from unlearner.tokens.prompts import prompt_format
 
-    fmt = prompt_format(load_tokenizer(spec.name, spec.revision), template)
-    model: Any = load_base(spec)
-    with threads_for(model):
-        return evaluate(
-            model,
-            fmt,
-            data,
-            protocol=protocol,
-            retain_log=retain_log,
-            limit=limit,
-            on_progress=on_progress,
-        )
+    chosen = protocol_named(protocol)
+    name = chosen.name if limit is None else f"{chosen.name}, first {limit} rows of each set"
+    figures = []
+    for spec in (base, replace(base, name=str(merged), revision=None)):
+        fmt = prompt_format(load_tokenizer(spec.name, spec.revision), template, system)
+        model: Any = load_base(spec)
+        with threads_for(model):
+            log = evaluate(
+                model,
+                fmt,
+                data,
+                protocol=chosen.name,
+                retain_log=retain_log,
+                limit=limit,
+                on_progress=on_progress,
+            )
+        del model  # before the other is loaded
+        figures.append(_numbers(log, retain_log, chosen.name))
+        gc.collect()
+    return Measured(figures[0], figures[1], name)
 
 
 def _numbers(log: EvalLog, retain_log: EvalLog | None, protocol: str) -> dict[str, float]:

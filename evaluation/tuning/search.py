@@ -100,6 +100,7 @@ class Tuning:
         seeds: of training; the search uses the first, the others are held out.
         limit: evaluate the final adapters on at most this many rows of each set.
         template: prompt format.
+        system: system prompt, see `PromptFormat`.
         refusals: for objectives that need them.
         words: the `unlearner forget` command of this request, without its settings.
     """
@@ -118,6 +119,7 @@ class Tuning:
     seeds: tuple[int, ...] = (42, 43, 44)
     limit: int | None = None
     template: Template = "auto"
+    system: str | None = None
     refusals: tuple[str, ...] = ()
     words: tuple[str, ...] = ("unlearner", "forget")
 
@@ -127,7 +129,7 @@ class Tuning:
         return {
             "request": self.request,
             "base": base_inputs(self.base),
-            "template": self.template,
+            "template": self.template if self.system is None else [self.template, self.system],
             "refusals": self.refusals,
             "reference": self.reference_log,
             "rows": load_eval_data(self.split, self.data),
@@ -202,7 +204,7 @@ def _optuna() -> Any:
 
 
 def _open(run: Tuning) -> _Search:
-    fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template)
+    fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template, run.system)
     data = thinned(load_eval_data(run.split, run.data))
     probe = Probe(fmt, data, read_log(run.reference_log))
     model = load_base(run.base)
@@ -304,7 +306,9 @@ def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report)
             run.base,
             config,
             AdapterStore.open(Path(folder) / "store", create=True),
-            RunOptions(on_stack=False, template=run.template, refusals=run.refusals),
+            RunOptions(
+                on_stack=False, template=run.template, system=run.system, refusals=run.refusals
+            ),
             after_step=watch,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
@@ -322,7 +326,7 @@ def look_text(number: int, look: Mapping[str, Any]) -> str:
 def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -> dict[str, Any]:
     best, trials = (study.best_trial, study.trials) if study is not None else (None, [])
     config = run.config(best.params if best else {}, search.retrain_nll, run.seeds[0])
-    what = Measured(run.data, run.split, limit=run.limit, template=run.template)
+    what = Measured(run.data, run.split, limit=run.limit, template=run.template, system=run.system)
     report({"event": "stage", "text": "Measuring Origin"})
     log = Path(measure(report, base=run.base, what=what, log=run.out / "logs" / "origin.json"))
     origin = table_rows("origin", log, run.reference_log, what.protocols)[0]

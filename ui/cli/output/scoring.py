@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ui.console import Console
 
 LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
-INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
 
 
 def reference_flags() -> options.Parser:
@@ -57,11 +56,6 @@ def effort_of(args: argparse.Namespace) -> Effort:
 
     chosen = Effort(shared=not args.plain, drafts=not args.plain)
     return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
-
-
-def without_tables(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures as a store keeps them: numbers and words, and the intervals of `INTERVALS`."""
-    return {k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in INTERVALS}
 
 
 class References(NamedTuple):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.report.inputs import LOG_FILE
 from ui.cli import models, options
 from ui.cli.output.events import progress_of
-from ui.cli.output.scoring import PARTS, without_tables
+from ui.cli.output.scoring import PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def register(commands: Any) -> None:
         "calibrate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.store(),
             options.data(),
@@ -49,7 +48,7 @@ def register(commands: Any) -> None:
         epilog="example:\n  unlearner calibrate r0001 --base B --store S --split forget05 "
         "--reference-log retrain.json --out results",
     )
-    parser.add_argument("ref", metavar="REF", help="adapter: slug, its start, label or request id")
+    parser.add_argument("ref", metavar="REF", help=f"adapter: {options.REF}")
     _add_flags(parser)
     _add_output_flags(parser)
     parser.set_defaults(run=run_calibrate)
@@ -60,10 +59,11 @@ def _add_flags(parser: options.Parser) -> None:
     options.add_split(what)
     what.add_argument(
         "--rows",
-        type=Path,
-        metavar="FILE",
-        help="JSONL forget rows with paraphrased_answer and perturbed_answer, instead of a split",
+        metavar="ROWS",
+        help="forget rows with paraphrased_answer and perturbed_answer, instead of a split: a file "
+        "or hub:OWNER/NAME",
     )
+    options.add_columns(parser)
     options.add_reference_log(parser, use="required for calibration")
     parser.add_argument(
         "--scales",
@@ -104,12 +104,8 @@ def scale_list(text: str) -> tuple[float, ...]:
     """Scales divided by commas, each 0 to 1.5."""
     from adapters.lora.stack import MAX_SCALE
 
-    try:
-        values = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
-    outside = [value for value in values if not 0 <= value <= MAX_SCALE]
-    if outside or not values:
+    values = options.number_list(text)
+    if not all(0 <= value <= MAX_SCALE for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not within 0 to {MAX_SCALE}")
     return values
 
@@ -162,7 +158,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
 
     slug, stack = stack_of(store, args.ref)
     retain_log = read_log(args.reference_log)
-    data = calibration_data(args.split, args.rows, args.data)
+    data = calibration_data(args.split, args.rows, args.data, options.columns(args))
     base = models.load(args)
     fingerprint, fmt = base.fingerprint, base.fmt
     files = [store.get(each).manifest.files for each in stack]
@@ -221,6 +217,7 @@ def _publish(
 ) -> StoredAdapter | None:
     """The scaled adapter with the figures it was chosen by, where there is one to publish."""
     from adapters.store.derive import scaled
+    from evaluation.metrics.summary import figures_to_file
 
     scale = found["chosen_scale"]
     wanted = args.limit is None if args.publish is None else args.publish
@@ -228,15 +225,14 @@ def _publish(
         return None
     made = scaled(store, sweep.slug, scale)
     figures = next(one for one in found["evaluations"] if one["scale"] == scale)
-    stack = [made.slug if slug == sweep.slug else slug for slug in sweep.stack]
-    scales = {made.slug: 1.0, **{s: x for s, x in sweep.stack.items() if s != sweep.slug}}
-    about = {"split": args.split or "rows", "stack": stack, "scales": scales, "limit": args.limit}
-    held = found["held_out"] or {}
-    about["held_out_forget_quality"] = held.get("forget_quality")
-    about["scales_tried"] = found["tried"]
-    store.attach_eval(
-        made.slug, f"{about['split']}-{args.protocol}", {**without_tables(figures), **about}
-    )
+    scales = {
+        made.slug if slug == sweep.slug else slug: 1.0 if slug == sweep.slug else scale
+        for slug, scale in sweep.stack.items()
+    }
+    name, result = figures_to_file(figures, args.split or "rows", scales, args.limit)
+    held = (found["held_out"] or {}).get("forget_quality")
+    about = {"held_out_forget_quality": held, "scales_tried": found["tried"]}
+    store.attach_eval(made.slug, name, {**result, **about})
     return made
 
 

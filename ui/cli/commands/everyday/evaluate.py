@@ -33,7 +33,7 @@ def register(commands: Any) -> None:
         "evaluate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.store(),
             options.data(),
@@ -54,6 +54,7 @@ def register(commands: Any) -> None:
 def _add_evaluate_flags(parser: options.Parser) -> None:
     own_rows.add_flags(parser)
     options.add_adapters(parser)
+    options.add_scales(parser)
     parser.add_argument(
         "--systems",
         type=parse_systems,
@@ -117,6 +118,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
 def _store_of(args: argparse.Namespace) -> AdapterStore | None:
     """The store of the adapters to evaluate with; None where the flags mean the bare base."""
     path = options.store_path(args)
+    options.scales_by_ref(args, args.adapters)  # refused without --adapters
     unnamed = args.store is None and args.adapters is None
     if args.adapters == [] or (unnamed and not (path / "store.json").is_file()):
         return None
@@ -169,8 +171,7 @@ def _attach(
     """Files the figures with the last adapter of the stack: numbers and words, never a text."""
     if store is None or not stack:
         return
-    slugs = [slug for slug, _ in stack]
-    what = own_rows.name_of(args)
-    about = {"split": what, "stack": slugs, "scales": dict(stack), "limit": args.limit}
-    name = f"{what}-{figures['protocol']}"
-    store.attach_eval(slugs[-1], name, {**scoring.without_tables(figures), **about})
+    from evaluation.metrics.summary import figures_to_file
+
+    name, result = figures_to_file(figures, own_rows.name_of(args), dict(stack), args.limit)
+    store.attach_eval(stack[-1][0], name, result)

@@ -23,6 +23,7 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[
+            options.template(),
             options.data(),
             options.config("shape", "load_in_4bit", "lora_r"),
             options.common(),
@@ -78,7 +79,7 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     console.words("Loading the libraries ...")
     from evaluation.benchmark.run import count, load_workload
 
-    work = load_workload(args.data, args.tokenizer)
+    work = load_workload(args.data, args.tokenizer, args.template, args.system)
     console.words(f"Counting {args.shape} on the rows of {work.source} ...")
     lines = count(work, args.shape, args.lora_r, _answers(args))
     notes: list[str] = []
