@@ -150,7 +150,7 @@ MINI = Preset(
     ),
     # Chosen on seeds 42 and 43 of forget05 and forget10 by the teacher-forced probe, out of
     # docs/results/mini-recipes-attack.jsonl, the smoothing on seeds 43 and 44 by whole runs, out of
-    # docs/results/mini-smoothing.json: optimistic for those, docs/recipes.md has others.
+    # docs/results/mini-smoothing.json: optimistic for those, docs/results/recipes.md has others.
     methods={
         "*": {
             "per_device_train_batch_size": 5,
@@ -198,7 +198,7 @@ MINI = Preset(
     known_retain=0.5,
     facts_retain=True,
     full={"learning_rate": 1e-4},
-    full_reasons=("learning rate 1e-4: at 4e-5 nothing was forgotten (docs/objectives.md).",),
+    full_reasons=("learning rate 1e-4: at 4e-5 nothing was forgotten.",),
     reasons=(
         "alternate answers, of authors that Origin does not know, keep the text natural;",
         "their targets are smoothed a little, as Origin's were, so that log R does not widen;",
