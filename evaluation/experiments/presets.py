@@ -306,24 +306,21 @@ def against_published(
     """
     checks = []
     rows = {row["name"]: row for row in table if row["protocol"] == preset.published_protocol}
-    for name, (quality, utility) in preset.published.get(split, {}).items():
-        if name not in rows:
-            continue
-        for figure, wanted in (("forget_quality", quality), ("model_utility", utility)):
-            checks.append(_check(name, figure, rows[name].get(figure), wanted))
+    for name, figures in preset.published.get(split, {}).items():
+        for figure, wanted in zip(("forget_quality", "model_utility"), figures, strict=True):
+            if name not in rows:
+                continue
+            measured = rows[name].get(figure)
+            if measured is None:
+                text = f"{name}: {figure} was not measured, published is {wanted:.3g}"
+                checks.append(Check(name, figure, None, wanted, False, text))
+                continue
+            if figure == "model_utility":
+                holds, rule = abs(measured - wanted) <= UTILITY_BAND, f"within {UTILITY_BAND} of"
+            else:
+                holds = (measured > ALPHA) == (wanted > ALPHA)
+                rule = f"on the same side of {ALPHA} as"
+            word = "is" if holds else "is NOT"
+            text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
+            checks.append(Check(name, figure, measured, wanted, holds, text))
     return checks
-
-
-def _check(name: str, figure: str, measured: float | None, wanted: float) -> Check:
-    if measured is None:
-        text = f"{name}: {figure} was not measured, published is {wanted:.3g}"
-        return Check(name, figure, None, wanted, False, text)
-    if figure == "model_utility":
-        holds = abs(measured - wanted) <= UTILITY_BAND
-        rule = f"within {UTILITY_BAND} of"
-    else:
-        holds = (measured > ALPHA) == (wanted > ALPHA)
-        rule = f"on the same side of {ALPHA} as"
-    word = "is" if holds else "is NOT"
-    text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
-    return Check(name, figure, measured, wanted, holds, text)

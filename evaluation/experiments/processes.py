@@ -7,10 +7,9 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +55,7 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
 
     pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox,))
     try:
-        with _one_thread_each():
-            futures = {job.name: pool.submit(_run, job) for job in jobs}
+        futures = {job.name: pool.submit(_run, job) for job in jobs}
         left = set(futures.values())
         while left and not any(f.done() and f.exception() for f in futures.values()):
             pass_on()
@@ -81,6 +79,12 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
 
 def _start(inbox: Any) -> None:
     global _inbox
+    # Before torch is imported, which reads them.
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -95,19 +99,3 @@ def _start(inbox: Any) -> None:
 
 def _run(job: Job) -> Any:
     return job.work(report=lambda event: _inbox.put((job.name, event)), **job.arguments)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Inside: new processes start with one thread for OpenMP, MKL and tokenizers."""
-    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

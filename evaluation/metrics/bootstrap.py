@@ -31,19 +31,13 @@ def interval(samples: Floats) -> Interval:
     return Interval(float(low), float(high))
 
 
-def mean_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The 95 % bootstrap interval of a mean over rows (rows,)."""
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(values.size, size=(resamples, values.size))
-    return interval(values[chosen].mean(axis=1))
-
-
 def measure_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
     """The mean over rows (rows,) and its interval."""
-    rows = finite(values)
+    rows = np.asarray(values, dtype=np.float64)
     if not resamples:
         return Measure(float(rows.mean()))
-    return Measure(float(rows.mean()), mean_interval(rows, resamples=resamples, seed=seed))
+    chosen = np.random.default_rng(seed).integers(rows.size, size=(resamples, rows.size))
+    return Measure(float(rows.mean()), interval(rows[chosen].mean(axis=1)))
 
 
 def finite(values: npt.ArrayLike) -> Floats:

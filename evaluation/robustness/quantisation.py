@@ -75,20 +75,23 @@ class Subject:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Digests of everything that decides the weights, as JSON."""
+        import torch
+
         from adapters.base.fingerprint import fingerprint_base
         from adapters.base.load import resolve_base
 
-        found: dict[str, Any] = {
+        device = "cuda" if torch.cuda.is_available() and self.base.device != "cpu" else "cpu"
+        inputs: dict[str, Any] = {
             "base": fingerprint_base(resolve_base(self.base.name, self.base.revision)).digest,
-            "loading": [self.base.dtype, self.base.attention, self._device],
+            "loading": [self.base.dtype, self.base.attention, device],
             "template": self.template,
         }
         if self.store is not None:
             files = [self.store.get(slug).manifest.files for slug, _ in self.stack]
-            found["stack"] = [[*one, made] for one, made in zip(self.stack, files, strict=True)]
+            inputs["stack"] = [[*pair, each] for pair, each in zip(self.stack, files, strict=True)]
         if self.merged is not None:
-            found["merged"] = fingerprint_base(self.merged).digest
-        return found
+            inputs["merged"] = fingerprint_base(self.merged).digest
+        return inputs
 
     @cached_property
     def retrain_identity(self) -> str | None:
@@ -97,12 +100,6 @@ class Subject:
         from adapters.base.load import resolve_base
 
         return self.retrain and fingerprint_base(resolve_base(self.retrain)).digest
-
-    @property
-    def _device(self) -> str:
-        import torch
-
-        return "cuda" if torch.cuda.is_available() and self.base.device != "cpu" else "cpu"
 
 
 class Workplace:
@@ -143,26 +140,22 @@ class Workplace:
         spec = self._spec(state)
         fmt = prompt_format(load_tokenizer(spec.name, spec.revision), self.subject.template)
         spec = replace(spec, dtype="float32") if float32 else spec
-        self._make_room()
+        if self._heavy:  # small ones can wait for Python's own collector
+            free_memory()
         self._heavy = self.weights(state) >= SMALL_MODEL
         model: Any = load_base(spec, int8=state.endswith("int8"))
         if state.startswith("adapter") and self.subject.store is not None:
-            refs, scales = [slug for slug, _ in self.subject.stack], dict(self.subject.stack)
+            scales = dict(self.subject.stack)
             model = load_stack(
                 model,
                 self.subject.store,
-                refs,
+                list(scales),
                 scales,
                 base=fingerprint_base(self._base_folder),
                 allow_missing_parents=self.subject.allow_missing_parents,
             )
         with threads_for(model):
             yield Loaded(model, fmt)
-
-    def _make_room(self) -> None:
-        """Frees the model before; small ones can wait for Python's own collector."""
-        if self._heavy:
-            free_memory()
 
     @contextmanager
     def when_needed(self, state: str) -> Iterator[Callable[[], Loaded]]:
@@ -178,7 +171,7 @@ class Workplace:
 
         spec = self._spec(state)
         headers = map(read_header, weight_files(resolve_base(spec.name, spec.revision)))
-        return sum(prod(info.shape) for found in headers for info in found.tensors.values())
+        return sum(prod(info.shape) for header in headers for info in header.tensors.values())
 
     def _spec(self, state: str) -> BaseSpec:
         """The folder of the form, and whether it is loaded in 4 bit."""

@@ -11,13 +11,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
-from adapters.environment import free_memory, threads_for
+from adapters.environment import free_memory
 from adapters.errors import UserError
 from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
@@ -49,7 +49,7 @@ from unlearner.tokens.prompts import Template, prompt_format
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import Trial
 
 # Shares of a training after which a trial is looked at; at each but the last it may be stopped.
 LOOKS = (0.4, 0.7, 1.0)
@@ -159,26 +159,21 @@ def tune(run: Tuning, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "text": "Looking at Origin"})
     search = _open(run)
-    study = _searched(optuna, run, search, report, started) if run.space else None
-    found = _result(run, search, study, report)
-    found["seconds"] = time.monotonic() - started
-    write_json(run.out / "tune.json", found)
-    return found
-
-
-def _searched(optuna: Any, run: Tuning, search: _Search, report: Report, started: float) -> Study:
-    """The study with its trials, those of an earlier run of the same search included."""
-    study = _study(optuna, run)
-    _drop_unfinished(optuna, study)
-    while len(study.trials) < run.trials and time.monotonic() - started < 60 * run.minutes:
-        report({"event": "stage", "text": f"Trial {len(study.trials) + 1} of {run.trials}"})
-        _try(optuna, study, run, search, report)
-    if not _complete(study):
-        raise UserError(
-            f"None of the {len(study.trials)} trials finished.",
-            "Give it more --minutes or more --trials.",
-        )
-    return study
+    study = None
+    if optuna is not None:
+        study = _study(optuna, run)
+        while len(study.trials) < run.trials and time.monotonic() - started < 60 * run.minutes:
+            report({"event": "stage", "text": f"Trial {len(study.trials) + 1} of {run.trials}"})
+            _try(optuna, study, run, search, report)
+        if all(trial.state.name != "COMPLETE" for trial in study.trials):
+            raise UserError(
+                f"None of the {len(study.trials)} trials finished.",
+                "Give it more --minutes or more --trials.",
+            )
+    result = _result(run, search, study, report)
+    result["seconds"] = time.monotonic() - started
+    write_json(run.out / "tune.json", result)
+    return result
 
 
 @dataclass(frozen=True)
@@ -205,9 +200,7 @@ def _open(run: Tuning) -> _Search:
     fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template)
     data = thinned(load_eval_data(run.split, run.data))
     probe = Probe(fmt, data, read_log(run.reference_log))
-    model = load_base(run.base)
-    with threads_for(model):
-        origin = probe.look(model)
+    origin = probe.look(load_base(run.base))
     return _Search(probe, origin, origin.forget_nll / origin.nll_ratio)
 
 
@@ -229,24 +222,15 @@ def _study(optuna: Any, run: Tuning) -> Study:
         storage=JournalStorage(JournalFileBackend(str(run.out / STUDY_FILE))),
         load_if_exists=True,
     )
-    done = len(study.trials)
     # With the same seed at every start the sampler would draw the same settings again.
     study.sampler = optuna.samplers.TPESampler(
-        seed=run.seeds[0] + done, multivariate=True, n_startup_trials=6
+        seed=run.seeds[0] + len(study.trials), multivariate=True, n_startup_trials=6
     )
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
-    return study
-
-
-def _drop_unfinished(optuna: Any, study: Study) -> None:
-    """Marks trials that a killed run left unfinished as failed."""
     state = optuna.trial.TrialState
-    for trial in study.get_trials(states=(state.RUNNING,)):
+    for trial in study.get_trials(states=(state.RUNNING,)):  # a killed run left them unfinished
         study.tell(trial.number, state=state.FAIL)
-
-
-def _complete(study: Study) -> list[FrozenTrial]:
-    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    return study
 
 
 def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
@@ -273,7 +257,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
     def tell(step: int, steps: int, look: Look) -> None:
         loss = loss_of(look, search.origin)
-        looks.append({"step": step, "steps": steps, "loss": loss, **look.to_json()})
+        looks.append({"step": step, "steps": steps, "loss": loss, **asdict(look)})
         trial.set_user_attr("looks", looks)
         report({"event": "look", "text": look_text(trial.number + 1, looks[-1])})
         trial.report(loss, len(looks))
@@ -343,8 +327,17 @@ def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -
         "space": {name: values._asdict() for name, values in run.space.items()},
         "fixed": dict(run.fixed),
         "retrain_forget_nll": search.retrain_nll,
-        "origin_look": search.origin.to_json(),
-        "trials": [_trial_json(trial) for trial in trials],
+        "origin_look": asdict(search.origin),
+        "trials": [
+            {
+                "trial": trial.number + 1,
+                "state": trial.state.name.lower(),
+                "searched": trial.params,
+                "loss": trial.value if trial.state.name == "COMPLETE" else None,
+                **trial.user_attrs,
+            }
+            for trial in trials
+        ],
         "origin": origin,
         "chosen": {
             "trial": best.number + 1 if best else None,
@@ -354,16 +347,6 @@ def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -
             "held_out": rows[1:],
         },
         "command": [*run.words, *setting_words(config)],
-    }
-
-
-def _trial_json(trial: FrozenTrial) -> dict[str, Any]:
-    return {
-        "trial": trial.number + 1,
-        "state": trial.state.name.lower(),
-        "searched": trial.params,
-        "loss": trial.value if trial.state.name == "COMPLETE" else None,
-        **trial.user_attrs,
     }
 
 
@@ -401,11 +384,10 @@ def reached(row: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, bool
     """
     utility, whole = row["model_utility"], origin["model_utility"]
     ratio = row["forget_nll"] / row["retrain_forget_nll"]
+    is_unknown = utility is None or whole is None
     return {
         "forget_quality": row["forget_quality"] > FORGOTTEN,
-        "model_utility": None
-        if utility is None or whole is None
-        else utility >= KEPT_UTILITY * whole,
+        "model_utility": None if is_unknown else utility >= KEPT_UTILITY * whole,
         "forget_nll": 2 - NLL_WITHIN <= ratio <= NLL_WITHIN,
     }
 
@@ -420,9 +402,6 @@ def setting_words(config: UnlearnConfig) -> list[str]:
             if key == "name" or value == usual[part][key]:
                 continue
             flag = "--" + key.replace("_", "-")
-            if value is True:
-                words.append(flag)
-            else:
-                text = ",".join(value) if isinstance(value, list | tuple) else str(value)
-                words += [flag, text]
+            text = ",".join(value) if isinstance(value, list | tuple) else str(value)
+            words += [flag] if value is True else [flag, text]
     return words
