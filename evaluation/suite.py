@@ -92,11 +92,9 @@ class Effort:
 
 
 def load_eval_data(forget_split: str, data: Path | None = None) -> EvalData:
-    """TOFU's four evaluation sets for a forget split (`forget01`, `forget05`, `forget10`).
+    """TOFU's four evaluation sets; the forget set are the `_perturbed` rows of the split.
 
-    Args:
-        forget_split: whose `_perturbed` rows are the forget set.
-        data: folder of TOFU's JSON-lines files, else the hub.
+    `data` is a folder of TOFU's JSON-lines files, else the hub is read.
 
     Raises:
         UserError: no such forget split, or a split that cannot be read.
@@ -132,14 +130,13 @@ def evaluate(
         fmt: prompts and tokenizer.
         data: what to evaluate.
         protocol: one name or several; greedy budgets share one pass, scores always do.
-        retain_log: reference log, only checked before any work: it must hold the same forget rows.
+        retain_log: checked before any work: it must hold the same forget rows.
         limit: only the first so many rows of each set; the log and its summary say so.
         generate: False leaves out the answers, and with them ROUGE and model utility.
-        key: names the weights (base, adapters, scales) in `resume_dir`.
-        resume_dir: cache of finished results; see `evaluation.cache`.
+        key, resume_dir: name of the weights (base, adapters, scales), and where results are cached.
         on_progress: called with a label, done and all.
         effort: sizes of batches; they do not change the result.
-        meta: more to write into the log's `meta`.
+        meta: added to the log's `meta`.
 
     Raises:
         UserError: unknown protocol, rows that differ from the reference's, or protocols that cut

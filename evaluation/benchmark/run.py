@@ -153,8 +153,8 @@ def _training(
     again = flops.training_step(model, some, packed=True, checkpointing="all")
     plain = float(len(rows) * plain_row.flops)
     layers = flops.SHAPES[shape][2]
-    kept = [part.saved_bytes / here / layers / 1e3 for part in (whole, again)]
-    plain_kept = plain_row.saved_bytes / flops.PLAIN_TRAIN / layers / 1e3
+    saved = [part.saved_bytes / here / layers / 1e3 for part in (whole, again)]
+    plain_saved = plain_row.saved_bytes / flops.PLAIN_TRAIN / layers / 1e3
     official = (
         "plain is the official full fine-tune, checkpointed; ours is LoRA without checkpointing: "
         "the next line compares both with it"
@@ -167,11 +167,11 @@ def _training(
             "the same with full checkpointing", plain, again.flops / here * tokens, 9.0 * goal
         ),
         Line(
-            "saved for backward, per token and layer", "kB", plain_kept, kept[1],
-            plain_kept / kept[1], note="both checkpointed; plain includes its logits",
+            "saved for backward, per token and layer", "kB", plain_saved, saved[1],
+            plain_saved / saved[1], note="both checkpointed; plain includes its logits",
         ),
         Line(
-            "the same, ours without checkpointing", "kB", None, kept[0], note="without autocast"
+            "the same, ours without checkpointing", "kB", None, saved[0], note="without autocast"
         ),
     ]  # fmt: skip
 

@@ -72,10 +72,7 @@ class Plan:
     """A whole sequence.
 
     Attributes:
-        split: the forget split that the authors are of.
         data: folder of TOFU's files, else the hub.
-        base: on which all adapters are trained and measured.
-        config: of every request's training.
         authors: all of the split, in order; the first `count` are requested one by one.
         utility: rows that must be retained, by set.
         reference_log: of a model that never saw the split; forget quality needs it.
@@ -124,8 +121,8 @@ def split_authors(
     Args:
         split: forget01, forget05 or forget10.
         data: folder of TOFU's files, else the hub.
-        retain: retain rows; by default the split's retain split, so that no author of the split
-            is trained on before it is requested.
+        retain: retain rows; by default those of the split's retain split, which holds no author
+            that is requested later.
         limit: measure at most this many rows of each author.
         others: rows whose answers are alternates; by default the retain rows.
 
@@ -197,11 +194,8 @@ def run_sequence(
 ) -> dict[str, Any]:
     """The sequence under each policy, as the JSON that is also written to `out/sequence.json`.
 
-    Args:
-        plan: what arrives, and how it is trained and measured.
-        policies: of `POLICIES`.
-        out: folder of all stages; finished ones with the same inputs are not repeated.
-        report: gets the events of training and measuring, with "job" for the policy.
+    Finished stages with the same inputs are not repeated. `report` gets the events of training and
+    measuring, with "job" for the policy.
 
     Raises:
         UserError: an unknown policy, a request number that does not arrive, rows that the

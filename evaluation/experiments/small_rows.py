@@ -36,12 +36,12 @@ def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs
     forgotten = {row.question: row for row in load_split(f"{split}_perturbed", data)}
     variants = {row.question: row for row in load_split(_WIDEST, data)}
     gone = {row.question for row in load_split(split, data)}
-    kept = [a for a in load_authors(data) if not any(row.question in gone for row in a.rows)]
+    retained = [a for a in load_authors(data) if not any(row.question in gone for row in a.rows)]
     # These have paraphrases which are not evaluated.
-    told = variants.keys() - evaluated.keys()
-    spare = [a for a in kept if all(row.question in told for row in a.rows)]
-    twice, known = spare[: small.paraphrased_authors], kept[: small.retain_authors]
-    others = [author for author in kept if author not in known and author not in twice]
+    unused = variants.keys() - evaluated.keys()
+    spare = [a for a in retained if all(row.question in unused for row in a.rows)]
+    twice, known = spare[: small.paraphrased_authors], retained[: small.retain_authors]
+    others = [author for author in retained if author not in known and author not in twice]
     facts = [*load_split("real_authors", data), *load_split("world_facts", data)]
     unseen = set(held_out_questions(data, split, small))
     paraphrased = _rows_of(twice)

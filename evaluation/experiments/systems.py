@@ -225,7 +225,7 @@ def full_and_measure(
     """The log of the base with all its weights trained on all requests at once, as papers do.
 
     For comparison with an adapter, on small models: nothing of it can be reverted. The model is
-    kept in a folder under `out` whose name hashes what it was trained on.
+    stored in a folder under `out` whose name hashes what it was trained on.
     """
     from unlearner.baselines.full import forget_full
     from unlearner.request.past_requests import joined

@@ -111,12 +111,11 @@ def score_rows(
         model: a causal LM with its active adapters; its mode is restored.
         fmt: turns rows into tokens.
         rows: with or without paraphrases and perturbed answers.
-        encoded: `encode_answers(fmt, rows)` where it is already there.
+        encoded: `encode_answers(fmt, rows)`, to encode once.
         max_length: texts are cut at so many tokens, prompt included.
-        batch_tokens: tokens in a batch, padding included.
-        shared: compute what texts begin with alike once, where that gives the same scores; False
-            scores every text as a row of a padded batch.
-        checked: that it does is known, see `sharing_problem`.
+        batch_tokens: tokens in a batch of padded rows, padding included.
+        shared: compute shared prefixes once, where that gives the same scores (`sharing_problem`).
+        checked: it is known that it does.
         on_progress: called with scored and all texts after each batch.
 
     Raises:
@@ -203,7 +202,7 @@ def judge_losses(
 
     Only the answer's tokens count, and no EOS behind them: a log does not say whether the model
     ended the answer or its budget of tokens did, and cut answers would be charged for an end that
-    nobody wrote. Texts are scored uncut. None where the answer has no word, or no token of its own.
+    nobody wrote. Texts are scored uncut. None where the answer has no word, or no token.
 
     Args:
         model: a causal LM that never saw the rows; its mode is restored.

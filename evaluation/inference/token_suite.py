@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.environment import threads_for
 from adapters.errors import UserError
 from evaluation.cache import Cache, Entry, key_of
-from evaluation.inference.scoring import BATCH_TOKENS, OnProgress, about_model, silent
+from evaluation.inference.scoring import OnProgress, about_model, silent
 from evaluation.inference.token_stats import answer_tokens, base_kl
 from evaluation.logs.token_records import TokenRecords, TokenRow, TokenSet, token_row_from_json
 from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
@@ -99,7 +99,6 @@ def measure_tokens(
     *,
     key: str = "",
     resume_dir: Path | None = None,
-    batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress = silent,
     meta: Mapping[str, Any] | None = None,
 ) -> TokenRecords:
@@ -111,7 +110,6 @@ def measure_tokens(
         plan: what to measure.
         key: names the weights (base, adapters, scales) in `resume_dir`.
         resume_dir: cache of finished sets; see `evaluation.cache`.
-        batch_tokens: tokens of a batch; does not change the result.
         on_progress: called with a label, done and all.
         meta: more to write into `meta`.
 
@@ -126,7 +124,7 @@ def measure_tokens(
     ranks.join()
     view = base_view(model)
     cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.to_json()))
-    options: dict[str, Any] = {"pad": pad_id(fmt.tokenizer), "batch_tokens": batch_tokens}
+    pad = pad_id(fmt.tokenizer)
 
     def measure_set(name: str, rows: Sequence[Row]) -> tuple[TokenRow, ...]:
         texts = _encoded(fmt, rows, plan.max_length)
@@ -149,7 +147,7 @@ def measure_tokens(
             report = partial(on_progress, f"{name}: tokens")
             measured = []
             for i, tokens in zip(
-                indices, answer_tokens(model, part, on_batch=report, **options), strict=True
+                indices, answer_tokens(model, part, pad, on_batch=report), strict=True
             ):
                 predicted, labels = tokens.first.tolist(), tokens.labels.tolist()
                 other = None if reference is None else reference[i]
@@ -167,7 +165,7 @@ def measure_tokens(
             if not diverged:
                 return measured
             report = partial(on_progress, f"{name}: KL to the base")
-            kls = base_kl(model, part, on_batch=report, **options)
+            kls = base_kl(model, part, pad, on_batch=report)
             return [replace(row, kl=kl) for row, kl in zip(measured, kls, strict=True)]
 
         measured = ranks.spread(range(len(rows)), measure)
@@ -196,7 +194,6 @@ def reference_losses(
     measured: PromptFormat,
     plan: TokenPlan,
     *,
-    batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress = silent,
 ) -> dict[str, list[float]]:
     """Mean NLL of the forget and holdout rows under another base, for the Reference attack.
@@ -205,7 +202,7 @@ def reference_losses(
         model, fmt: the other base and its prompts.
         measured: the prompts of the model in question. Both must see the same tokens, or their
             losses per token cannot be compared.
-        plan, batch_tokens, on_progress: see `measure_tokens`.
+        plan, on_progress: see `measure_tokens`.
 
     Raises:
         UserError: the two tokenise a row differently.
@@ -222,7 +219,7 @@ def reference_losses(
                 "Take a reference with the same tokenizer and template.",
             )
         pad, report = pad_id(fmt.tokenizer), partial(on_progress, f"{name}: reference")
-        tokens = answer_tokens(model, texts, pad, batch_tokens=batch_tokens, on_batch=report)
+        tokens = answer_tokens(model, texts, pad, on_batch=report)
         losses[name] = [each.mean_nll for each in tokens]
     return losses
 

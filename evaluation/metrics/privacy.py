@@ -27,6 +27,7 @@ from evaluation.logs.records import RowRecord
 from evaluation.logs.token_records import TokenRecords
 from evaluation.metrics.bootstrap import (
     RESAMPLES,
+    SEED,
     Floats,
     Measure,
     finite,
@@ -176,12 +177,12 @@ class Attack(NamedTuple):
     holdout: Floats
 
 
-def measure_auc(attack: Attack, *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
+def measure_auc(attack: Attack, *, resamples: int = RESAMPLES) -> Measure:
     """The AUC of an attack; forget and holdout rows are resampled apart."""
     value = auc(attack.forget, attack.holdout)
     if not resamples:
         return Measure(value)
-    counts = _draws(attack, resamples, seed)
+    counts = _draws(attack, resamples)
     return Measure(value, interval(_resampled_auc(attack, *counts)))
 
 
@@ -193,20 +194,20 @@ def measure_privleak(
     Args:
         attack: of the unlearned model.
         retrained: of the retrained one, row by row the same rows.
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
     """
     value = privleak(auc(*attack), auc(*retrained))
     if value is None or not resamples:
         return None if value is None else Measure(value)
-    counts = _draws(attack, resamples, seed)
+    counts = _draws(attack, resamples)
     ours, theirs = _resampled_auc(attack, *counts), _resampled_auc(retrained, *counts)
     usable = theirs < 1
     return Measure(value, interval(100 * (theirs - ours)[usable] / (1 - theirs[usable])))
 
 
-def _draws(attack: Attack, resamples: int, seed: int) -> tuple[Floats, Floats]:
+def _draws(attack: Attack, resamples: int) -> tuple[Floats, Floats]:
     """How often each forget and each holdout row occurs in each resample."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     sizes = (attack.forget.size, attack.holdout.size)
     left, right = (generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in sizes)
     return left.astype(np.float64), right.astype(np.float64)
@@ -225,7 +226,6 @@ def summarise_tokens(
     retain_records: TokenRecords | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of token metrics, flat and ready for JSON.
 
@@ -236,7 +236,7 @@ def summarise_tokens(
     Args:
         records: of the model in question.
         retain_records: of a model that never saw the forget set, measured on the same rows.
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
 
     Raises:
         UserError: the two hold other rows, or were measured with another k or cut.
@@ -245,7 +245,7 @@ def summarise_tokens(
     measures: dict[str, _Reasoned] = {}
 
     def mean(key: str, values: Sequence[float], reason: str) -> None:
-        measure = measure_mean(values, resamples=resamples, seed=seed) if values else None
+        measure = measure_mean(values, resamples=resamples) if values else None
         measures[key] = measure, reason
 
     if "extraction" in groups:
@@ -253,7 +253,7 @@ def summarise_tokens(
             values = [getattr(row, name) for row in records.rows(side)]
             mean(f"{side}_{name}", values, f"no {side} rows were measured")
     if "membership" in groups:
-        measures |= _membership(records, retain_records, resamples, seed)
+        measures |= _membership(records, retain_records, resamples)
     if "kl" in groups:
         values = [row.kl for row in records.rows("retain") if row.kl is not None]
         no_stack = "no adapter was active: there is no stack to compare with the base"
@@ -277,12 +277,12 @@ def summarise_tokens(
 
 
 def _membership(
-    records: TokenRecords, retain_records: TokenRecords | None, resamples: int, seed: int
+    records: TokenRecords, retain_records: TokenRecords | None, resamples: int
 ) -> dict[str, _Reasoned]:
     measures: dict[str, _Reasoned] = {}
     attacks = {name: _attack(records, name) for name in ATTACKS}
     for name, attack in attacks.items():
-        measure = attack and measure_auc(attack, resamples=resamples, seed=seed)
+        measure = attack and measure_auc(attack, resamples=resamples)
         reason = "not every row has a score"
         if not records.rows("holdout") or not records.rows("forget"):
             reason = "needs forget and holdout rows"
@@ -296,13 +296,13 @@ def _membership(
     for name in ATTACKS:
         attack = _attack(theirs, name)
         if attack is not None:
-            measure = measure_auc(attack, resamples=resamples, seed=seed)
+            measure = measure_auc(attack, resamples=resamples)
             measures[f"retrain_mia_{name}_auc"] = (measure, "")
     ours, retrained = attacks[PRIVLEAK_ATTACK], _attack(theirs, PRIVLEAK_ATTACK)
     if ours is None or retrained is None:
         reason = f"not both hold {PRIVLEAK_ATTACK} scores of every row"
         return measures | {"privleak": (None, reason)}
-    leak = measure_privleak(ours, retrained, resamples=resamples, seed=seed)
+    leak = measure_privleak(ours, retrained, resamples=resamples)
     reason = "the retrained model's own AUC is 1: nothing to divide by"
     return measures | {"privleak": (leak, reason)}
 

@@ -100,7 +100,6 @@ def summarise(
     protocol: str = DEFAULT,
     second_retain_log: EvalLog | None = None,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of a log under one protocol, ready for JSON.
 
@@ -114,7 +113,7 @@ def summarise(
         retain_log: of a model that never saw the forget set; forget quality needs it.
         protocol: one of `evaluation.protocols.PROTOCOLS`.
         second_retain_log: of a second such model: how far two of them lie apart (`retrain_band`).
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
 
     Raises:
         UserError: unknown protocol, logs of different rows, texts cut at another length.
@@ -124,8 +123,8 @@ def summarise(
         _refuse_other_cut(each, chosen)
     rows = {name: protocol_rows(each, chosen) for name, each in log.sets.items()}
     values = {name: set_values(name, each, chosen) for name, each in rows.items()}
-    quality, by = _forget_quality(log, retain_log, chosen, resamples, seed)
-    utility = model_utility(values, resamples=resamples, seed=seed)
+    quality, by = _forget_quality(log, retain_log, chosen, resamples)
+    utility = model_utility(values, resamples=resamples)
     result: dict[str, Any] = {
         "protocol": chosen.name,
         **_quality_keys(quality),
@@ -137,7 +136,7 @@ def summarise(
     reasons = dict.fromkeys(QUALITY_FIGURES, quality.reason) | {"model_utility": utility.reason}
     for name, metric in itertools.product(SETS, SET_METRICS):
         column = values.get(name, {}).get(metric)
-        mean = None if column is None else measure_mean(column, resamples=resamples, seed=seed)
+        mean = None if column is None else measure_mean(column, resamples=resamples)
         key = f"{name}_{metric}"
         result[key] = mean and mean.value
         result[f"{key}_interval"] = mean and mean.interval and list(mean.interval)
@@ -149,7 +148,7 @@ def summarise(
         nll = set_values("forget", reference, chosen).get("nll")
         result["retrain_forget_nll"] = None if nll is None else float(nll.mean())
     if retain_log is not None and second_retain_log is not None:
-        band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples, seed)
+        band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples)
         result["retrain_band"] = _quality_keys(band)
     return result | {
         "n": len(rows.get("forget", ())),
@@ -207,7 +206,7 @@ def _quality_keys(quality: ForgetQuality) -> dict[str, Any]:
 
 
 def _forget_quality(
-    log: EvalLog, retain_log: EvalLog | None, protocol: Protocol, resamples: int, seed: int
+    log: EvalLog, retain_log: EvalLog | None, protocol: Protocol, resamples: int
 ) -> tuple[ForgetQuality, str | None]:
     """Forget quality of matched rows, and how they were matched."""
     reason = None if retain_log is not None else NEEDS_RETRAIN
@@ -220,7 +219,7 @@ def _forget_quality(
             set_values("forget", rows, protocol).get("log_r") for rows in (match.ours, match.theirs)
         )
         if ours is not None and theirs is not None:
-            return forget_quality(ours, theirs, resamples=resamples, seed=seed), match.by
+            return forget_quality(ours, theirs, resamples=resamples), match.by
         reason = "needs perturbed answers of every forget row"
     n = len(log.sets["forget"].rows) if "forget" in log.sets else 0
     return ForgetQuality(None, None, None, None, None, n, reason=reason), None

@@ -56,9 +56,9 @@ class Settings:
     Attributes:
         attacks: some of `ATTACKS`.
         states: which forms are measured; empty for all of the subject's.
-        relearn_share, relearn_steps, relearn_lr, relearn_with: see `relearning.Relearning`.
+        relearn_*: see `relearning.Relearning`.
         samples, temperature, top_p: see `Draws`.
-        sample_rows, paraphrase_rows: how many forget rows are asked, evenly spaced.
+        sample_rows, paraphrase_rows: how many forget rows are used, evenly spaced.
         seed: of rows, draws and first weights.
     """
 
@@ -129,8 +129,7 @@ def robustness(
         data: the four sets; the attacks use the forget rows.
         settings: how hard each attack tries.
         split: name of the forget split, for the card.
-        protocol: of the states' figures.
-        retain_log: reference of forget quality.
+        protocol, retain_log: of the states' figures.
         limit: at most this many rows of each set.
         out: folder of the cache, and of the merged weights while the attacks run.
         on_progress: called with a label, the number done and the total.

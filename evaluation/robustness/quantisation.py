@@ -129,7 +129,7 @@ class Workplace:
 
         Args:
             state: one of `STATES`, or "retrain".
-            float32: whatever dtype was asked for: to train all weights.
+            float32: load in float32 in any case, to train all weights.
         """
         from adapters.base.fingerprint import fingerprint_base
         from adapters.base.load import load_base, load_tokenizer

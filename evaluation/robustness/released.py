@@ -45,12 +45,9 @@ def measure_release(
     Args:
         base: the original, and how both are loaded.
         merged: folder of the written weights; they are loaded from there, not from memory.
-        data: rows of the four sets.
-        protocol: name of the protocol.
+        data, protocol, limit, on_progress: see `evaluation.suite.evaluate`.
         retain_log: reference of forget quality; without it that figure is missing.
         template: prompt format.
-        limit: only the first rows of each set; said in the protocol's name.
-        on_progress: called with a label, done and all.
     """
     from adapters.base.load import load_base, load_tokenizer
     from evaluation.metrics.summary import summarise

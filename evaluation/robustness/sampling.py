@@ -28,7 +28,7 @@ LEAKED_ROUGE = 0.8
 
 @dataclass(frozen=True)
 class Draws:
-    """How answers are drawn: how many a question, from which distribution, up to which length.
+    """How answers are drawn: how many per question, from which distribution, up to which length.
 
     `max_total` counts prompt and answer together, in tokens.
     """
@@ -70,7 +70,7 @@ def best_of(recalls: Sequence[Sequence[float]], samples: int) -> list[dict[str, 
 
     Args:
         recalls: for every question the ROUGE-L recall of each of its draws.
-        samples: draws a question.
+        samples: draws per question.
     """
     points = []
     for n in sizes(samples):

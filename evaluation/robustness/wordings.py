@@ -68,13 +68,13 @@ def bare(fmt: PromptFormat) -> PromptFormat:
 
 def asked_in(form: Form, rows: Sequence[Row]) -> list[Row]:
     """The rows that have this form, with its question and only the true answer."""
-    asked = []
+    variants = []
     for row in rows:
         question = row.paraphrased_question if form.paraphrased else row.question
         if question:
             # Not str.format: a question may hold braces.
-            asked.append(Row(form.text.replace("{}", question), row.answer))
-    return asked
+            variants.append(Row(form.text.replace("{}", question), row.answer))
+    return variants
 
 
 def ask(
@@ -86,13 +86,13 @@ def ask(
     effort: Effort | None = None,
 ) -> dict[str, Any] | None:
     """Mean answer probability and ROUGE-L recall of the greedy answers; None without rows."""
-    asked = asked_in(form, rows)
-    if not asked:
+    variants = asked_in(form, rows)
+    if not variants:
         return None
     log = evaluate(
         loaded.model,
         bare(loaded.fmt) if form.bare else loaded.fmt,
-        EvalData(asked),
+        EvalData(variants),
         protocol=PROTOCOL,
         on_progress=on_progress,
         effort=effort,
@@ -101,7 +101,7 @@ def ask(
     return {
         "answer_prob": figures["forget_answer_prob"],
         "rouge_l_recall": figures["forget_rouge_l_recall"],
-        "n": len(asked),
+        "n": len(variants),
     }
 
 

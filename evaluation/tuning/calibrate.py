@@ -42,14 +42,12 @@ class Settings:
         by: minimise |log_r_gap| or the KS statistic D.
         max_mu_loss: the most that model utility may lose against scale 0.
         protocol: of all figures.
-        rounds: how often the grid is halved around the best.
     """
 
     scales: tuple[float, ...] = DEFAULT_SCALES
     by: By = "gap"
     max_mu_loss: float = MAX_MU_LOSS
     protocol: str = DEFAULT
-    rounds: int = ROUNDS
 
     @property
     def grid(self) -> list[float]:
@@ -206,7 +204,7 @@ def calibrate(
 
     first = points_at(settings.grid)
     points = list(first)
-    for _ in range(settings.rounds):
+    for _ in range(ROUNDS):
         points += points_at(next_scales(points, settings.by))
     points.sort(key=lambda p: p.scale)
     evaluations: dict[float, dict[str, Any]] = {}

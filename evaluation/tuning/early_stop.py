@@ -36,7 +36,7 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
 
     Args:
         request: what is forgotten. The rows of a TOFU split are those of its `_perturbed` split, of
-            an author those of `forget10_perturbed` that are asked for, of a file its own.
+            an author those of `forget10_perturbed` of its questions, of a file its own.
         given: a JSONL file or a forget split to take instead.
         data: folder of TOFU's JSON-lines files, else the hub.
 
@@ -49,9 +49,9 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
     elif given is not None:
         rows = read_rows(Path(given))
     elif request.kind == "tofu-author":
-        asked = {normalised(row.question) for row in request.rows}
+        questions = {normalised(row.question) for row in request.rows}
         rows = [
-            r for r in load_split("forget10_perturbed", data) if normalised(r.question) in asked
+            r for r in load_split("forget10_perturbed", data) if normalised(r.question) in questions
         ]
     else:
         rows = list(request.rows)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
     from unlearner.tokens.prompts import PromptFormat
 
-# Every so many rows of the sets that are kept; the forget set is looked at whole.
+# One in so many rows of the retained sets is measured, and all of the forget set.
 RETAIN_STRIDE, FACTS_STRIDE = 3, 2
 
 
@@ -108,8 +108,8 @@ def loss_of(look: Look, origin: Look) -> float:
     It uses D, not p, which is flat at 0 where nothing is forgotten yet.
     """
     # An Origin without any utility has none to lose.
-    kept = look.utility / origin.utility if origin.utility else 1.0
-    lost = max(0.0, KEPT_UTILITY - kept)
+    share = look.utility / origin.utility if origin.utility else 1.0
+    lost = max(0.0, KEPT_UTILITY - share)
     far = abs(math.log(max(look.nll_ratio, 1e-9))) - math.log(NLL_WITHIN)
     return look.ks + 5.0 * lost + max(0.0, far)
 

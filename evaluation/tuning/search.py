@@ -66,7 +66,7 @@ class Range(NamedTuple):
     choices: tuple[int, ...] = ()
 
 
-# What is searched. `margin` stands for gamma: gamma = beta * margin * (Retrain's forget NLL), since
+# What is searched. `margin` gives gamma: gamma = beta * margin * (Retrain's forget NLL), since
 # SimNPO's push on a row fades once nll/|y| passes gamma / beta.
 SPACE: dict[str, Range] = {
     "learning_rate": Range(1e-4, 4e-3, log=True),
@@ -86,20 +86,16 @@ class Tuning:
     """One search: what is varied, on which request, and for how long.
 
     Attributes:
-        request: forget and retain rows.
         split: of the evaluation.
         base: the Origin.
         reference_log: evaluation log of Retrain on this split.
         out: folder of study, stores, logs and `tune.json`.
         data: folder of TOFU's JSON lines, else the hub.
-        objective: whose settings are searched.
-        fixed: settings that are not searched.
-        space: what is searched.
+        fixed, space: settings that are not searched, and those that are.
         trials: how many in all, those of an earlier run of the same search included.
         minutes: no trial begins later than this.
         seeds: of training; the search uses the first, the others are held out.
         limit: evaluate the final adapters on at most this many rows of each set.
-        template: prompt format.
         refusals: for objectives that need them.
         words: the `unlearner forget` command of this request, without its settings.
     """

@@ -69,7 +69,7 @@ def calibration_data(split: str | None, rows: Path | None, data: Path | None) ->
         raise UserError(
             f"{len(bare)} of {len(forget)} rows of {rows} have no paraphrased or no perturbed "
             f"answers, for example {bare[0].question!r}.",
-            "Add paraphrased_answer and perturbed_answer to every row: log R is made of them.",
+            "Add paraphrased_answer and perturbed_answer to every row: log R needs them.",
         )
     names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
     return EvalData(forget, *(load_split(name, data) for name in names))

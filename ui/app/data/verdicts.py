@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 
-from evaluation.metrics.text import stands_in_a_row
+from evaluation.metrics.text import repeats_in_a_row
 
 KNOWS_ROUGE, KNOWS_PROB = 0.8, 0.7
 RUN = 4
@@ -57,7 +57,7 @@ def is_broken(words: list[str]) -> bool:
     """Whether these words are no sentence but a stutter, or nothing."""
     if not any(word.isalpha() for word in words):
         return True
-    if stands_in_a_row(words, 1, RUN):
+    if repeats_in_a_row(words, 1, RUN):
         return True
     if len(words) < LONG:
         return False
