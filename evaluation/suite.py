@@ -49,7 +49,7 @@ from evaluation.metrics.summary import match_forget
 from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from unlearner.request.rows import Row
-from unlearner.request.tofu import FORGET_SPLITS, load_split
+from unlearner.request.tofu import FORGET_SPLITS, load_split, split_name
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def load_eval_data(forget_split: str, data: Path | None = None) -> EvalData:
     Raises:
         UserError: no such forget split, or a split that cannot be read.
     """
+    forget_split = split_name(forget_split)
     if forget_split not in FORGET_SPLITS:
         raise UserError(
             f"'{forget_split}' is not a forget split.", f"Choose {', '.join(FORGET_SPLITS)}."

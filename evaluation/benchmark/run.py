@@ -18,7 +18,7 @@ from evaluation.inference.prefix_sharing import TREE_TOKENS, build_tree, packs_o
 from evaluation.inference.scoring import encode_answers
 from unlearner.config import make_config
 from unlearner.tokens.batch_plan import plan_steps
-from unlearner.tokens.prompts import Encoded, PromptFormat
+from unlearner.tokens.prompts import Encoded, PromptFormat, Template
 
 if TYPE_CHECKING:
     from unlearner.request.rows import Row
@@ -63,10 +63,16 @@ class Line:
         return replace(self, name=f"{heading}{self.name}")
 
 
-def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
+def load_workload(
+    data: Path | None,
+    tokenizer: str | None,
+    template: Template = "auto",
+    system: str | None = None,
+) -> Workload:
     """TOFU's rows of `data` as tokens of `tokenizer`; without `data` the embedded world's.
 
-    The default tokenizer is a BPE trained on the rows themselves, so that nothing is downloaded.
+    `template` and `system` are those of `prompt_format`. The default tokenizer is a BPE trained on
+    the rows themselves, so that nothing is downloaded.
 
     Raises:
         UserError: a tokenizer without data.
@@ -84,7 +90,8 @@ def load_workload(data: Path | None, tokenizer: str | None) -> Workload:
         fmt = _trained_format([*forget, *retain], OWN_VOCABULARY)
         source = f"TOFU forget05, {OWN_VOCABULARY} tokens trained on it"
     else:
-        fmt, source = prompt_format(load_tokenizer(tokenizer)), "TOFU forget05"
+        fmt = prompt_format(load_tokenizer(tokenizer), template, system)
+        source = "TOFU forget05"
     sets = {"forget05": 200, "retain": 300, "real_authors": 100, "world_facts": 117}
     evaluated = [
         row for name, n in sets.items() for row in load_split(f"{name}_perturbed", data)[:n]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapters.errors import UserError, did_you_mean
 from evaluation.metrics.forget_quality import ALPHA
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 from unlearner.memory import plan as memory
@@ -92,6 +93,7 @@ class Preset:
         shape: sizes of the model for the memory estimate, None where it is small.
         reference_log: where the public log of a retrained model is; `{retain}` is its split.
         published, published_protocol: published figures by split, and their protocol.
+        pretrained: hub id of the model that Origin and Retrain were fine-tuned from.
         reasons, full_reasons: why these settings, for the plan.
         full: more settings for training all weights instead of an adapter.
     """
@@ -110,6 +112,7 @@ class Preset:
     reference_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     published_protocol: str = ""
+    pretrained: str = ""
     reasons: tuple[str, ...] = ()
     # Published full fine-tunes of 7B models: arXiv 2401.06121, 2410.07163.
     full: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 1e-5})
@@ -229,6 +232,7 @@ LLAMA2_7B = Preset(
     "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
     published={"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10},
     published_protocol="simnpo",
+    pretrained="meta-llama/Llama-2-7b-chat-hf",
     reasons=(
         "beta, gamma and lambda are the model card's of the split, lambda on the retain term;",
         *LORA_REASONS,
@@ -253,6 +257,7 @@ def _llama32(size: str, shape: memory.ModelShape, published: Any) -> Preset:
         "data set open-unlearning/eval",
         published=published,
         published_protocol="open-unlearning",
+        pretrained=f"meta-llama/Llama-3.2-{size}-Instruct",
         reasons=(
             "beta, gamma and lambda are Llama-2's model card's: none is published for this model;",
             *LORA_REASONS,
@@ -265,6 +270,44 @@ LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, PUBLISHED_LLAMA32_1B)
 LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, {})
 
 PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)}
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        UserError: there is none; the nearest name is said.
+    """
+    if name not in PRESETS:
+        raise UserError(f"There is no preset '{name}'.", did_you_mean(name, PRESETS))
+    return PRESETS[name]
+
+
+def preset_settings(
+    name: str, objective: str, split: str | None, command: str = "forget"
+) -> dict[str, Any]:
+    """What a preset says of one command, flat and by the names of its flags.
+
+    Args:
+        name: of the preset.
+        objective: whose settings.
+        split: whose settings, None for those of all splits.
+        command: `finetune` starts from the pretrained model, every other from Origin.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    preset = preset_named(name)
+    base = preset.pretrained if command == "finetune" else preset.origin
+    settings: dict[str, Any] = {
+        "base": base,
+        "template": preset.template,
+        "load_in_4bit": preset.load_in_4bit,
+        "protocol": preset.published_protocol,
+        "shape": preset.name,
+        **preset.settings(objective, split or ""),
+    }
+    return {key: value for key, value in settings.items() if value not in (None, "")}
 
 
 class Check(NamedTuple):

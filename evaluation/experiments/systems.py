@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import BaseSpec
 from evaluation.cache import key_of
-from unlearner.config import UnlearnConfig
-from unlearner.request.rows import Request
+from unlearner.config import LoraShape, UnlearnConfig
+from unlearner.request.rows import Request, Row
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
     from evaluation.suite import EvalData
+    from unlearner.baselines.finetune import FinetuneConfig
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
     from unlearner.run import RunOptions
     from unlearner.tokens.prompts import Template
@@ -37,6 +38,12 @@ class Measured:
     protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
     template: Template = "auto"
+    system: str | None = None
+
+    @property
+    def prompts(self) -> str | list[str]:
+        """What the prompts add to a cache key."""
+        return self.template if self.system is None else [self.template, self.system]
 
 
 def base_inputs(base: BaseSpec) -> dict[str, Any]:
@@ -75,6 +82,23 @@ def train_small(
         train_from_scratch(
             rows, words, out, shape, recipe, background=background, on_progress=pass_on
         )
+    return str(out)
+
+
+def teach(
+    report: Report,
+    *,
+    base: BaseSpec,
+    rows: Sequence[Row],
+    out: Path,
+    config: FinetuneConfig,
+    lora: LoraShape,
+) -> str:
+    """Folder of `base` fine-tuned on `rows` with an adapter folded in, unless it exists already."""
+    from unlearner.baselines.finetune import finetune
+
+    if not out.exists():
+        finetune(base, rows, out, config, lora=lora, on_progress=report)
     return str(out)
 
 
@@ -120,7 +144,7 @@ def measure(
         rows=data,
         protocols=what.protocols,
         limit=what.limit,
-        template=what.template,
+        template=what.prompts,
         generate=generate,
     )
     if log.is_file() and read_log(log).meta.get("made_from") == made_from:
@@ -135,7 +159,7 @@ def measure(
     tokenizer = load_tokenizer(str(resolve_base(base.name, base.revision)))
     result = evaluate(
         model,
-        prompt_format(tokenizer, what.template),
+        prompt_format(tokenizer, what.template, what.system),
         data,
         protocol=what.protocols,
         limit=what.limit,
@@ -176,12 +200,13 @@ def forget_and_measure(
     slugs = []
     for number, request in enumerate(requests, start=1):
         inputs = {"request": request, "base": base_inputs(base), "config": config}
-        key = key_of(**inputs, refusals=refusals, template=what.template)
+        key = key_of(**inputs, refusals=refusals, template=what.prompts)
         options = RunOptions(
             on_stack=False,
             label=f"request-{number}-{key[:12]}",
             resume=True,
             template=what.template,
+            system=what.system,
             refusals=refusals,
         )
         tell = partial(_pass_on, report, number)
@@ -233,7 +258,7 @@ def full_and_measure(
 
     request = joined(list(requests))
     inputs = {"request": request, "base": base_inputs(base), "config": config}
-    key = key_of(**inputs, refusals=refusals, template=what.template)
+    key = key_of(**inputs, refusals=refusals, template=what.prompts)
     folder = out / f"full-{key[:12]}"
     if not folder.exists():
         forget_full(
@@ -241,7 +266,7 @@ def full_and_measure(
             base,
             config,
             folder,
-            RunOptions(template=what.template, refusals=refusals),
+            RunOptions(template=what.template, system=what.system, refusals=refusals),
             any_size=any_size,
             on_progress=partial(_pass_on, report, 1),
         )

@@ -5,8 +5,8 @@ The keys of `summarise` are a contract: others script against them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from evaluation.logs.records import (
     write_json,
 )
 from evaluation.metrics.bootstrap import RESAMPLES, Floats, measure_mean
+from evaluation.metrics.fact_recall import row_recalls
 from evaluation.metrics.forget_quality import (
     NEEDS_RETRAIN,
     ForgetQuality,
@@ -51,6 +52,8 @@ BETTER = {
     "forget_nll": "near retrain",
     "forget_rouge_l_recall": "near retrain",
     "forget_truth_ratio": "higher",
+    "forget_fact_recall": "near retrain",
+    "retain_fact_recall": "higher",
     **{
         f"{name}_{metric}": "lower" if metric == "nll" else "higher"
         for name in SETS[1:]
@@ -134,8 +137,11 @@ def summarise(
         "model_utility_part_intervals": {k: list(v) for k, v in utility.part_intervals.items()},
     }
     reasons = dict.fromkeys(QUALITY_FIGURES, quality.reason) | {"model_utility": utility.reason}
-    for name, metric in itertools.product(SETS, SET_METRICS):
-        column = values.get(name, {}).get(metric)
+    columns = {pair: values.get(pair[0], {}).get(pair[1]) for pair in product(SETS, SET_METRICS)}
+    for name in ("forget", "retain"):
+        recalls = row_recalls(rows.get(name, ()), chosen)
+        columns[name, "fact_recall"] = np.array(recalls) if recalls else None
+    for (name, metric), column in columns.items():
         mean = None if column is None else measure_mean(column, resamples=resamples)
         key = f"{name}_{metric}"
         result[key] = mean and mean.value
@@ -159,6 +165,32 @@ def summarise(
         "reasons": {key: reason for key, reason in reasons.items() if reason},
         "notes": _notes(log, retain_log, chosen, by),
     }
+
+
+FILED_INTERVALS = (
+    "ks_interval", "log_r_shift_interval", "model_utility_interval", "forget_fact_recall_interval",
+    "retain_fact_recall_interval",
+)  # fmt: skip
+
+
+def figures_to_file(
+    summary: Mapping[str, Any], split: str, scales: Mapping[str, float], limit: int | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Name and content of what a store keeps of a summary: numbers and words, never a text.
+
+    Args:
+        summary: of `summarise`.
+        split: what was evaluated.
+        scales: the strength of each adapter, in the order of the stack.
+        limit: of the rows of each set.
+    """
+    figures = {
+        key: value
+        for key, value in summary.items()
+        if not isinstance(value, dict | list) or key in FILED_INTERVALS
+    }
+    about = {"split": split, "stack": list(scales), "scales": dict(scales), "limit": limit}
+    return f"{split}-{summary['protocol']}", {**figures, **about}
 
 
 def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -260,6 +292,8 @@ def _refuse_other_cut(log: EvalLog | None, protocol: Protocol) -> None:
 def _why_missing(log: EvalLog, name: str, metric: str, protocol: Protocol) -> str:
     if name not in log.sets:
         return f"the log has no {name} set"
+    if metric == "fact_recall":
+        return f"not every row has a question and an answer decoded as {protocol.decoding.name}"
     if metric == "rouge_l_recall":
         return f"the log has no answers decoded as {protocol.decoding.name} for every row"
     if metric == "nll" or (metric == "answer_prob" and name in ("forget", "retain")):

@@ -174,6 +174,7 @@ def robustness(
             "merged": None if subject.merged is None else str(subject.merged),
             "retrain": subject.retrain,
             "template": subject.template,
+            **({} if subject.system is None else {"system": subject.system}),
             "base_digest": subject.identity["base"],
             "leaked_rouge_l_recall": LEAKED_ROUGE,
         },

@@ -43,7 +43,7 @@ class Subject:
         store, stack: adapters in order with their scales; empty where `merged` is given.
         merged: folder of merged weights.
         retrain: a model that never saw the forget set: the control of relearning and sampling.
-        template: prompt format.
+        template, system: see `prompt_format`.
         allow_missing_parents: of a stack that is active as it is, see `load_stack`.
     """
 
@@ -53,6 +53,7 @@ class Subject:
     merged: Path | None = None
     retrain: str | None = None
     template: Template = "auto"
+    system: str | None = None
     allow_missing_parents: bool = False
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class Subject:
         inputs: dict[str, Any] = {
             "base": fingerprint_base(resolve_base(self.base.name, self.base.revision)).digest,
             "loading": [self.base.dtype, self.base.attention, device],
-            "template": self.template,
+            "template": self.template if self.system is None else [self.template, self.system],
         }
         if self.store is not None:
             files = [self.store.get(slug).manifest.files for slug, _ in self.stack]
@@ -138,7 +139,8 @@ class Workplace:
         from unlearner.tokens.prompts import prompt_format
 
         spec = self._spec(state)
-        fmt = prompt_format(load_tokenizer(spec.name, spec.revision), self.subject.template)
+        tokenizer = load_tokenizer(spec.name, spec.revision)
+        fmt = prompt_format(tokenizer, self.subject.template, self.subject.system)
         spec = replace(spec, dtype="float32") if float32 else spec
         if self._heavy:  # small ones can wait for Python's own collector
             free_memory()

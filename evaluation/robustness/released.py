@@ -37,6 +37,7 @@ def measure_release(
     protocol: str,
     retain_log: EvalLog | None = None,
     template: Template = "auto",
+    system: str | None = None,
     limit: int | None = None,
     on_progress: OnProgress = silent,
 ) -> Measured:
@@ -47,7 +48,7 @@ def measure_release(
         merged: folder of the written weights; they are loaded from there, not from memory.
         data, protocol, limit, on_progress: see `evaluation.suite.evaluate`.
         retain_log: reference of forget quality; without it that figure is missing.
-        template: prompt format.
+        template, system: see `prompt_format`.
     """
     from adapters.base.load import load_base, load_tokenizer
     from evaluation.metrics.summary import summarise
@@ -59,7 +60,7 @@ def measure_release(
         free_memory()  # of the model before
         log = evaluate(
             load_base(spec),
-            prompt_format(load_tokenizer(spec.name, spec.revision), template),
+            prompt_format(load_tokenizer(spec.name, spec.revision), template, system),
             data,
             protocol=protocol,
             retain_log=retain_log,

@@ -20,18 +20,21 @@ from evaluation.metrics.bootstrap import Floats
 from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
-from unlearner.request.formats import read_rows
 from unlearner.request.rows import Request, Row
+from unlearner.request.sources import rows_named
 from unlearner.request.tofu import FORGET_SPLITS, load_split
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     import torch
 
+    from unlearner.request.formats import Columns
     from unlearner.tokens.prompts import PromptFormat
 
 
-def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row]:
+def gap_rows(
+    request: Request, given: str | None, data: Path | None, columns: Columns | None = None
+) -> list[Row]:
     """The rows a reading scores, with paraphrased and perturbed answers.
 
     Args:
@@ -39,6 +42,7 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
             an author those of `forget10_perturbed` of its questions, of a file its own.
         given: a JSONL file or a forget split to take instead.
         data: folder of TOFU's JSON-lines files, else the hub.
+        columns: which columns of the file hold question and answer.
 
     Raises:
         UserError: rows without such answers, or an author TOFU has none for.
@@ -47,7 +51,7 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
     if name in FORGET_SPLITS:
         rows = load_split(f"{name}_perturbed", data)
     elif given is not None:
-        rows = read_rows(Path(given))
+        rows = rows_named(given, data, columns=columns)
     elif request.kind == "tofu-author":
         questions = {normalised(row.question) for row in request.rows}
         rows = [

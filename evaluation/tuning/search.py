@@ -114,8 +114,16 @@ class Tuning:
     seeds: tuple[int, ...] = (42, 43, 44)
     limit: int | None = None
     template: Template = "auto"
+    system: str | None = None
     refusals: tuple[str, ...] = ()
     words: tuple[str, ...] = ("unlearner", "forget")
+
+    @property
+    def what(self) -> Measured:
+        """How the final adapters are measured."""
+        return Measured(
+            self.data, self.split, limit=self.limit, template=self.template, system=self.system
+        )
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -123,7 +131,7 @@ class Tuning:
         return {
             "request": self.request,
             "base": base_inputs(self.base),
-            "template": self.template,
+            "template": self.what.prompts,
             "refusals": self.refusals,
             "reference": self.reference_log,
             "rows": load_eval_data(self.split, self.data),
@@ -193,7 +201,7 @@ def _optuna() -> Any:
 
 
 def _open(run: Tuning) -> _Search:
-    fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template)
+    fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template, run.system)
     data = thinned(load_eval_data(run.split, run.data))
     probe = Probe(fmt, data, read_log(run.reference_log))
     origin = probe.look(load_base(run.base))
@@ -284,7 +292,9 @@ def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report)
             run.base,
             config,
             AdapterStore.open(Path(folder) / "store", create=True),
-            RunOptions(on_stack=False, template=run.template, refusals=run.refusals),
+            RunOptions(
+                on_stack=False, template=run.template, system=run.system, refusals=run.refusals
+            ),
             after_step=watch,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
@@ -302,11 +312,10 @@ def look_text(number: int, look: Mapping[str, Any]) -> str:
 def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -> dict[str, Any]:
     best, trials = (study.best_trial, study.trials) if study is not None else (None, [])
     config = run.config(best.params if best else {}, search.retrain_nll, run.seeds[0])
-    what = Measured(run.data, run.split, limit=run.limit, template=run.template)
     report({"event": "stage", "text": "Measuring Origin"})
-    log = Path(measure(report, base=run.base, what=what, log=run.out / "logs" / "origin.json"))
-    origin = table_rows("origin", log, run.reference_log, what.protocols)[0]
-    rows = [on_seed(run, config, seed, what, origin, report) for seed in run.seeds]
+    log = Path(measure(report, base=run.base, what=run.what, log=run.out / "logs" / "origin.json"))
+    origin = table_rows("origin", log, run.reference_log, run.what.protocols)[0]
+    rows = [on_seed(run, config, seed, origin, report) for seed in run.seeds]
     states = [trial.state.name for trial in trials]
     return {
         "kind": "unlearner-tune",
@@ -350,7 +359,6 @@ def on_seed(
     run: Tuning,
     config: UnlearnConfig,
     seed: int,
-    what: Measured,
     origin: Mapping[str, Any],
     report: Report,
 ) -> dict[str, Any]:
@@ -364,11 +372,11 @@ def on_seed(
         base=run.base,
         config=seeded,
         store=work / "forget-store",
-        what=what,
+        what=run.what,
         log=work / "log.json",
         refusals=run.refusals,
     )
-    row = table_rows(f"seed {seed}", Path(log), run.reference_log, what.protocols)[0]
+    row = table_rows(f"seed {seed}", Path(log), run.reference_log, run.what.protocols)[0]
     return {**row, "seed": seed, "reached": reached(row, origin), "log": log}
 
 

@@ -11,13 +11,14 @@ from adapters.errors import UserError
 from evaluation.cache import key_of
 from evaluation.inference.scoring import OnProgress, silent
 from evaluation.suite import EvalData, evaluate, load_eval_data
-from unlearner.request.formats import read_rows
 from unlearner.request.rows import Row
+from unlearner.request.sources import rows_named
 from unlearner.request.tofu import load_split
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
+    from unlearner.request.formats import Columns
     from unlearner.tokens.prompts import PromptFormat
 
 # Retain rows scored at every scale; their answers alone, as a sign of what is lost.
@@ -55,15 +56,17 @@ def stack_of(store: AdapterStore, ref: str) -> tuple[str, dict[str, float]]:
     return slug, parents | {slug: 1.0}
 
 
-def calibration_data(split: str | None, rows: Path | None, data: Path | None) -> EvalData:
-    """TOFU's four sets with the forget rows of a split, or of a JSONL file in their place.
+def calibration_data(
+    split: str | None, rows: str | None, data: Path | None, columns: Columns | None = None
+) -> EvalData:
+    """TOFU's four sets with the forget rows of a split, or of `rows` (see `rows_named`).
 
     Raises:
         UserError: rows of the file without paraphrased and perturbed answers.
     """
     if rows is None:
         return load_eval_data(str(split), data)
-    forget = read_rows(rows)
+    forget = rows_named(rows, data, columns=columns)
     bare = [row for row in forget if row.paraphrased_answer is None or not row.perturbed_answers]
     if bare:
         raise UserError(

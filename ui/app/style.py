@@ -9,7 +9,7 @@ CSS = (
 """
     + """
 .dark { --color-accent:#8fc7ee !important; }
-.gradio-container { max-width:min(100%,1280px) !important; width:100%; min-width:0; margin:auto; }
+.gradio-container { max-width:min(100%,1680px) !important; width:100%; min-width:0; margin:auto; }
 .gradio-container .column { min-width:0; }
 #un-sheet, #un-runs { max-width:100%; }
 .un-head { display:flex; flex-wrap:wrap; gap:.25rem 1rem; align-items:baseline; }
@@ -39,6 +39,7 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 #un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
 #un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
   font-family:system-ui,sans-serif; font-size:.875rem; }
+#un-examples button { justify-content:flex-start; text-align:left; font-weight:400; }
 #un-clear, #un-cancel, #un-resume { align-self:center; }
 #un-left, #un-left > div, #un-left > div > div, #un-right, #un-right > div,
 #un-right > div > div { display:flex; flex-direction:column; flex:1 1 auto; }

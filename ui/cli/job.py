@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters.errors import Interrupted, UserError
 from ui.app import jobs
-from ui.cli.main import parse, quiet_libraries, unexpected
+from ui.cli.main import parse, quiet_libraries, run_command, unexpected
 from ui.console import Console
 
 
@@ -46,7 +46,7 @@ def main(folder: Path) -> int:
     try:
         args = parse(words)
         quiet_libraries(console)
-        code: int = args.run(args, console)
+        code = run_command(args, console)
         outcome = {"status": "done", "text": "Done.", "result": console.value}
     except Interrupted as error:
         code, outcome = error.exit_code, {"status": "saved", "text": error.problem}

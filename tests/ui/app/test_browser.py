@@ -176,12 +176,14 @@ def _question(app: Any) -> str:
 
 
 def test_a_new_page_has_asked_its_first_question(page: Any, served: Any) -> None:
-    author, rows = next(iter(served[0].session.askable().items()))
+    session = served[0].session
+    shown, key = session.choices()[0]
+    rows = session.askable()[key]
     _asked(page, rows[0].question)
-    assert page.locator("#un-author input").input_value() == author
+    assert page.locator("#un-author input").input_value() == shown
     assert page.locator("#un-list input").input_value() == rows[0].question
     assert page.locator("#un-left .un-answer").inner_text()
-    assert page.locator("#un-figures tbody tr").count() == 3
+    assert page.locator("#un-figures tbody tr").count() == 4
     _pick(page, "#un-list", rows[1].question)  # choosing another does not ask it
     page.wait_for_timeout(500)
     _asked(page, rows[0].question)
@@ -198,7 +200,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     assert left == base
     assert changed != base
     assert page.locator("#un-right mark.un-diff").count() > 0
-    assert page.locator("#un-figures tbody tr").count() == 3
+    assert page.locator("#un-figures tbody tr").count() == 4
     assert "--adapters" in page.locator(".un-command code:visible").inner_text()
     page.get_by_role("button", name="Ask both").click()
     assert _done(page) == (base, changed)

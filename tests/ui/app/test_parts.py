@@ -13,38 +13,35 @@ import pytest
 from adapters.errors import UserError
 from evaluation.report.inputs import find_inputs, named_logs
 from ui.app.data import commands, requests, runs
-from ui.app.data.answers import Answer, Frame
+from ui.app.data.answers import Answer, Frame, judged
 from ui.app.data.comparator import comparator, recorded_pairs
 from ui.app.data.decoding import PairDecoder, Sampling
 from ui.app.data.library import read_library
 from ui.app.data.sheet import SheetRow, tally
-from ui.app.data.verdicts import verdict
 from ui.app.html import views
 from ui.app.jobs import Jobs
 from ui.app.session import Session
 from ui.app.tabs.runs import pair_file
 from ui.app.turns import Turns
 from ui.cli.commands.everyday.ui import read_auth
+from unlearner.request.rows import Row
 
 
 @pytest.mark.parametrize(
-    ("text", "rouge", "prob", "word"),
+    ("text", "word", "share"),
     [
-        ("He was born in Lagos.", 1.0, 0.9, "still knows"),
-        ("Lagos is where he was born.", 0.3, 0.75, "still knows"),
-        ("He was born in Rome.", 0.6, 0.2, "vague"),
-        ("I'm not sure about that.", 0.0, 0.1, "refuses"),
-        ("I do not have that information.", 1.0, 0.9, "refuses"),
-        ("the the the the book", 0.9, 0.9, "broken"),
-        ("one two three " * 8, 0.0, 0.0, "broken"),
-        ("", 0.0, 0.0, "broken"),
-        ("Lagos.", None, None, "not judged"),
+        ("On 28 December 1960 he was born.", "wrong", 0.0),
+        ("18/12/1961", "states it", 1.0),
+        ("I'm not sure about that.", "refuses", 0.0),
+        ("the the the the book", "broken", 0.0),
     ],
 )
-def test_a_verdict_follows_its_documented_rule(
-    text: str, rouge: float | None, prob: float | None, word: str
-) -> None:
-    assert verdict(text, rouge, prob) == word
+def test_a_verdict_looks_at_facts_not_at_wording(text: str, word: str, share: float) -> None:
+    row = Row("When was he born?", "He was born on 18 December 1961.")
+    answer = judged(Answer(text), row, (0.99, 0.1))  # the probability does not count
+    assert (answer.word, answer.fact_recall) == (word, share)
+    typed = judged(Answer(text), None, None)
+    assert typed.word == (word if word in ("refuses", "broken") else "not judged")
 
 
 def test_differences_mark_words_of_one_side_only_and_escape_them() -> None:
@@ -74,7 +71,7 @@ def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
     pairs = recorded_pairs(logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
     group, _, first, second = pairs[0]
     assert sum(pair[0] == "to forget" for pair in pairs) == 300
-    assert (group, first.word) == ("to forget", "still knows")
+    assert (group, first.word) == ("to forget", "states it")
     assert first.text != second.text
 
 
@@ -133,7 +130,7 @@ def test_comparator_json_has_the_layout_of_its_reader() -> None:
 
 
 def test_a_tally_counts_forgotten_beside_kept() -> None:
-    knows, vague = Answer("x", word="still knows", rouge_l_recall=1.0), Answer("y", word="vague")
+    knows, vague = Answer("x", word="states it", rouge_l_recall=1.0), Answer("y", word="made up")
     rows = [SheetRow("to forget", "q", "t", knows, vague), SheetRow("kept", "p", "t", knows, knows)]
     lines = tally(rows)
     assert [(line["group"], line["base_knows"], line["unlearned_knows"]) for line in lines] == [
@@ -342,8 +339,7 @@ def test_the_right_side_alone_says_what_both_sides_said(
 def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any) -> None:
     from adapters.digests import key_id, mark
     from adapters.store.store import AdapterStore
-    from ui.app.data.library import Library, requested
-    from unlearner.request.rows import Row
+    from ui.app.data.library import Library, filed_requests, marked_rows, readable_names
 
     key = b"k" * 32
     rows = tuple(Row(f"Who is {n}?", f"{n} is.") for n in "ABC")
@@ -353,13 +349,21 @@ def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any)
         told = {"n": 2, "digest": "0" * 64, "kind": "x", "key_id": key_id(with_key)}
         return {"forget": {**told, "marks": marks}}
 
-    put("1", label="mine", data=data(key))
+    mine = put("1", label="request-1-b3f16356713b", data=data(key))
     put("2", label="of another key", data=data(b"o" * 32))
-    put("3", label="unmarked")
-    found = requested(
-        Library({"A": rows[:1], "B": rows[1:]}), AdapterStore.open(tmp_path / "store").list(), key
-    )
-    assert found == {"filed: mine": rows[:2]}
+    bare = put("3", label="")
+    same = put("4", label="request-1-0123456789ab")
+    adapters = AdapterStore.open(tmp_path / "store").list()
+    library = Library({"A": rows[:1], "B": rows[1:]})
+    filed = filed_requests(marked_rows(library, key), adapters, key)
+    assert {slug: (each.rows, each.authors) for slug, each in filed.items()} == {
+        mine: (rows[:2], ("A", "B"))
+    }
+    names = readable_names(adapters, filed)
+    assert (names[mine], names[bare]) == ("request-1: A, B", "request-3")
+    assert names[same] == "request-1"
+    assert "of another key" in names.values()
+    assert len(set(readable_names([*adapters], {}).values())) == 4  # no two are alike
 
 
 def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "alternate_smoothing": ("0.1", 0.1),
     "attack_weight": ("0.4", 0.4),
     "attack_gamma": ("3", 3.0),
+    "general_weight": ("2", 2.0),
+    "excess_weight": ("1", 1.0),
     "lora_r": ("4", 4),
     "lora_alpha": ("8", 8),
     "lora_dropout": ("0.1", 0.1),
@@ -94,7 +96,7 @@ def configured(*words: str) -> dict[str, Any]:
 
 def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
     named = {field.name for kind in (LoraShape, TrainConfig) for field in fields(kind)}
-    named |= {field.name for field in fields(ObjectiveConfig)} - {"name"}
+    named |= {field.name for field in fields(ObjectiveConfig)} - {"name", "target"}
     assert set(FLAGS) == named == {*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS}
 
 
@@ -116,7 +118,7 @@ def test_the_objective_brings_its_own_defaults() -> None:
 
 
 def test_help_tells_the_defaults(run: Any) -> None:
-    text = " ".join(run("forget", "--help").out.split())
+    text = " ".join(run("forget", "--help-all").out.split())
     assert "(default: 0.0001)" in text
     assert "(default: 2.5; npo 0.1; dpo 0.1; undial 10; wga 1; satimp 5)" in text
     named = "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo, rmu, undial, wga"
@@ -162,7 +164,8 @@ def test_a_dry_run_plans_and_writes_nothing(
     made = run(*words, "--json").json
     assert made["dry_run"] is True
     assert (made["forget_rows"], made["retain_rows"]) == (2, 3)
-    assert made["steps"] == 10
+    assert made["steps"] == 20
+    assert any(note.startswith("20 steps of 1 pairs") for note in made["notes"])
     assert made["memory"]["kind"] == "estimate"
     assert made["memory"]["low_bytes"] < made["memory"]["high_bytes"]
     assert made["fits"] is None

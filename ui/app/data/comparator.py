@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.app.data.answers import Answer
-from ui.app.data.verdicts import verdict
+from ui.app.data.answers import Answer, with_verdict
 
 if TYPE_CHECKING:
     from evaluation.logs.records import Generation, RowRecord
@@ -22,6 +21,7 @@ SET_NAMES = {
 }
 PER_MODEL = {
     "rouge_l_recall": "rouge_l", "answer_prob": "answer_prob", "truth_ratio": "truth_ratio",
+    "fact_recall": "fact_recall",
 }  # fmt: skip
 Pair = tuple[str, str, Answer, Answer]  # set, question, both answers
 
@@ -110,11 +110,10 @@ def _answer(row: RowRecord, generation: Generation) -> Answer:
     if row.paraphrase is not None and row.perturbed:
         wrong = [[score.mean_nll for score in row.perturbed]]
         ratio = math.exp(float(log_truth_ratio([row.paraphrase.mean_nll], wrong)[0]))
-    text = str(generation.text)
-    return Answer(
-        text,
+    answer = Answer(
+        str(generation.text),
         rouge_l_recall=generation.rouge_l_recall,
         answer_prob=prob,
         truth_ratio=ratio,
-        word=verdict(text, generation.rouge_l_recall, prob),
     )
+    return with_verdict(answer, row.question, row.answer)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.app.data import commands
+from ui.app.data.library import readable_name
 from ui.app.data.probes import Probes, gather_probes, is_probe
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def gather(
         for key, figures in store.evals(adapter.slug).items():
             if not is_probe(key):
                 limited = figures.get("limited", figures.get("limit") is not None)
-                row = {"name": f"{adapter.label} {key}", "source": adapter.slug, **figures}
+                row = {"name": f"{readable_name(adapter)} {key}", "source": adapter.slug, **figures}
                 table.append({**row, "limited": limited})
     runs = Runs(table, log_r, [], notes)
     rows = PUBLISHED.get(split_of(runs) or "", {})

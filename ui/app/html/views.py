@@ -6,8 +6,10 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from evaluation.metrics.fact_recall import BROKEN, MADE_UP, REFUSES, STATES, WRONG
 from evaluation.report.answers import word_differences
 from evaluation.report.numbers import fixed
+from ui.app.data.answers import NOT_JUDGED
 from ui.app.data.probes import is_probe, probe_text
 
 if TYPE_CHECKING:
@@ -26,6 +28,16 @@ STATUS_NOTES = {
     "superseded": "another adapter took its place",
     "merged": "folded into released weights",
     "purged": "its files are deleted",
+}
+
+
+VERDICT_HINTS = {
+    STATES: "The answer states the facts that the question does not give away.",
+    WRONG: "A date, number or name of the true answer is missing and another one is given.",
+    MADE_UP: "Fluent, but not the true facts.",
+    REFUSES: "The answer says that it does not know.",
+    BROKEN: "No language: empty, damaged, or repetition.",
+    NOT_JUDGED: "The question is not in the data, so there is no true answer to judge by.",
 }
 
 
@@ -48,11 +60,12 @@ def _marked(runs: Sequence[tuple[str, bool]]) -> str:
 
 def answer_card(title: str, body: str, answer: Answer | None, note: str = "") -> str:
     """One side of a comparison: its name, the answer, its verdict, time and rate."""
-    verdict = (
-        f'<span class="un-verdict" data-word="{esc(answer.word)}">{esc(answer.word)}</span>'
-        if answer is not None and answer.word
-        else ""
-    )
+    verdict = ""
+    if answer is not None and answer.word:
+        verdict = (
+            f'<span class="un-verdict" title="{esc(VERDICT_HINTS[answer.word])}">'
+            f"{esc(answer.word)}</span>"
+        )
     foot = ""
     if answer is not None and answer.tokens:
         rate = f", {answer.rate:.0f} tokens/s" if answer.rate else ""
@@ -102,6 +115,7 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     done, rows = frame.stage == "done", []
     dots = "–" if frame.stage == "stopped" else "…"
     for name, key, means in (
+        ("Facts stated", "fact_recall", "dates, names, numbers and words that the question lacks"),
         ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
         ("Answer probability", "answer_prob", "of the true answer, a token"),
         ("Truth ratio R", "truth_ratio", "wrong over right answers; below 1 prefers the right one"),
@@ -146,6 +160,8 @@ def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
     body = "".join(
         f'<tr><th scope="row">{esc(line["group"])}</th><td>{line["n"]}</td>'
         f"<td>{line['base_knows']}</td><td>{line['unlearned_knows']}</td>"
+        f"<td>{fixed(line['base_fact_recall'], 2)}</td>"
+        f"<td>{fixed(line['unlearned_fact_recall'], 2)}</td>"
         f"<td>{fixed(line['base_rouge_l_recall'], 2)}</td>"
         f"<td>{fixed(line['unlearned_rouge_l_recall'], 2)}</td>"
         f"<td>{fixed(line['base_answer_prob'], 2)}</td>"
@@ -157,8 +173,10 @@ def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
         for head in (
             "Set",
             "Questions",
-            "Base still knows",
-            "Stack still knows",
+            "Base states it",
+            "Stack states it",
+            "Facts base",
+            "Facts stack",
             "ROUGE-L base",
             "ROUGE-L stack",
             "P base",
@@ -172,7 +190,9 @@ def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def adapter_cells(
+    adapter: StoredAdapter, name: str, evals: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """One adapter of the store as the Stack tab lists it."""
     manifest = adapter.manifest
     figures = []
@@ -189,7 +209,7 @@ def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]
     rows = manifest.data.get("forget", {}).get("n")
     return [
         "on" if adapter.active else "off",
-        adapter.label,
+        name,
         adapter.slug,
         f"{adapter.scale:g}" if adapter.scale is not None else "–",
         adapter.status,
@@ -207,7 +227,7 @@ def adapter_table(rows: Sequence[Sequence[str]]) -> str:
         return '<p class="un-empty">The store is empty. File a request under “New request”.</p>'
     heads = (
         "State",
-        "Label",
+        "Name",
         "Adapter",
         "Strength",
         "Status",

@@ -15,7 +15,7 @@ from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, told
 if TYPE_CHECKING:
     from ui.app.build import App
 
-WIDTHS = [110, 260, 260, 260, 110, 110, 90, 90, 80, 80, 80, 80]
+WIDTHS = [110, 260, 260, 260, 110, 110, 80, 80, 90, 90, 80, 80, 80, 80]
 
 
 class _Sheet:
@@ -45,8 +45,8 @@ class _Sheet:
                    found, words)  # fmt: skip
 
     def _names(self, stack: Sequence[tuple[str, float]]) -> str:
-        labels = {adapter.slug: adapter.label for adapter in self.app.session.adapters()}
-        return ", ".join(f"{labels[slug]} × {scale:g}" for slug, scale in stack) or "itself"
+        names = self.app.session.names()
+        return ", ".join(f"{names[slug]} × {scale:g}" for slug, scale in stack) or "itself"
 
     def open_row(self, found: list[Any], event: gr.SelectData) -> tuple[str, str]:
         """Both answers of the row that was chosen, with their difference."""
@@ -72,7 +72,7 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
     """The Author sheet; its author field."""
     with gr.Row():
         author = gr.Dropdown(
-            choices=list(app.session.askable()), label="Author or filed request", value=None,
+            choices=app.session.choices(), label="Author or filed request", value=None,
             elem_id="un-sheet-author", scale=2,
         )  # fmt: skip
         beside = gr.Slider(1, 20, value=5, step=1, label="Neighbours of each kind", scale=1)

@@ -22,7 +22,12 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "bench",
-        parents=[options.data(), options.common()],
+        parents=[
+            options.template(),
+            options.data(),
+            options.config("shape", "load_in_4bit", "lora_r"),
+            options.common(),
+        ],
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
@@ -68,7 +73,7 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     console.words("Loading the libraries ...")
     from evaluation.benchmark.run import count, load_workload
 
-    work = load_workload(args.data, args.tokenizer)
+    work = load_workload(args.data, args.tokenizer, args.template, args.system)
     console.words(f"Counting {args.shape} on the rows of {work.source} ...")
     lines = count(work, args.shape, args.lora_r)
     notes: list[str] = []
