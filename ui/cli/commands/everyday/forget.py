@@ -238,8 +238,8 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     request = parse_request(args.request, args.data, args.retain, options.columns(args))
     if args.full is not None:
         return _train_full(args, console, config, request)
-    stop_at = _stop_at(args, request)
-    return train_request(args, console, config, request, stop_at=stop_at, target=_target(args))
+    target, stop_at = _target(args), _stop_at(args, request)
+    return train_request(args, console, config, request, stop_at=stop_at, target=target)
 
 
 def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
