@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evaluation.suite import EvalData
     from unlearner.baselines.finetune import FinetuneConfig
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
+    from unlearner.run import RunOptions
     from unlearner.tokens.prompts import Template
 
 Report = Callable[[dict[str, Any]], None]
@@ -188,20 +189,23 @@ def forget_and_measure(
     store: Path,
     what: Measured,
     log: Path,
-    refusals: Sequence[str] = (),
+    how: RunOptions | None = None,
 ) -> str:
     """The log of a stack with one adapter per request, each trained on the bare base.
 
     Such adapters can be reverted in any order and, on small models, forget better than adapters
     trained on top of each other. An adapter that the store holds for the same request and settings
     is used again; an interrupted training continues from its checkpoint. Other active adapters of
-    the store are switched off.
+    the store are switched off. The prompt format is that of `what`, all other options those of
+    `how`.
     """
     from adapters.store.store import AdapterStore
+    from unlearner.run import RunOptions
 
     filed = AdapterStore.open(store, create=True)
+    options = replace(how or RunOptions(), template=what.template, system=what.system)
     slugs = [
-        file_request(report, filed, request, base, config, number, refusals, what).slug
+        file_request(report, filed, request, base, config, number, options, what).slug
         for number, request in enumerate(requests, start=1)
     ]
     for slug in [active.slug for active in filed.active() if active.slug not in slugs]:
@@ -261,19 +265,21 @@ def file_request(
     base: BaseSpec,
     config: UnlearnConfig,
     number: int,
-    refusals: Sequence[str],
+    how: RunOptions,
     what: Measured,
 ) -> StoredAdapter:
     """The active adapter of `request`, trained unless the store holds it already."""
     from evaluation.cache import key_of
-    from unlearner.run import RunOptions, unlearn
+    from unlearner.run import unlearn
 
+    chosen = {} if how.given is None else {"given": sorted(how.given), "unseen": how.unseen}
     key = key_of(
         request=request,
         base=base_inputs(base),
         config=config,
-        refusals=refusals,
+        refusals=how.refusals,
         template=what.prompts,
+        **chosen,
     )
     label = f"request-{number}-{key[:12]}"
     adapter = next((each for each in store.list() if each.manifest.label == label), None)
@@ -283,14 +289,7 @@ def file_request(
             base,
             config,
             store,
-            RunOptions(
-                on_stack=False,
-                label=label,
-                resume=True,
-                template=what.template,
-                system=what.system,
-                refusals=refusals,
-            ),
+            replace(how, on_stack=False, label=label, resume=True),
             on_progress=lambda event: _pass_on(report, event, number),
         )
     if not adapter.active:
