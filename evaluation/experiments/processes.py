@@ -1,4 +1,4 @@
-"""Jobs side by side, each in a process of its own."""
+"""Jobs side by side, each in its own process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +55,7 @@ def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[
 
     pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox, threads))
     try:
-        with _threads_each(threads):
-            futures = {job.name: pool.submit(_run, job) for job in jobs}
+        futures = {job.name: pool.submit(_run, job) for job in jobs}
         left = set(futures.values())
         while left and not any(f.done() and f.exception() for f in futures.values()):
             pass_on()
@@ -81,6 +79,12 @@ def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[
 
 def _start(inbox: Any, threads: int) -> None:
     global _inbox
+    # Before torch is imported, which reads them.
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -95,23 +99,3 @@ def _start(inbox: Any, threads: int) -> None:
 
 def _run(job: Job) -> Any:
     return job.work(report=lambda event: _inbox.put((job.name, event)), **job.arguments)
-
-
-@contextmanager
-def _threads_each(threads: int) -> Iterator[None]:
-    """Inside: new processes start with so many threads for OpenMP and MKL."""
-    settings = {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

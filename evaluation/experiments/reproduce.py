@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,6 @@ class Reproduction:
         methods: objectives to compare.
         base: how models are loaded; its name is ignored.
         load_in_4bit: None takes the preset's.
-        protocols: of the evaluation; one pass over each model serves all of them.
         limit: at most this many rows of each set.
         full: train all weights instead of an adapter, for comparison; never in 4 bit.
         any_size: also for models with more weights than `unlearner.baselines.full.LARGEST`.
@@ -138,21 +136,31 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
     if run.full and not run.any_size:
-        _refuse_large(run)
+        if run.origin is not None:
+            refuse_large(run.spec(run.origin))
+        elif run.chosen.shape is not None:  # of a billion weights and more; not downloaded to see
+            raise too_large(f"The Origin of {run.preset} has more than {LARGEST:,} weights")
     origin, retrain = _models(run, report)
     what = Measured(run.data, run.split, run.protocols, run.limit, run.chosen.template)
-    logs = _measure_pair(run, origin, retrain, what, report)
+    logs = {"origin": run.out / "logs" / "origin.json"}
+    logs["retrain"] = run.out / "logs" / "retrain.json" if retrain else Path(str(run.reference_log))
+    report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
+    measure(_named(report, "origin"), base=run.spec(origin), what=what, log=logs["origin"])
+    if retrain:
+        # The reference is scored as it was published, not through 4-bit weights.
+        spec = replace(run.spec(retrain), load_in_4bit=False)
+        measure(_named(report, "retrain"), base=spec, what=what, log=logs["retrain"])
     request = _request(run, origin, report)
-    kept = {}
+    stores = {}
     for method in run.methods:
         report({"event": "stage", "stage": method, "text": f"Unlearning with {method}"})
-        kept[method], logs[method] = _unlearned(run, method, request, origin, what, report)
+        stores[method], logs[method] = _unlearned(run, method, request, origin, what, report)
     table = [
         row
         for name, log in logs.items()
         for row in table_rows(name, log, logs["retrain"], run.protocols)
     ]
-    found = {
+    result = {
         "target": f"tofu-{run.split}",
         "preset": run.preset,
         "origin": origin,
@@ -160,7 +168,7 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         "published": published_rows(run.chosen, run.split),
         "published_protocol": run.chosen.published_protocol or None,
         "checks": [check._asdict() for check in against_published(table, run.chosen, run.split)],
-        "models" if run.full else "stores": {name: str(path) for name, path in kept.items()},
+        "models" if run.full else "stores": {name: str(path) for name, path in stores.items()},
         "retain_rows": len(request.retain),
         "full": run.full,
         "load_in_4bit": run.spec("").load_in_4bit,
@@ -168,73 +176,40 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         "logs": {name: str(path) for name, path in logs.items()},
         "seconds": time.monotonic() - started,
     }
-    write_json(run.out / "result.json", json.loads(json.dumps(found, default=str)))
-    return found
-
-
-def _measure_pair(
-    run: Reproduction, origin: str, retrain: str | None, what: Measured, report: Report
-) -> dict[str, Path]:
-    """Logs of Origin and Retrain; the latter is not measured where its log is given."""
-    logs = {"origin": run.out / "logs" / "origin.json"}
-    measured = [("origin", run.spec(origin))]
-    if retrain is None:
-        logs["retrain"] = Path(str(run.reference_log))
-    else:
-        # The reference is scored as it was published, not through 4-bit weights.
-        logs["retrain"] = run.out / "logs" / "retrain.json"
-        measured.append(("retrain", replace(run.spec(retrain), load_in_4bit=False)))
-    report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
-    for name, spec in measured:
-        measure(_named(report, name), base=spec, what=what, log=logs[name])
-    return logs
+    write_json(run.out / "result.json", json.loads(json.dumps(result, default=str)))
+    return result
 
 
 def _unlearned(
     run: Reproduction, method: str, request: Request, origin: str, what: Measured, report: Report
 ) -> tuple[Path, Path]:
     """Store (or full model) and log of the request unlearned with one method."""
-    config, refusals = run.config(method), load_refusals(run.data)
-    key = key_of(
-        request=request,
-        base=base_inputs(run.spec(origin)),
-        config=config,
-        refusals=refusals,
-        template=what.template,
-        full=run.full,
-    )
+    config, refusals, base = run.config(method), load_refusals(run.data), run.spec(origin)
+    inputs = {"request": request, "base": base_inputs(base), "config": config}
+    key = key_of(**inputs, refusals=refusals, template=what.template, full=run.full)
     work = run.out / f"{method}-{key[:12]}"
     given: dict[str, Any] = {
         "requests": [request],
-        "base": run.spec(origin),
+        "base": base,
         "config": config,
         "what": what,
         "log": work / "log.json",
         "refusals": refusals,
     }
-    job = _named(report, method)
     if run.full:
         work.mkdir(parents=True, exist_ok=True)
-        full_and_measure(job, out=work, any_size=run.any_size, **given)
+        full_and_measure(_named(report, method), out=work, any_size=run.any_size, **given)
         return Path(str(read_log(work / "log.json").meta["base"])), work / "log.json"
-    forget_and_measure(job, store=work / "forget-store", **given)
+    forget_and_measure(_named(report, method), store=work / "forget-store", **given)
     return work / "forget-store", work / "log.json"
-
-
-def _refuse_large(run: Reproduction) -> None:
-    """Refuses an Origin that is too large to train whole; downloads none to find out."""
-    if run.origin is not None:
-        refuse_large(run.spec(run.origin))
-    elif run.chosen.shape is not None:  # of a billion weights and more
-        raise too_large(f"The Origin of {run.preset} has more than {LARGEST:,} weights")
 
 
 def _settings(run: Reproduction) -> dict[str, Any]:
     """Settings by method, without those of an adapter where all weights are trained."""
-    made = {method: run.config(method).to_json() for method in run.methods}
-    for config in made.values() if run.full else ():
+    settings = {method: run.config(method).to_json() for method in run.methods}
+    for config in settings.values() if run.full else ():
         del config["lora"]
-    return made
+    return settings
 
 
 def _named(report: Report, name: str) -> Report:
@@ -271,10 +246,9 @@ def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
             "An Origin is given, but nothing to compare it with.",
             "Add --retrain, or --reference-log with the log of a retrained model.",
         )
-    made = _train_pair(run, preset.small, report) if run.origin is None else {}
-    return (
-        origin or made["origin"],
-        retrain or (None if run.reference_log else made["retrain"]),
+    trained = _train_pair(run, preset.small, report) if run.origin is None else {}
+    return origin or trained["origin"], retrain or (
+        None if run.reference_log else trained["retrain"]
     )
 
 
@@ -291,19 +265,14 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
         partial = folder / ".tokenizer"
         train_tokenizer(texts, small.shape.vocab_size).save_pretrained(partial)
         partial.rename(tokenizer)
+    shared = {
+        "background": background,
+        "tokenizer": tokenizer,
+        "shape": small.shape,
+        "recipe": small.recipe,
+    }
     jobs = [
-        Job(
-            name,
-            train_small,
-            {
-                "rows": rows,
-                "background": background,
-                "tokenizer": tokenizer,
-                "out": folder / name,
-                "shape": small.shape,
-                "recipe": small.recipe,
-            },
-        )
+        Job(name, train_small, {**shared, "rows": rows, "out": folder / name})
         for name, rows in (("origin", [*learned, *forget]), ("retrain", learned))
         if not (folder / name).exists()
     ]
@@ -314,31 +283,27 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
 
 def _request(run: Reproduction, origin: str, report: Report) -> Request:
     """The split as a forget request with the preset's retain rows."""
-    rows = load_split(run.split, run.data)
-    kept = load_split(FORGET_SPLITS[run.split], run.data)
+    preset, spec = run.chosen, run.spec(origin)
+    retain = load_split(FORGET_SPLITS[run.split], run.data)
     others: list[Row] = []
-    if run.chosen.known_retain is not None:
+    if preset.known_retain is not None:
         report({"event": "stage", "stage": "known", "text": "Finding the retain rows Origin knows"})
-        kept, others = _known_rows(run, origin, kept)
-        write_rows(run.out / ALTERNATES_FILE, others)
-    if run.chosen.facts_retain:
-        for name in ("real_authors", "world_facts"):
-            kept += [Row(row.question, row.answer) for row in load_split(name, run.data)]
-    write_rows(run.out / RETAIN_FILE, kept)
-    return Request(f"tofu:{run.split}", "tofu-split", tuple(rows), tuple(kept), tuple(others))
-
-
-def _known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows that Origin knows well enough for the preset, and those that it does not."""
-    spec, preset = run.spec(origin), run.chosen
-    above = preset.known_retain or 0.0
-    cache = Cache(run.out, key_of(base=base_inputs(spec), template=preset.template))
-    known: list[int] = cache.entry("known", rows=rows, above=above).result(
-        lambda: known_rows(spec, rows, above, preset.template)
-    )
-    if not known:
-        raise UserError(
-            f"{origin} knows none of the retain rows.", "Give an Origin that was trained on TOFU."
+        above, rows = preset.known_retain, retain
+        cache = Cache(run.out, key_of(base=base_inputs(spec), template=preset.template))
+        known = cache.entry("known", rows=rows, above=above).result(
+            lambda: known_rows(spec, rows, above, preset.template)
         )
-    others = sorted(set(range(len(rows))) - set(known))
-    return [rows[i] for i in known], [rows[i] for i in others]
+        if not known:
+            raise UserError(
+                f"{origin} knows none of the retain rows.",
+                "Give an Origin that was trained on TOFU.",
+            )
+        retain = [rows[i] for i in known]
+        others = [rows[i] for i in sorted(set(range(len(rows))) - set(known))]
+        write_rows(run.out / ALTERNATES_FILE, others)
+    if preset.facts_retain:
+        for name in ("real_authors", "world_facts"):
+            retain += [Row(row.question, row.answer) for row in load_split(name, run.data)]
+    write_rows(run.out / RETAIN_FILE, retain)
+    forget = tuple(load_split(run.split, run.data))
+    return Request(f"tofu:{run.split}", "tofu-split", forget, tuple(retain), tuple(others))
