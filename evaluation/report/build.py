@@ -29,7 +29,7 @@ from evaluation.report.cards import (
     Robustness,
     Search,
     read_calibration,
-    read_json,
+    read_object,
     read_robustness,
     read_rows,
     read_search,
@@ -58,9 +58,7 @@ class ReportRequest:
         robustness, calibration: cards in addition to those in folders.
         published: `forget05`, `forget10`, `none`, or None: the split that all logs state.
         tried: number of configurations tried, as the caller states it.
-        without_answers: leave out every question and answer.
-        command: the command that makes the report, to be printed.
-        date: a date to be printed; a report is undated without one.
+        command, date: printed where they are given.
     """
 
     inputs: tuple[str, ...]
@@ -195,7 +193,7 @@ def gather(request: ReportRequest) -> tuple[Report, list[LoadedLog]]:
         "search": [(path, read_search(path)) for path in inputs.tune],
     }
     robustness, calibration, searches = (tuple(card for _, card in c) for c in cards.values())
-    reproductions = {path: read_json(path) for path in inputs.results}
+    reproductions = {path: read_object(path) for path in inputs.results}
     origin = next((log.log.sets for log in logs if log.name.casefold() == "origin"), None)
     answers = tuple(
         answer_set

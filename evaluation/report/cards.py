@@ -5,13 +5,13 @@ Reading is strict about kinds and required fields, and tolerant of parts that we
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
+from evaluation.logs.records import read_json
 
 ROBUSTNESS, CALIBRATION, TUNE = "robustness.json", "calibration.json", "tune.json"
 SCHEMA = 1
@@ -67,25 +67,16 @@ class Search:
     held_out: tuple[Figures, ...] = ()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError where it cannot be read, or holds NaN or no object."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a finite number")
-
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.", "Give a complete file.") from error
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where there is none, or it holds NaN."""
+    raw = read_json(path, "card", finite=True)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}, not an object.", "Give another file.")
     return raw
 
 
 def _read_card(path: Path, command: str) -> dict[str, Any]:
-    raw, kind = read_json(path), f"unlearner-{command}"
+    raw, kind = read_object(path), f"unlearner-{command}"
     if raw.get("kind") != kind:
         raise UserError(
             f"{path} is of kind {raw.get('kind')!r}, not {kind!r}.",

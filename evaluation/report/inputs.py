@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import UserError
-from evaluation.report.cards import CALIBRATION, ROBUSTNESS, TUNE, read_json
+from evaluation.report.cards import CALIBRATION, ROBUSTNESS, TUNE, read_object
 
 LOG_FILE = "eval_log.json"
 RESULT = "result.json"
@@ -119,7 +119,7 @@ def _folder_logs(folder: Path) -> dict[str, Path]:
     """The logs in a folder of evaluate (one, or one for each system), reproduce or quickstart."""
     result = folder / RESULT
     if result.is_file():
-        logs = read_json(result).get("logs")
+        logs = read_object(result).get("logs")
         if not isinstance(logs, dict):
             raise UserError(f"{result} names no logs.", "Run `unlearner reproduce` again.")
         paths = {}

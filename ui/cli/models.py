@@ -48,10 +48,15 @@ def load(args: argparse.Namespace) -> LoadedBase:
 
 
 def chosen_stack(args: argparse.Namespace, store: AdapterStore) -> Stack:
-    """The adapters of --adapters as trained, by default the store's active ones; with strengths."""
+    """The adapters of --adapters by their --scales, by default the store's active ones as they are.
+
+    Raises:
+        UserError: --scales without --adapters, or not one for each.
+    """
+    scales = options.scales_by_ref(args, args.adapters)
     if args.adapters is None:
         return [(active.slug, active.scale) for active in store.active()]
-    return [(store.get(ref).slug, 1.0) for ref in args.adapters]
+    return [(store.get(ref).slug, scales.get(ref, 1.0)) for ref in args.adapters]
 
 
 def measure(

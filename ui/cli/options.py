@@ -9,17 +9,19 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
 from ui.cli.parser import Parser as Parser
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
 from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.tofu import split_name
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
     from unlearner.request.formats import Columns
 
 DEFAULT_STORE = "./forget-store"
-PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
+PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
 
 
@@ -32,6 +34,24 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def folder(text: str) -> Path:
+    """The path of a folder, which need not exist."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, and a folder is needed")
+    return path
+
+
+def number_list(text: str) -> tuple[float, ...]:
+    """Numbers divided by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers, as in 1,0.5"
+        ) from None
 
 
 def name_list(text: str) -> list[str]:
@@ -154,11 +174,6 @@ def add_split(
     )
 
 
-def split_name(text: str) -> str:
-    """The name of a split, with or without `tofu:` before it."""
-    return text.removeprefix("tofu:")
-
-
 def add_reference_log(
     flags: Flags, *, required: bool = False, use: str = "needed for forget quality"
 ) -> None:
@@ -216,10 +231,10 @@ def add_limit(flags: Flags, text: str = "measure only the first N rows of each s
 
 
 def add_out(flags: Flags, text: str, *, default: str | None = None, required: bool = False) -> None:
-    """--out; `text` says what is written there."""
+    """--out, always a folder that is made where it is missing; `text` says what is in it."""
     flags.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         required=required,
         default=Path(default) if default else None,
         metavar="DIR",
@@ -227,22 +242,44 @@ def add_out(flags: Flags, text: str, *, default: str | None = None, required: bo
     )
 
 
-def add_adapters(
-    flags: Flags, text: str = "use these adapters in this order, or none", *, scales: bool = False
-) -> None:
-    """--adapters; with `scales` also --scales, one factor for each."""
+REF = "slug, its unique start, or label"
+
+
+def add_adapters(flags: Flags, text: str = "use these adapters in this order, or none") -> None:
+    """--adapters."""
     flags.add_argument(
         "--adapters",
         type=name_list,
         metavar="A,B",
-        help=f"{text} (default: those active in the store)",
+        help=f"{text}; each by {REF} (default: those active in the store)",
     )
-    if scales:
-        flags.add_argument(
-            "--scales",
-            metavar="X,Y",
-            help="strength of each adapter of --adapters (default: as stored)",
+
+
+def add_scales(flags: Flags, of: str = "of --adapters") -> None:
+    """--scales, one factor for each adapter."""
+    flags.add_argument(
+        "--scales",
+        type=number_list,
+        metavar="X,Y",
+        help=f"strength of each adapter {of}, 0 to 1.5 (default: 1, as trained)",
+    )
+
+
+def scales_by_ref(args: argparse.Namespace, refs: Sequence[str] | None) -> dict[str, float]:
+    """The numbers of --scales by the adapter that each is for; empty where it was not given.
+
+    Raises:
+        UserError: more or fewer numbers than adapters.
+    """
+    if args.scales is None:
+        return {}
+    refs = refs or ()
+    if len(args.scales) != len(refs):
+        raise UserError(
+            f"--scales has {len(args.scales)} numbers for {len(refs)} adapters.",
+            "Name the adapters, and give one number for each, divided by commas.",
         )
+    return dict(zip(refs, args.scales, strict=True))
 
 
 def add_batch_size(flags: Flags) -> None:
@@ -288,16 +325,15 @@ def columns(args: argparse.Namespace) -> Columns:
     return Columns(args.question_column, args.answer_column)
 
 
-def template(*, system: bool = False) -> Parser:
-    """--template, and --system where the command can use it."""
+def template() -> Parser:
+    """--template and --system, of every command that reads prompts."""
     parser = Parser(add_help=False)
-    if system:
-        parser.add_argument(
-            "--system",
-            metavar="TEXT",
-            help="system prompt of every row; `none` removes the one that a chat template inserts "
-            "by itself (default: the template's own)",
-        )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system prompt of every row; `none` removes the one that a chat template inserts by "
+        "itself (default: the template's own)",
+    )
     parser.add_argument(
         "--template",
         choices=("auto", "llama2", "chat", "open-unlearning"),
@@ -373,11 +409,15 @@ SETTING_HELP = {
     "attack_weight": "weight of the forget term under a simulated relearning attack, so that "
     "forgetting holds when the model is trained again; 0 = off; forget rows run twice",
     "attack_gamma": "SimNPO's margin in that term",
+    "general_weight": "weight of the KL that holds what the base answers to neutral prompts; about "
+    "40 percent more time a step; 0 = off",
+    "excess_weight": "weight of the square of what a forget row's NLL is above the target",
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
     "target_modules": "linear layers to adapt, by name and divided by commas",
-    "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten",
+    "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten; "
+    "`forget` takes 1e-3 below 1 billion weights (measured on 1.3 and 135 million)",
     "num_train_epochs": "passes over the forget rows",
     "per_device_train_batch_size": "pairs of one forward; reduce to 4, 2, 1 when out of memory",
     "gradient_accumulation_steps": "forwards of one optimizer step; raise it as the batch shrinks",
@@ -395,7 +435,9 @@ SETTING_HELP = {
     "optim": "transformers' optimizer name",
     "seed": "of pairing, order and the adapter's first weights",
 }
-OBJECTIVE_FIELDS = tuple(field.name for field in fields(ObjectiveConfig) if field.name != "name")
+OBJECTIVE_FIELDS = tuple(
+    field.name for field in fields(ObjectiveConfig) if field.name not in ("name", "target")
+)
 LORA_FIELDS = tuple(field.name for field in fields(LoraShape))
 TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
 SETTINGS = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)

@@ -265,5 +265,47 @@ def test_without_arguments_the_help_is_printed_in_sections(run: Any) -> None:
 
 @pytest.mark.parametrize("split", ["forget05", "tofu:forget05"])
 def test_a_split_has_one_meaning_in_two_spellings(split: str) -> None:
-    for words in ("evaluate --base b", "robustness --base b", "calibrate r --base b"):
-        assert cli.parse([*words.split(), "--split", split]).split == "forget05"
+    lines = (
+        "evaluate --base b --split {}",
+        "robustness --base b --split {}",
+        "calibrate r --base b --split {}",
+        "merge --base b --out o --split {}",
+        "finetune --base b --kind origin --out o --split {}",
+        "tune rows --base b --reference-log r --split {}",
+        "sequence {} --base b --out o",
+    )
+    for line in lines:
+        assert cli.parse(line.format(split).split()).split == "forget05"
+
+
+def test_a_run_is_reproduced_by_the_name_of_its_split(run: Any) -> None:
+    for target in ("forget05", "tofu:forget05", "tofu-forget05"):
+        made = run("reproduce", target, "--preset", "mini", "--dry-run", "--json").json
+        assert made["target"] == "tofu-forget05"
+
+
+SAME_FLAGS = {
+    "--template": {
+        "forget", "preview", "ask", "evaluate", "score", "robustness", "ui", "calibrate",
+        "consolidate", "merge", "finetune", "sequence", "tune", "bench",
+    },
+    "--question-column": {
+        "forget", "preview", "evaluate", "calibrate", "consolidate", "sequence", "tune",
+    },
+    "--adapters": {"ask", "evaluate", "robustness", "merge"},
+    "--scales": {
+        "ask", "evaluate", "robustness", "merge", "adapters activate", "adapters combine",
+        "calibrate",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", SAME_FLAGS)
+def test_a_flag_is_wherever_it_has_a_meaning(flag: str) -> None:
+    leaves = cli.build_parser()[1]
+    assert {words for words, leaf in leaves.items() if flag in leaf.option_names()} == SAME_FLAGS[
+        flag
+    ]
+    also = {"--template": "--system", "--question-column": "--answer-column"}.get(flag)
+    if also is not None:
+        assert all(also in leaves[words].option_names() for words in SAME_FLAGS[flag])

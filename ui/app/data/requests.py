@@ -185,7 +185,12 @@ def look(
         needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
         nearest = int(dict(asked.settings).get("--neighbours", 0)) or None
-        options = RunOptions(template=session.template, refusals=refusals, neighbours=nearest)
+        # A preset is taken as it is; without one, what is not given is chosen for the request.
+        flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+        given = None if asked.preset else flags
+        options = RunOptions(
+            template=session.template, refusals=refusals, neighbours=nearest, given=given
+        )
         planned = plan(prepare(request, base, config, session.store(), options))
         return Look(preview, planned, settings)
 

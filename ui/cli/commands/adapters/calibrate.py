@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
@@ -34,7 +33,7 @@ def register(commands: Any) -> None:
         "calibrate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.store(),
             options.data(),
@@ -49,7 +48,7 @@ def register(commands: Any) -> None:
         epilog="example:\n  unlearner calibrate r0001 --base B --store S --split forget05 "
         "--reference-log retrain.json --out results",
     )
-    parser.add_argument("ref", metavar="REF", help="adapter: slug, its start, label or request id")
+    parser.add_argument("ref", metavar="REF", help=f"adapter: {options.REF}")
     _add_flags(parser)
     _add_output_flags(parser)
     parser.set_defaults(run=run_calibrate)
@@ -60,10 +59,11 @@ def _add_flags(parser: options.Parser) -> None:
     options.add_split(what)
     what.add_argument(
         "--rows",
-        type=Path,
-        metavar="FILE",
-        help="JSONL forget rows with paraphrased_answer and perturbed_answer, instead of a split",
+        metavar="ROWS",
+        help="forget rows with paraphrased_answer and perturbed_answer, instead of a split: a file "
+        "or hub:OWNER/NAME",
     )
+    options.add_columns(parser)
     options.add_reference_log(parser, use="required for calibration")
     parser.add_argument(
         "--scales",
@@ -104,12 +104,8 @@ def scale_list(text: str) -> tuple[float, ...]:
     """Scales divided by commas, each 0 to 1.5."""
     from adapters.lora.stack import MAX_SCALE
 
-    try:
-        values = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
-    outside = [value for value in values if not 0 <= value <= MAX_SCALE]
-    if outside or not values:
+    values = options.number_list(text)
+    if not all(0 <= value <= MAX_SCALE for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not within 0 to {MAX_SCALE}")
     return values
 
@@ -162,7 +158,7 @@ def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> S
 
     slug, stack = stack_of(store, args.ref)
     retain_log = read_log(args.reference_log)
-    data = calibration_data(args.split, args.rows, args.data)
+    data = calibration_data(args.split, args.rows, args.data, options.columns(args))
     base = models.load(args)
     fingerprint, fmt = base.fingerprint, base.fmt
     files = [store.get(each).manifest.files for each in stack]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.adapter_rows import REF
 from ui.cli.commands.everyday.forget import (
     add_run_flags,
     forget_config,
@@ -25,7 +24,7 @@ def register(commands: Any) -> None:
         "consolidate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.settings(),
             options.store(),
@@ -42,10 +41,11 @@ def register(commands: Any) -> None:
         "  unlearner consolidate r0001 r0002 --rows a.jsonl --rows b.jsonl --base B\n"
         "  unlearner consolidate r0002 --rows b.jsonl --base B --on-stack",
     )
-    parser.add_argument("refs", metavar="REF", nargs="+", help=f"adapter to replace: {REF}")
+    parser.add_argument("refs", metavar="REF", nargs="+", help=f"adapter to replace: {options.REF}")
     parser.add_argument(
         "--rows", metavar="REQUEST", action="append", required=True, help=options.REQUEST_HELP
     )
+    options.add_columns(parser)
     add_run_flags(parser)
     parser.set_defaults(run=run_consolidate, resolve=resolved_settings)
 
@@ -60,5 +60,6 @@ def run_consolidate(args: argparse.Namespace, console: Console) -> int:
     from unlearner.request.past_requests import joined
     from unlearner.request.sources import parse_request
 
-    request = joined([parse_request(text, args.data, args.retain) for text in args.rows])
+    columns = options.columns(args)
+    request = joined([parse_request(text, args.data, args.retain, columns) for text in args.rows])
     return train_request(args, console, config, request, args.refs)

@@ -37,6 +37,7 @@ def register(commands: Any) -> None:
     )
     options.add_out(parser, "a new folder", required=True)
     options.add_adapters(parser, "merge these adapters")
+    options.add_scales(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -213,6 +214,7 @@ def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | Non
         protocol=args.protocol,
         retain_log=read_log(args.reference_log) if args.reference_log else None,
         template=args.template,
+        system=args.system,
         limit=args.limit,
         on_progress=progress_of(console),
     )

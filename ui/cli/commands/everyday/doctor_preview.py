@@ -30,7 +30,7 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run_doctor)
     parser = commands.add_parser(
         "preview",
-        parents=[options.base(), options.template(system=True), options.data(), options.common()],
+        parents=[options.base(), options.template(), options.data(), options.common()],
         help="what a request is trained on, token by token",
         description="Shows each row as it is trained on: the prompt dim, the loss tokens "
         "underlined (in brackets off a terminal). Needs the tokenizer's files only.",

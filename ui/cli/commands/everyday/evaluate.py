@@ -33,7 +33,7 @@ def register(commands: Any) -> None:
         "evaluate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.store(),
             options.data(),
@@ -54,6 +54,7 @@ def register(commands: Any) -> None:
 def _add_evaluate_flags(parser: options.Parser) -> None:
     own_rows.add_flags(parser)
     options.add_adapters(parser)
+    options.add_scales(parser)
     parser.add_argument(
         "--systems",
         type=parse_systems,
@@ -117,6 +118,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
 def _store_of(args: argparse.Namespace) -> AdapterStore | None:
     """The store of the adapters to evaluate with; None where the flags mean the bare base."""
     path = options.store_path(args)
+    options.scales_by_ref(args, args.adapters)  # refused without --adapters
     unnamed = args.store is None and args.adapters is None
     if args.adapters == [] or (unnamed and not (path / "store.json").is_file()):
         return None

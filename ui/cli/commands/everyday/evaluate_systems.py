@@ -30,6 +30,8 @@ def parse_systems(text: str) -> list[list[str]]:
 def _check(args: argparse.Namespace) -> None:
     if args.adapters is not None:
         raise UserError("--systems names the adapters already.", "Leave out --adapters.")
+    if args.scales is not None:
+        raise UserError("--scales is for one system.", "Evaluate that one with --adapters.")
     if args.fail_if:
         raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
     if args.write_tofu or args.write_open_unlearning:

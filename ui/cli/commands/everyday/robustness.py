@@ -54,6 +54,7 @@ def _add_what(parser: options.Parser) -> None:
     what.add_argument(
         "--merged", type=Path, metavar="DIR", help="attack the merged weights in this folder"
     )
+    options.add_scales(parser)
     options.add_split(parser, required=True)
     options.add_reference_log(parser)
     parser.add_argument(
@@ -194,6 +195,7 @@ def _subject(args: argparse.Namespace) -> Subject:
         args.merged,
         args.retrain,
         args.template,
+        args.system,
         allow_missing_parents=args.adapters is None,
     )
 

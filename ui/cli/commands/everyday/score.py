@@ -27,7 +27,7 @@ def register(commands: Any) -> None:
         "score",
         parents=[
             scoring.scoring_flags(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.config("protocol", "template"),
             options.common(),

@@ -135,6 +135,7 @@ def _serve(
         options.base_spec(args) if args.base else None,
         args.data,
         args.template,
+        args.system,
     )
     app = App(
         session, Jobs(jobs_folder()), settings_of, tuple(args.logs), args.reference_log,

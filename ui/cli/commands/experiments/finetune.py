@@ -26,9 +26,10 @@ def register(commands: Any) -> None:
         "finetune",
         parents=[
             options.base(),
+            options.template(),
             options.loading(),
             options.data(),
-            options.config("base"),
+            options.config("base", "template"),
             options.common(),
         ],
         help="train the Origin or the Retrain model on TOFU",
@@ -78,6 +79,8 @@ def run_finetune(args: argparse.Namespace, console: Console) -> int:
         args.out,
         FinetuneConfig(**given_settings(args, TRAIN_FIELDS)),
         lora=LoraShape(**shape) if args.lora else None,
+        template=args.template,
+        system=args.system,
         on_progress=lambda event: show_event(event, console),
     )
     console.text(str(out))

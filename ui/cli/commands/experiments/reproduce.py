@@ -45,7 +45,7 @@ def register(commands: Any) -> None:
 
 
 def _add_reproduce_flags(parser: options.Parser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="tofu-forget01, -forget05 or -forget10")
+    parser.add_argument("target", metavar="TARGET", help="a split: forget01, forget05 or forget10")
     parser.add_argument(
         "--preset",
         default=PRESETS[0],
@@ -96,7 +96,7 @@ def _add_outcome_flags(parser: options.Parser) -> None:
 
 def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     """Runs the comparison and prints its table beside the published rows."""
-    split = args.target.removeprefix("tofu-")
+    split = args.target.removeprefix("tofu:").removeprefix("tofu-")
     _check_names(args, split)
     _check_full(args)
     protocols = tuple(args.protocol)
@@ -142,9 +142,9 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
 
 def _check_names(args: argparse.Namespace, split: str) -> None:
     """Refuses unknown names, with the nearest known one."""
-    if not args.target.startswith("tofu-") or split not in FORGET_SPLITS:
-        known = [f"tofu-{name}" for name in FORGET_SPLITS]
-        raise UserError(f"'{args.target}' cannot be reproduced.", did_you_mean(args.target, known))
+    if split not in FORGET_SPLITS:
+        hint = did_you_mean(split, FORGET_SPLITS)
+        raise UserError(f"'{args.target}' cannot be reproduced.", hint)
     if args.preset not in PRESETS:
         hint = did_you_mean(args.preset, PRESETS)
         raise UserError(f"There is no preset '{args.preset}'.", hint)

@@ -54,6 +54,7 @@ def _add_what(parser: options.Parser) -> None:
     options.add_split(parser, required=True)
     options.add_reference_log(parser, required=True)
     options.add_retain(parser, default="the rest of TOFU")
+    options.add_columns(parser)
     parser.add_argument(
         "--retain-known",
         type=float,
@@ -138,7 +139,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from unlearner.request.sources import parse_request
     from unlearner.request.tofu import load_refusals
 
-    request = parse_request(args.request, args.data, args.retain)
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
     request = replace(request, others=other_rows(args))
     kept = args.retain
     if args.retain_known is not None:
@@ -165,6 +166,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         seeds=args.seeds,
         limit=args.limit,
         template=args.template,
+        system=args.system,
         refusals=tuple(refusals),
         words=_words(args, kept),
     )
@@ -172,7 +174,14 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
 
 def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
     words = ["unlearner", "forget", args.request, "--base", args.base]
-    told = {"--revision": args.revision, "--data": args.data, "--retain": kept}
+    told = {
+        "--revision": args.revision,
+        "--data": args.data,
+        "--retain": kept,
+        "--system": args.system,
+        "--question-column": args.question_column,
+        "--answer-column": args.answer_column,
+    }
     for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
         words += [] if value is None else [flag, str(value)]
     for flag in ("template", "dtype", "device", "attention"):
@@ -186,7 +195,9 @@ def _known(args: argparse.Namespace, request: Request, console: Console) -> tupl
     from evaluation.experiments.small_rows import known_rows, write_rows
 
     console.words("Finding the retain rows that the base knows ...")
-    found = known_rows(options.base_spec(args), request.retain, args.retain_known, args.template)
+    found = known_rows(
+        options.base_spec(args), request.retain, args.retain_known, args.template, args.system
+    )
     rows = tuple(request.retain[i] for i in found)
     if not rows:
         raise UserError(
