@@ -85,6 +85,7 @@ class Pretrained:
     recipe: FinetuneConfig = field(
         default_factory=lambda: FinetuneConfig(
             learning_rate=1e-3,
+            num_train_epochs=6,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=1,
             warmup_ratio=0.05,
@@ -117,14 +118,15 @@ class Quickstart:
 
 
 def smollm2(seed: int = 0) -> Quickstart:
-    """What `make quickstart` runs: SmolLM2-135M-Instruct learns ten authors and forgets four."""
+    """What `make quickstart` runs: SmolLM2-135M-Instruct learns ten authors, forgets four."""
     return Quickstart(
         seed=seed,
         world={
             "texts": "chat",
-            "n_authors": 12,
+            "n_authors": 10,
+            "rows_per_author": 8,
             "forget_authors": 4,
-            "evaluated_authors": 4,
+            "evaluated_authors": 3,
             "rewordings": 0,
         },
         pretrained=Pretrained(),

@@ -88,6 +88,7 @@ progress::-moz-progress-bar { background:var(--un-accent); }
   background:var(--un-soft); border:1px solid var(--un-line); border-radius:6px; }
 .un-command code { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem;
   background:none; padding:0; color:inherit; white-space:pre-wrap; overflow-wrap:anywhere; }
+.un-log pre { max-height:20rem; overflow:auto; font-size:.8rem; white-space:pre-wrap; }
 .un-copy { margin-left:auto; padding:.15rem .7rem; font-size:.82rem; border-radius:6px;
   border:1px solid var(--un-line); background:var(--un-paper); color:var(--un-ink); }
 .un-copy:focus-visible, .un-command pre:focus-visible { outline:2px solid var(--un-accent);

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ui.cli.commands.everyday.ui import config_of
+from ui.cli.commands.everyday.ui import settings_of
 
 pytestmark = pytest.mark.browser
 SERIOUS = ("serious", "critical")
@@ -98,7 +98,7 @@ def served(world: Path) -> Iterator[tuple[Any, str]]:
 
     base = BaseSpec(str(world / "base"), dtype="float32", device="cpu")
     session = Session(world / "store", base, world / "world")
-    app = App(session, Jobs(world / "jobs"), config_of)
+    app = App(session, Jobs(world / "jobs"), settings_of)
     page, url = launch(app)
     assert session.wait(60)
     assert session.state == "ready", session.problem

@@ -165,7 +165,7 @@ def test_a_dry_run_plans_and_writes_nothing(
     assert made["dry_run"] is True
     assert (made["forget_rows"], made["retain_rows"]) == (2, 3)
     assert made["steps"] == 20
-    assert any(note.startswith("20 steps of 1 pairs") for note in made["notes"])
+    assert any(note.startswith("20 steps of 1 pair:") for note in made["notes"])
     assert made["memory"]["kind"] == "estimate"
     assert made["memory"]["low_bytes"] < made["memory"]["high_bytes"]
     assert made["fits"] is None
