@@ -1,4 +1,4 @@
-"""Jobs side by side, each in a process of its own."""
+"""Jobs side by side, each in its own process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,10 +54,9 @@ def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[
                 return
             report({**event, "job": name})
 
-    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox,))
+    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox, threads))
     try:
-        with _threads_each(threads):
-            futures = {job.name: pool.submit(_run, job) for job in jobs}
+        futures = {job.name: pool.submit(_run, job) for job in jobs}
         left = set(futures.values())
         while left and not any(f.done() and f.exception() for f in futures.values()):
             pass_on()
@@ -79,35 +78,23 @@ def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(inbox: Any) -> None:
+def _start(inbox: Any, threads: int) -> None:
     global _inbox
     _inbox = inbox
+    # Before torch and transformers are imported, which read them. Progress bars and notices of
+    # libraries would overwrite the parent's progress line.
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if "torch" in sys.modules:  # by the script that called, which a new process imports again
+        sys.modules["torch"].set_num_threads(threads)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Ctrl-C reaches the whole process group: the parent ends its jobs itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Libraries' notices would overwrite the parent's progress line.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _run(job: Job) -> Any:
     return job.work(report=lambda event: _inbox.put((job.name, event)), **job.arguments)
-
-
-@contextmanager
-def _threads_each(threads: int) -> Iterator[None]:
-    """Inside: new processes start with so many threads for torch, and without progress bars."""
-    settings = {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers reads it too
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from evaluation.logs.records import RowRecord, generation_of
 from evaluation.metrics.facts import FUNCTION_WORDS, Fact, facts_of, is_contradicted, is_stated
-from evaluation.metrics.text import stands_in_a_row, words_of
+from evaluation.metrics.text import repeats_in_a_row, words_of
 from evaluation.protocols import Protocol
 
 STATES, WRONG, MADE_UP, REFUSES, BROKEN = "states it", "wrong", "made up", "refuses", "broken"
@@ -142,7 +142,7 @@ def is_broken(answer: str) -> bool:
     if not signs or readable < len(signs) / 2 or re.search(r"([^\W\d])\1{4}", text):
         return True
     words = words_of(text)
-    if any(stands_in_a_row(words, size, 4 if size == 1 else 3) for size in range(1, 9)):
+    if any(repeats_in_a_row(words, size, 4 if size == 1 else 3) for size in range(1, 9)):
         return True
     runs = list(zip(words, words[1:], words[2:], strict=False))
     if len(words) >= 12 and len(set(runs)) < len(runs) / 2:

@@ -58,9 +58,7 @@ class ReportRequest:
         robustness, calibration: cards in addition to those in folders.
         published: `forget05`, `forget10`, `none`, or None: the split that all logs state.
         tried: number of configurations tried, as the caller states it.
-        without_answers: leave out every question and answer.
-        command: the command that makes the report, to be printed.
-        date: a date to be printed; a report is undated without one.
+        command, date: printed where they are given.
     """
 
     inputs: tuple[str, ...]

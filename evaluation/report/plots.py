@@ -283,7 +283,7 @@ def _page_tag(match: re.Match[str]) -> str:
 
 
 def svg_file(chart: Chart) -> str:
-    """The chart as an SVG file of its own, light or dark by the reader's system."""
+    """The chart as an SVG file, light or dark by the reader's system."""
     light, dark = (colour_css(".un-plot", dark=is_dark) for is_dark in (False, True))
     style = (
         f"<style>{light} .un-plot {{ background:var(--un-paper); color-scheme:light dark; }} "

@@ -45,12 +45,6 @@ def register(commands: Any) -> None:
         help="hub id or folder of the tokenizer for the rows of --data (default: one trained on "
         "them); without --data the rows are the embedded world's",
     )
-    parser.add_argument(
-        "--answers",
-        type=Path,
-        metavar="LOG",
-        help="count generation for the answers in this evaluation log (needs --tokenizer)",
-    )
     parser.add_argument("--count-only", action="store_true", help="no timings")
     parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
     parser.add_argument(
@@ -81,7 +75,7 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
 
     work = load_workload(args.data, args.tokenizer, args.template, args.system)
     console.words(f"Counting {args.shape} on the rows of {work.source} ...")
-    lines = count(work, args.shape, args.lora_r, _answers(args))
+    lines = count(work, args.shape, args.lora_r)
     notes: list[str] = []
     if not args.count_only:
         timed, notes = _timed(args, work, console)
@@ -98,17 +92,6 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
         console.words(f"Wrote {args.plot}")
     console.result({"shape": args.shape, "rows": work.source, "notes": notes, "table": table})
     return 0
-
-
-def _answers(args: argparse.Namespace) -> Any:
-    if args.answers is None:
-        return None
-    if args.tokenizer is None:
-        raise UserError("--answers needs a tokenizer to count in.", "Add --tokenizer.")
-    from evaluation.benchmark.run import recorded_answers
-    from evaluation.logs import read_log
-
-    return recorded_answers(read_log(args.answers), args.tokenizer)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
