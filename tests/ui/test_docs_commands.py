@@ -55,7 +55,9 @@ WITH_COMMANDS = [page for page in PAGES if any(lines_of(page))]
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -> Path:
+def quickstart(
+    tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any, shorten_answers: Any
+) -> Path:
     """A folder with the models, rows, logs and adapters that the quickstart leaves, untrained."""
     from unlearner.world.build import build_world
 
@@ -71,6 +73,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -
     base = ["--base", str(folder / "origin"), "--store", str(folder / "forget-store")]
     measured = ["--data", str(folder / "world"), "--split", "forget10"]
     with pytest.MonkeyPatch.context() as patch:
+        shorten_answers(patch)
         patch.setenv("UNLEARNER_KEY", str(root / "home" / "key"))
         for number in (1, 2):
             request = str(folder / "world" / f"request-{number}.jsonl")

@@ -50,39 +50,47 @@ first steps:
 exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit in memory, 4 quality gate failed,
 130 interrupted and saved
 `unlearner COMMAND --help` shows the flags of a command."""
-# The sections of `unlearner --help`: each command module, in the order of the list.
+# The sections of `unlearner --help`: each command with its module, in the order of the list.
 SECTIONS = {
-    "everyday": (
-        commands_quickstart,
-        commands_info,
-        commands_train,
-        commands_ask,
-        commands_eval,
-        commands_score,
-        commands_robustness,
-        commands_report,
-        commands_ui,
-        commands_config,
-    ),
-    "adapters": (
-        commands_store,
-        commands_calibrate,
-        commands_consolidate,
-        commands_merge,
-    ),
-    "experiments": (
-        commands_finetune,
-        commands_reproduce,
-        commands_sequence,
-        commands_tune,
-        commands_bench,
-    ),
+    "everyday": {
+        "quickstart": commands_quickstart,
+        "doctor": commands_info,
+        "preview": commands_info,
+        "forget": commands_train,
+        "ask": commands_ask,
+        "evaluate": commands_eval,
+        "score": commands_score,
+        "robustness": commands_robustness,
+        "report": commands_report,
+        "ui": commands_ui,
+        "config": commands_config,
+    },
+    "adapters": {
+        "adapters": commands_store,
+        "calibrate": commands_calibrate,
+        "consolidate": commands_consolidate,
+        "merge": commands_merge,
+    },
+    "experiments": {
+        "finetune": commands_finetune,
+        "reproduce": commands_reproduce,
+        "sequence": commands_sequence,
+        "tune": commands_tune,
+        "bench": commands_bench,
+    },
 }
 FAILURE, INTERRUPTED = 1, 130
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and the parser of each command by its words (`adapters list`)."""
+def build_parser(command: str | None = None) -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and the parser of each command by its words (`adapters list`).
+
+    With the first word of a command it knows no other: all take a tenth of a second. `config` is
+    about all of them.
+    """
+    one = {name: modules[name] for modules in SECTIONS.values() for name in modules}.get(
+        command or ""
+    )
     parser = Parser(
         prog="unlearner",
         usage="unlearner COMMAND ...",
@@ -105,8 +113,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sections = []
     for title, modules in SECTIONS.items():
         start = len(commands._choices_actions)
-        for module in modules:
-            module.register(commands)
+        for module in dict.fromkeys(modules.values()):
+            if one in (None, commands_config, module):
+                module.register(commands)
         entries = [(entry.dest, entry.help) for entry in commands._choices_actions[start:]]
         lines = [f"  {name:<12} {text}" for name, text in entries]
         sections.append("\n".join([f"{title}:", *lines]))
@@ -141,7 +150,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: unknown command or flag (with the nearest known one), missing or bad value.
         SystemExit: after --help, --version and without any argument, which prints the help.
     """
-    parser, leaves = build_parser()
+    parser, leaves = build_parser(argv[0] if argv else None)
     if not argv:
         parser.print_help()
         raise SystemExit(0)

@@ -40,8 +40,11 @@ def base(tiny_base: Path) -> BaseSpec:
 
 
 @pytest.fixture(autouse=True)
-def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _private_home_and_short_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shorten_answers: Any
+) -> None:
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
+    shorten_answers(monkeypatch)
 
 
 @pytest.fixture

@@ -110,6 +110,11 @@ def figures(ran: Ran) -> Any:
     return ran.json
 
 
+@pytest.fixture(autouse=True)
+def _short_answers(shorten_answers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_answers(monkeypatch)  # forked processes inherit it
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
