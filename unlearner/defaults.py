@@ -69,15 +69,16 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
             "gradient_accumulation_steps": forwards,
         }
         chosen = replace(config.train, **train)
+        batch = chosen.batch_size(rows)
         reasons["batch"] = (
-            f"{chosen.steps(rows)} steps of {chosen.batch_size(rows)} pairs: about as many steps "
-            f"as the published {STEPS}, whatever the number of rows"
+            f"{chosen.steps(rows)} steps of {batch} {'pair' if batch == 1 else 'pairs'}: the "
+            f"published run has {STEPS}, of {LARGEST_BATCH} pairs for 200 rows"
         )
     if "learning_rate" not in given and weights < SMALL:
         train["learning_rate"] = SMALL_RATE
         reasons["learning_rate"] = (
-            f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, this "
-            f"one has {weights / 1e6:,.1f} million"
+            f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, "
+            f"this one has {weights / 1e6:,.1f} million"
         )
     if config.objective.name == "simnpo" and weights < SMALL:
         for name, value in SMALL_SIMNPO.items():

@@ -3,7 +3,7 @@
 on-stack: each adapter is trained on top of the earlier ones, whose rows are guarded.
 consolidated: after each arrival one adapter is trained on the rows of all requests so far; it
 supersedes the one before.
-(Adapters trained alone and activated together do not add up: docs/sequences.md.)
+(Adapters trained alone and activated together do not add up: docs/results/sequences.md.)
 
 After each arrival every author of the split is evaluated; then one request can be reverted, and
 what that leaves stale is trained again. Each policy has its own store. What a stage trained is

@@ -37,13 +37,13 @@ LOCAL = "127.0.0.1"
 class App:
     """What the pages share: session, jobs, files, and each browser's stop button.
 
-    `config_of` gives the settings of a `forget` command; the command line's parser is passed in,
-    because the app imports nothing of the command line.
+    `settings_of` gives the settings of a `forget` command, also as YAML; the command line's parser
+    is passed in, because the app imports nothing of the command line.
     """
 
     session: Session
     jobs: Jobs
-    config_of: Callable[[Sequence[str]], UnlearnConfig]
+    settings_of: Callable[[Sequence[str]], tuple[UnlearnConfig, str]]
     logs: tuple[Path, ...] = ()
     retain_log: Path | None = None
     robustness: tuple[Path, ...] = ()

@@ -64,7 +64,7 @@ class Session:
     def start(self) -> None:
         """Begins to load base and questions in the background, unless that is under way."""
         with self._starting:
-            if self.state == "loading":
+            if self.state in ("loading", "ready"):  # two pages may ask for it at once
                 return
             self.state = "loading" if self.base is not None else "no base"
             self._ready.clear()
@@ -131,9 +131,11 @@ class Session:
         return self._model, self._fmt
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the model lies on a GPU."""
-        return self._model is not None and self._model.device.type != "cpu"
+    def gpu_bytes(self) -> int:
+        """What the model takes of a GPU, 0 where it lies elsewhere."""
+        if self._model is None or self._model.device.type == "cpu":
+            return 0
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
     def store(self) -> AdapterStore | None:
         """The store, None where there is none yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def main(folder: Path) -> int:
     except UserError as error:
         code, outcome = error.exit_code, {"status": "failed", "text": str(error)}
     except Exception as error:
+        traceback.print_exc()  # to the job's log
         code, outcome = 1, {"status": "failed", "text": " ".join(unexpected(error))}
     jobs.end(folder, outcome)
     return code

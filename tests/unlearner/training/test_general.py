@@ -183,14 +183,11 @@ def test_rows_past_the_target_are_pulled_back(
     rows: Any, loop: Callable[..., Any], quick: Config
 ) -> None:
     """Every row is past this target: without the objective's own push they come back to it."""
-    target = mean_nll(loop(quick()).bare, rows.forget, 0) / 2
-    config = with_target(
-        quick("grad_ascent", forget_weight=0.0, excess_weight=50.0, num_train_epochs=30), target
-    )
-    trained = loop(config).finish()
-    after = mean_nll(trained.bare, rows.forget, 0)
+    before = mean_nll(loop(quick()).bare, rows.forget, 0)
+    config = quick("grad_ascent", forget_weight=0.0, num_train_epochs=30)
+    trained = loop(with_target(config, before / 2)).finish()
     assert trained.losses[-1]["excess_loss"] < trained.losses[0]["excess_loss"]
-    assert after < 1.5 * target
+    assert mean_nll(trained.bare, rows.forget, 0) < 0.85 * before
 
 
 def test_auto_measures_unseen_rows_or_alternate_answers(

@@ -238,8 +238,8 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     request = parse_request(args.request, args.data, args.retain, options.columns(args))
     if args.full is not None:
         return _train_full(args, console, config, request)
-    stop_at = _stop_at(args, request)
-    return train_request(args, console, config, request, stop_at=stop_at, target=_target(args))
+    target, stop_at = _target(args), _stop_at(args, request)
+    return train_request(args, console, config, request, stop_at=stop_at, target=target)
 
 
 def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
@@ -350,12 +350,13 @@ def train_request(
     from unlearner.training.general import read_prompts
     from unlearner.training.outcome import remarks
 
+    names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
     columns = options.columns(args)
     guard = [
         row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
     ]
-    unseen = getattr(args, "unseen", None)
+    unseen, preset = getattr(args, "unseen", None), getattr(args, "preset", None)
     path = options.store_path(args)
     console.words("Loading the libraries ...")
     from unlearner.run import RunOptions, plan, prepare, unlearn
@@ -373,7 +374,7 @@ def train_request(
         replaces=replaces,
         keep_teacher=args.keep_teacher,
         memory_limit=args.memory_limit,
-        given=given_settings(args, (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)),
+        given=None if preset else given_settings(args, names),  # a preset is complete
         target=target,
         unseen=rows_named(unseen, args.data) if unseen else (),
         general=read_prompts(args.general_prompts) if args.general_prompts else (),
