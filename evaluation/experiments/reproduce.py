@@ -6,18 +6,22 @@ Every stage writes its files under `out`, so the same command continues after an
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.base.load import BaseSpec
+from adapters.base.load import BaseSpec, resolve_base
 from adapters.errors import UserError
+from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME
+from adapters.lora.merge import fold_stack
 from evaluation.cache import Cache, key_of
 from evaluation.experiments.presets import (
     PRESETS,
     Preset,
     SmallModels,
+    Taught,
     against_published,
     published_rows,
 )
@@ -32,6 +36,7 @@ from evaluation.experiments.systems import (
     in_order,
     measure,
     table_rows,
+    teach,
     train_small,
 )
 from evaluation.logs import read_log
@@ -40,6 +45,7 @@ from unlearner.baselines.full import LARGEST, refuse_large, too_large
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request, Row
 from unlearner.request.tofu import FORGET_SPLITS, load_refusals, load_split
+from unlearner.run import RunOptions
 
 # The retain rows of the comparison's request, and those that its alternate answers come from, for
 # `unlearner forget --retain ... --alternates-from ...`.
@@ -186,21 +192,23 @@ def _unlearned(
     """Store (or full model) and log of the request unlearned with one method."""
     config, refusals, base = run.config(method), load_refusals(run.data), run.spec(origin)
     inputs = {"request": request, "base": base_inputs(base), "config": config}
-    key = key_of(**inputs, refusals=refusals, template=what.template, full=run.full)
-    work = run.out / f"{method}-{key[:12]}"
+    key = key_of(
+        **inputs, refusals=refusals, template=what.template, full=run.full, given=run.chosen.given
+    )
+    work, job = run.out / f"{method}-{key[:12]}", _named(report, method)
     given: dict[str, Any] = {
         "requests": [request],
         "base": base,
         "config": config,
         "what": what,
         "log": work / "log.json",
-        "refusals": refusals,
     }
     if run.full:
         work.mkdir(parents=True, exist_ok=True)
-        full_and_measure(_named(report, method), out=work, any_size=run.any_size, **given)
+        full_and_measure(job, out=work, any_size=run.any_size, refusals=refusals, **given)
         return Path(str(read_log(work / "log.json").meta["base"])), work / "log.json"
-    forget_and_measure(_named(report, method), store=work / "forget-store", **given)
+    how = RunOptions(refusals=refusals, given=run.chosen.given, summarise=True)
+    forget_and_measure(job, store=work / "forget-store", how=how, **given)
     return work / "forget-store", work / "log.json"
 
 
@@ -232,6 +240,8 @@ def _memory(run: Reproduction) -> dict[str, Any] | None:
 def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
     """Names of Origin and Retrain; the latter is None where its log is given."""
     preset = run.chosen
+    if preset.taught is not None:
+        return _taught_pair(run, preset.taught, report)
     origin = run.origin or preset.origin
     retrain = None if run.reference_log else run.retrain or preset.retrain.get(run.split)
     if preset.small is None:
@@ -250,6 +260,39 @@ def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
     return origin or trained["origin"], retrain or (
         None if run.reference_log else trained["retrain"]
     )
+
+
+def _taught_pair(run: Reproduction, taught: Taught, report: Report) -> tuple[str, str | None]:
+    """Folders of Origin and Retrain, made from one pretrained base.
+
+    What is given is a model, or an adapter that was trained on this base; what is not given is
+    fine-tuned on the rows of the data, and continues where it was interrupted.
+    """
+    base = resolve_base(taught.base)
+    spec = replace(run.base, name=str(base), dtype="float32")
+    wanted = [("origin", run.origin, "full")]
+    if run.reference_log is None:
+        wanted.append(("retrain", run.retrain, FORGET_SPLITS[run.split]))
+    folders: dict[str, str] = {}
+    jobs = []
+    for name, given, split in wanted:
+        if given is not None and not (Path(given) / CONFIG_NAME).is_file():
+            folders[name] = given
+            continue
+        source = load_split(split, run.data) if given is None else Path(given) / WEIGHTS_NAME
+        key = key_of(base=base_inputs(spec), source=source, taught=taught)
+        out = run.out / f"{name}-{key[:12]}"
+        folders[name] = str(out)
+        if out.exists():
+            continue
+        if given is not None:
+            fold_stack(base, [(Path(given), 1.0)], out)
+            continue
+        how: dict[str, Any] = {"base": spec, "rows": source, "out": out}
+        jobs.append(Job(name, teach, how | {"config": taught.recipe, "lora": taught.lora}))
+    if jobs:
+        side_by_side(jobs, report, threads=max(1, (os.cpu_count() or 2) // len(jobs)))
+    return folders["origin"], folders.get("retrain")
 
 
 def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[str, str]:

@@ -184,33 +184,37 @@ def forget_and_measure(
     store: Path,
     what: Measured,
     log: Path,
-    refusals: Sequence[str] = (),
+    how: RunOptions | None = None,
 ) -> str:
     """The log of a stack with one adapter per request, each trained on the bare base.
 
     Such adapters can be reverted in any order and, on small models, forget better than adapters
     trained on top of each other. An adapter that the store holds for the same request and settings
     is used again; an interrupted training continues from its checkpoint. Other active adapters of
-    the store are switched off.
+    the store are switched off. The prompt format is that of `what`, all other options those of
+    `how`.
     """
     from adapters.store.store import AdapterStore
     from unlearner.run import RunOptions
 
     opened = AdapterStore.open(store, create=True)
+    options = replace(
+        how or RunOptions(),
+        on_stack=False,
+        resume=True,
+        template=what.template,
+        system=what.system,
+    )
+    chosen = (
+        {} if options.given is None else {"given": sorted(options.given), "unseen": options.unseen}
+    )
     slugs = []
     for number, request in enumerate(requests, start=1):
         inputs = {"request": request, "base": base_inputs(base), "config": config}
-        key = key_of(**inputs, refusals=refusals, template=what.prompts)
-        options = RunOptions(
-            on_stack=False,
-            label=f"request-{number}-{key[:12]}",
-            resume=True,
-            template=what.template,
-            system=what.system,
-            refusals=refusals,
-        )
+        key = key_of(**inputs, refusals=options.refusals, template=what.prompts, **chosen)
+        labelled = replace(options, label=f"request-{number}-{key[:12]}")
         tell = partial(_pass_on, report, number)
-        slugs.append(trained_adapter(tell, opened, request, base, config, options).slug)
+        slugs.append(trained_adapter(tell, opened, request, base, config, labelled).slug)
     for slug in [active.slug for active in opened.active() if active.slug not in slugs]:
         opened.revert(slug, reason="trained on other inputs")
     return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)

@@ -363,6 +363,8 @@ def on_seed(
     report: Report,
 ) -> dict[str, Any]:
     """The settings trained with this seed and measured in full, answers and all."""
+    from unlearner.run import RunOptions
+
     report({"event": "stage", "text": f"Training and measuring seed {seed}"})
     seeded = replace(config, train=replace(config.train, seed=seed))
     work = run.out / f"seed-{seed}-{key_of(config=seeded, **run.inputs)[:12]}"
@@ -374,7 +376,7 @@ def on_seed(
         store=work / "forget-store",
         what=run.what,
         log=work / "log.json",
-        refusals=run.refusals,
+        how=RunOptions(refusals=run.refusals),
     )
     row = table_rows(f"seed {seed}", Path(log), run.reference_log, run.what.protocols)[0]
     return {**row, "seed": seed, "reached": reached(row, origin), "log": log}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from unlearner.request.formats import Columns
 
 DEFAULT_STORE = "./forget-store"
-PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
+PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
 
 

@@ -469,9 +469,11 @@ def test_runs_draw_what_is_chosen_and_make_files(
         with page.expect_download() as download:
             page.get_by_role("button", name="HTML report", exact=True).click(timeout=60000)
         assert "Relearning" in Path(download.value.path()).read_text()
-        page.locator("#un-pair").click()
+        page.locator("#un-pair").click()  # the first two logs are chosen
+        page.wait_for_selector("#un-logs-tally >> text=llama2-7b_retain90_npo", timeout=60000)
+        assert "to forget" in page.locator("#un-logs-tally tbody").inner_text()
         with page.expect_download() as download:
-            page.get_by_role("button", name="comparator.json").click(timeout=60000)
+            page.get_by_role("button", name="LLM Comparator JSON").last.click(timeout=60000)
         assert len(json.loads(Path(download.value.path()).read_text())["models"]) == 2
     finally:
         app.logs, app.retain_log, app.robustness = (), None, ()

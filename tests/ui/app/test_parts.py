@@ -23,7 +23,7 @@ from ui.app.data.sheet import SheetRow, tally
 from ui.app.html import views
 from ui.app.jobs import Jobs
 from ui.app.session import Session
-from ui.app.tabs.runs import pair_file
+from ui.app.tabs.runs import Reading
 from ui.app.turns import Turns
 from ui.cli.commands.everyday.ui import read_auth
 from unlearner.request.rows import Row
@@ -71,10 +71,10 @@ def test_the_line_serves_in_order_and_tells_the_position() -> None:
 def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
     logs = shared / "reference-logs"
     pairs = recorded_pairs(logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
-    group, _, first, second = pairs[0]
-    assert sum(pair[0] == "to forget" for pair in pairs) == 300
-    assert (group, first.word) == ("to forget", "states it")
-    assert first.text != second.text
+    assert sum(pair.group == "to forget" for pair in pairs) == 300
+    assert (pairs[0].group, pairs[0].base.word) == ("to forget", "states it")
+    assert pairs[0].base.text != pairs[0].unlearned.text
+    assert pairs[0].truth
 
 
 def test_runs_hold_the_reference_and_export(shared: Path) -> None:
@@ -111,13 +111,16 @@ def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> 
     assert f"'full (2)={made[1]}'" in commands.report(made, None, (), ())
     app: Any = SimpleNamespace(logs=made, retain_log=None, new_file=lambda name: tmp_path / name)
     for chosen in (["npo (2)", "full"], ["full (2)", "full"]):
-        layout = json.loads(Path(pair_file(app, chosen)).read_text())
+        *_, file = Reading(app).answers(*chosen)
+        layout = json.loads(Path(file["value"]).read_text())
         assert [model["name"] for model in layout["models"]] == chosen
+    with pytest.raises(UserError, match="Two different logs"):
+        Reading(app).answers("full", "full")
 
 
 def test_comparator_json_has_the_layout_of_its_reader() -> None:
     a, b = Answer("x", rouge_l_recall=1.0), Answer("y", rouge_l_recall=0.25)
-    rows = [("to forget", "q", a, b), ("kept", "p", a, Answer("z"))]
+    rows = [SheetRow("to forget", "q", "t", a, b), SheetRow("kept", "p", "t", a, Answer("z"))]
     made = comparator(rows, ("base", "stack"))
     assert set(made) == {"metadata", "models", "examples"}
     assert made["models"] == [{"name": "base"}, {"name": "stack"}]

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 FILED, AUTHOR = "to forget", "this author"
 BATCH = 5  # rows between two looks at the page: small enough to watch, large enough to be a batch
-COLUMNS = ("set", "question", "base says", "stack says", "verdict base", "verdict stack",
-           "facts base", "facts stack", "ROUGE-L base", "ROUGE-L stack",
-           "P base", "P stack", "R base", "R stack")  # fmt: skip
+SIDES = ("base", "stack")
+
+
+def columns(sides: tuple[str, str] = SIDES) -> list[str]:
+    """Headings of the table of two `sides`, in the order of `SheetRow.cells`."""
+    pairs = [f"{name} {side}" for name in ("verdict", "facts", "ROUGE-L", "P", "R")
+             for side in sides]  # fmt: skip
+    return ["set", "question", *[f"{side} says" for side in sides], *pairs]
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class SheetRow:
     unlearned: Answer
 
     def cells(self) -> list[Any]:
-        """The row as the table shows it, in the order of `COLUMNS`."""
+        """The row as the table shows it, in the order of `columns`."""
         both = (self.base, self.unlearned)
         pairs = [
             *[answer.word for answer in both],

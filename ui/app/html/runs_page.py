@@ -35,10 +35,10 @@ PUBLISHED_REFERENCE = "published retrain, Llama-2-7B"
 SHOWN_CURVES = 4  # distributions that are drawn before any are chosen
 NO_PROBES = Probes()
 ABOUT_QUALITY = (
-    "Published: Llama-2-7B on forget05 (OPTML-Group), not measured here. A front joins the runs "
-    "that no other of their kind beats on both axes; references are not part of it. Forget "
-    "quality needs a retrain reference: without one a run has no point."
+    "A front joins the runs that no other of their kind beats on both axes; references are not "
+    "part of it. Forget quality needs a retrain reference: without one a run has no point."
 )
+ABOUT_PUBLISHED = "Published: Llama-2-7B on {} (OPTML-Group), not measured here."
 
 
 def plots_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
@@ -76,6 +76,8 @@ def _plot_blocks(found: runs.Runs, probes: Probes) -> list[Block]:
         )
     )  # fmt: skip
     blocks: list[Block] = [Plots(tuple(chart for chart in charts if chart is not None))]
+    if found.published:
+        blocks.append(ABOUT_PUBLISHED.format(runs.split_of(found)))
     blocks.append(ABOUT_QUALITY)
     return [*blocks, *_verdict_blocks(probes)]
 

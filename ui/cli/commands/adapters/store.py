@@ -114,7 +114,9 @@ def run_show(args: argparse.Namespace, console: Console) -> int:
             console.text(f"  {line}")
     for name, figures in evals.items():
         quality, utility = figures.get("forget_quality"), figures.get("model_utility")
-        console.text(f"eval {name}: forget_quality {quality}, model_utility {utility}")
+        limit = figures.get("limit")
+        part = "" if limit is None else f" (partial: the first {limit} rows of each set)"
+        console.text(f"eval {name}: forget_quality {quality}, model_utility {utility}{part}")
     row = adapter_row(adapter)
     console.result({**row, "path": adapter.path, "manifest": manifest, "evals": evals})
     return 0
