@@ -13,25 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
-from ui.cli.commands.adapters import calibrate as commands_calibrate
-from ui.cli.commands.adapters import consolidate as commands_consolidate
-from ui.cli.commands.adapters import merge as commands_merge
-from ui.cli.commands.adapters import store as commands_store
-from ui.cli.commands.everyday import ask as commands_ask
-from ui.cli.commands.everyday import config as commands_config
-from ui.cli.commands.everyday import doctor_preview as commands_info
-from ui.cli.commands.everyday import evaluate as commands_eval
-from ui.cli.commands.everyday import forget as commands_train
-from ui.cli.commands.everyday import quickstart as commands_quickstart
-from ui.cli.commands.everyday import report as commands_report
-from ui.cli.commands.everyday import robustness as commands_robustness
-from ui.cli.commands.everyday import score as commands_score
-from ui.cli.commands.everyday import ui as commands_ui
-from ui.cli.commands.experiments import bench as commands_bench
-from ui.cli.commands.experiments import finetune as commands_finetune
-from ui.cli.commands.experiments import reproduce as commands_reproduce
-from ui.cli.commands.experiments import sequence as commands_sequence
-from ui.cli.commands.experiments import tune as commands_tune
+from ui.cli.commands.adapters import calibrate, consolidate, merge, store
+from ui.cli.commands.everyday import (
+    ask,
+    config,
+    doctor_preview,
+    evaluate,
+    forget,
+    quickstart,
+    report,
+    robustness,
+    score,
+    ui,
+)
+from ui.cli.commands.experiments import bench, finetune, reproduce, sequence, tune
 from ui.cli.config_file import apply_config, keep_beside
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
@@ -53,30 +48,19 @@ exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit in memory, 4 q
 # The sections of `unlearner --help`: each command module, in the order of the list.
 SECTIONS = {
     "everyday": (
-        commands_quickstart,
-        commands_info,
-        commands_train,
-        commands_ask,
-        commands_eval,
-        commands_score,
-        commands_robustness,
-        commands_report,
-        commands_ui,
-        commands_config,
+        quickstart,
+        doctor_preview,
+        forget,
+        ask,
+        evaluate,
+        score,
+        robustness,
+        report,
+        ui,
+        config,
     ),
-    "adapters": (
-        commands_store,
-        commands_calibrate,
-        commands_consolidate,
-        commands_merge,
-    ),
-    "experiments": (
-        commands_finetune,
-        commands_reproduce,
-        commands_sequence,
-        commands_tune,
-        commands_bench,
-    ),
+    "adapters": (store, calibrate, consolidate, merge),
+    "experiments": (finetune, reproduce, sequence, tune, bench),
 }
 FAILURE, INTERRUPTED = 1, 130
 
