@@ -1,6 +1,7 @@
 # make quickstart   .venv, install, then the whole story on the embedded world (CPU, minutes)
 # make test         .venv, install with the test tools, then all tests
 # make check        lint, format, types and import rules, without changing a file
+# make gpu-check   all that only a GPU can show, in one table (gpu-check.md), at most 8 minutes
 # make clean        removes .venv and what the tools left behind
 
 VENV := .venv
@@ -13,7 +14,7 @@ QUIET := $(shell test -t 2 || echo --quiet)
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check gpu-check format clean
 
 quickstart: $(VENV)/.installed-quant
 	$(VENV)/bin/unlearner quickstart
@@ -26,6 +27,9 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+gpu-check: $(VENV)/.installed-quant
+	$(VENV)/bin/unlearner gpu-check --out gpu-check.md
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
 from evaluation.benchmark import flops
+from evaluation.benchmark.shapes import SHAPES, new_llama, with_lora
 from evaluation.inference.generation import BATCH_SIZE, LEAVE
 from unlearner.config import make_config
 from unlearner.tokens.batch_plan import plan_steps
@@ -129,11 +130,11 @@ def count(
 
     Args:
         work: the rows.
-        shape: one of `flops.SHAPES`.
+        shape: one of `shapes.SHAPES`.
         rank: of the LoRA.
         answers: lengths of recorded answers; by default of the true ones, none known beforehand.
     """
-    full = flops.new_llama(shape)
+    full = new_llama(shape)
     plain_row = flops.plain_training_row(full)
     plain_eval = float(
         # A missing paraphrase is scored again.
@@ -145,7 +146,7 @@ def count(
     if answers is not None:
         known = sum(a.agreed for a in lengths) / sum(a.made for a in lengths)
         said = f"answers as recorded, {known:.0%} of their tokens known from scoring"
-    model = flops.with_lora(full, rank)
+    model = with_lora(full, rank)
     # The targets are those of the published model's shape.
     goal = 1.0 if shape == "llama2-7b" else 0.0
     trees = _trees(model, work)
@@ -167,7 +168,7 @@ def _training(
     whole = flops.training_step(model, some, packed=True)
     again = flops.training_step(model, some, packed=True, checkpointing="all")
     plain = float(len(rows) * plain_row.flops)
-    layers = flops.SHAPES[shape][2]
+    layers = SHAPES[shape][2]
     kept = [part.saved_bytes / here / layers / 1e3 for part in (whole, again)]
     plain_kept = plain_row.saved_bytes / flops.PLAIN_TRAIN / layers / 1e3
     official = (

@@ -28,6 +28,7 @@ from ui.cli.commands.everyday import score as commands_score
 from ui.cli.commands.everyday import ui as commands_ui
 from ui.cli.commands.experiments import bench as commands_bench
 from ui.cli.commands.experiments import finetune as commands_finetune
+from ui.cli.commands.experiments import gpu_check as commands_gpu_check
 from ui.cli.commands.experiments import reproduce as commands_reproduce
 from ui.cli.commands.experiments import sequence as commands_sequence
 from ui.cli.commands.experiments import tune as commands_tune
@@ -73,6 +74,7 @@ SECTIONS = {
         commands_sequence,
         commands_tune,
         commands_bench,
+        commands_gpu_check,
     ),
 }
 FAILURE, INTERRUPTED = 1, 130

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from evaluation.benchmark import baseline as benchmark_ways
-from evaluation.benchmark.run import Line, flops
+from evaluation.benchmark import shapes
+from evaluation.benchmark.run import Line
 
 
 @pytest.fixture(autouse=True)
 def _small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(flops.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (32, 48, 2, 4, 1500))
 
 
 def test_counts_as_text_and_json(run: Any) -> None:
