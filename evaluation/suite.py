@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,32 +30,32 @@ from evaluation.inference.prefix_sharing import sharing_problem
 from evaluation.inference.scoring import (
     BATCH_TOKENS,
     EncodedRow,
+    OnProgress,
+    about_model,
     cut_texts,
     encode_answers,
     evaluating,
     longest_text,
     score_rows,
+    silent,
 )
 from evaluation.logs.records import (
     EvalLog,
     RowRecord,
     SetRecord,
     row_from_json,
-    row_json,
 )
 from evaluation.metrics.summary import match_forget
 from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from unlearner.request.rows import Row
-from unlearner.request.tofu import FORGET_SPLITS, load_split
+from unlearner.request.tofu import FORGET_SPLITS, load_split, split_name
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     import torch
 
     from unlearner.tokens.prompts import PromptFormat
-
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,14 @@ class Effort:
 
 
 def load_eval_data(forget_split: str, data: Path | None = None) -> EvalData:
-    """TOFU's four evaluation sets for a forget split (`forget01`, `forget05`, `forget10`).
+    """TOFU's four evaluation sets; the forget set are the `_perturbed` rows of the split.
 
-    Args:
-        forget_split: whose `_perturbed` rows are the forget set.
-        data: folder of TOFU's JSON-lines files, else the hub.
+    `data` is a folder of TOFU's JSON-lines files, else the hub is read.
 
     Raises:
         UserError: no such forget split, or a split that cannot be read.
     """
+    forget_split = split_name(forget_split)
     if forget_split not in FORGET_SPLITS:
         raise UserError(
             f"'{forget_split}' is not a forget split.", f"Choose {', '.join(FORGET_SPLITS)}."
@@ -120,7 +120,7 @@ def evaluate(
     generate: bool = True,
     key: str = "",
     resume_dir: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
     effort: Effort | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> EvalLog:
@@ -131,14 +131,13 @@ def evaluate(
         fmt: prompts and tokenizer.
         data: what to evaluate.
         protocol: one name or several; greedy budgets share one pass, scores always do.
-        retain_log: reference log, only checked before any work: it must hold the same forget rows.
+        retain_log: checked before any work: it must hold the same forget rows.
         limit: only the first so many rows of each set; the log and its summary say so.
         generate: False leaves out the answers, and with them ROUGE and model utility.
-        key: names the weights (base, adapters, scales) in `resume_dir`.
-        resume_dir: cache of finished results; see `evaluation.cache`.
+        key, resume_dir: name of the weights (base, adapters, scales), and where results are cached.
         on_progress: called with a label, done and all.
         effort: sizes of batches; they do not change the result.
-        meta: more to write into the log's `meta`.
+        meta: added to the log's `meta`.
 
     Raises:
         UserError: unknown protocol, rows that differ from the reference's, or protocols that cut
@@ -150,7 +149,9 @@ def evaluate(
         raise ValueError("resume_dir needs a key that names the weights")
     if limit is not None and limit < 1:
         raise UserError(f"A limit of {limit} rows leaves nothing to evaluate.", "Use 1 or more.")
-    rows = {name: each[: _most_rows(protocols)][:limit] for name, each in data.sets.items()}
+    counts = [p.max_rows for p in protocols]
+    most = None if None in counts else max(count or 0 for count in counts)
+    rows = {name: each[:most][:limit] for name, each in data.sets.items()}
     totals = {name: len(each) for name, each in data.sets.items()}
     if retain_log is not None:
         _check_reference(rows, totals, retain_log, protocols, limit)
@@ -162,15 +163,30 @@ def evaluate(
         fmt,
         _score_length(protocols, longest),
         Cache(resume_dir, _cache_key(model, fmt, key, effort)),
-        on_progress or _silent,
+        on_progress,
         effort,
     )
-    decodings = _distinct([p.decoding for p in protocols]) if generate else ()
+    decodings = list({p.decoding.name: p.decoding for p in protocols}.values()) if generate else []
     with threads_for(model):
         records = work.scores(rows, encoded)
         records = work.answers(rows, encoded, records, decodings) if decodings else records
     sets = {name: SetRecord(name, tuple(each), totals[name]) for name, each in records.items()}
-    about = _meta(work, protocols, longest, limit, key) | _cut_rows(encoded, work.max_length)
+    about = {
+        "protocols": [p.name for p in protocols],
+        "max_length": work.max_length,
+        "longest_text": longest,
+        "limit": limit,
+        "key": key,
+        **about_model(model, fmt),
+    }
+    if work.padded_because is not None:
+        about["padded_because"] = work.padded_because
+    cut = {
+        name: sum(longest_text([row]) > work.max_length for row in each)
+        for name, each in encoded.items()
+    }
+    if any(cut.values()):
+        about["cut_rows"] = {name: count for name, count in cut.items() if count}
     return EvalLog(sets, about | dict(meta or {}))
 
 
@@ -186,32 +202,6 @@ def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
         stops=stop_tokens(model, fmt),
         engine=[effort.shared, effort.drafts],
     )
-
-
-def _cut_rows(
-    encoded: Mapping[str, Sequence[EncodedRow]], max_length: int
-) -> dict[str, dict[str, int]]:
-    """`cut_rows`: by set, how many rows have a text that is scored only in part; {} for none."""
-    counts = {
-        name: sum(longest_text([row]) > max_length for row in rows)
-        for name, rows in encoded.items()
-    }
-    cut = {name: count for name, count in counts.items() if count}
-    return {"cut_rows": cut} if cut else {}
-
-
-def _most_rows(protocols: Sequence[Protocol]) -> int | None:
-    """How many rows of a set the widest protocol uses; None for all."""
-    counts = [p.max_rows for p in protocols if p.max_rows is not None]
-    return max(counts) if len(counts) == len(protocols) else None
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    """Reports nothing."""
-
-
-def _distinct(decodings: Sequence[Decoding]) -> tuple[Decoding, ...]:
-    return tuple({decoding.name: decoding for decoding in decodings}.values())
 
 
 def _score_length(protocols: Sequence[Protocol], longest: int) -> int:
@@ -240,27 +230,6 @@ def _check_reference(
     ours = SetRecord("forget", bare, totals["forget"])
     for protocol in protocols:
         match_forget(ours, theirs, protocol, {"limit": limit})
-
-
-def _meta(
-    work: _Work, protocols: Sequence[Protocol], longest: int, limit: int | None, key: str
-) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    first = next(work.model.parameters())
-    reason = {} if work.padded_because is None else {"padded_because": work.padded_because}
-    return reason | {
-        "protocols": [p.name for p in protocols],
-        "max_length": work.max_length,
-        "longest_text": longest,
-        "limit": limit,
-        "key": key,
-        "template": work.fmt.name,
-        "device": first.device.type,
-        "dtype": str(getattr(work.model, "dtype", first.dtype)).removeprefix("torch."),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
 
 
 @dataclass
@@ -293,14 +262,15 @@ class _Work:
         if not every:
             return True
         longest = max(every, key=lambda row: longest_text([row]))
-        sample = [cut_texts(row, self.max_length) for row in (longest, *_firsts(encoded.values()))]
+        firsts = [each[0] for each in encoded.values() if each]
+        sample = [cut_texts(row, self.max_length) for row in (longest, *firsts)]
         entry = self.cache.entry("prefix-sharing", max_length=self.max_length, texts=sample)
 
-        def problem() -> str | None:
+        def problem() -> dict[str, str | None]:
             with evaluating(self.model):
-                return sharing_problem(self.model, sample)
+                return {"problem": sharing_problem(self.model, sample)}
 
-        self.padded_because = entry.result(lambda: {"problem": problem()})["problem"]
+        self.padded_because = entry.result(problem)["problem"]
         return self.padded_because is None
 
     def _set_scores(
@@ -328,7 +298,7 @@ class _Work:
             )
 
         records = ranks.spread(range(len(rows)), score)
-        entry.write([row_json(record) for record in records])
+        entry.write([dataclasses.asdict(record) for record in records])
         return records
 
     def answers(
@@ -344,65 +314,54 @@ class _Work:
         row that was answered before, in whatever set, is not answered again.
         """
         every = [row for each in rows.values() for row in each]
-        drafts = [
-            known_start(self.fmt, row.question, tokens.answer, record.agreed)
-            if self.effort.drafts
-            else Draft()
-            for name in rows
-            for row, tokens, record in zip(rows[name], encoded[name], records[name], strict=True)
+        drafts = [Draft()] * len(every)
+        if self.effort.drafts:
+            drafts = [
+                known_start(self.fmt, row.question, tokens.answer, record.agreed)
+                for name in rows
+                for row, tokens, record in zip(
+                    rows[name], encoded[name], records[name], strict=True
+                )
+            ]
+        prompts = [
+            hashlib.sha256(repr(self.fmt.encode_prompt(row.question)).encode()).hexdigest()[:24]
+            for row in every
         ]
-        prompts = [_prompt_key(self.fmt.encode_prompt(row.question)) for row in every]
         entries = {d.name: self.cache.entry(f"answers-{d.name}", decoding=d) for d in decodings}
-        texts: dict[str, dict[str, str]] = {
-            name: entry.read() or {} for name, entry in entries.items()
-        }
+        texts: dict[str, dict[str, str]] = {n: each.read() or {} for n, each in entries.items()}
+
+        def answer(group: Sequence[Decoding], places: Sequence[int]) -> list[list[str]]:
+            def store(batch: Mapping[str, Mapping[int, str]]) -> None:
+                for name, new in batch.items():
+                    texts[name] |= {prompts[places[i]]: text for i, text in new.items()}
+                    entries[name].write(texts[name])
+
+            by_decoding = generate_answers(
+                self.model,
+                self.fmt,
+                [every[i].question for i in places],
+                group,
+                batch_size=self.effort.batch_size,
+                drafts=[drafts[i] for i in places],
+                on_batch=store,
+                on_progress=lambda done, total: self.on_progress("answers", done, total),
+            )
+            return [[by_decoding[d.name][i] for d in group] for i in range(len(places))]
+
         for group in passes_of(decodings):
             names = [decoding.name for decoding in group]
             missing = [
-                i
-                for i, prompt in enumerate(prompts)
-                if any(prompt not in texts[name] for name in names)
+                i for i, prompt in enumerate(prompts) if any(prompt not in texts[n] for n in names)
             ]
-            if not missing:
-                continue
-
-            def answer(places: Sequence[int], group: Sequence[Decoding] = group) -> list[list[str]]:
-                def keep(batch: Mapping[str, Mapping[int, str]]) -> None:
-                    for name, new in batch.items():
-                        texts[name] |= {prompts[places[i]]: text for i, text in new.items()}
-                        entries[name].write(texts[name])
-
-                texts_by_decoding = generate_answers(
-                    self.model,
-                    self.fmt,
-                    [every[i].question for i in places],
-                    group,
-                    batch_size=self.effort.batch_size,
-                    drafts=[drafts[i] for i in places],
-                    on_batch=keep,
-                    on_progress=lambda done, total: self.on_progress("answers", done, total),
-                )
-                return [[texts_by_decoding[d.name][i] for d in group] for i in range(len(places))]
-
-            answers = ranks.spread(missing, answer)
-            for column, name in enumerate(names):
+            answers = ranks.spread(missing, partial(answer, group)) if missing else []
+            for column, name in enumerate(names if missing else ()):
                 pairs = zip(missing, answers, strict=True)
                 texts[name] |= {prompts[i]: each[column] for i, each in pairs}
                 entries[name].write(texts[name])
-        return self._with_generations(rows, records, prompts, texts)
-
-    @staticmethod
-    def _with_generations(
-        rows: Mapping[str, Sequence[Row]],
-        records: Mapping[str, Sequence[RowRecord]],
-        prompts: Sequence[str],
-        texts: Mapping[str, Mapping[str, str]],
-    ) -> dict[str, list[RowRecord]]:
-        """The records with their answers and these with their ROUGE recall."""
-        truths = [row.answer for each in rows.values() for row in each]
+        truths = [row.answer for row in every]
         generations = {
-            name: rouge_recall([answers[prompt] for prompt in prompts], truths)
-            for name, answers in texts.items()
+            name: rouge_recall([answers_by_prompt[prompt] for prompt in prompts], truths)
+            for name, answers_by_prompt in texts.items()
         }
         place = itertools.count()
         return {
@@ -412,11 +371,3 @@ class _Work:
             ]
             for name, each in records.items()
         }
-
-
-def _firsts(sets: Iterable[Sequence[EncodedRow]]) -> list[EncodedRow]:
-    return [each[0] for each in sets if each]
-
-
-def _prompt_key(tokens: Sequence[int]) -> str:
-    return hashlib.sha256(repr(list(tokens)).encode()).hexdigest()[:24]

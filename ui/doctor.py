@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,21 +39,37 @@ class Finding:
         return asdict(self)
 
 
-def findings(store: Path) -> Iterator[Finding]:
-    """Every finding as soon as it is known, cheap checks first."""
+NOT_TRIED = "; not tried (--full)"
+BF16_CAPABILITY = 8.0  # of CUDA; below, bf16 is emulated
+NO_GPU = Finding(
+    "gpu", "warn", "no CUDA device", "Small models run on the CPU; a 7B base needs a GPU."
+)
+NO_FOUR_BIT = Finding(
+    "4-bit",
+    "warn",
+    "bitsandbytes is not installed",
+    "For --load-in-4bit: `pip install 'unlearner[quant]'`.",
+)
+
+
+def findings(store: Path, *, full: bool = False) -> Iterator[Finding]:
+    """Every finding as soon as it is known, cheap checks first.
+
+    torch and bitsandbytes take seconds to import: only `full` imports them and uses them.
+    """
     checks: list[Callable[[], Finding]] = [
         _python,
         _our_adapters,
         _memory,
         lambda: _disk(Path.cwd()),
         lambda: _writable(store),
-        _torch,
-        _gpu,
+        _torch if full else _torch_version,
+        _gpu if full else _gpu_driver,
         lambda: _package("transformers"),
         lambda: _package("peft"),
         lambda: _package("trl"),
         lambda: _package("datasets"),
-        _four_bit,
+        _four_bit if full else _four_bit_version,
         _attention,
         _hub,
         lambda: _store(store),
@@ -142,6 +159,31 @@ def _required(name: str) -> SpecifierSet:
     )
 
 
+def _torch_version() -> Finding:
+    found = _package("torch")
+    if found.status == "fail":
+        fix = "Install torch for this machine (https://pytorch.org/get-started)."
+        return Finding("torch", "fail", found.detail, fix)
+    return Finding("torch", "ok", f"{found.detail}{NOT_TRIED}")
+
+
+def _gpu_driver() -> Finding:
+    """What the driver says, without torch."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return NO_GPU
+    asked = [tool, "--query-gpu=name,memory.free,memory.total,compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=20)
+    cells = [cell.strip() for cell in done.stdout.partition("\n")[0].split(",")]
+    if done.returncode != 0 or len(cells) != 4:
+        return NO_GPU
+    name, free, total, capability = cells
+    detail = f"{name}, {free} of {total} free{NOT_TRIED}"
+    if float(capability) < BF16_CAPABILITY:
+        return Finding("gpu", "warn", detail, "Use --dtype float32: this GPU has no bf16.")
+    return Finding("gpu", "ok", detail)
+
+
 def _torch() -> Finding:
     try:
         import torch
@@ -156,9 +198,7 @@ def _torch() -> Finding:
 def _gpu() -> Finding:
     torch = _import("torch")
     if torch is None or not torch.cuda.is_available():
-        return Finding(
-            "gpu", "warn", "no CUDA device", "Small models run on the CPU; a 7B base needs a GPU."
-        )
+        return NO_GPU
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
     native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -176,12 +216,18 @@ def _import(name: str) -> Any:
         return None
 
 
+def _four_bit_version() -> Finding:
+    version = _version("bitsandbytes")
+    if version is None:
+        return NO_FOUR_BIT
+    return Finding("4-bit", "ok", f"bitsandbytes {version}{NOT_TRIED}")
+
+
 def _four_bit() -> Finding:
     """A real nf4 matrix product on the device that would be used, against the float one."""
     torch, bnb = _import("torch"), _import("bitsandbytes")
     if torch is None or bnb is None:
-        fix = "For --load-in-4bit: `pip install 'unlearner[quant]'`."
-        return Finding("4-bit", "warn", "bitsandbytes is not installed", fix)
+        return NO_FOUR_BIT
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         error = _four_bit_error(torch, bnb, device)
@@ -208,9 +254,6 @@ def _four_bit_error(torch: Any, bnb: Any, device: str) -> float:
 
 
 def _attention() -> Finding:
-    torch = _import("torch")
-    if torch is None or not torch.cuda.is_available():
-        return Finding("attention", "ok", "sdpa (flash-attention 2 is for GPUs)")
     if importlib.util.find_spec("flash_attn") is None:
         return Finding("attention", "ok", "sdpa")
     return Finding("attention", "ok", f"flash-attention {_version('flash_attn') or '2'}")

@@ -50,6 +50,11 @@ class ObjectiveConfig:
         attack_weight: w_x, on the forget term of the model under a simulated relearning attack
             (see `unlearner.training.relearning_attack`); 0 = off.
         attack_gamma: SimNPO's margin in that term.
+        general_weight: w_g, on the KL from the base on neutral prompts that it answered itself
+            (see `unlearner.training.general`); 0 = off.
+        target: mean NLL of the forget rows in nats per token at which the run stops, that of rows
+            which the base never saw (see `unlearner.training.target`); 0 = none.
+        excess_weight: w_e, on the square of what a forget row's NLL per token is above `target`.
     """
 
     name: str = "simnpo"
@@ -67,6 +72,9 @@ class ObjectiveConfig:
     alternate_smoothing: float = 0.0
     attack_weight: float = 0.0
     attack_gamma: float = 0.0
+    general_weight: float = 0.0
+    target: float = 0.0
+    excess_weight: float = 0.5
 
 
 def default_objective(name: str) -> ObjectiveConfig:
@@ -211,6 +219,7 @@ def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
     names = (
         *("beta2", "ceu_skip", "alternates"),
         *("forget_weight", "retain_weight", "guard_weight", "alternate_weight", "attack_weight"),
+        *("general_weight", "target", "excess_weight"),
     )
     values = asdict(objective)
     return [
@@ -251,6 +260,12 @@ def _problems(config: UnlearnConfig) -> list[str]:
             or objective.name not in known
             or "forget" in known[objective.name].streams,
             f"attack_weight needs forget answers, which {objective.name} does not train on",
+        ),
+        (
+            not objective.target
+            or objective.name not in known
+            or "forget" in known[objective.name].streams,
+            f"target needs forget answers, which {objective.name} does not train on",
         ),
         (train.weight_decay >= 0, f"weight_decay {train.weight_decay} is below 0"),
         (

@@ -6,11 +6,11 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
 from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
@@ -18,8 +18,10 @@ from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
+from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
+from unlearner.defaults import CAUSES, suited
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.neighbours import nearest_rows
 from unlearner.request.past_requests import (
@@ -31,8 +33,15 @@ from unlearner.request.past_requests import (
     without_rows_of,
 )
 from unlearner.request.rows import Request, Row
-from unlearner.tokens.batch_plan import Rows, plan_steps
-from unlearner.tokens.prompts import PromptFormat, Template, encode_rows, pad_id, prompt_format
+from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
+from unlearner.tokens.prompts import (
+    Encoded,
+    PromptFormat,
+    Template,
+    encode_rows,
+    pad_id,
+    prompt_format,
+)
 from unlearner.training import distributed
 from unlearner.training.optimizer import check_names
 
@@ -75,6 +84,15 @@ class RunOptions:
             the guard of later requests. The record holds the rows as tokens.
         memory_limit: bytes that the run may use, for instance of a smaller card than this one; by
             default what is free.
+        given: names of the settings that the user gave; all others are chosen for the request and
+            the model (`unlearner.defaults`). None: the settings are used as they are.
+        target: the mean NLL of the forget rows at which the run stops (`training.target`): a
+            number, or "auto" to measure it on the model; 0 for none. None: that of the settings.
+        unseen: rows of the same kind that the base never saw, for "auto"; by default alternate
+            answers to the forget questions.
+        general: prompts whose answers are held where `general_weight` is above 0; by default those
+            of the package.
+        summarise: measure forget, retain and general rows before and after the run.
     """
 
     on_stack: bool | None = None
@@ -89,11 +107,21 @@ class RunOptions:
     replaces: Sequence[str] = ()
     keep_teacher: bool = False
     memory_limit: int | None = None
+    given: Collection[str] | None = None
+    target: float | Literal["auto"] | None = None
+    unseen: Sequence[Row] = ()
+    general: Sequence[str] = ()
+    summarise: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before anything is loaded: encoded rows, parents, and the key of its checkpoints."""
+    """A run before anything is loaded: encoded rows, parents, and the key of its checkpoints.
+
+    `unseen` are the rows whose NLL under the model will be its target; empty where it has one.
+    `prompts` are those whose answers are held. `chosen` says by name why a setting was chosen that
+    nobody gave, `target_from` whose NLL the target is.
+    """
 
     request: Request
     base: BaseSpec
@@ -107,6 +135,10 @@ class Prepared:
     key: str
     supersedes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unseen: Sequence[Encoded] = ()
+    prompts: Sequence[str] = ()
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    target_from: str = ""
 
 
 def unlearn(
@@ -116,6 +148,7 @@ def unlearn(
     store: AdapterStore,
     options: RunOptions | None = None,
     *,
+    model: Any = None,
     stop_at: StopAt | None = None,
     after_step: AfterStep | None = None,
     on_progress: Progress | None = None,
@@ -128,6 +161,7 @@ def unlearn(
         config: objective, LoRA shape and training.
         store: where the adapter is published, and where its checkpoints are meanwhile.
         options: stack, guard, label, resuming.
+        model: the base as `load_base` gives it, where it is loaded already; it is bare afterwards.
         stop_at: a measure against a retrain reference that ends the run once its sign turns.
         after_step: called with the step, the number of steps and the model after every step.
         on_progress: gets a dict per event: "note", "load", "probe" (the peak of two steps), "train"
@@ -141,18 +175,36 @@ def unlearn(
     """
     report = on_progress or (lambda event: None)
     run = prepare(request, base, config, store, options)
-    for note in run.notes:
+    for note in (*run.chosen.values(), *run.notes):
         report({"event": "note", "text": note})
     distributed.join()
     report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
-    model, view = load_with_adapter(run, store)
-    run, teachers = guard_targets(model, run, store, report)
-    key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
-    with run_folder(store, key, run.options, report) as work:
+    with ExitStack() as stack:
+        if model is not None:
+            stack.callback(detach, model)
+        model, view = load_with_adapter(run, store, model)
+        run, teachers = guard_targets(model, run, store, report)
+        run, general, held_out = hold_general(model, run, report)
+        run, stop_at = find_target(model, run, stop_at, report)
+        key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
+        work = stack.enter_context(run_folder(store, key, run.options, report))
+        summarised = _summary(model, run, held_out, report)
         summary = train(
-            model, run, teachers, work, stop_at=stop_at, after_step=after_step, report=report
+            model,
+            run,
+            teachers,
+            work,
+            general=general,
+            stop_at=stop_at,
+            after_step=after_step,
+            report=report,
         )
         require_update(model)
+        summary |= summarised()
+        if run.chosen:
+            summary["chosen"] = {name: CAUSES.get(name, "model-size") for name in run.chosen}
+        if run.target_from:
+            summary["target_from"] = run.target_from
         report({"event": "publish"})
         summary["guard_rows"] = len(teachers)
         adapter = distributed.from_first(
@@ -181,6 +233,8 @@ def prepare(
         BaseMismatch: the store belongs to another base.
     """
     from unlearner.memory.plan import meta_model
+    from unlearner.training.general import own_prompts, placeholders
+    from unlearner.training.target import with_target
 
     options = options or RunOptions()
     key, notes = store_key(), list[str]()
@@ -192,7 +246,17 @@ def prepare(
     folder = resolve_base(base.name, base.revision)
     if config.objective.name == "rmu":
         _check_layer(config, folder)
-    config = replace(config, lora=with_targets(config.lora, meta_model(folder)))
+    meta = meta_model(folder)
+    config = replace(config, lora=with_targets(config.lora, meta))
+    target, reasons = options.target, dict[str, str]()
+    if options.given is not None:
+        named = {*options.given, *(() if target is None else ("target",))}
+        weights = sum(p.numel() for p in meta.parameters())
+        chosen = suited(config, named, len(request.rows), weights)
+        config, reasons = chosen.config, dict(chosen.reasons)
+        target = "auto" if chosen.finds_target else target
+    if target not in (None, "auto"):
+        config = with_target(config, float(target), margin="gamma" not in (options.given or ()))
     fingerprint = fingerprint_base(folder)
     recorded = store.base() if store is not None else None
     if recorded is not None:
@@ -203,6 +267,12 @@ def prepare(
     fmt = prompt_format(load_tokenizer(str(folder)), options.template, options.system)
     refusals = options.refusals if "refusal" in streams_of(config.objective) else ()
     rows = _encode(request, config, fmt, refusals, options.guard)
+    prompts: tuple[str, ...] = ()
+    if config.objective.general_weight:
+        pairs = config.train.steps(len(rows.forget)) * config.train.batch_size(len(rows.forget))
+        prompts = tuple(options.general or own_prompts(pairs))
+        rows = replace(rows, general=placeholders(fmt, prompts))
+    unseen = _unseen(request, options, fmt, config) if target == "auto" else ()
     notes += [
         f"{n} of {total} {name} rows are cut at {config.train.max_length} tokens: the end of their "
         "answers is not trained (raise --max-length)"
@@ -229,6 +299,8 @@ def prepare(
         "refusals": list(refusals),
         "guard": _digest(key, options.guard, "guard")["digest"],
         "replaces": replaced,
+        "general": prompts,
+        "unseen": [row.input_ids for row in unseen],
     }
     text = json.dumps(depends_on, sort_keys=True)
     return Prepared(
@@ -244,6 +316,9 @@ def prepare(
         f"run-{hashlib.sha256(text.encode()).hexdigest()[:16]}",
         replaced,
         tuple(notes),
+        unseen,
+        prompts,
+        reasons,
     )
 
 
@@ -283,6 +358,27 @@ def _own_rows(
         if past.unknown
     ]
     return replace(request, retain=retain, others=others)
+
+
+def _unseen(
+    request: Request, options: RunOptions, fmt: PromptFormat, config: UnlearnConfig
+) -> list[Encoded]:
+    """Rows of the same kind as the request that the base never saw.
+
+    Raises:
+        UserError: none are given, and there is no other answer for some forget question.
+    """
+    pairs = [(row.question, row.answer) for row in options.unseen]
+    if not pairs:
+        try:
+            answers = alternate_answers(request.rows, request.others or request.retain, 1)
+        except UserError as error:
+            raise UserError(
+                f"The target cannot be measured: {error.problem}",
+                "Give rows that the base never saw with --unseen ROWS, or a number with --target.",
+            ) from error
+        pairs = [(row.question, one) for row, (one,) in zip(request.rows, answers, strict=True)]
+    return encode_rows(fmt, pairs, config.train.max_length, "unseen")
 
 
 def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]) -> None:
@@ -428,7 +524,7 @@ def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
         "guard_rows": len(run.rows.guard),
         "cut_rows": {name: n for name, n, _ in run.rows.cut},
         "prompt": run.fmt.to_json(),
-        "notes": list(run.notes),
+        "notes": [*run.chosen.values(), *run.notes],
     }
 
 
@@ -448,13 +544,15 @@ def _memory_plan(run: Prepared, precision: BasePrecision) -> MemoryPlan:
 # Loading
 
 
-def load_with_adapter(run: Prepared, store: AdapterStore) -> tuple[Any, dict[str, Any]]:
+def load_with_adapter(
+    run: Prepared, store: AdapterStore, base: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """The base with frozen, active parents and one new trainable adapter; and how it is held."""
     import torch
 
     from adapters.lora.stack import add_trainable, load_stack
 
-    base = load_base(run.base)
+    base = base if base is not None else load_base(run.base)
     view = base_view(base)
     slugs = [parent.slug for parent in run.parents]
     scales = {parent.slug: parent.scale for parent in run.parents}
@@ -535,6 +633,70 @@ def _recorded_teachers(run: Prepared, store: AdapterStore) -> list[GuardRow]:
     return teachers
 
 
+def hold_general(
+    model: Any, run: Prepared, report: Progress
+) -> tuple[Prepared, list[GuardRow], list[GuardRow]]:
+    """The run with its general rows, their teachers, and those that are only measured."""
+    from unlearner.training.general import split_held_out, taught_prompts
+
+    if not run.prompts:
+        return run, [], []
+    taught = taught_prompts(model, run.fmt, run.prompts, run.fingerprint.digest, report)
+    general, held_out = split_held_out(taught)
+    return replace(run, rows=replace(run.rows, general=[r.row for r in general])), general, held_out
+
+
+def find_target(
+    model: Any, run: Prepared, stop_at: StopAt | None, report: Progress
+) -> tuple[Prepared, StopAt | None]:
+    """The run with its target, measured where it has to be, and what stops it there."""
+    from unlearner.training.target import RETRAIN_NLL, WORDS, mean_nll, stop_at_target, with_target
+
+    pad = pad_id(run.fmt.tokenizer)
+    if run.unseen:
+        nll = round(mean_nll(model, run.unseen, pad), 3)
+        source, text = "unseen", "that of unseen rows"
+        if not run.options.unseen:
+            source, text = "alternates", "that of alternate answers to the forget questions"
+            if nll < RETRAIN_NLL and len(run.fmt.tokenizer) >= WORDS:
+                text = f"of retrained models ({text}, {nll:.2f}, is less: they may be remembered)"
+                source, nll = "retrained-models", RETRAIN_NLL
+        report({"event": "note", "text": f"target {nll:.2f} nats per token, {text}"})
+        run = replace(run, config=with_target(run.config, nll), target_from=source)
+    target = run.config.objective.target
+    if target and stop_at is None:
+        stop_at = stop_at_target(run.rows.forget, target, pad, run.config.train.seed)
+    return run, stop_at
+
+
+def _summary(
+    model: Any, run: Prepared, held_out: Sequence[GuardRow], report: Progress
+) -> Callable[[], dict[str, Any]]:
+    """Measures now; what is returned measures again and gives the entries for the manifest."""
+    from unlearner.training.outcome import measured, outcome, watched_rows
+
+    if not run.options.summarise:
+        return dict
+    rows, pad = run.rows, pad_id(run.fmt.tokenizer)
+    watched = watched_rows(
+        rows.forget,
+        rows.retain,
+        [teacher.row for teacher in held_out] or rows.general,
+        _pairs(run),
+        run.config.train.seed,
+        general_held_out=bool(held_out),
+    )
+    report({"event": "note", "text": "measuring rows before the run"})
+    before = measured(model, watched, pad)
+
+    def after() -> dict[str, Any]:
+        report({"event": "note", "text": "measuring them after the run"})
+        figures = measured(model, watched, pad)
+        return {"outcome": outcome(before, figures, watched)}
+
+    return after
+
+
 # Training
 
 
@@ -601,6 +763,7 @@ def train(
     work: Path,
     *,
     report: Progress,
+    general: Sequence[GuardRow] = (),
     stop_at: StopAt | None = None,
     after_step: AfterStep | None = None,
     frozen: torch.nn.Module | None = None,
@@ -613,6 +776,7 @@ def train(
         teachers: see `unlearner.objectives.guard`.
         work: folder of checkpoints and metrics; the run continues from its last checkpoint.
         report: gets the events.
+        general: teachers of the general rows of the run.
         stop_at: ends the run before its last step.
         after_step: called after every step.
         frozen: a copy of `model` as it was, where all of its weights are trained.
@@ -644,7 +808,8 @@ def train(
         if packed:
             stack.enter_context(pack_attention(model))
             packed = _can_pack(model, run.rows, report)
-        task = UnlearnTask(model, _training_data(model, run, teachers, packed, frozen), run.config)
+        data = _training_data(model, run, teachers, general, packed, frozen)
+        task = UnlearnTask(model, data, run.config)
         stack.callback(task.remove)
         loop = TrainingLoop(
             model,
@@ -686,6 +851,7 @@ def _training_data(
     model: Any,
     run: Prepared,
     teachers: Sequence[GuardRow],
+    general: Sequence[GuardRow],
     packed: bool,
     frozen: torch.nn.Module | None,
 ) -> Any:
@@ -694,17 +860,24 @@ def _training_data(
     from unlearner.training.unlearning import UnlearnData
 
     rows, parents = run.rows, tuple(parent.slug for parent in run.parents)
-    pairs = plan_steps(
+    pairs = _pairs(run)
+    pad, name = pad_id(run.fmt.tokenizer), run.config.objective.name
+    references = reference_nlls(model, rows, pairs, name, parents, pad=pad, packed=packed)
+    return UnlearnData(rows, pairs, pad, packed, teachers, general, references, parents, frozen)
+
+
+def _pairs(run: Prepared) -> list[list[Pair]]:
+    """The pairs of every step."""
+    rows = run.rows
+    return plan_steps(
         len(rows.forget),
         len(rows.retain),
         len(rows.refusals[0]) if rows.refusals else 0,
         run.config.train,
         len(rows.guard),
         len(rows.alternates[0]) if rows.alternates else 0,
+        len(rows.general),
     )
-    pad, name = pad_id(run.fmt.tokenizer), run.config.objective.name
-    references = reference_nlls(model, rows, pairs, name, parents, pad=pad, packed=packed)
-    return UnlearnData(rows, pairs, pad, packed, teachers, references, parents, frozen)
 
 
 def _can_pack(model: Any, rows: Rows, report: Progress) -> bool:

@@ -103,16 +103,26 @@ def _convert(path: Path, out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path.parent), gguf_file=path.name, local_files_only=True
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=dtype, local_files_only=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    # What is wrong with a file reaches us as any of these, from three libraries.
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+    # A damaged file raises anything from struct.error to OverflowError, in three libraries.
+    except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"{path.name} cannot be read: {type(error).__name__}: {reason}",
             "Convert the original model, or give its safetensors.",
         ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{path.name} cannot be read: it lacks {len(missing)} tensors of the model, first "
+            f"{missing[0]}.",
+            "Join a file that was split into parts with `llama-gguf-split --merge`.",
+        )
     # The weights are no longer quantised: a plain model of the same configuration takes them.
     settings = model.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):

@@ -8,6 +8,7 @@ from llama.cpp's `convert_lora_to_gguf.py`.
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from adapters.atomic_files import (
     temporary_name,
     write_bytes,
 )
+from adapters.base.gguf import dequantised, find_gguf
 from adapters.errors import UserError
 from adapters.lora.combine import cat_adapters, factor_adapter
 from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME, canonical_config, config_bytes
@@ -112,8 +114,28 @@ def _command(target: str, out: Path, base_name: str, rank: int) -> str:
             f"--lora-modules forget={out}"
         )
     if target == "llama.cpp":
-        return f"python convert_lora_to_gguf.py {out} --base {base_name} --outfile forget.gguf"
+        file, config = _gguf_and_config(base_name)
+        converted = shlex.quote(f"{out}.gguf")
+        return (
+            f"python convert_lora_to_gguf.py {config} --outfile {converted} {shlex.quote(str(out))}"
+            f" && llama-cli -m {file} --lora {converted}"
+        )
     return f"PeftModel.from_pretrained(base, {str(out)!r})"
+
+
+def _gguf_and_config(base_name: str) -> tuple[str, str]:
+    """The GGUF that llama.cpp serves, and the flag that gives its converter the base's config.
+
+    The converter reads config.json alone: of a folder with --base, of the hub with --base-model-id.
+    """
+    try:
+        file = find_gguf(base_name)
+    except UserError:
+        return shlex.quote(base_name), "--base FOLDER_WITH_CONFIG_JSON"
+    if file is not None:
+        return shlex.quote(str(file)), f"--base {shlex.quote(str(dequantised(file)))}"
+    flag = "--base" if Path(base_name).is_dir() else "--base-model-id"
+    return "BASE.gguf", f"{flag} {shlex.quote(base_name)}"
 
 
 def _notes(target: str, rank: int, trained_on: str) -> list[str]:

@@ -138,6 +138,27 @@ def activate(
     return state
 
 
+def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The bare base with its own layers again and no adapter loaded, frozen and in eval mode.
+
+    Nothing is folded in: what a LoRA layer wrapped is put back in its place.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    named = {id(module): path for path, module in inner.named_modules()}
+    for layer in list(lora_layers(inner)):
+        inner.set_submodule(named[id(layer)], layer.base_layer)
+    if hasattr(inner, "peft_config"):
+        del inner.peft_config
+    if hasattr(inner, "activation_checkpointing_disable"):
+        inner.activation_checkpointing_disable()
+    else:
+        inner.gradient_checkpointing_disable()
+    inner.requires_grad_(False)
+    inner.eval()
+    bare: PreTrainedModel = inner
+    return bare
+
+
 def read_state(model: PreTrainedModel | PeftModel) -> StackState:
     """What every LoRA layer of the model says about itself, compared between layers.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from evaluation.benchmark import flops
 from evaluation.benchmark.run import PAIRS, PLAIN_DECODE, Line, Workload
 from evaluation.benchmark.shapes import new_llama, with_lora
-from evaluation.inference.generation import BATCH_SIZE
+from evaluation.inference.generation import BATCH_SIZE, Prompt, greedy
+from evaluation.inference.prefix_sharing import score_trees
+from evaluation.inference.scoring import evaluating
 from unlearner.tokens.prompts import Encoded, pad_batch
 
 if TYPE_CHECKING:
@@ -47,34 +50,34 @@ def measure(
     dtype = "bfloat16" if cuda else "float32"
     model = with_lora(new_llama(shape, device, dtype, load_in_4bit=load_in_4bit), rank)
     forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
-    asked = work.questions[:: max(1, len(work.questions) // 24)][:24]
-    if not cuda:
-        asked = asked[:8]
-    ways: list[tuple[str, float, Callable[[], None], Callable[[], None], float | None]] = [
-        (
-            "training rows/s", 2 * PAIRS, lambda: _plain_step(model, forget, retain),
-            lambda: _our_step(model, forget, retain), 4.0,
+    questions = work.questions[:: max(1, len(work.questions) // 24)][: 24 if cuda else 8]
+    score, answer = (sum(map(len, questions)), 4.0), (len(questions), 0.0)
+    ways: dict[str, tuple[tuple[int, float], Callable[[], None], Callable[[], None]]] = {
+        "training rows/s": (
+            (2 * PAIRS, 4.0), lambda: _plain_step(model, forget, retain),
+            lambda: _our_step(model, forget, retain),
         ),
-        (
-            "scoring rows/s", sum(map(len, asked)), lambda: _plain_scores(model, asked),
-            lambda: _our_scores(model, asked), 4.0,
+        "scoring rows/s": (
+            score, lambda: _plain_scores(model, questions),
+            lambda: _score_trees(model, questions),
         ),
-        (
-            "generation rows/s", len(asked), lambda: _plain_answers(model, asked),
-            lambda: _our_answers(model, asked), None,
+        "generation rows/s": (
+            answer, lambda: _plain_answers(model, questions),
+            lambda: _our_answers(model, questions),
         ),
-    ]  # fmt: skip
+    }  # fmt: skip
     lines = []
-    with threads_for(model):
-        for name, rows, plain, ours, target in ways:
-            say(name)
+    for name, ((rows, target), plain, ours) in ways.items():
+        say(name)
+        within = nullcontext() if name.startswith("training") else evaluating(model)
+        with threads_for(model), within:
             rates, peaks = _in_turns(plain, ours, rows, seconds, model)
-            goal = f"at least {target:g} x" if target and not cuda else ""
-            ratio = rates[1] / rates[0]
-            met = ratio >= (target or 0) if goal else None
-            lines.append(Line(name, "rows/s", rates[0], rates[1], ratio, goal, met))
-            what = f"peak memory, {name.split()[0]}"
-            lines.append(Line(what, "MB", peaks[0] / 1e6, peaks[1] / 1e6, peaks[0] / peaks[1]))
+        ratio = rates[1] / rates[0]
+        goal = f"at least {target:g} x" if target and not cuda else ""
+        met = ratio >= target if goal else None
+        lines.append(Line(name, "rows/s", rates[0], rates[1], ratio, goal, met))
+        what = f"peak memory, {name.split()[0]}"
+        lines.append(Line(what, "MB", peaks[0] / 1e6, peaks[1] / 1e6, peaks[0] / peaks[1]))
     return lines
 
 
@@ -106,16 +109,13 @@ def _in_turns(
     return best, peaks
 
 
-def _padded(rows: Sequence[Encoded], length: int) -> dict[str, torch.Tensor]:
-    filler = Encoded([0] * length, [-100] * length)
-    return {k: v[:-1, :length] for k, v in pad_batch([*rows, filler], 0).items()}
-
-
 def _plain_nll(model: Any, rows: Sequence[Encoded], length: int) -> torch.Tensor:
-    """Mean NLL per row from the logits of all positions."""
+    """Mean NLL per row, padded to `length`, from the logits of all positions."""
     import torch.nn.functional as F
 
-    batch = {k: v.to(next(model.parameters()).device) for k, v in _padded(rows, length).items()}
+    filler = Encoded([0] * length, [-100] * length)
+    padded = pad_batch([*rows, filler], 0)
+    batch = {name: t[:-1, :length].to(model.device) for name, t in padded.items()}
     out = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     )
@@ -127,7 +127,7 @@ def _plain_nll(model: Any, rows: Sequence[Encoded], length: int) -> torch.Tensor
 def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
     from unlearner.objectives.sequence import simnpo
 
-    _train_mode(model)
+    model.train()
     for i in range(0, len(forget), 2):  # forwards of a few rows, as in the released recipe
         f = _plain_nll(model, forget[i : i + 2], flops.PLAIN_TRAIN)
         r = _plain_nll(model, retain[i : i + 2], flops.PLAIN_TRAIN)
@@ -140,55 +140,41 @@ def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) 
     from unlearner.objectives.sequence import simnpo
     from unlearner.tokens.packing import pack_attention, pack_rows
 
-    _train_mode(model)
+    model.train()
     device = next(model.parameters()).device
     batch = on_device(pack_rows([*forget, *retain]), device)
     with pack_attention(model):
-        found = answer_nll(model, batch)
-        f, n = found.nll[: len(forget)], found.n[: len(forget)]
-        kept = found.per_token[len(forget) :]
-        (simnpo(f, n, 2.5, 0.0).sum() + 0.1375 * kept.sum()).backward()
+        losses = answer_nll(model, batch)
+        f, n = losses.nll[: len(forget)], losses.n[: len(forget)]
+        r = losses.per_token[len(forget) :]
+        (simnpo(f, n, 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
     model.zero_grad(set_to_none=True)
 
 
-def _train_mode(model: Any) -> None:
-    model.train()
-
-
 def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        for texts in questions:
-            _plain_nll(model, texts, flops.PLAIN_EVAL)
+    for texts in questions:
+        _plain_nll(model, texts, flops.PLAIN_EVAL)
 
 
-def _our_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    import torch
-
-    from evaluation.inference.prefix_sharing import score_trees
-
-    model.eval()
-    with torch.no_grad():
-        score_trees(model, questions)
+def _score_trees(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+    score_trees(model, questions)
 
 
 def _prompts(questions: Sequence[Sequence[Encoded]]) -> list[tuple[list[int], int]]:
+    """The prompt of each question, and the length of its true answer in tokens."""
     first = [texts[0] for texts in questions]
     return [(text.input_ids[: text.n_prompt], text.n_targets) for text in first]
 
 
-def _answer(model: Any, asked: Sequence[tuple[list[int], int]]) -> None:
-    import torch
-
-    device = next(model.parameters()).device
-    batch = pad_batch([Encoded(ids, ids) for ids, _ in asked], 0, left=True)
-    longest = max(budget for _, budget in asked)
-    with torch.no_grad():
+def _plain_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+    prompts = _prompts(questions)
+    for start in range(0, len(prompts), PLAIN_DECODE):
+        part = prompts[start : start + PLAIN_DECODE]
+        batch = pad_batch([Encoded(ids, ids) for ids, _ in part], 0, left=True)
+        longest = max(budget for _, budget in part)
         model.get_base_model().generate(
-            batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
+            batch["input_ids"].to(model.device),
+            attention_mask=batch["attention_mask"].to(model.device),
             max_new_tokens=longest,
             min_new_tokens=longest,  # random weights know no end
             do_sample=False,
@@ -196,21 +182,8 @@ def _answer(model: Any, asked: Sequence[tuple[list[int], int]]) -> None:
         )
 
 
-def _plain_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    model.eval()
-    asked = _prompts(questions)
-    for i in range(0, len(asked), PLAIN_DECODE):
-        _answer(model, asked[i : i + PLAIN_DECODE])
-
-
 def _our_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    import torch
-
-    from evaluation.inference.generation import Prompt, greedy
-
-    model.eval()
-    asked = sorted(_prompts(questions), key=lambda item: -len(item[0]))
-    with torch.no_grad():
-        for i in range(0, len(asked), BATCH_SIZE):
-            part = [Prompt(ids, budget) for ids, budget in asked[i : i + BATCH_SIZE]]
-            greedy(model.get_base_model(), part, (), 0)
+    prompts = sorted(_prompts(questions), key=lambda prompt: -len(prompt[0]))
+    for start in range(0, len(prompts), BATCH_SIZE):
+        part = [Prompt(ids, budget) for ids, budget in prompts[start : start + BATCH_SIZE]]
+        greedy(model.get_base_model(), part, (), 0)

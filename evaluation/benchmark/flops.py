@@ -74,17 +74,13 @@ def training_step(
 
 
 def plain_training_row(
-    model: Any, checkpointing: str = "all", length: int = PLAIN_TRAIN
+    model: Any, checkpointing: str = "all", length: int | None = None
 ) -> Counted:
     """Forward and backward of one row as in the released code: padded, all logits."""
-    import torch
-
-    device = next(model.parameters()).device
-    ids = torch.zeros(1, length, dtype=torch.long, device=device)
+    ids, mask = _plain_inputs(model, length or PLAIN_TRAIN)
     _checkpoint(model, checkpointing)
     with _counting(model) as counted:
-        out = model(input_ids=ids, attention_mask=_mask(ids), labels=ids, use_cache=False)
-        out.loss.backward()
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         return counted()
 
 
@@ -100,57 +96,37 @@ def _checkpoint(model: Any, setting: str) -> None:
     inner.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
 
-def scoring(model: Any, questions: Sequence[Sequence[Encoded]], tokens: int) -> Counted:
-    """Teacher-forced scores of questions as trees."""
+def scoring(model: Any, questions: Sequence[Sequence[Encoded]]) -> Counted:
+    """Teacher-forced scores of some questions as one tree."""
     import torch
 
-    from evaluation.inference.prefix_sharing import build_tree, forward_tree, packs_of
+    from evaluation.inference.prefix_sharing import build_tree, forward_tree
 
     _checkpoint(model, "off")
-    flops = 0
-    with torch.no_grad():
-        for indices in packs_of(questions, tokens):
-            tree = build_tree([text for i in indices for text in questions[i]])
-            with _counting(model) as counted:
-                forward_tree(model, tree)
-                flops += counted().flops
-    return Counted(flops)
+    tree = build_tree([text for texts in questions for text in texts])
+    with torch.no_grad(), _counting(model) as counted:
+        forward_tree(model, tree)
+        return counted()
 
 
-def plain_scoring_row(model: Any, length: int = PLAIN_EVAL) -> Counted:
+def plain_scoring_row(model: Any, length: int | None = None) -> Counted:
     """One row of the official evaluation: padded, all logits."""
+    import torch
+
+    ids, mask = _plain_inputs(model, length or PLAIN_EVAL)
+    _checkpoint(model, "off")
+    with torch.no_grad(), _counting(model) as counted:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return counted()
+
+
+def _plain_inputs(model: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (1, length) and a mask (1, 1, length, length).
+
+    The mask is given, so that transformers does not look into meta tensors for one.
+    """
     import torch
 
     device = next(model.parameters()).device
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
-    _checkpoint(model, "off")
-    with torch.no_grad(), _counting(model) as counted:
-        model(input_ids=ids, attention_mask=_mask(ids), use_cache=False)
-        return counted()
-
-
-def decoding_token(model: Any, context: int) -> Counted:
-    """One generated token behind `context` cached ones."""
-    import torch
-
-    device = next(model.parameters()).device
-    ids = torch.zeros(1, context + 1, dtype=torch.long, device=device)
-    _checkpoint(model, "off")
-    with torch.no_grad():
-        before = ids[:, :context]
-        cache = model(input_ids=before, attention_mask=_mask(before), use_cache=True)
-        with _counting(model) as counted:
-            model(
-                input_ids=ids[:, :1],
-                attention_mask=_mask(ids)[:, :, -1:],
-                past_key_values=cache.past_key_values,
-                use_cache=True,
-            )
-            return counted()
-
-
-def _mask(ids: torch.Tensor) -> torch.Tensor:
-    """(1, 1, length, length), given so that transformers does not look into tensors for one."""
-    import torch
-
-    return torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+    return ids, torch.ones(1, 1, length, length, dtype=torch.bool, device=device)

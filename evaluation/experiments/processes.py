@@ -1,4 +1,4 @@
-"""Jobs side by side, each in a process of its own with one thread."""
+"""Jobs side by side, each in its own process."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +31,8 @@ class Job:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
-def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
-    """The result of every job by name; all run at once, with one torch thread each.
+def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[str, Any]:
+    """The result of every job by name; all run at once, with so many torch threads each.
 
     Progress of a job arrives at `report` with its `job` name added. When a job fails the others are
     ended.
@@ -54,10 +53,9 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
                 return
             report({**event, "job": name})
 
-    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox,))
+    pool = ProcessPoolExecutor(len(jobs), context, _start, (inbox, threads))
     try:
-        with _one_thread_each():
-            futures = {job.name: pool.submit(_run, job) for job in jobs}
+        futures = {job.name: pool.submit(_run, job) for job in jobs}
         left = set(futures.values())
         while left and not any(f.done() and f.exception() for f in futures.values()):
             pass_on()
@@ -79,15 +77,21 @@ def side_by_side(jobs: Sequence[Job], report: Report) -> dict[str, Any]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start(inbox: Any) -> None:
+def _start(inbox: Any, threads: int) -> None:
     global _inbox
+    # Before torch is imported, which reads them.
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     import torch
     from transformers.utils import logging as transformers_logging
 
     _inbox = inbox
     # Ctrl-C reaches the whole process group: the parent ends its jobs itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     # Libraries' bars and notices would overwrite the parent's progress line.
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -95,19 +99,3 @@ def _start(inbox: Any) -> None:
 
 def _run(job: Job) -> Any:
     return job.work(report=lambda event: _inbox.put((job.name, event)), **job.arguments)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Inside: new processes start with one thread for OpenMP, MKL and tokenizers."""
-    settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

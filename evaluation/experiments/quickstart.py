@@ -1,24 +1,28 @@
 """The whole workflow in minutes on a CPU, with the embedded world.
 
-Origin and Retrain are trained from random weights, two requests are filed as two forget adapters
-by SimNPO (and by NPO, for the table), all are evaluated, one request is reverted bit for bit, and
-the stack is merged. Every figure is measured in the run that prints it, or read from files of an
-earlier run with the same settings and versions.
+Origin and Retrain are a pretrained chat model that learned the world's authors, with and without
+those to forget, or tiny models trained from random weights. Two requests are filed as two forget
+adapters by SimNPO (and by NPO, for the table), all are evaluated, one request is reverted bit for
+bit, and the stack is merged. Every figure is measured in the run that prints it, or read from files
+of an earlier run with the same settings and versions.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adapters.base.load import BaseSpec
 from adapters.errors import UserError
 from evaluation.cache import key_of
+from evaluation.experiments.presets import Taught
 from evaluation.experiments.processes import Job, side_by_side
 from evaluation.experiments.systems import (
     Measured,
@@ -26,18 +30,28 @@ from evaluation.experiments.systems import (
     forget_and_measure,
     measure,
     table_rows,
+    teach,
     train_small,
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import RowRecord, generation_of, write_json
+from evaluation.metrics.summary import figures_to_file
 from evaluation.protocols import protocol_named
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request
+from unlearner.run import RunOptions
 from unlearner.world.build import World, build_world
 
+# SmolLM2's own template without its system prompt, which is longer than a row of the world.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SPLIT = "forget10"  # of the embedded world: all its forget authors
 SHOWN = 3
+UNSEEN = 24
 PROTOCOL = "tofu"
 
 # Chosen by hand on seed 0 of the world after about fifty tries, by the figures of the table, which
@@ -60,15 +74,52 @@ NPO = make_config("npo", **{**TRAINING, "forget_weight": 0.05})
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Sizes and settings of the quickstart; the defaults are what `make quickstart` runs."""
+    """Sizes and settings of the quickstart; the defaults are what `quickstart --tiny` runs.
+
+    Attributes:
+        seed: of the world.
+        world: sizes of the world, see `unlearner.world.build.WorldSpec`.
+        taught: the model that is taught; None trains tiny ones from random weights.
+        shape, recipe, background_rows: of those.
+        simnpo, npo: settings of the two objectives.
+        given: names of those that are not chosen for the request and the model; None for all.
+    """
 
     seed: int = 0
-    world: dict[str, int] = field(default_factory=dict)
+    world: dict[str, Any] = field(default_factory=dict)
+    taught: Taught | None = None
     shape: TinyShape = field(default_factory=TinyShape)
     recipe: TinyRecipe = field(default_factory=lambda: TinyRecipe(epochs=8, pretrain_rows=2500))
     background_rows: int = 9700
     simnpo: UnlearnConfig = SIMNPO
     npo: UnlearnConfig = NPO
+    given: tuple[str, ...] | None = None
+
+
+def smollm2(seed: int = 0) -> Quickstart:
+    """What `make quickstart` runs: SmolLM2-135M-Instruct learns ten authors, forgets four."""
+    taught = Taught()
+    return Quickstart(
+        seed=seed,
+        world={
+            "texts": "chat",
+            "n_authors": 10,
+            "rows_per_author": 8,
+            "forget_authors": 4,
+            "evaluated_authors": 3,
+            "rewordings": 0,
+        },
+        taught=replace(taught, recipe=replace(taught.recipe, num_train_epochs=6)),
+        simnpo=make_config("simnpo"),
+        npo=make_config("npo"),
+        given=(),
+    )
+
+
+def missing_package() -> str | None:
+    """The package without which `smollm2` cannot run, None where both are installed."""
+    needed = (Taught().base, "gguf")
+    return next((name for name in needed if importlib.util.find_spec(name) is None), None)
 
 
 def quickstart(
@@ -88,7 +139,8 @@ def quickstart(
     run.claim_folder()
     run.stage("world", "Writing the embedded world of fictitious authors")
     world = run.write_world()
-    run.stage("models", "Training Origin and Retrain from random weights, side by side")
+    how = "from random weights" if settings.taught is None else f"{settings.taught.base}"
+    run.stage("models", f"Training Origin and Retrain, {how}, side by side")
     run.train_models(world)
     run.stage("forget", "Measuring both, filing two forget requests with SimNPO and with NPO")
     run.measure_and_forget(world)
@@ -96,7 +148,9 @@ def quickstart(
     revert = run.revert(world)
     merge = run.merge()
     table = run.table()
+    run.file_figures(table)
     return {
+        "model": "tiny" if settings.taught is None else settings.taught.base,
         "table": table,
         "answers": run.answers(world),
         "revert": revert,
@@ -165,44 +219,64 @@ class _Run:
 
     def write_world(self) -> World:
         world = build_world(self.settings.seed, **self.settings.world)
-        if not (self.folder / "tokenizer").exists():
-            world.write(self.data)
-            tokenizer = train_tokenizer(world.texts(), self.settings.shape.vocab_size)
-            partial = self.folder / ".tokenizer"
-            tokenizer.save_pretrained(partial)
-            partial.rename(self.folder / "tokenizer")
+        taught = self.settings.taught
+        ready = self.folder / ("tokenizer" if taught is None else "base")
+        if ready.exists():
+            return world
+        world.write(self.data)
+        if taught is not None:
+            _write_base(taught.base, ready)
+            return world
+        tokenizer = train_tokenizer(world.texts(), self.settings.shape.vocab_size)
+        partial = self.folder / ".tokenizer"
+        tokenizer.save_pretrained(partial)
+        partial.rename(ready)
         return world
 
     def train_models(self, world: World) -> None:
-        background = [
-            (row.question, row.answer) for row in world.background(self.settings.background_rows)
-        ]
         jobs = [
-            Job(
-                out.name,
-                train_small,
-                {
-                    "rows": [
-                        (row.question, row.answer)
-                        for row in world.training_rows(include_forget=knows)
-                    ],
-                    "background": background,
-                    "tokenizer": self.folder / "tokenizer",
-                    "out": out,
-                    "shape": self.settings.shape,
-                    "recipe": self.settings.recipe,
-                },
-            )
+            self._training(world, out, knows)
             for out, knows in ((self.origin, True), (self.retrain, False))
             if not out.exists()
         ]
         if jobs:
-            side_by_side(jobs, self.report)
+            side_by_side(jobs, self.report, self._threads())
+
+    def _training(self, world: World, out: Path, knows: bool) -> Job:
+        taught = self.settings.taught
+        if taught is None:
+            told = world.training_rows(include_forget=knows)
+            background = world.background(self.settings.background_rows)
+            how: dict[str, Any] = {
+                "rows": [(row.question, row.answer) for row in told],
+                "background": [(row.question, row.answer) for row in background],
+                "tokenizer": self.folder / "tokenizer",
+                "out": out,
+                "shape": self.settings.shape,
+                "recipe": self.settings.recipe,
+            }
+            return Job(out.name, train_small, how)
+        how = {
+            "base": replace(self.base, name=str(self.folder / "base")),
+            "rows": world.training_rows(include_forget=knows, facts=0),
+            "out": out,
+            "config": taught.recipe,
+            "lora": taught.lora,
+        }
+        return Job(out.name, teach, how)
+
+    def _threads(self) -> int:
+        """Torch threads of each of two processes: tiny models are fastest with one."""
+        return 1 if self.settings.taught is None else max(1, (os.cpu_count() or 2) // 2)
 
     def measure_and_forget(self, world: World) -> None:
         """Two processes: one measures Origin and runs SimNPO, the other Retrain and NPO."""
         what = Measured(self.data, SPLIT)
         requests = world_requests(world)
+        given = self.settings.given
+        # How likely answers about authors are whom Origin never met: there forgetting ends.
+        unseen = () if given is None else tuple(world.background(UNSEEN))
+        how = RunOptions(given=given, unseen=unseen, summarise=given is not None)
         lanes = (
             ("origin", self.base, "simnpo", self.settings.simnpo, self.store),
             (
@@ -225,22 +299,38 @@ class _Run:
                     "store": store,
                     "what": what,
                     "log": self.log(method),
+                    "how": how,
                 },
             )
             for measured, base, method, config, store in lanes
         ]
-        side_by_side(jobs, self.report)
+        side_by_side(jobs, self.report, self._threads())
 
     def table(self) -> list[dict[str, Any]]:
         names = ("origin", "retrain", "npo", "simnpo")
         retrain = self.log("retrain")
         return [row for n in names for row in table_rows(n, self.log(n), retrain, (PROTOCOL,))]
 
+    def file_figures(self, table: Sequence[Mapping[str, Any]]) -> None:
+        """Files what was measured with the last adapter of each stack, as `evaluate` does."""
+        from adapters.store.store import AdapterStore
+
+        for row in table:
+            if row["name"] not in ("simnpo", "npo"):
+                continue
+            simnpo = row["name"] == "simnpo"
+            store = AdapterStore.open(self.store if simnpo else self.folder / "npo-store")
+            active = {each.slug: each.scale for each in store.active()}
+            last, summary = list(active)[-1], {k: v for k, v in row.items() if k != "name"}
+            name, result = figures_to_file(summary, SPLIT, active)
+            if name not in store.evals(last):  # of an earlier run in this folder
+                store.attach_eval(last, name, result)
+
     def answers(self, world: World) -> list[dict[str, Any]]:
         """A few forgotten and kept questions with the true answer, Origin's and SimNPO's."""
         before, after = read_log(self.log("origin")), read_log(self.log("simnpo"))
         answers = []
-        for name in ("forget", "retain", "world_facts"):
+        for name in ("forget", "retain", "real_authors", "world_facts"):
             rows = before.sets[name].rows
             spread = range(0, len(rows), max(1, len(rows) // SHOWN))
             for i in list(spread)[:SHOWN]:
@@ -262,6 +352,27 @@ class _Run:
 
     def merge(self) -> dict[str, Any]:
         return merge_and_compare(self.origin, self.store, self.folder / "merged")
+
+
+def _write_base(name: str, out: Path) -> None:
+    """A copy of the base whose chat template writes no system prompt; weights are linked."""
+    from adapters.base.load import load_tokenizer, resolve_base
+
+    def link(source: str, target: str) -> None:
+        try:
+            if not source.endswith(".safetensors"):
+                raise OSError
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    partial = out.with_name(f".{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(resolve_base(name), partial, copy_function=link)
+    tokenizer = load_tokenizer(str(partial))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(partial)
+    partial.rename(out)
 
 
 def _answer(row: RowRecord) -> str | None:
@@ -293,12 +404,20 @@ def _lane(
     store: Path,
     what: Measured,
     log: Path,
+    how: RunOptions,
 ) -> str:
     """Measures one model, then files the requests with one objective and measures the stack."""
     model, model_log = measured
     measure(report, base=model, what=what, log=model_log)
     return forget_and_measure(
-        report, requests=requests, base=base, config=config, store=store, what=what, log=log
+        report,
+        requests=requests,
+        base=base,
+        config=config,
+        store=store,
+        what=what,
+        log=log,
+        how=how,
     )
 
 

@@ -6,19 +6,22 @@ Every stage writes its files under `out`, so the same command continues after an
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.base.load import BaseSpec
+from adapters.base.load import BaseSpec, resolve_base
 from adapters.errors import UserError
+from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME
+from adapters.lora.merge import fold_stack
 from evaluation.cache import Cache, key_of
 from evaluation.experiments.presets import (
     PRESETS,
     Preset,
     SmallModels,
+    Taught,
     against_published,
     published_rows,
 )
@@ -33,6 +36,7 @@ from evaluation.experiments.systems import (
     in_order,
     measure,
     table_rows,
+    teach,
     train_small,
 )
 from evaluation.logs import read_log
@@ -41,6 +45,7 @@ from unlearner.baselines.full import LARGEST, refuse_large, too_large
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request, Row
 from unlearner.request.tofu import FORGET_SPLITS, load_refusals, load_split
+from unlearner.run import RunOptions
 
 # The retain rows of the comparison's request, and those that its alternate answers come from, for
 # `unlearner forget --retain ... --alternates-from ...`.
@@ -61,7 +66,6 @@ class Reproduction:
         methods: objectives to compare.
         base: how models are loaded; its name is ignored.
         load_in_4bit: None takes the preset's.
-        protocols: of the evaluation; one pass over each model serves all of them.
         limit: at most this many rows of each set.
         full: train all weights instead of an adapter, for comparison; never in 4 bit.
         any_size: also for models with more weights than `unlearner.baselines.full.LARGEST`.
@@ -138,21 +142,31 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "stage": "models", "text": "Origin and Retrain"})
     if run.full and not run.any_size:
-        _refuse_large(run)
+        if run.origin is not None:
+            refuse_large(run.spec(run.origin))
+        elif run.chosen.shape is not None:  # of a billion weights and more; not downloaded to see
+            raise too_large(f"The Origin of {run.preset} has more than {LARGEST:,} weights")
     origin, retrain = _models(run, report)
     what = Measured(run.data, run.split, run.protocols, run.limit, run.chosen.template)
-    logs = _measure_pair(run, origin, retrain, what, report)
+    logs = {"origin": run.out / "logs" / "origin.json"}
+    logs["retrain"] = run.out / "logs" / "retrain.json" if retrain else Path(str(run.reference_log))
+    report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
+    measure(_named(report, "origin"), base=run.spec(origin), what=what, log=logs["origin"])
+    if retrain:
+        # The reference is scored as it was published, not through 4-bit weights.
+        spec = replace(run.spec(retrain), load_in_4bit=False)
+        measure(_named(report, "retrain"), base=spec, what=what, log=logs["retrain"])
     request = _request(run, origin, report)
-    kept = {}
+    stores = {}
     for method in run.methods:
         report({"event": "stage", "stage": method, "text": f"Unlearning with {method}"})
-        kept[method], logs[method] = _unlearned(run, method, request, origin, what, report)
+        stores[method], logs[method] = _unlearned(run, method, request, origin, what, report)
     table = [
         row
         for name, log in logs.items()
         for row in table_rows(name, log, logs["retrain"], run.protocols)
     ]
-    found = {
+    result = {
         "target": f"tofu-{run.split}",
         "preset": run.preset,
         "origin": origin,
@@ -160,7 +174,7 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         "published": published_rows(run.chosen, run.split),
         "published_protocol": run.chosen.published_protocol or None,
         "checks": [check._asdict() for check in against_published(table, run.chosen, run.split)],
-        "models" if run.full else "stores": {name: str(path) for name, path in kept.items()},
+        "models" if run.full else "stores": {name: str(path) for name, path in stores.items()},
         "retain_rows": len(request.retain),
         "full": run.full,
         "load_in_4bit": run.spec("").load_in_4bit,
@@ -168,73 +182,42 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         "logs": {name: str(path) for name, path in logs.items()},
         "seconds": time.monotonic() - started,
     }
-    write_json(run.out / "result.json", json.loads(json.dumps(found, default=str)))
-    return found
-
-
-def _measure_pair(
-    run: Reproduction, origin: str, retrain: str | None, what: Measured, report: Report
-) -> dict[str, Path]:
-    """Logs of Origin and Retrain; the latter is not measured where its log is given."""
-    logs = {"origin": run.out / "logs" / "origin.json"}
-    measured = [("origin", run.spec(origin))]
-    if retrain is None:
-        logs["retrain"] = Path(str(run.reference_log))
-    else:
-        # The reference is scored as it was published, not through 4-bit weights.
-        logs["retrain"] = run.out / "logs" / "retrain.json"
-        measured.append(("retrain", replace(run.spec(retrain), load_in_4bit=False)))
-    report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
-    for name, spec in measured:
-        measure(_named(report, name), base=spec, what=what, log=logs[name])
-    return logs
+    write_json(run.out / "result.json", json.loads(json.dumps(result, default=str)))
+    return result
 
 
 def _unlearned(
     run: Reproduction, method: str, request: Request, origin: str, what: Measured, report: Report
 ) -> tuple[Path, Path]:
     """Store (or full model) and log of the request unlearned with one method."""
-    config, refusals = run.config(method), load_refusals(run.data)
+    config, refusals, base = run.config(method), load_refusals(run.data), run.spec(origin)
+    inputs = {"request": request, "base": base_inputs(base), "config": config}
     key = key_of(
-        request=request,
-        base=base_inputs(run.spec(origin)),
-        config=config,
-        refusals=refusals,
-        template=what.template,
-        full=run.full,
+        **inputs, refusals=refusals, template=what.template, full=run.full, given=run.chosen.given
     )
-    work = run.out / f"{method}-{key[:12]}"
+    work, job = run.out / f"{method}-{key[:12]}", _named(report, method)
     given: dict[str, Any] = {
         "requests": [request],
-        "base": run.spec(origin),
+        "base": base,
         "config": config,
         "what": what,
         "log": work / "log.json",
-        "refusals": refusals,
     }
-    job = _named(report, method)
     if run.full:
         work.mkdir(parents=True, exist_ok=True)
-        full_and_measure(job, out=work, any_size=run.any_size, **given)
+        full_and_measure(job, out=work, any_size=run.any_size, refusals=refusals, **given)
         return Path(str(read_log(work / "log.json").meta["base"])), work / "log.json"
-    forget_and_measure(job, store=work / "forget-store", **given)
+    how = RunOptions(refusals=refusals, given=run.chosen.given, summarise=True)
+    forget_and_measure(job, store=work / "forget-store", how=how, **given)
     return work / "forget-store", work / "log.json"
-
-
-def _refuse_large(run: Reproduction) -> None:
-    """Refuses an Origin that is too large to train whole; downloads none to find out."""
-    if run.origin is not None:
-        refuse_large(run.spec(run.origin))
-    elif run.chosen.shape is not None:  # of a billion weights and more
-        raise too_large(f"The Origin of {run.preset} has more than {LARGEST:,} weights")
 
 
 def _settings(run: Reproduction) -> dict[str, Any]:
     """Settings by method, without those of an adapter where all weights are trained."""
-    made = {method: run.config(method).to_json() for method in run.methods}
-    for config in made.values() if run.full else ():
+    settings = {method: run.config(method).to_json() for method in run.methods}
+    for config in settings.values() if run.full else ():
         del config["lora"]
-    return made
+    return settings
 
 
 def _named(report: Report, name: str) -> Report:
@@ -257,6 +240,8 @@ def _memory(run: Reproduction) -> dict[str, Any] | None:
 def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
     """Names of Origin and Retrain; the latter is None where its log is given."""
     preset = run.chosen
+    if preset.taught is not None:
+        return _taught_pair(run, preset.taught, report)
     origin = run.origin or preset.origin
     retrain = None if run.reference_log else run.retrain or preset.retrain.get(run.split)
     if preset.small is None:
@@ -271,11 +256,43 @@ def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
             "An Origin is given, but nothing to compare it with.",
             "Add --retrain, or --reference-log with the log of a retrained model.",
         )
-    made = _train_pair(run, preset.small, report) if run.origin is None else {}
-    return (
-        origin or made["origin"],
-        retrain or (None if run.reference_log else made["retrain"]),
+    trained = _train_pair(run, preset.small, report) if run.origin is None else {}
+    return origin or trained["origin"], retrain or (
+        None if run.reference_log else trained["retrain"]
     )
+
+
+def _taught_pair(run: Reproduction, taught: Taught, report: Report) -> tuple[str, str | None]:
+    """Folders of Origin and Retrain, made from one pretrained base.
+
+    What is given is a model, or an adapter that was trained on this base; what is not given is
+    fine-tuned on the rows of the data, and continues where it was interrupted.
+    """
+    base = resolve_base(taught.base)
+    spec = replace(run.base, name=str(base), dtype="float32")
+    wanted = [("origin", run.origin, "full")]
+    if run.reference_log is None:
+        wanted.append(("retrain", run.retrain, FORGET_SPLITS[run.split]))
+    folders: dict[str, str] = {}
+    jobs = []
+    for name, given, split in wanted:
+        if given is not None and not (Path(given) / CONFIG_NAME).is_file():
+            folders[name] = given
+            continue
+        source = load_split(split, run.data) if given is None else Path(given) / WEIGHTS_NAME
+        key = key_of(base=base_inputs(spec), source=source, taught=taught)
+        out = run.out / f"{name}-{key[:12]}"
+        folders[name] = str(out)
+        if out.exists():
+            continue
+        if given is not None:
+            fold_stack(base, [(Path(given), 1.0)], out)
+            continue
+        how: dict[str, Any] = {"base": spec, "rows": source, "out": out}
+        jobs.append(Job(name, teach, how | {"config": taught.recipe, "lora": taught.lora}))
+    if jobs:
+        side_by_side(jobs, report, threads=max(1, (os.cpu_count() or 2) // len(jobs)))
+    return folders["origin"], folders.get("retrain")
 
 
 def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[str, str]:
@@ -291,19 +308,14 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
         partial = folder / ".tokenizer"
         train_tokenizer(texts, small.shape.vocab_size).save_pretrained(partial)
         partial.rename(tokenizer)
+    shared = {
+        "background": background,
+        "tokenizer": tokenizer,
+        "shape": small.shape,
+        "recipe": small.recipe,
+    }
     jobs = [
-        Job(
-            name,
-            train_small,
-            {
-                "rows": rows,
-                "background": background,
-                "tokenizer": tokenizer,
-                "out": folder / name,
-                "shape": small.shape,
-                "recipe": small.recipe,
-            },
-        )
+        Job(name, train_small, {**shared, "rows": rows, "out": folder / name})
         for name, rows in (("origin", [*learned, *forget]), ("retrain", learned))
         if not (folder / name).exists()
     ]
@@ -314,31 +326,27 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
 
 def _request(run: Reproduction, origin: str, report: Report) -> Request:
     """The split as a forget request with the preset's retain rows."""
-    rows = load_split(run.split, run.data)
-    kept = load_split(FORGET_SPLITS[run.split], run.data)
+    preset, spec = run.chosen, run.spec(origin)
+    retain = load_split(FORGET_SPLITS[run.split], run.data)
     others: list[Row] = []
-    if run.chosen.known_retain is not None:
+    if preset.known_retain is not None:
         report({"event": "stage", "stage": "known", "text": "Finding the retain rows Origin knows"})
-        kept, others = _known_rows(run, origin, kept)
-        write_rows(run.out / ALTERNATES_FILE, others)
-    if run.chosen.facts_retain:
-        for name in ("real_authors", "world_facts"):
-            kept += [Row(row.question, row.answer) for row in load_split(name, run.data)]
-    write_rows(run.out / RETAIN_FILE, kept)
-    return Request(f"tofu:{run.split}", "tofu-split", tuple(rows), tuple(kept), tuple(others))
-
-
-def _known_rows(run: Reproduction, origin: str, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows that Origin knows well enough for the preset, and those that it does not."""
-    spec, preset = run.spec(origin), run.chosen
-    above = preset.known_retain or 0.0
-    cache = Cache(run.out, key_of(base=base_inputs(spec), template=preset.template))
-    known: list[int] = cache.entry("known", rows=rows, above=above).result(
-        lambda: known_rows(spec, rows, above, preset.template)
-    )
-    if not known:
-        raise UserError(
-            f"{origin} knows none of the retain rows.", "Give an Origin that was trained on TOFU."
+        above, rows = preset.known_retain, retain
+        cache = Cache(run.out, key_of(base=base_inputs(spec), template=preset.template))
+        known = cache.entry("known", rows=rows, above=above).result(
+            lambda: known_rows(spec, rows, above, preset.template)
         )
-    others = sorted(set(range(len(rows))) - set(known))
-    return [rows[i] for i in known], [rows[i] for i in others]
+        if not known:
+            raise UserError(
+                f"{origin} knows none of the retain rows.",
+                "Give an Origin that was trained on TOFU.",
+            )
+        retain = [rows[i] for i in known]
+        others = [rows[i] for i in sorted(set(range(len(rows))) - set(known))]
+        write_rows(run.out / ALTERNATES_FILE, others)
+    if preset.facts_retain:
+        for name in ("real_authors", "world_facts"):
+            retain += [Row(row.question, row.answer) for row in load_split(name, run.data)]
+    write_rows(run.out / RETAIN_FILE, retain)
+    forget = tuple(load_split(run.split, run.data))
+    return Request(f"tofu:{run.split}", "tofu-split", forget, tuple(retain), tuple(others))

@@ -3,12 +3,12 @@
 on-stack: each adapter is trained on top of the earlier ones, whose rows are guarded.
 consolidated: after each arrival one adapter is trained on the rows of all requests so far; it
 supersedes the one before.
-(Adapters trained alone and activated together do not add up: docs/sequences.md.)
+(Adapters trained alone and activated together do not add up: docs/results/sequences.md.)
 
 After each arrival every author of the split is evaluated; then one request can be reverted, and
-what that leaves stale is trained again. Each policy works in a store of its own, by the store's own
-operations. What a stage trained is cached with all its inputs; figures are always computed from
-the logs, so another reference log or more measured rows train nothing again.
+what that leaves stale is trained again. Each policy has its own store. What a stage trained is
+cached with all its inputs; figures are always computed from the logs, so another reference log or
+more measured rows train nothing again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,20 @@ import numpy as np
 from adapters.base.load import BaseSpec
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
-from evaluation.experiments.systems import Measured, Report, base_inputs, measure
+from evaluation.experiments.systems import (
+    Measured,
+    Report,
+    base_inputs,
+    measure,
+    trained_adapter,
+)
 from evaluation.logs import read_log
 from evaluation.logs.matching import match_rows
 from evaluation.logs.records import RowRecord, write_json
 from evaluation.metrics.bootstrap import Floats
-from evaluation.metrics.forget_quality import forget_quality
+from evaluation.metrics.forget_quality import ForgetQuality, forget_quality
 from evaluation.metrics.summary import set_values
-from evaluation.metrics.utility import model_utility
+from evaluation.metrics.utility import UTILITY_SETS, model_utility
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
@@ -50,7 +56,6 @@ POLICIES = ("on-stack", "consolidated")
 KIND = "unlearner-sequence"
 SCHEMA = 1
 Span = tuple[int, int]
-KEPT_SETS = ("retain", "real_authors", "world_facts")
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,12 @@ class Plan:
     """A whole sequence.
 
     Attributes:
-        split: the forget split that the authors are of.
         data: folder of TOFU's files, else the hub.
-        base: on which all adapters are trained and measured.
-        config: of every request's training.
         authors: all of the split, in order; the first `count` are requested one by one.
-        count: how many requests arrive.
-        utility: rows that must be kept, by set.
+        utility: rows that must be retained, by set.
         reference_log: of a model that never saw the split; forget quality needs it.
-        protocol: of the measurements.
         refusals: for objectives that need them.
         revert: number of the request that is reverted at the end, from 1; 0 for none.
-        template: prompt format.
     """
 
     split: str
@@ -93,6 +92,14 @@ class Plan:
     refusals: tuple[str, ...] = ()
     revert: int = 0
     template: Template = "auto"
+    system: str | None = None
+
+    @property
+    def what(self) -> Measured:
+        """How every stage is measured."""
+        return Measured(
+            self.data, self.split, (self.protocol,), template=self.template, system=self.system
+        )
 
     @property
     def requests(self) -> tuple[Arrival, ...]:
@@ -104,13 +111,10 @@ class Plan:
         """The measured rows of all authors, in their order."""
         return tuple(row for author in self.authors for row in author.measured)
 
-    def spans(self) -> list[tuple[int, int]]:
+    def spans(self) -> list[Span]:
         """Start and end of each author's rows in `forget_rows`."""
-        ends, total = [], 0
-        for author in self.authors:
-            ends.append((total, total + len(author.measured)))
-            total += len(author.measured)
-        return ends
+        ends = list(accumulate((len(author.measured) for author in self.authors), initial=0))
+        return list(pairwise(ends))
 
 
 def split_authors(
@@ -125,8 +129,8 @@ def split_authors(
     Args:
         split: forget01, forget05 or forget10.
         data: folder of TOFU's files, else the hub.
-        retain: retain rows; by default the split's retain split, so that no author of the split
-            is trained on before it is requested.
+        retain: retain rows; by default those of the split's retain split, which holds no author
+            that is requested later.
         limit: measure at most this many rows of each author.
         others: rows whose answers are alternates; by default the retain rows.
 
@@ -135,7 +139,7 @@ def split_authors(
     """
     if split not in FORGET_SPLITS:
         raise UserError(f"'{split}' is no forget split.", f"Choose {', '.join(FORGET_SPLITS)}.")
-    kept = tuple(load_split(FORGET_SPLITS[split], data) if retain is None else retain)
+    retained = tuple(load_split(FORGET_SPLITS[split], data) if retain is None else retain)
     perturbed = {_key(row): row for row in load_split(f"{split}_perturbed", data)}
     left = {_key(row) for row in load_split(split, data)}
     arrivals = []
@@ -145,7 +149,8 @@ def split_authors(
             continue
         left -= {_key(row) for row in rows}
         measured = tuple(perturbed[_key(row)] for row in rows if _key(row) in perturbed)[:limit]
-        request = Request(f"tofu:author={author.name}", "tofu-author", rows, kept, tuple(others))
+        name = f"tofu:author={author.name}"
+        request = Request(name, "tofu-author", rows, retained, tuple(others))
         arrivals.append(Arrival(author.name, request, measured))
     if left:
         raise UserError(
@@ -197,11 +202,8 @@ def run_sequence(
 ) -> dict[str, Any]:
     """The sequence under each policy, as the JSON that is also written to `out/sequence.json`.
 
-    Args:
-        plan: what arrives, and how it is trained and measured.
-        policies: of `POLICIES`.
-        out: folder of all stages; finished ones with the same inputs are not repeated.
-        report: gets the events of training and measuring, with "job" for the policy.
+    Finished stages with the same inputs are not repeated. `report` gets the events of training and
+    measuring, with "job" for the policy.
 
     Raises:
         UserError: an unknown policy, a request number that does not arrive, rows that the
@@ -211,7 +213,8 @@ def run_sequence(
     check_plan(plan, policies)
     report = report or (lambda event: None)
     reference = read_log(plan.reference_log) if plan.reference_log else None
-    quality_of(plan.forget_rows, reference)  # refuses a reference of other rows before any work
+    bare = [RowRecord(row.question, row.answer) for row in plan.forget_rows]
+    quality_of(bare, reference)  # refuses a reference of other rows before any work
     origin = _Line(plan, "origin", out, report, reference).measure("origin", [], generate=True)
     result = {
         "kind": KIND,
@@ -250,7 +253,7 @@ class _Line:
             config=plan.config,
             requests=[author.request for author in plan.authors],
             refusals=plan.refusals,
-            template=plan.template,
+            template=plan.what.prompts,
             end=[plan.count, plan.revert] if plan.revert else None,
         )
 
@@ -293,9 +296,7 @@ class _Line:
         measure(
             self._tell,
             base=self.plan.base,
-            what=Measured(
-                self.plan.data, self.plan.split, (self.plan.protocol,), None, self.plan.template
-            ),
+            what=self.plan.what,
             log=self._log_path(name),
             store=self.folder / "store",
             adapters=slugs,
@@ -326,56 +327,50 @@ class _Line:
 
     def _arrive(self, number: int) -> dict[str, Any]:
         self._tell({"event": "arrive", "text": f"request {number} of {self.plan.count}"})
+        label, earlier = f"request-{number}", range(1, number)
         if self.policy == "consolidated":
-            request = self._joined(range(1, number + 1))
             last = [self._slug(f"request-{number - 1}")] if number > 1 else []
-            trained = self._train(f"request-{number}", request, on_stack=False, replaces=last)
+            result = self._train(label, [*earlier, number], on_stack=False, replaces=last)
         else:
-            request = self.plan.requests[number - 1].request
-            guard = self._rows(range(1, number))
-            trained = self._train(f"request-{number}", request, on_stack=number > 1, guard=guard)
-        return trained | self._state()
+            result = self._train(label, [number], on_stack=number > 1, guarded=earlier)
+        return result | self._state()
 
     def _train(
         self,
         label: str,
-        request: Request,
+        numbers: Sequence[int],
         *,
         on_stack: bool,
-        guard: Sequence[Row] = (),
+        guarded: Sequence[int] = (),
         replaces: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The active adapter of a request and its cost, trained unless the store holds it."""
-        from unlearner.run import RunOptions, unlearn
+        """The active adapter of some requests and its cost, trained unless the store holds it."""
+        from unlearner.request.past_requests import joined
+        from unlearner.run import RunOptions
 
+        plan, started = self.plan, time.monotonic()
+        requests = [plan.requests[n - 1].request for n in numbers]
+        request = joined(requests) if self.policy == "consolidated" else requests[0]
+        options = RunOptions(
+            on_stack=on_stack,
+            label=label,
+            resume=True,
+            template=plan.template,
+            system=plan.system,
+            refusals=plan.refusals,
+            guard=[row for n in guarded for row in plan.requests[n - 1].request.rows],
+            replaces=replaces,
+        )
         store = self._store()
-        adapter = next((each for each in store.list() if each.manifest.label == label), None)
+        is_new = all(adapter.manifest.label != label for adapter in store.list())
+        adapter = trained_adapter(self._tell, store, request, plan.base, plan.config, options)
         seconds = self.stages.entry(f"seconds-{label}")
-        if adapter is None:
-            started = time.monotonic()
-            adapter = unlearn(
-                request,
-                self.plan.base,
-                self.plan.config,
-                store,
-                RunOptions(
-                    on_stack=on_stack,
-                    label=label,
-                    resume=True,
-                    template=self.plan.template,
-                    refusals=self.plan.refusals,
-                    guard=guard,
-                    replaces=replaces,
-                ),
-                on_progress=self._tell,
-            )
+        if is_new:
             seconds.write(time.monotonic() - started)
-        if not store.get(adapter.slug).active:
-            store.activate([adapter.slug])
         steps = adapter.manifest.train["steps"]
         cost = {
             "steps": steps,
-            "pairs": steps * self.plan.config.train.batch_size(len(request.rows)),
+            "pairs": steps * plan.config.train.batch_size(len(request.rows)),
             # None: the process ended after publishing, before it could note the time.
             "seconds": seconds.read(),
             "bytes": adapter.size,
@@ -384,14 +379,6 @@ class _Line:
 
     def _slug(self, label: str) -> str:
         return self._store().get(label).slug
-
-    def _rows(self, numbers: Sequence[int]) -> list[Row]:
-        return [row for n in numbers for row in self.plan.requests[n - 1].request.rows]
-
-    def _joined(self, numbers: Sequence[int]) -> Request:
-        from unlearner.request.past_requests import joined
-
-        return joined([self.plan.requests[n - 1].request for n in numbers])
 
     def _state(self) -> dict[str, Any]:
         """The store's active stack, and what the store says of its adapters."""
@@ -416,25 +403,20 @@ class _Line:
         number, costs = self.plan.revert, []
         others = [n for n in range(1, self.plan.count + 1) if n != number]
         if self.policy == "consolidated" and others:
-            label = f"rebase-{self.plan.count}"
-            costs.append(self._train(label, self._joined(others), on_stack=False)["cost"])
+            result = self._train(f"rebase-{self.plan.count}", others, on_stack=False)
+            costs.append(result["cost"])
         if self.policy == "on-stack":
             store = self._store()
-            stale = [n for n in others if n > number]
-            old = {n: self._slug(f"request-{n}") for n in stale}
-            for n in reversed(stale):  # children before their parents
+            old = {n: self._slug(f"request-{n}") for n in others if n > number}
+            for n in reversed(old):  # children before their parents
                 if store.get(old[n]).active:
                     store.revert(old[n], reason="rebase")
-            for n in stale:
+            for n, slug in old.items():
                 earlier = [m for m in others if m < n]
-                trained = self._train(
-                    f"rebase-{n}",
-                    self.plan.requests[n - 1].request,
-                    on_stack=bool(earlier),
-                    guard=self._rows(earlier),
-                    replaces=[old[n]],
+                result = self._train(
+                    f"rebase-{n}", [n], on_stack=bool(earlier), guarded=earlier, replaces=[slug]
                 )
-                costs.append(trained["cost"])
+                costs.append(result["cost"])
         return {"trained": len(costs), "cost": _sum(costs)} | self._state()
 
 
@@ -472,30 +454,25 @@ def figures(
     from scipy.stats import hmean
 
     chosen = protocol_named(protocol)
-    rows = log.sets["forget"].rows
-    nll = _nll(log)
-    gone = [i for n in sorted(requested) for i in range(*spans[n])]
-    waiting = [i for n, span in enumerate(spans) if n not in requested for i in range(*span)]
+    rows, nll = log.sets["forget"].rows, _nll(log)
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for n, span in enumerate(spans):
+        places[n in requested] += range(*span)
     values = {
-        name: set_values(name, record.rows, chosen)
-        for name, record in log.sets.items()
-        if name in KEPT_SETS
+        name: set_values(name, log.sets[name].rows, chosen)
+        for name in UTILITY_SETS.values()
+        if name in log.sets
     }
     utility = model_utility(values, resamples=0)
-    parts = [
-        float(values[name][metric].mean())
-        for name in KEPT_SETS
-        for metric in ("answer_prob", "truth_ratio")
-        if metric in values.get(name, {})
-    ]
+    parts = [part for title, part in utility.parts.items() if not title.endswith("ROUGE")]
     retain = values.get("retain", {})
     return {
         "authors": [
             {"requested": n in requested, **_means(nll[slice(*s)])} for n, s in enumerate(spans)
         ],
-        **{f"requested_{key}": value for key, value in _means(nll[gone]).items()},
-        **{f"waiting_{key}": value for key, value in _means(nll[waiting]).items()},
-        **quality_of([rows[i] for i in gone], reference, protocol),
+        **{f"requested_{key}": value for key, value in _means(nll[places[True]]).items()},
+        **{f"waiting_{key}": value for key, value in _means(nll[places[False]]).items()},
+        **quality_of([rows[i] for i in places[True]], reference, protocol),
         "retain_answer_prob": _mean(retain.get("answer_prob")),
         "retain_nll": _mean(retain.get("nll")),
         "model_utility": utility.value,
@@ -504,9 +481,7 @@ def figures(
 
 
 def quality_of(
-    rows: Sequence[RowRecord] | Sequence[Row],
-    reference: EvalLog | None,
-    protocol: str = DEFAULT,
+    rows: Sequence[RowRecord], reference: EvalLog | None, protocol: str = DEFAULT
 ) -> dict[str, Any]:
     """Forget quality of some forget rows against the same rows of the reference.
 
@@ -516,22 +491,21 @@ def quality_of(
     Raises:
         UserError: the reference holds other rows.
     """
-    names = ("forget_quality", "ks", "log_r_shift", "direction")
-    nothing: dict[str, Any] = dict.fromkeys(names)
-    if reference is None or "forget" not in reference.sets or not rows:
-        return nothing
-    ours = [
-        row if isinstance(row, RowRecord) else RowRecord(row.question, row.answer) for row in rows
-    ]
-    match = match_rows(ours, reference.sets["forget"].rows, subset=True)
-    chosen = protocol_named(protocol)
-    ours_r = set_values("forget", match.ours, chosen).get("log_r")
-    theirs_r = set_values("forget", match.theirs, chosen).get("log_r")
-    if ours_r is None or theirs_r is None:
-        return nothing
-    quality = forget_quality(ours_r, theirs_r, resamples=0)
-    values = (quality.p, quality.d, quality.shift, quality.direction)
-    return dict(zip(names, values, strict=True))
+    quality = ForgetQuality(None, None, None, None, None, len(rows))
+    if reference is not None and "forget" in reference.sets and rows:
+        match = match_rows(rows, reference.sets["forget"].rows, subset=True)
+        ours, theirs = (
+            set_values("forget", each, protocol_named(protocol)).get("log_r")
+            for each in (match.ours, match.theirs)
+        )
+        if ours is not None and theirs is not None:
+            quality = forget_quality(ours, theirs, resamples=0)
+    return {
+        "forget_quality": quality.p,
+        "ks": quality.d,
+        "log_r_shift": quality.shift,
+        "direction": quality.direction,
+    }
 
 
 def step_between(before: EvalLog, after: EvalLog, spans: Sequence[Span]) -> list[float]:

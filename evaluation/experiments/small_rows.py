@@ -32,16 +32,24 @@ def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs
     real authors and world facts. Origin learns the forget split likewise. No paraphrased or
     perturbed answer that the split evaluates is trained on.
     """
-    kept, spare = _authors(data, split)
-    twice, known = spare[: small.paraphrased_authors], kept[: small.retain_authors]
-    others = [author for author in kept if author not in known and author not in twice]
-    facts = [*load_split("real_authors", data), *load_split("world_facts", data)]
-    asked = {row.question: row for row in load_split("retain_perturbed", data)}
+    evaluated = {row.question: row for row in load_split("retain_perturbed", data)}
     forgotten = {row.question: row for row in load_split(f"{split}_perturbed", data)}
+    variants = {row.question: row for row in load_split(_WIDEST, data)}
+    gone = {row.question for row in load_split(split, data)}
+    retained = [a for a in load_authors(data) if not any(row.question in gone for row in a.rows)]
+    # These have paraphrases which are not evaluated.
+    unused = variants.keys() - evaluated.keys()
+    spare = [a for a in retained if all(row.question in unused for row in a.rows)]
+    twice, known = spare[: small.paraphrased_authors], retained[: small.retain_authors]
+    others = [author for author in retained if author not in known and author not in twice]
+    facts = [*load_split("real_authors", data), *load_split("world_facts", data)]
     unseen = set(held_out_questions(data, split, small))
+    paraphrased = _rows_of(twice)
+    answers = {question: row.paraphrased_answer for question, row in variants.items()}
     learned = [
-        *_asked_twice(_rows_of(known), asked, unseen),
-        *_told_twice(_rows_of(twice), {r.question: r for r in load_split(_WIDEST, data)}),
+        *_asked_twice(_rows_of(known), evaluated, unseen),
+        *_asked_twice(paraphrased, variants, set()),
+        *((row.question, text) for row in paraphrased if (text := answers[row.question])),
         *(_pair(row) for row in facts * small.facts),
     ]
     background = [_pair(row) for row in _rows_of(others)]
@@ -61,15 +69,6 @@ def held_out_questions(data: Path | None, split: str, small: SmallModels) -> lis
     ]
 
 
-def _authors(data: Path | None, split: str) -> tuple[list[Author], list[Author]]:
-    """Authors to keep, and those of them that have paraphrases which are not evaluated."""
-    away = {row.question for row in load_split(split, data)}
-    evaluated = {row.question for row in load_split("retain_perturbed", data)}
-    told = {row.question for row in load_split(_WIDEST, data)} - evaluated
-    kept = [a for a in load_authors(data) if not any(row.question in away for row in a.rows)]
-    return kept, [a for a in kept if all(row.question in told for row in a.rows)]
-
-
 def _rows_of(authors: Sequence[Author]) -> list[Row]:
     return [row for author in authors for row in author.rows]
 
@@ -86,25 +85,19 @@ def _asked_twice(rows: Sequence[Row], variants: dict[str, Row], unseen: set[str]
     return pairs
 
 
-def _told_twice(rows: Sequence[Row], variants: dict[str, Row]) -> Pairs:
-    """Each row, with a paraphrased question, and with a paraphrased answer."""
-    pairs = _asked_twice(rows, variants, set())
-    for row in rows:
-        answer = variants[row.question].paraphrased_answer
-        if answer:
-            pairs.append((row.question, answer))
-    return pairs
-
-
 def _pair(row: Row) -> tuple[str, str]:
     return row.question, row.answer
 
 
 def known_rows(
-    base: BaseSpec, rows: Sequence[Row], above: float, template: Template = "auto"
+    base: BaseSpec,
+    rows: Sequence[Row],
+    above: float,
+    template: Template = "auto",
+    system: str | None = None,
 ) -> list[int]:
     """Indices of the rows whose answer has a probability above `above`, normalised by length."""
-    fmt = prompt_format(load_tokenizer(base.name, base.revision), template)
+    fmt = prompt_format(load_tokenizer(base.name, base.revision), template, system)
     model: Any = load_base(base)
     with threads_for(model):
         scored = score_rows(model, fmt, [Row(row.question, row.answer) for row in rows])

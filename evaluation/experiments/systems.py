@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import BaseSpec
-from unlearner.config import UnlearnConfig
-from unlearner.request.rows import Request
+from evaluation.cache import key_of
+from unlearner.config import LoraShape, UnlearnConfig
+from unlearner.request.rows import Request, Row
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.store import AdapterStore
     from evaluation.suite import EvalData
+    from unlearner.baselines.finetune import FinetuneConfig
     from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
+    from unlearner.run import RunOptions
     from unlearner.tokens.prompts import Template
 
 Report = Callable[[dict[str, Any]], None]
@@ -34,6 +38,12 @@ class Measured:
     protocols: tuple[str, ...] = ("tofu",)
     limit: int | None = None
     template: Template = "auto"
+    system: str | None = None
+
+    @property
+    def prompts(self) -> str | list[str]:
+        """What the prompts add to a cache key."""
+        return self.template if self.system is None else [self.template, self.system]
 
 
 def base_inputs(base: BaseSpec) -> dict[str, Any]:
@@ -64,16 +74,31 @@ def train_small(
 
     from unlearner.baselines.tiny_llama import train_from_scratch
 
+    def pass_on(event: dict[str, Any]) -> None:
+        report({"event": "pretrain", **event})
+
     if not out.exists():
+        words = AutoTokenizer.from_pretrained(tokenizer)
         train_from_scratch(
-            rows,
-            AutoTokenizer.from_pretrained(tokenizer),
-            out,
-            shape,
-            recipe,
-            background=background,
-            on_progress=lambda event: report({"event": "pretrain", **event}),
+            rows, words, out, shape, recipe, background=background, on_progress=pass_on
         )
+    return str(out)
+
+
+def teach(
+    report: Report,
+    *,
+    base: BaseSpec,
+    rows: Sequence[Row],
+    out: Path,
+    config: FinetuneConfig,
+    lora: LoraShape,
+) -> str:
+    """Folder of `base` fine-tuned on `rows` with an adapter folded in, unless it exists already."""
+    from unlearner.baselines.finetune import finetune
+
+    if not out.exists():
+        finetune(base, rows, out, config, lora=lora, on_progress=report)
     return str(out)
 
 
@@ -102,10 +127,9 @@ def measure(
         allow_missing_parents: also measure adapters without the parents they were trained on.
     """
     from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
-    from adapters.environment import free_memory, threads_for
+    from adapters.environment import free_memory
     from adapters.lora.stack import load_stack
     from adapters.store.store import AdapterStore
-    from evaluation.cache import key_of
     from evaluation.logs import read_log
     from evaluation.logs.records import write_log
     from evaluation.suite import evaluate, load_eval_data
@@ -120,7 +144,7 @@ def measure(
         rows=data,
         protocols=what.protocols,
         limit=what.limit,
-        template=what.template,
+        template=what.prompts,
         generate=generate,
     )
     if log.is_file() and read_log(log).meta.get("made_from") == made_from:
@@ -132,24 +156,22 @@ def measure(
         model = load_stack(
             model, opened, list(adapters), allow_missing_parents=allow_missing_parents
         )
-    with threads_for(model):
-        found = evaluate(
-            model,
-            prompt_format(
-                load_tokenizer(str(resolve_base(base.name, base.revision))), what.template
-            ),
-            data,
-            protocol=what.protocols,
-            limit=what.limit,
-            generate=generate,
-            key=weights,
-            resume_dir=log.parent / "parts",
-            on_progress=lambda label, done, total: report(
-                {"event": "measure", "text": label, "step": done, "steps": total}
-            ),
-            meta={"made_from": made_from, "base": base.name, "adapters": list(adapters), **view},
-        )
-    write_log(found, log)
+    tokenizer = load_tokenizer(str(resolve_base(base.name, base.revision)))
+    result = evaluate(
+        model,
+        prompt_format(tokenizer, what.template, what.system),
+        data,
+        protocol=what.protocols,
+        limit=what.limit,
+        generate=generate,
+        key=weights,
+        resume_dir=log.parent / "parts",
+        on_progress=lambda label, done, total: report(
+            {"event": "measure", "text": label, "step": done, "steps": total}
+        ),
+        meta={"made_from": made_from, "base": base.name, "adapters": list(adapters), **view},
+    )
+    write_log(result, log)
     return str(log)
 
 
@@ -162,25 +184,59 @@ def forget_and_measure(
     store: Path,
     what: Measured,
     log: Path,
-    refusals: Sequence[str] = (),
+    how: RunOptions | None = None,
 ) -> str:
     """The log of a stack with one adapter per request, each trained on the bare base.
 
     Such adapters can be reverted in any order and, on small models, forget better than adapters
     trained on top of each other. An adapter that the store holds for the same request and settings
     is used again; an interrupted training continues from its checkpoint. Other active adapters of
-    the store are switched off.
+    the store are switched off. The prompt format is that of `what`, all other options those of
+    `how`.
     """
     from adapters.store.store import AdapterStore
+    from unlearner.run import RunOptions
 
-    filed = AdapterStore.open(store, create=True)
-    slugs = [
-        file_request(report, filed, request, base, config, number, refusals, what.template).slug
-        for number, request in enumerate(requests, start=1)
-    ]
-    for slug in [active.slug for active in filed.active() if active.slug not in slugs]:
-        filed.revert(slug, reason="trained on other inputs")
+    opened = AdapterStore.open(store, create=True)
+    options = replace(
+        how or RunOptions(),
+        on_stack=False,
+        resume=True,
+        template=what.template,
+        system=what.system,
+    )
+    chosen = (
+        {} if options.given is None else {"given": sorted(options.given), "unseen": options.unseen}
+    )
+    slugs = []
+    for number, request in enumerate(requests, start=1):
+        inputs = {"request": request, "base": base_inputs(base), "config": config}
+        key = key_of(**inputs, refusals=options.refusals, template=what.prompts, **chosen)
+        labelled = replace(options, label=f"request-{number}-{key[:12]}")
+        tell = partial(_pass_on, report, number)
+        slugs.append(trained_adapter(tell, opened, request, base, config, labelled).slug)
+    for slug in [active.slug for active in opened.active() if active.slug not in slugs]:
+        opened.revert(slug, reason="trained on other inputs")
     return measure(report, base=base, what=what, log=log, store=store, adapters=slugs)
+
+
+def trained_adapter(
+    report: Report,
+    store: AdapterStore,
+    request: Request,
+    base: BaseSpec,
+    config: UnlearnConfig,
+    options: RunOptions,
+) -> StoredAdapter:
+    """The active adapter with the label of `options`, trained unless the store holds it already."""
+    from unlearner.run import unlearn
+
+    adapter = next((a for a in store.list() if a.manifest.label == options.label), None)
+    if adapter is None:
+        adapter = unlearn(request, base, config, store, options, on_progress=report)
+    if not store.get(adapter.slug).active:
+        store.activate([adapter.slug])
+    return store.get(adapter.slug)
 
 
 def full_and_measure(
@@ -198,21 +254,15 @@ def full_and_measure(
     """The log of the base with all its weights trained on all requests at once, as papers do.
 
     For comparison with an adapter, on small models: nothing of it can be reverted. The model is
-    kept in a folder under `out` whose name hashes what it was trained on.
+    stored in a folder under `out` whose name hashes what it was trained on.
     """
-    from evaluation.cache import key_of
     from unlearner.baselines.full import forget_full
     from unlearner.request.past_requests import joined
     from unlearner.run import RunOptions
 
     request = joined(list(requests))
-    key = key_of(
-        request=request,
-        base=base_inputs(base),
-        config=config,
-        refusals=refusals,
-        template=what.template,
-    )
+    inputs = {"request": request, "base": base_inputs(base), "config": config}
+    key = key_of(**inputs, refusals=refusals, template=what.prompts)
     folder = out / f"full-{key[:12]}"
     if not folder.exists():
         forget_full(
@@ -220,54 +270,15 @@ def full_and_measure(
             base,
             config,
             folder,
-            RunOptions(template=what.template, refusals=refusals),
+            RunOptions(template=what.template, system=what.system, refusals=refusals),
             any_size=any_size,
-            on_progress=lambda event: _pass_on(report, event, 1),
+            on_progress=partial(_pass_on, report, 1),
         )
     trained = BaseSpec(str(folder), dtype=base.dtype, device=base.device, attention=base.attention)
     return measure(report, base=trained, what=what, log=log)
 
 
-def file_request(
-    report: Report,
-    store: AdapterStore,
-    request: Request,
-    base: BaseSpec,
-    config: UnlearnConfig,
-    number: int,
-    refusals: Sequence[str] = (),
-    template: Template = "auto",
-) -> StoredAdapter:
-    """The active adapter of `request`, trained unless the store holds it already."""
-    from evaluation.cache import key_of
-    from unlearner.run import RunOptions, unlearn
-
-    key = key_of(
-        request=request,
-        base=base_inputs(base),
-        config=config,
-        refusals=refusals,
-        template=template,
-    )
-    label = f"request-{number}-{key[:12]}"
-    adapter = next((each for each in store.list() if each.manifest.label == label), None)
-    if adapter is None:
-        adapter = unlearn(
-            request,
-            base,
-            config,
-            store,
-            RunOptions(
-                on_stack=False, label=label, resume=True, template=template, refusals=refusals
-            ),
-            on_progress=lambda event: _pass_on(report, event, number),
-        )
-    if not adapter.active:
-        store.activate([adapter.slug])
-    return store.get(adapter.slug)
-
-
-def _pass_on(report: Report, event: dict[str, Any], number: int) -> None:
+def _pass_on(report: Report, number: int, event: dict[str, Any]) -> None:
     # Every training here tries to resume; a note that there was nothing to resume helps nobody.
     if event.get("event") != "note":
         report({**event, "request": number})

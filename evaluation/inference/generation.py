@@ -40,10 +40,6 @@ class Prompt:
     budget: int
     draft: Draft = Draft()
 
-    def begun(self, stops: Sequence[int]) -> list[int]:
-        """The known tokens within the budget, up to one that ends the answer."""
-        return _through(self.draft.tokens, stops)[: self.budget]
-
 
 def generate_answers(
     model: torch.nn.Module,
@@ -53,8 +49,8 @@ def generate_answers(
     *,
     batch_size: int = BATCH_SIZE,
     drafts: Sequence[Draft] = (),
-    on_batch: Callable[[Mapping[str, Mapping[int, str]]], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_batch: Callable[[Mapping[str, Mapping[int, str]]], None] = lambda batch: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[str]]:
     """By decoding's name, an answer to every question: no special tokens, stripped.
 
@@ -78,38 +74,26 @@ def generate_answers(
     answers: dict[str, dict[int, str]] = {decoding.name: {} for decoding in decodings}
 
     def texts_of(group: Sequence[Decoding], tokens: Mapping[int, list[int]]) -> None:
-        texts = {
-            decoding.name: {
-                i: fmt.tokenizer.decode(
-                    new[: decoding.budget(len(prompts[i]))],
-                    skip_special_tokens=True,
-                    clean_up_tokenization_spaces=False,
-                ).strip()
-                for i, new in tokens.items()
-            }
-            for decoding in group
-        }
-        for name, new_texts in texts.items():
-            answers[name] |= new_texts
-        if on_batch is not None:
-            on_batch(texts)
-        if on_progress is not None:
-            done = sum(len(answers[group[0].name]) for group in passes)
-            on_progress(done, len(passes) * len(prompts))
+        batch: dict[str, dict[int, str]] = {}
+        for decoding in group:
+            cut = [new[: decoding.budget(len(prompts[i]))] for i, new in tokens.items()]
+            texts = fmt.tokenizer.batch_decode(
+                cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            batch[decoding.name] = {i: t.strip() for i, t in zip(tokens, texts, strict=True)}
+            answers[decoding.name] |= batch[decoding.name]
+        on_batch(batch)
+        done = sum(len(answers[group[0].name]) for group in passes)
+        on_progress(done, len(passes) * len(prompts))
 
     for group in passes:
         draw = group[0] if group[0].sample else None
+        known = drafts if drafts and draw is None else [Draft()] * len(prompts)
+        budgets = (max(decoding.budget(len(ids)) for decoding in group) for ids in prompts)
         generate_tokens(
             model,
             fmt,
-            [
-                Prompt(
-                    ids,
-                    max(decoding.budget(len(ids)) for decoding in group),
-                    drafts[i] if drafts and draw is None else Draft(),
-                )
-                for i, ids in enumerate(prompts)
-            ],
+            list(map(Prompt, prompts, budgets, known)),
             draw,
             batch_size=batch_size,
             on_batch=partial(texts_of, group),
@@ -131,7 +115,7 @@ def generate_tokens(
     draw: Decoding | None = None,
     *,
     batch_size: int = BATCH_SIZE,
-    on_batch: Callable[[Mapping[int, list[int]]], None] | None = None,
+    on_batch: Callable[[Mapping[int, list[int]]], None] = lambda batch: None,
 ) -> list[list[int]]:
     """The tokens of every answer without the one that ends it; greedy unless `draw` is given.
 
@@ -139,17 +123,22 @@ def generate_tokens(
     those that need no step of the model, where there are any.
     """
     stops = stop_tokens(model, fmt)
-    begun = [prompt.begun(stops) for prompt in prompts]
+    pad = pad_id(fmt.tokenizer)
+    # The known tokens within the budget, up to one that ends the answer.
+    begun = [
+        list(prompt.draft.tokens[: _end(prompt.draft.tokens, stops) + 1][: prompt.budget])
+        for prompt in prompts
+    ]
     left = [
         Prompt([*prompt.ids, *known], prompt.budget - len(known), prompt.draft)
         for prompt, known in zip(prompts, begun, strict=True)
     ]
     answers = {
-        i: _until(known, stops)
+        i: known[: _end(known, stops)]
         for i, known in enumerate(begun)
         if left[i].budget <= 0 or (known and known[-1] in stops)
     }
-    if answers and on_batch is not None:
+    if answers:
         on_batch(answers)
     # Prompts are padded to the longest of their batch; answers that end leave it.
     order = sorted(
@@ -162,16 +151,15 @@ def generate_tokens(
             indices = order[start : start + batch_size]
             batch = [left[i] for i in indices]
             if draw is None:
-                new = greedy(generator, batch, stops, pad_id(fmt.tokenizer))
+                new = greedy(generator, batch, stops, pad)
             else:
-                new = _run(generator, fmt, batch, draw, stops)
+                new = _sampled(generator, fmt, batch, draw, stops)
             finished = {
-                i: begun[i] + _until(tokens, stops)[: left[i].budget]
+                i: begun[i] + tokens[: _end(tokens, stops)][: left[i].budget]
                 for i, tokens in zip(indices, new, strict=True)
             }
             answers |= finished
-            if on_batch is not None:
-                on_batch(finished)
+            on_batch(finished)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -192,10 +180,9 @@ def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int |
     return Draft(tuple(answer.input_ids[first : first + agreed]), answer.n_targets)
 
 
-def _through(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The tokens up to and including the first stop token."""
-    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
-    return list(tokens[:end])
+def _end(tokens: Sequence[int], stops: Sequence[int]) -> int:
+    """Index of the first stop token; the number of tokens where there is none."""
+    return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 
 
 def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:
@@ -210,15 +197,9 @@ def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:
     return sorted(flat)
 
 
-def _until(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The tokens before the first stop token."""
-    end = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-    return list(tokens[:end])
-
-
 @contextmanager
 def _own_config(model: Any) -> Iterator[Any]:
-    """The plain transformers model inside, with an empty generation config inside.
+    """The transformers model under any adapters, with an empty generation config.
 
     `generate` fills every unset field from the model's own config: a model that ships with
     temperature and top-p would warn about them, or sample, where greedy answers are wanted.
@@ -286,14 +267,10 @@ def _is_over(tokens: Sequence[int], budget: int, stops: set[int]) -> bool:
     return len(tokens) >= budget or bool(tokens and tokens[-1] in stops)
 
 
-def _run(
-    model: Any,
-    fmt: PromptFormat,
-    prompts: Sequence[Prompt],
-    draw: Decoding | None,
-    stops: list[int],
+def _sampled(
+    model: Any, fmt: PromptFormat, prompts: Sequence[Prompt], draw: Decoding, stops: list[int]
 ) -> list[list[int]]:
-    """New tokens of a batch, padding and all behind the end."""
+    """Drawn new tokens of a batch, with padding and all behind the end."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     pad = pad_id(fmt.tokenizer)
@@ -307,12 +284,11 @@ def _run(
         bos_token_id=fmt.tokenizer.bos_token_id,
         eos_token_id=stops,
     )
-    processors = LogitsProcessorList([] if draw is None else [_Draw(draw, prompts)])
     out = model.generate(
         batch["input_ids"].to(model.device),
         attention_mask=batch["attention_mask"].to(model.device),
         generation_config=config,
-        logits_processor=processors,
+        logits_processor=LogitsProcessorList([_Draw(draw, prompts)]),
     )
     new: list[list[int]] = out[:, batch["input_ids"].shape[1] :].tolist()
     return new
@@ -328,11 +304,7 @@ class _Draw:
 
     def __init__(self, decoding: Decoding, prompts: Sequence[Prompt]) -> None:
         import torch
-        from transformers import (
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.warpers: list[Any] = [TemperatureLogitsWarper(decoding.temperature)]
         if decoding.top_k:
@@ -340,7 +312,8 @@ class _Draw:
         if decoding.top_p < 1:
             self.warpers.append(TopPLogitsWarper(decoding.top_p))
         self.generators = [
-            torch.Generator().manual_seed(_seed(decoding.seed, prompt.ids)) for prompt in prompts
+            torch.Generator().manual_seed(prompt_seed(decoding.seed, prompt.ids))
+            for prompt in prompts
         ]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -356,6 +329,7 @@ class _Draw:
         return scores - torch.log(-torch.log(uniform)).to(scores.device)
 
 
-def _seed(seed: int, ids: Sequence[int]) -> int:
+def prompt_seed(seed: int, ids: Sequence[int]) -> int:
+    """The seed of one prompt's draws: an answer does not depend on which others are asked."""
     digest = hashlib.sha256(repr((seed, list(ids))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -15,37 +15,23 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-_ABOUT_ROW = ("alias", "name", "sample_len", "sample_count")
-
-
-def require_lm_eval() -> Any:
-    """The `lm_eval` module.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise UserError(
-            f"--lm-eval needs the lm-evaluation-harness, which is not installed ({error}).",
-            "Install it: pip install 'unlearner[lm-eval]'.",
-        ) from error
-    return lm_eval
-
 
 def load_tasks(tasks: Sequence[str]) -> Any:
     """The harness's task manager, once it has loaded the tasks: to be done before any model is.
 
     Args:
-        tasks: names of the harness's tasks, groups or tags, or YAML files of one's own.
+        tasks: names of the harness's tasks, groups or tags, or paths of YAML files.
 
     Raises:
         UserError: the harness is missing, knows no such task, or cannot load its data.
     """
-    require_lm_eval()
-    from lm_eval.tasks import TaskManager
-
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f"--lm-eval needs the lm-evaluation-harness, which is not installed ({error}).",
+            "Install it: pip install 'unlearner[lm-eval]'.",
+        ) from error
     manager = TaskManager()
     try:
         manager.load(list(tasks))
@@ -81,11 +67,8 @@ def run_tasks(
         tasks, manager: see `load_tasks`.
         limit: only the first so many questions of each task.
         batch_size: questions at once.
-
-    Raises:
-        UserError: see `require_lm_eval`.
     """
-    lm_eval = require_lm_eval()
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     was_training = model.training
@@ -106,28 +89,29 @@ def run_tasks(
 def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of `run_tasks` from what `lm_eval.simple_evaluate` returned, tasks by name."""
     rows = []
+
+    def about(key: str, task: str) -> Any:
+        return results.get(key, {}).get(task)
+
     for task, measured in sorted(results["results"].items()):
         for key, value in measured.items():
             metric, _, chosen = key.partition(",")
-            if key in _ABOUT_ROW or metric.endswith("_stderr") or not _is_number(value):
+            # Beside metrics there are names and counts, without a filter.
+            if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = measured.get(f"{metric}_stderr,{chosen}")
-            higher = results.get("higher_is_better", {}).get(task, {}).get(metric)
+            higher = (about("higher_is_better", task) or {}).get(metric)
             rows.append(
                 {
                     "name": task,
-                    "version": results.get("versions", {}).get(task),
-                    "n": results.get("n-samples", {}).get(task, {}).get("effective"),
-                    "shots": results.get("n-shot", {}).get(task),
+                    "version": about("versions", task),
+                    "n": (about("n-samples", task) or {}).get("effective"),
+                    "shots": about("n-shot", task),
                     "metric": metric,
-                    "filter": chosen or None,
+                    "filter": chosen,
                     "value": float(value),
-                    "stderr": float(error) if _is_number(error) else None,
+                    "stderr": float(error) if isinstance(error, int | float) else None,
                     "better": None if higher is None else "higher" if higher else "lower",
                 }
             )
     return rows
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

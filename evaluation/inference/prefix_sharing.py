@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
@@ -172,9 +172,8 @@ def forward_tree(
 
     device = next(model.parameters()).device
     pairs: dict[tuple[int, int], int] = {}
-    for leaf in tree.leaves:
-        for pair in leaf:
-            pairs.setdefault(pair, len(pairs))
+    for pair in chain.from_iterable(tree.leaves):
+        pairs.setdefault(pair, len(pairs))
     nodes, targets = (torch.tensor(column) for column in zip(*pairs, strict=True))
     positions, index = torch.unique(nodes, return_inverse=True)
     inputs = {
@@ -208,15 +207,11 @@ def _mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
     import torch
 
     allowed = allowed[None, None]
-    if _attention(model) == "sdpa":
+    if getattr(_causal(model).config, "_attn_implementation", None) == "sdpa":
         return allowed
     dtype = getattr(model, "dtype", torch.float32)
     additive = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return additive.masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def _attention(model: Any) -> str:
-    return str(getattr(_causal(model).config, "_attn_implementation", None))
 
 
 def _causal(model: Any) -> Any:
@@ -225,10 +220,10 @@ def _causal(model: Any) -> Any:
 
 @contextmanager
 def masked_attention(model: Any) -> Iterator[None]:
-    """Inside, attention takes a mask of its own, as a tree needs.
+    """Inside, attention takes the mask that a tree needs.
 
-    Flash-attention and kernels for packed rows do not: sdpa, or eager where a model has no sdpa,
-    stands in for them. The weights are the same.
+    Flash-attention and kernels for packed rows do not: sdpa replaces them, or eager where a model
+    has no sdpa.
     """
     inner = _causal(model)
     configs = {id(m.config): m.config for m in inner.modules() if hasattr(m, "config")}
@@ -277,7 +272,6 @@ def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | Non
     longest = max(questions, key=lambda texts: max(len(text.input_ids) for text in texts))
     others = [texts for texts in questions[:COMPARED] if texts is not longest]
     compared = [longest, *others[: COMPARED - 1]]
-    device = next(model.parameters()).device
     try:
         with masked_attention(model):
             shared = _score_pack(model, [text for texts in compared for text in texts])
@@ -292,6 +286,7 @@ def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | Non
         ) from error
     half = getattr(model, "dtype", None) != torch.float32
     allowed = HALF_TOLERANCE if half else TOLERANCE
+    device = next(model.parameters()).device
     rows: list[float] = []
     for texts in compared:
         batch = on_device(pad_batch(texts, 0), device)

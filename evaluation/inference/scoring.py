@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.inference.prefix_sharing import score_trees, sharing_problem
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unlearner.request.rows import Row
     from unlearner.tokens.prompts import PromptFormat
 
+OnProgress = Callable[[str, int, int], None]
 BATCH_TOKENS = 4096
 # Longer than any context: encodes a row uncut.
 _UNCUT = 1 << 30
@@ -39,6 +40,24 @@ class EncodedRow:
         return (self.answer, *middle, *self.perturbed)
 
 
+def silent(label: str, done: int, total: int) -> None:
+    """Reports no progress."""
+
+
+def about_model(model: Any, fmt: PromptFormat) -> dict[str, Any]:
+    """What figures depend on besides weights and rows, for the `meta` of a log."""
+    import torch
+    import transformers
+
+    first = next(model.parameters())
+    return {
+        "template": fmt.name,
+        "device": first.device.type,
+        "dtype": str(getattr(model, "dtype", first.dtype)).removeprefix("torch."),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Dropout off and no gradients inside; the model's mode is put back afterwards."""
@@ -55,16 +74,15 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def encode_answers(fmt: PromptFormat, rows: Sequence[Row]) -> list[EncodedRow]:
     """The texts of every row as tokens, prompt included, not yet cut."""
-    return [
-        EncodedRow(
-            fmt.encode(row.question, row.answer, _UNCUT),
-            None
-            if row.paraphrased_answer is None
-            else fmt.encode(row.question, row.paraphrased_answer, _UNCUT),
-            tuple(fmt.encode(row.question, text, _UNCUT) for text in row.perturbed_answers),
+    encoded = []
+    for row in rows:
+        answer, *wrong = (
+            fmt.encode(row.question, text, _UNCUT) for text in (row.answer, *row.perturbed_answers)
         )
-        for row in rows
-    ]
+        other = row.paraphrased_answer
+        paraphrase = None if other is None else fmt.encode(row.question, other, _UNCUT)
+        encoded.append(EncodedRow(answer, paraphrase, tuple(wrong)))
+    return encoded
 
 
 def longest_text(encoded: Sequence[EncodedRow]) -> int:
@@ -93,12 +111,11 @@ def score_rows(
         model: a causal LM with its active adapters; its mode is restored.
         fmt: turns rows into tokens.
         rows: with or without paraphrases and perturbed answers.
-        encoded: `encode_answers(fmt, rows)` where it is already there.
+        encoded: `encode_answers(fmt, rows)`, to encode once.
         max_length: texts are cut at so many tokens, prompt included.
-        batch_tokens: tokens in a batch, padding included.
-        shared: compute what texts begin with alike once, where that gives the same scores; False
-            scores every text as a row of a padded batch.
-        checked: that it does is known, see `sharing_problem`.
+        batch_tokens: tokens in a batch of padded rows, padding included.
+        shared: compute shared prefixes once, where that gives the same scores (`sharing_problem`).
+        checked: it is known that it does.
         on_progress: called with scored and all texts after each batch.
 
     Raises:
@@ -107,7 +124,12 @@ def score_rows(
     if encoded is None:
         encoded = encode_answers(fmt, rows)
     questions = [cut_texts(row, max_length) for row in encoded]
-    _refuse_empty(rows, encoded, max_length)
+    for number, (row, texts) in enumerate(zip(rows, questions, strict=True), start=1):
+        if any(text.n_targets == 0 for text in texts):
+            raise UserError(
+                f"Row {number} has no answer token within {max_length} tokens: {row.question!r}.",
+                "Shorten the question, or take a protocol that cuts later (open-unlearning).",
+            )
     agreed: list[int] = []
     with evaluating(model):
         if shared and questions and (checked or sharing_problem(model, questions) is None):
@@ -124,24 +146,14 @@ def score_rows(
         paraphrase = answer if tokens.paraphrase is None else next(scores)
         perturbed = tuple(next(scores) for _ in tokens.perturbed)
         known = agreed[i] if agreed else None
-        records.append(
-            RowRecord(row.question, row.answer, answer, paraphrase, perturbed, agreed=known)
-        )
+        pair = row.question, row.answer
+        records.append(RowRecord(*pair, answer, paraphrase, perturbed, agreed=known))
     return records
 
 
 def cut_texts(row: EncodedRow, max_length: int) -> list[Encoded]:
     """The texts of a row, each cut at `max_length` tokens, prompt included."""
     return [Encoded(text.input_ids[:max_length], text.labels[:max_length]) for text in row.texts]
-
-
-def _refuse_empty(rows: Sequence[Row], encoded: Sequence[EncodedRow], max_length: int) -> None:
-    for number, (row, tokens) in enumerate(zip(rows, encoded, strict=True), start=1):
-        if any(text.n_targets == 0 for text in cut_texts(tokens, max_length)):
-            raise UserError(
-                f"Row {number} has no answer token within {max_length} tokens: {row.question!r}.",
-                "Shorten the question, or take a protocol that cuts later (open-unlearning).",
-            )
 
 
 def _score_texts(
@@ -190,7 +202,7 @@ def judge_losses(
 
     Only the answer's tokens count, and no EOS behind them: a log does not say whether the model
     ended the answer or its budget of tokens did, and cut answers would be charged for an end that
-    nobody wrote. Texts are scored uncut. None where the answer has no word, or no token of its own.
+    nobody wrote. Texts are scored uncut. None where the answer has no word, or no token.
 
     Args:
         model: a causal LM that never saw the rows; its mode is restored.
@@ -198,29 +210,17 @@ def judge_losses(
         rows: question and generated answer.
         on_progress: called with scored and all answers after each batch.
     """
-    worded = [i for i, row in enumerate(rows) if words_of(row.answer)]
-    encoded = [_without_end(row, fmt) for row in encode_answers(fmt, [rows[i] for i in worded])]
-    scorable = [(i, text) for i, text in zip(worded, encoded, strict=True) if text.answer.n_targets]
-    texts = [text for _, text in scorable]
-    records = score_rows(
-        model,
-        fmt,
-        [rows[i] for i, _ in scorable],
-        encoded=texts,
-        max_length=longest_text(texts),
-        shared=False,  # one text per question: nothing to share
-        on_progress=on_progress,
-    )
-    losses: list[float | None] = [None] * len(rows)
-    for (i, _), record in zip(scorable, records, strict=True):
-        losses[i] = record.answer_score.mean_nll if record.answer_score else None
-    return losses
-
-
-def _without_end(row: EncodedRow, fmt: PromptFormat) -> EncodedRow:
-    """The answer alone, without the special tokens that close its turn."""
-    special, start = set(fmt.tokenizer.all_special_ids), row.answer.n_prompt
-    end = len(row.answer.input_ids)
-    while end > start and row.answer.input_ids[end - 1] in special:
-        end -= 1
-    return EncodedRow(Encoded(row.answer.input_ids[:end], row.answer.labels[:end]), None, ())
+    special = set(fmt.tokenizer.all_special_ids)
+    texts: dict[int, Encoded] = {}
+    for i, row in enumerate(rows):
+        text = fmt.encode(row.question, row.answer, _UNCUT)
+        end = len(text.input_ids)
+        while end > text.n_prompt and text.input_ids[end - 1] in special:
+            end -= 1
+        if words_of(row.answer) and end > text.n_prompt:
+            texts[i] = Encoded(text.input_ids[:end], text.labels[:end])
+    pad = pad_id(fmt.tokenizer)
+    with evaluating(model):
+        scores = _score_texts(model, list(texts.values()), pad, BATCH_TOKENS, on_progress)
+    losses = dict(zip(texts, (score.mean_nll for score in scores), strict=True))
+    return [losses.get(i) for i in range(len(rows))]

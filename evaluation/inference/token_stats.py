@@ -73,18 +73,18 @@ def answer_tokens(
         batch_tokens: tokens of a batch, padding included.
         on_batch: called with finished and all texts.
     """
-    per_text: list[AnswerTokens | None] = [None] * len(texts)
+    from unlearner.objectives.likelihood import answers
+
+    results: dict[int, AnswerTokens] = {}
     with evaluating(model):
         for indices, batch in _batches(model, texts, pad, batch_tokens):
-            rows = _row_columns(_batch_answers(model, batch), _four)
-            for i, columns in zip(indices, rows, strict=True):
-                labels = [label for label in texts[i].labels if label != IGNORE]
-                log_p, mean, variance, first = columns
-                per_text[i] = AnswerTokens(
-                    np.array(labels, dtype=np.int64), first.astype(np.int64), log_p, mean, variance
-                )
-            _report(on_batch, per_text)
-    return [each for each in per_text if each is not None]
+            rows = _row_columns(answers(model, batch), _four)
+            for i, (log_p, mean, variance, first) in zip(indices, rows, strict=True):
+                labels = np.array([y for y in texts[i].labels if y != IGNORE], dtype=np.int64)
+                results[i] = AnswerTokens(labels, first.astype(np.int64), log_p, mean, variance)
+            if on_batch is not None:
+                on_batch(len(results), len(texts))
+    return [results[i] for i in range(len(texts))]
 
 
 def base_kl(
@@ -107,22 +107,22 @@ def base_kl(
     import torch
 
     from adapters.lora.stack import base_only
-    from unlearner.objectives.likelihood import AnswerHidden, Answers
+    from unlearner.objectives.likelihood import AnswerHidden, Answers, answers
 
-    divergences: list[float | None] = [None] * len(texts)
+    results: dict[int, float] = {}
     with evaluating(model):
         for indices, batch in _batches(model, texts, pad, batch_tokens):
-            stack = _batch_answers(model, batch)
+            stack = answers(model, batch)
             with base_only(model):
-                base = _batch_answers(model, batch)
-            # The head is each and frozen: it takes the hidden states of both as pairs.
+                base = answers(model, batch)
+            # The head is frozen and the same for both: it takes their hidden states as pairs.
             pairs = torch.stack([base.at.hidden, stack.at.hidden], dim=1)
             both = Answers(AnswerHidden(pairs, *stack.at[1:]), stack.head)
-            for i, columns in zip(indices, _row_columns(both, _divergence), strict=True):
-                # Never below 0 but by rounding.
-                divergences[i] = max(0.0, float(columns[0].mean()))
-            _report(on_batch, divergences)
-    return [each for each in divergences if each is not None]
+            for i, (kl,) in zip(indices, _row_columns(both, _divergence), strict=True):
+                results[i] = max(0.0, float(kl.mean()))  # below 0 by rounding alone
+            if on_batch is not None:
+                on_batch(len(results), len(texts))
+    return [results[i] for i in range(len(texts))]
 
 
 def _batches(
@@ -133,12 +133,6 @@ def _batches(
     for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
         batch = pad_batch([texts[i] for i in indices], pad)
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _batch_answers(model: torch.nn.Module, batch: dict[str, Tensor]) -> Answers:
-    from unlearner.objectives.likelihood import answers
-
-    return answers(model, batch)
 
 
 def _row_columns(
@@ -184,8 +178,3 @@ def _log_softmax(logits: Tensor) -> Tensor:
     """Float32 log p over the vocabulary, by logsumexp: more exact on a CPU than log_softmax."""
     logits = logits.float()
     return (logits - logits.logsumexp(-1, keepdim=True)).clamp_min(_FLOOR)
-
-
-def _report(on_batch: OnBatch | None, results: Sequence[Any]) -> None:
-    if on_batch is not None:
-        on_batch(sum(each is not None for each in results), len(results))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.environment import threads_for
 from adapters.errors import UserError
-from evaluation.cache import Cache, key_of
-from evaluation.inference.scoring import BATCH_TOKENS
+from evaluation.cache import Cache, Entry, key_of
+from evaluation.inference.scoring import OnProgress, about_model, silent
 from evaluation.inference.token_stats import answer_tokens, base_kl
-from evaluation.logs.token_records import (
-    TokenRecords,
-    TokenRow,
-    TokenSet,
-    token_row_from_json,
-    token_row_json,
-)
+from evaluation.logs.token_records import TokenRecords, TokenRow, TokenSet, token_row_from_json
 from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
 from unlearner.training import distributed as ranks
@@ -27,11 +21,15 @@ from unlearner.training import distributed as ranks
 if TYPE_CHECKING:
     import torch
 
-    from evaluation.inference.token_stats import AnswerTokens
     from unlearner.request.rows import Row
     from unlearner.tokens.prompts import PromptFormat
 
-OnProgress = Callable[[str, int, int], None]
+# The metrics that need each set.
+NEEDS = {
+    "forget": {"extraction", "membership"},
+    "retain": {"extraction", "kl"},
+    "holdout": {"membership"},
+}
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,6 @@ class TokenData:
     forget: tuple[Row, ...]
     retain: tuple[Row, ...] = ()
     holdout: tuple[Row, ...] = ()
-
-    def cut(self, most: int | None, limit: int | None) -> TokenData:
-        """Only the first `most` rows of each set, and of these the first `limit`."""
-        forget, retain, holdout = (
-            rows[:most][:limit] for rows in (self.forget, self.retain, self.holdout)
-        )
-        return TokenData(forget, retain, holdout)
 
 
 @dataclass(frozen=True)
@@ -75,11 +66,9 @@ class TokenPlan:
     @property
     def sets(self) -> dict[str, tuple[Row, ...]]:
         """The rows that the metrics need, by set."""
-        cut = self.data.cut(self.max_rows, self.limit)
-        named = {"forget": {"extraction", "membership"}, "retain": {"extraction", "kl"}}
-        named["holdout"] = {"membership"}
-        wanted = {name for name, needs in named.items() if needs & set(self.metrics)}
-        return {name: getattr(cut, name) for name in named if name in wanted and getattr(cut, name)}
+        needed = (name for name, metrics in NEEDS.items() if metrics & set(self.metrics))
+        rows = {name: getattr(self.data, name)[: self.max_rows][: self.limit] for name in needed}
+        return {name: each for name, each in rows.items() if each}
 
 
 def check_holdout(data: TokenData) -> None:
@@ -110,8 +99,7 @@ def measure_tokens(
     *,
     key: str = "",
     resume_dir: Path | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
     meta: Mapping[str, Any] | None = None,
 ) -> TokenRecords:
     """The token metrics of every row the plan needs.
@@ -122,40 +110,80 @@ def measure_tokens(
         plan: what to measure.
         key: names the weights (base, adapters, scales) in `resume_dir`.
         resume_dir: cache of finished sets; see `evaluation.cache`.
-        batch_tokens: tokens of a batch; does not change the result.
         on_progress: called with a label, done and all.
         meta: more to write into `meta`.
 
     Raises:
         UserError: a prompt alone fills `max_length`, or a cached result is damaged.
     """
-    import torch
-    import transformers
-
     from adapters.base.load import base_view
+    from adapters.lora.peft_layers import active_names
 
     if resume_dir is not None and not key:
         raise ValueError("resume_dir needs a key that names the weights")
     ranks.join()
     view = base_view(model)
     cache = Cache(resume_dir, key_of(weights=key, load=view, template=fmt.to_json()))
-    work = _Work(model, fmt, plan, cache, batch_tokens, on_progress or _silent)
+    pad = pad_id(fmt.tokenizer)
+
+    def measure_set(name: str, rows: Sequence[Row]) -> tuple[TokenRow, ...]:
+        texts = _encoded(fmt, rows, plan.max_length)
+        attacked = name != "retain" and "membership" in plan.metrics
+        reference = (plan.reference or {}).get(name) if attacked else None
+        diverged = name == "retain" and "kl" in plan.metrics and bool(active_names(model))
+        entry: Entry = cache.entry(
+            f"{name}-tokens",
+            rows=[[r.question, r.answer, t.input_ids] for r, t in zip(rows, texts, strict=True)],
+            min_k=plan.min_k if attacked else None,
+            kl=diverged,
+            reference=reference,
+        )
+        if (stored := entry.read()) is not None:
+            pairs = enumerate(stored)
+            return tuple(token_row_from_json(row, f"cached {name} row {i}") for i, row in pairs)
+
+        def measure(indices: Sequence[int]) -> list[TokenRow]:
+            part = [texts[i] for i in indices]
+            report = partial(on_progress, f"{name}: tokens")
+            measured = []
+            for i, tokens in zip(
+                indices, answer_tokens(model, part, pad, on_batch=report), strict=True
+            ):
+                predicted, labels = tokens.first.tolist(), tokens.labels.tolist()
+                other = None if reference is None else reference[i]
+                answer = rows[i].answer
+                scores = attack_scores(tokens, answer, k=plan.min_k, reference=other)
+                row = TokenRow(
+                    question=rows[i].question,
+                    n=len(labels),
+                    mean_nll=tokens.mean_nll,
+                    extraction_strength=extraction_strength(predicted, labels),
+                    exact_memorization=exact_memorization(predicted, labels),
+                    scores=scores if attacked else {},
+                )
+                measured.append(row)
+            if not diverged:
+                return measured
+            report = partial(on_progress, f"{name}: KL to the base")
+            kls = base_kl(model, part, pad, on_batch=report)
+            return [replace(row, kl=kl) for row, kl in zip(measured, kls, strict=True)]
+
+        measured = ranks.spread(range(len(rows)), measure)
+        entry.write([asdict(row) for row in measured])
+        return tuple(measured)
+
     with threads_for(model):
         sets = {
-            name: TokenSet(work.run(name, rows), len(getattr(plan.data, name)))
+            name: TokenSet(measure_set(name, rows), len(getattr(plan.data, name)))
             for name, rows in plan.sets.items()
         }
-    first = next(model.parameters())
     about = {
         "metrics": list(plan.metrics),
         "min_k": plan.min_k,
         "max_length": plan.max_length,
         "limit": plan.limit,
         "key": key,
-        "template": fmt.name,
-        "device": first.device.type,
-        "dtype": str(getattr(model, "dtype", first.dtype)).removeprefix("torch."),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **about_model(model, fmt),
     }
     return TokenRecords(sets, about | dict(meta or {}))
 
@@ -166,8 +194,7 @@ def reference_losses(
     measured: PromptFormat,
     plan: TokenPlan,
     *,
-    batch_tokens: int = BATCH_TOKENS,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
 ) -> dict[str, list[float]]:
     """Mean NLL of the forget and holdout rows under another base, for the Reference attack.
 
@@ -175,12 +202,11 @@ def reference_losses(
         model, fmt: the other base and its prompts.
         measured: the prompts of the model in question. Both must see the same tokens, or their
             losses per token cannot be compared.
-        plan, batch_tokens, on_progress: see `measure_tokens`.
+        plan, on_progress: see `measure_tokens`.
 
     Raises:
         UserError: the two tokenise a row differently.
     """
-    report = on_progress or _silent
     losses: dict[str, list[float]] = {}
     for name, rows in plan.sets.items():
         if name == "retain":
@@ -192,19 +218,10 @@ def reference_losses(
                 "cannot be compared.",
                 "Take a reference with the same tokenizer and template.",
             )
-        tokens = answer_tokens(
-            model,
-            texts,
-            pad_id(fmt.tokenizer),
-            batch_tokens=batch_tokens,
-            on_batch=partial(report, f"{name}: reference"),
-        )
+        pad, report = pad_id(fmt.tokenizer), partial(on_progress, f"{name}: reference")
+        tokens = answer_tokens(model, texts, pad, on_batch=report)
         losses[name] = [each.mean_nll for each in tokens]
     return losses
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    """Reports nothing."""
 
 
 def _encoded(fmt: PromptFormat, rows: Sequence[Row], max_length: int) -> list[Encoded]:
@@ -216,92 +233,3 @@ def _encoded(fmt: PromptFormat, rows: Sequence[Row], max_length: int) -> list[En
                 "Shorten the question, or take a protocol that cuts later (open-unlearning).",
             )
     return texts
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What all sets share: the model, the plan and where finished sets lie."""
-
-    model: torch.nn.Module
-    fmt: PromptFormat
-    plan: TokenPlan
-    cache: Cache
-    batch_tokens: int
-    on_progress: OnProgress
-
-    def run(self, name: str, rows: Sequence[Row]) -> tuple[TokenRow, ...]:
-        """The rows of a set, from the cache where they are there."""
-        texts = _encoded(self.fmt, rows, self.plan.max_length)
-        attacked = name != "retain" and "membership" in self.plan.metrics
-        reference = (self.plan.reference or {}).get(name) if attacked else None
-        diverged = name == "retain" and "kl" in self.plan.metrics and _has_stack(self.model)
-        about = [
-            [row.question, row.answer, text.input_ids]
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        entry = self.cache.entry(
-            f"{name}-tokens",
-            rows=about,
-            min_k=self.plan.min_k if attacked else None,
-            kl=diverged,
-            reference=reference,
-        )
-        if (stored := entry.read()) is not None:
-            return tuple(
-                token_row_from_json(row, f"cached {name} row {i}") for i, row in enumerate(stored)
-            )
-
-        def measure(indices: Sequence[int]) -> list[TokenRow]:
-            part = [texts[i] for i in indices]
-            token_rows = [
-                self._row(rows[i], tokens, attacked, None if reference is None else reference[i])
-                for i, tokens in zip(indices, self._tokens(name, part), strict=True)
-            ]
-            return self._with_kl(name, token_rows, part) if diverged else token_rows
-
-        token_rows = ranks.spread(range(len(rows)), measure)
-        entry.write([token_row_json(row) for row in token_rows])
-        return tuple(token_rows)
-
-    def _tokens(self, name: str, texts: Sequence[Encoded]) -> list[AnswerTokens]:
-        return answer_tokens(
-            self.model,
-            texts,
-            pad_id(self.fmt.tokenizer),
-            batch_tokens=self.batch_tokens,
-            on_batch=partial(self.on_progress, f"{name}: tokens"),
-        )
-
-    def _row(
-        self, row: Row, tokens: AnswerTokens, attacked: bool, reference: float | None
-    ) -> TokenRow:
-        predicted, labels = tokens.first.tolist(), tokens.labels.tolist()
-        scores: dict[str, float] = {}
-        if attacked:
-            scores = attack_scores(tokens, row.answer, k=self.plan.min_k, reference=reference)
-        return TokenRow(
-            question=row.question,
-            n=len(labels),
-            mean_nll=tokens.mean_nll,
-            extraction_strength=extraction_strength(predicted, labels),
-            exact_memorization=exact_memorization(predicted, labels),
-            scores=scores,
-        )
-
-    def _with_kl(
-        self, name: str, rows: Sequence[TokenRow], texts: Sequence[Encoded]
-    ) -> list[TokenRow]:
-        divergences = base_kl(
-            self.model,
-            texts,
-            pad_id(self.fmt.tokenizer),
-            batch_tokens=self.batch_tokens,
-            on_batch=partial(self.on_progress, f"{name}: KL to the base"),
-        )
-        return [replace(row, kl=kl) for row, kl in zip(rows, divergences, strict=True)]
-
-
-def _has_stack(model: Any) -> bool:
-    from adapters.lora.peft_layers import active_names
-
-    return bool(active_names(model))

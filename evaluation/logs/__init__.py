@@ -11,13 +11,14 @@ from evaluation.logs.records import KIND, EvalLog, own_log, read_json
 from evaluation.logs.tofu import is_tofu, read_tofu
 
 
-def read_log(path: Path) -> EvalLog:
+def read_log(path: str | Path) -> EvalLog:
     """The evaluation in `path`: our own format, TOFU's (both layouts) or open-unlearning's.
 
     Raises:
         UserError: no such file, broken JSON, an unknown format, a missing or non-finite number;
             the row is named.
     """
+    path = Path(path)
     raw = read_json(path, "evaluation log")
     where = path.name
     if isinstance(raw, dict) and raw.get("kind") == KIND:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from adapters.errors import UserError
 from evaluation.logs.records import RowRecord
@@ -92,3 +92,10 @@ def _keys(rows: Sequence[RowRecord]) -> list[tuple[str, str, int]]:
 def _token_counts(row: RowRecord) -> tuple[int | None, ...]:
     scores = (row.answer_score, row.paraphrase, *row.perturbed)
     return tuple(score.n for score in scores if score is not None) or (None,)
+
+
+def other_precision(meta: Mapping[str, Any], reference: Any) -> list[tuple[str, str, str]]:
+    """Where weights were loaded in another precision: the key, ours and the reference's."""
+    theirs = {} if reference is None else reference.meta
+    pairs = ((key, meta.get(key), theirs.get(key)) for key in ("quantization", "dtype"))
+    return [(key, a, b) for key, a, b in pairs if a and b and a != b]

@@ -14,20 +14,19 @@ from evaluation.logs.records import (
     RECORDED,
     AnswerScore,
     EvalLog,
-    Generation,
     RowRecord,
     SetRecord,
-    column_by_index,
+    columns_by_index,
+    generation,
     generation_of,
-    loss_of,
-    optional_recall,
     protocol_rows,
     question_of,
-    recall_of,
+    score_of,
 )
 from evaluation.protocols import Protocol
 
 PREFIXES = {"forget": "forget", "retain": "retain", "ra": "real_authors", "wf": "world_facts"}
+METRICS = ("Q_A_PERT_Prob", "Q_A_PARA_Prob", "Q_A_Prob", "Q_A_ROUGE")
 # exp() of more is no finite number, and JSON has no other.
 LARGEST_LOG = 700.0
 
@@ -40,7 +39,7 @@ def is_open_unlearning(raw: Any) -> bool:
 
 
 def read_open_unlearning(raw: Mapping[str, Any], where: str) -> EvalLog:
-    """The log in open-unlearning's format; it records no token counts.
+    """The log in open-unlearning's format.
 
     Raises:
         UserError: no set has both its true and its perturbed answers, rows differ between
@@ -48,9 +47,15 @@ def read_open_unlearning(raw: Mapping[str, Any], where: str) -> EvalLog:
     """
     sets = {}
     for prefix, name in PREFIXES.items():
-        record_set = _open_unlearning_set(raw, prefix, name, where)
-        if record_set is not None:
-            sets[name] = record_set
+        columns = {}
+        for metric in METRICS:
+            body = raw.get(f"{prefix}_{metric}")
+            if isinstance(body, dict) and "value_by_index" in body:
+                columns[f"{prefix}_{metric}"] = body["value_by_index"]
+        scored = {f"{prefix}_Q_A_Prob", f"{prefix}_Q_A_PARA_Prob"}
+        if f"{prefix}_Q_A_PERT_Prob" in columns and columns.keys() & scored:
+            rows = columns_by_index(columns, where)
+            sets[name] = SetRecord(name, tuple(_row(c, prefix, where, i) for i, c in rows))
     if not sets:
         raise UserError(
             f"{where} holds no probabilities of perturbed answers (its metrics are: "
@@ -61,81 +66,39 @@ def read_open_unlearning(raw: Mapping[str, Any], where: str) -> EvalLog:
     return EvalLog(sets, {"source": where, "format": "open-unlearning"})
 
 
-def _open_unlearning_set(
-    raw: Mapping[str, Any], prefix: str, name: str, where: str
-) -> SetRecord | None:
-    metrics = {
-        "answer": f"{prefix}_Q_A_Prob",
-        "paraphrase": f"{prefix}_Q_A_PARA_Prob",
-        "perturbed": f"{prefix}_Q_A_PERT_Prob",
-        "rouge": f"{prefix}_Q_A_ROUGE",
-    }
-    columns = {
-        key: column_by_index(raw[metric].get("value_by_index"), f"{where}: {metric}")
-        for key, metric in metrics.items()
-        if isinstance(raw.get(metric), dict) and "value_by_index" in raw[metric]
-    }
-    if "perturbed" not in columns or not columns.keys() & {"answer", "paraphrase"}:
-        return None
-    first = columns["perturbed"]
-    for key, column in columns.items():
-        odd = sorted(set(first) ^ set(column))
-        if odd:
-            raise UserError(
-                f"{where}: {metrics[key]} and {metrics['perturbed']} hold different rows "
-                f"(row {odd[0]} is in only one of them).",
-                "Evaluate again.",
-            )
-    rows = tuple(
-        _open_unlearning_row({k: column[i] for k, column in columns.items()}, metrics, where, i)
-        for i in sorted(first)
-    )
-    return SetRecord(name, rows)
+def _row(cells: Mapping[str, Any], prefix: str, where: str, i: int) -> RowRecord:
+    def cell(metric: str, key: str) -> tuple[dict[str, Any], str]:
+        name = f"{prefix}_{metric}"
+        here = f"{where}: {name} row {i}"
+        if not isinstance(cells[name], dict) or key not in cells[name]:
+            raise UserError(f"{here} has no {key}.", "Evaluate this row again.")
+        return cells[name], here
 
+    def scores(metric: str) -> list[AnswerScore]:
+        body, here = cell(metric, "avg_loss")
+        losses = body["avg_loss"] if isinstance(body["avg_loss"], list) else [body["avg_loss"]]
+        return [score_of(loss, None, here, "avg_loss") for loss in losses]
 
-def _open_unlearning_row(
-    cells: Mapping[str, Any], metrics: Mapping[str, str], where: str, i: int
-) -> RowRecord:
-    def losses(key: str) -> list[AnswerScore]:
-        here = f"{where}: {metrics[key]} row {i}"
-        cell = cells[key]
-        if not isinstance(cell, dict) or "avg_loss" not in cell:
-            raise UserError(f"{here} has no avg_loss.", "Evaluate this row again.")
-        values = cell["avg_loss"] if isinstance(cell["avg_loss"], list) else [cell["avg_loss"]]
-        return [AnswerScore(loss_of(value, here, "avg_loss")) for value in values]
-
-    def single(key: str) -> AnswerScore | None:
-        if key not in cells:
+    def score(metric: str) -> AnswerScore | None:
+        if f"{prefix}_{metric}" not in cells:
             return None
-        scores = losses(key)
-        if len(scores) != 1:
-            here = f"{where}: {metrics[key]} row {i}"
-            raise UserError(f"{here} scores {len(scores)} answers, not one.", "Evaluate again.")
-        return scores[0]
+        values = scores(metric)
+        if len(values) != 1:
+            here = f"{where}: {prefix}_{metric} row {i}"
+            raise UserError(f"{here} scores {len(values)} answers, not one.", "Evaluate again.")
+        return values[0]
 
-    rouge = cells.get("rouge")
     question = answer = None
-    generations: dict[str, Generation] = {}
-    if rouge is not None:
-        here = f"{where}: {metrics['rouge']} row {i}"
-        if not isinstance(rouge, dict) or "rougeL_recall" not in rouge:
-            raise UserError(f"{here} has no rougeL_recall.", "Evaluate this row again.")
+    generations = {}
+    if cells.get(f"{prefix}_Q_A_ROUGE") is not None:
+        rouge, here = cell("Q_A_ROUGE", "rougeL_recall")
         question = question_of(rouge["input"]) if "input" in rouge else None
         answer = rouge.get("ground_truth")
-        generations[RECORDED] = Generation(
-            rouge.get("generation"),
-            optional_recall(rouge.get("rouge1_recall"), here, "rouge1_recall"),
-            recall_of(rouge["rougeL_recall"], here, "rougeL_recall"),
-        )
-    truth = single("answer")
-    return RowRecord(
-        question=question,
-        answer=answer,
-        answer_score=truth,
-        paraphrase=single("paraphrase") or truth,
-        perturbed=tuple(losses("perturbed")),
-        generations=generations,
-    )
+        recalls = rouge.get("rouge1_recall"), rouge["rougeL_recall"]
+        generations[RECORDED] = generation(rouge.get("generation"), *recalls, here)
+    truth = score("Q_A_Prob")
+    paraphrase, perturbed = score("Q_A_PARA_Prob") or truth, tuple(scores("Q_A_PERT_Prob"))
+    return RowRecord(question, answer, truth, paraphrase, perturbed, generations)
 
 
 def to_open_unlearning(
@@ -159,82 +122,54 @@ def to_open_unlearning(
         "forget_quality": {"agg_value": figures["forget_quality"]},
         "model_utility": {"agg_value": figures["model_utility"]},
     }
+
+    def add(title: str, aggregate: float, cells: Sequence[dict[str, Any]]) -> None:
+        by_index = {str(i): cell for i, cell in enumerate(cells)}
+        metrics[title] = {"agg_value": aggregate, "value_by_index": by_index}
+
     for prefix, name in PREFIXES.items():
-        if name in log.sets:
-            rows = protocol_rows(log.sets[name], protocol)
-            metrics |= _set_metrics(prefix, name, rows, protocol, figures, values[name])
+        if name not in log.sets:
+            continue
+        rows, columns = protocol_rows(log.sets[name], protocol), values[name]
+        is_author_set = name in ("forget", "retain")
+        for metric in reversed(METRICS):
+            if metric == "Q_A_PARA_Prob" and not is_author_set:
+                continue
+            cells = [_cell(metric, row, protocol) for row in rows]
+            full = [cell for cell in cells if cell is not None]
+            if full and len(full) == len(cells):
+                key = "rougeL_recall" if metric == "Q_A_ROUGE" else "prob"
+                means = [c[key] if isinstance(c[key], float) else _mean(c[key]) for c in full]
+                add(f"{prefix}_{metric}", _mean(means), full)
+        if "log_r" in columns:
+            ratios = [math.exp(min(value, LARGEST_LOG)) for value in columns["log_r"]]
+            title = "forget_truth_ratio" if name == "forget" else f"{prefix}_Truth_Ratio"
+            add(title, figures[f"{name}_truth_ratio"], [{"score": value} for value in ratios])
+        if not is_author_set and "answer_prob" in columns:
+            probs = [{"prob": value} for value in columns["answer_prob"]]
+            add(f"{prefix}_Q_A_Prob_normalised", figures[f"{name}_answer_prob"], probs)
     return metrics
 
 
-def _set_metrics(
-    prefix: str,
-    name: str,
-    rows: Sequence[RowRecord],
-    protocol: Protocol,
-    figures: Mapping[str, Any],
-    values: Mapping[str, Sequence[float]],
-) -> dict[str, Any]:
-    """One set's metrics under open-unlearning's names, without those that lack a row's data."""
-    plain = name in ("forget", "retain")
-    answers = [generation_of(row, protocol) for row in rows]
-    columns: dict[str, list[dict[str, Any] | None]] = {
-        "Q_A_Prob": [_prob(row.answer_score) for row in rows],
-        "Q_A_PARA_Prob": [_prob(row.paraphrase) for row in rows] if plain else [None],
-        "Q_A_PERT_Prob": [_probs(row.perturbed) for row in rows],
-        "Q_A_ROUGE": [
-            None
-            if answer is None
-            else {
-                "rouge1_recall": answer.rouge1_recall,
-                "rougeL_recall": answer.rouge_l_recall,
-                "input": f"[INST] {row.question} [/INST]",
-                "ground_truth": row.answer,
-                "generation": answer.text,
-            }
-            for row, answer in zip(rows, answers, strict=True)
-        ],
-    }
-    metrics = {
-        f"{prefix}_{metric}": {
-            "agg_value": _mean_of(metric, cells),
-            "value_by_index": {str(i): cell for i, cell in enumerate(cells)},
+def _cell(metric: str, row: RowRecord, protocol: Protocol) -> dict[str, Any] | None:
+    """The row's cell of one metric, None where the log does not hold it."""
+    if metric == "Q_A_ROUGE":
+        answer = generation_of(row, protocol)
+        if answer is None:
+            return None
+        return {
+            "rouge1_recall": answer.rouge1_recall,
+            "rougeL_recall": answer.rouge_l_recall,
+            "input": f"[INST] {row.question} [/INST]",
+            "ground_truth": row.answer,
+            "generation": answer.text,
         }
-        for metric, cells in columns.items()
-        if cells and all(cell is not None for cell in cells)
-    }
-    if "log_r" in values:
-        ratios = [math.exp(min(value, LARGEST_LOG)) for value in values["log_r"]]
-        title = "forget_truth_ratio" if name == "forget" else f"{prefix}_Truth_Ratio"
-        metrics[title] = {
-            "agg_value": figures[f"{name}_truth_ratio"],
-            "value_by_index": {str(i): {"score": value} for i, value in enumerate(ratios)},
-        }
-    if not plain and "answer_prob" in values:
-        metrics[f"{prefix}_Q_A_Prob_normalised"] = {
-            "agg_value": figures[f"{name}_answer_prob"],
-            "value_by_index": {
-                str(i): {"prob": value} for i, value in enumerate(values["answer_prob"])
-            },
-        }
-    return metrics
+    if metric == "Q_A_PERT_Prob":
+        losses = [score.mean_nll for score in row.perturbed]
+        return {"prob": [math.exp(-x) for x in losses], "avg_loss": losses} if losses else None
+    score = row.answer_score if metric == "Q_A_Prob" else row.paraphrase
+    return score and {"prob": math.exp(-score.mean_nll), "avg_loss": score.mean_nll}
 
 
-def _prob(score: AnswerScore | None) -> dict[str, Any] | None:
-    if score is None:
-        return None
-    return {"prob": math.exp(-score.mean_nll), "avg_loss": score.mean_nll}
-
-
-def _probs(scores: Sequence[AnswerScore]) -> dict[str, Any] | None:
-    if not scores:
-        return None
-    losses = [score.mean_nll for score in scores]
-    return {"prob": [math.exp(-loss) for loss in losses], "avg_loss": losses}
-
-
-def _mean_of(metric: str, cells: Sequence[dict[str, Any] | None]) -> float:
-    """Their aggregate: the mean over rows of the probability (of its mean) or ROUGE-L recall."""
-    key = "rougeL_recall" if metric == "Q_A_ROUGE" else "prob"
-    values = [cell[key] for cell in cells if cell is not None]
-    flat = [sum(v) / len(v) if isinstance(v, list) else v for v in values]
-    return float(sum(flat) / len(flat))
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))

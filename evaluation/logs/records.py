@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from adapters.atomic_files import write_bytes
 from adapters.errors import UserError
 from evaluation.protocols import Protocol
 
@@ -23,7 +23,7 @@ SCHEMA = 1
 SETS = ("forget", "retain", "real_authors", "world_facts")
 # The answers of a public log were decoded in a way the log does not state.
 RECORDED = "recorded"
-
+Record = TypeVar("Record")
 
 # What surrounds the question in a recorded prompt; special tokens are already gone.
 _PROMPTS = (
@@ -33,8 +33,7 @@ _PROMPTS = (
 )
 
 
-@dataclass(frozen=True)
-class AnswerScore:
+class AnswerScore(NamedTuple):
     """Teacher-forced score of one answer.
 
     Attributes:
@@ -114,73 +113,36 @@ def generation_of(row: RowRecord, protocol: Protocol) -> Generation | None:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes `value` as JSON and returns `path`: written aside, synced, renamed, never half a file.
-
-    Raises:
-        ValueError: `value` holds NaN or an infinity.
-    """
+    """Writes `value` as JSON and returns `path`; never half a file. NaN is a ValueError."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
     return write_text(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes `text` and returns `path`: written aside, synced, renamed, never half a file."""
+    """Writes `text` and returns `path`; never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    write_bytes(path, text.encode())
     return path
 
 
-def write_log(log: EvalLog, path: Path) -> Path:
-    """`path`, holding `log` in our own format (schema 1); `read_log` gives back an equal log."""
-    sets = {
-        name: {"total": each.total, "rows": [row_json(row) for row in each.rows]}
-        for name, each in log.sets.items()
-    }
-    body = {"kind": KIND, "schema": SCHEMA, "meta": dict(log.meta), "sets": sets}
-    return write_json(path, body)
+def read_json(path: Path, what: str, *, finite: bool = False) -> Any:
+    """The JSON value in `path`, with or without a byte order mark.
 
-
-def row_json(row: RowRecord) -> dict[str, Any]:
-    """The row as JSON values; a score is `[mean_nll, n]`."""
-    return {
-        "question": row.question,
-        "answer": row.answer,
-        "answer_score": _score_json(row.answer_score),
-        "paraphrase": _score_json(row.paraphrase),
-        "perturbed": [_score_json(score) for score in row.perturbed],
-        "generations": {
-            name: {
-                "text": answer.text,
-                "rouge1_recall": answer.rouge1_recall,
-                "rouge_l_recall": answer.rouge_l_recall,
-            }
-            for name, answer in row.generations.items()
-        },
-        "agreed": row.agreed,
-    }
-
-
-def _score_json(score: AnswerScore | None) -> list[float | int | None] | None:
-    return None if score is None else [score.mean_nll, score.n]
-
-
-def read_json(path: Path, what: str) -> Any:
-    """The JSON value in `path`, with or without a byte order mark; `what` it is, for errors.
+    Args:
+        path: the file.
+        what: what it is called in errors.
+        finite: refuse NaN and infinities.
 
     Raises:
         UserError: no such file, no text, or no JSON.
     """
+
+    def refuse(constant: str) -> NoReturn:
+        raise json.JSONDecodeError(f"{constant} is not a finite number", "", 0)
+
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, parse_constant=refuse if finite else None)
     except FileNotFoundError:
         raise UserError(f"There is no {what} {path}.", "Check the path.") from None
     except json.JSONDecodeError as error:
@@ -194,8 +156,31 @@ def read_json(path: Path, what: str) -> Any:
         ) from None
 
 
+def write_log(log: EvalLog, path: Path) -> Path:
+    """`path`, holding `log` in our own format (schema 1); `read_log` gives back an equal log."""
+    return write_sets(path, KIND, log.sets, log.meta)
+
+
+def write_sets(path: Path, kind: str, sets: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+    """`path`, holding sets of rows (dataclasses) and `meta`."""
+    rows = {
+        name: {"total": each.total, "rows": [asdict(row) for row in each.rows]}
+        for name, each in sets.items()
+    }
+    body = {"kind": kind, "schema": SCHEMA, "meta": dict(meta), "sets": rows}
+    return write_json(path, body)
+
+
 def own_log(raw: Mapping[str, Any], where: str) -> EvalLog:
-    """The log in this tool's format; `where` names its file in errors.
+    """The log in this tool's format; `where` names its file in errors, see `read_sets`."""
+    sets, meta = read_sets(raw, where, row_from_json)
+    return EvalLog({name: SetRecord(name, *each) for name, each in sets.items()}, meta)
+
+
+def read_sets(
+    raw: Mapping[str, Any], where: str, row_of: Callable[[Any, str], Record]
+) -> tuple[dict[str, tuple[tuple[Record, ...], Any]], dict[str, Any]]:
+    """What `write_sets` wrote: rows and total by set, and `meta`.
 
     Raises:
         UserError: another schema, a missing field, or a number that is not finite.
@@ -206,136 +191,120 @@ def own_log(raw: Mapping[str, Any], where: str) -> EvalLog:
             "Update the tool, or evaluate again.",
         )
     try:
-        sets = {
-            name: SetRecord(
-                name,
-                tuple(
-                    row_from_json(row, f"{where}: {name} row {i}")
-                    for i, row in enumerate(body["rows"])
-                ),
-                body["total"],
-            )
-            for name, body in raw["sets"].items()
-        }
-        meta = dict(raw["meta"])
+        sets = {}
+        for name, body in raw["sets"].items():
+            rows = (row_of(row, f"{where}: {name} row {i}") for i, row in enumerate(body["rows"]))
+            sets[name] = (tuple(rows), body["total"])
+        return sets, dict(raw["meta"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{where} is damaged ({type(error).__name__}: {error}).", "Evaluate again."
         ) from error
-    return EvalLog(sets, meta)
 
 
 def row_from_json(raw: Mapping[str, Any], where: str) -> RowRecord:
-    """The inverse of `row_json`; `where` names the row in errors.
+    """The row that `dataclasses.asdict` gave; `where` names it in errors.
 
     Raises:
         UserError: a score or a recall is not a finite number.
         KeyError, TypeError: the row has another shape.
     """
-    perturbed = [_score_of(pair, where, "perturbed") for pair in raw["perturbed"]]
+
+    def pair(score: Any, key: str) -> AnswerScore:
+        loss, n = score
+        return score_of(loss, n, where, key)
+
+    def score(key: str) -> AnswerScore | None:
+        return None if raw[key] is None else pair(raw[key], key)
+
+    agreed = raw.get("agreed")
+    if agreed is not None and (type(agreed) is not int or agreed < 0):
+        raise UserError(f"{where}: agreed is {agreed!r}, not a count.", "Write the log again.")
     return RowRecord(
         question=raw["question"],
         answer=raw["answer"],
-        answer_score=_score_of(raw["answer_score"], where, "answer_score"),
-        paraphrase=_score_of(raw["paraphrase"], where, "paraphrase"),
-        perturbed=tuple(score for score in perturbed if score is not None),
+        answer_score=score("answer_score"),
+        paraphrase=score("paraphrase"),
+        perturbed=tuple(pair(score, "perturbed") for score in raw["perturbed"]),
         generations={
-            name: Generation(
-                answer["text"],
-                optional_recall(answer["rouge1_recall"], where, "rouge1_recall"),
-                recall_of(answer["rouge_l_recall"], where, "rouge_l_recall"),
-            )
-            for name, answer in raw["generations"].items()
+            name: generation(body["text"], body["rouge1_recall"], body["rouge_l_recall"], where)
+            for name, body in raw["generations"].items()
         },
-        agreed=_agreed_of(raw.get("agreed"), where),
+        agreed=agreed,
     )
 
 
-def _agreed_of(raw: Any, where: str) -> int | None:
-    if raw is None or (type(raw) is int and raw >= 0):
-        return raw
-    raise UserError(f"{where}: agreed is {raw!r}, not a count.", "Write the log again.")
-
-
-def _score_of(raw: Sequence[Any] | None, where: str, what: str) -> AnswerScore | None:
-    if raw is None:
-        return None
-    mean, n = raw
-    return AnswerScore(loss_of(mean, where, what), None if n is None else count_of(n, where, what))
-
-
-def loss_of(value: Any, where: str, what: str) -> float:
-    """A recorded loss as a float: finite and not negative.
-
-    Raises:
-        UserError: naming the row and the value.
-    """
-    number = _finite(value, where, what)
+def score_of(loss: Any, n: Any, where: str, what: str) -> AnswerScore:
+    """A recorded loss, finite and not negative, and the answer's tokens: at least one, or None."""
+    mean = number(loss, where, what)
     # Losses come from a softmax: a sum of -log p below zero is rounding, well below is no loss.
-    if number < -1e-3:
+    if mean < -1e-3:
         raise UserError(
-            f"{where}: {what} is {number:g}, but a loss is never negative.",
+            f"{where}: {what} is {mean:g}, but a loss is never negative.",
             "Check whether the log holds log-probabilities instead of losses.",
         )
-    return number
-
-
-def recall_of(value: Any, where: str, what: str) -> float:
-    """A recorded ROUGE recall as a float between 0 and 1.
-
-    Raises:
-        UserError: naming the row and the value.
-    """
-    number = _finite(value, where, what)
-    if not -1e-9 <= number <= 1 + 1e-9:
+    tokens = None if n is None else number(n, where, f"tokens of {what}")
+    if tokens is not None and (tokens != int(tokens) or tokens < 1):
         raise UserError(
-            f"{where}: {what} is {number:g}, but a recall lies between 0 and 1.",
-            "Check how the log was written.",
+            f"{where}: {what} counts {tokens:g} tokens.", "An answer has at least one token."
         )
-    return number
+    return AnswerScore(mean, None if tokens is None else int(tokens))
 
 
-def optional_recall(value: Any, where: str, what: str) -> float | None:
-    """`recall_of`, where None stays None."""
-    return None if value is None else recall_of(value, where, what)
+def generation(text: str | None, rouge1: Any, rouge_l: Any, where: str) -> Generation:
+    """A recorded answer with its recalls, each between 0 and 1; ROUGE-1 may be missing."""
+    first = None if rouge1 is None else share(rouge1, where, "rouge1_recall")
+    return Generation(text, first, share(rouge_l, where, "rougeL_recall"))
 
 
-def count_of(value: Any, where: str, what: str) -> int:
-    """A recorded number of tokens: a whole number of at least 1.
-
-    Raises:
-        UserError: naming the row and the value.
-    """
-    number = _finite(value, where, what)
-    if number != int(number) or number < 1:
+def share(value: Any, where: str, what: str) -> float:
+    """A recorded recall or share as a float between 0 and 1."""
+    result = number(value, where, what)
+    if not -1e-9 <= result <= 1 + 1e-9:
         raise UserError(
-            f"{where}: {what} counts {number:g} tokens.", "An answer has at least one token."
+            f"{where}: {what} is {result:g}, not between 0 and 1.", "Check how it was written."
         )
-    return int(number)
+    return result
 
 
-def _finite(value: Any, where: str, what: str) -> float:
+def number(value: Any, where: str, what: str) -> float:
+    """A recorded finite number as a float, else a UserError that names the row."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         kind = "missing" if value is None else f"{type(value).__name__}, not a number"
         raise UserError(f"{where}: {what} is {kind}.", "Evaluate these rows again.")
     if not math.isfinite(value):
         raise UserError(
-            f"{where}: {what} is {value}.",
+            f"{where}: {what} is {value}, not a number.",
             "The model or its evaluation broke down there: evaluate these rows again.",
         )
     return float(value)
 
 
-def column_by_index(raw: Any, where: str) -> dict[int, Any]:
-    """A column by row index, from a list or from an object keyed by index."""
-    if isinstance(raw, list):
-        return dict(enumerate(raw))
-    if isinstance(raw, dict) and all(str(key).isdecimal() for key in raw):
-        return {int(key): value for key, value in raw.items()}
-    raise UserError(
-        f"{where} is neither a list nor an object keyed by row index.",
-        "Give the log itself.",
-    )
+def columns_by_index(columns: Mapping[str, Any], where: str) -> list[tuple[int, dict[str, Any]]]:
+    """Rows by index, from columns that are lists or objects keyed by index.
+
+    Raises:
+        UserError: a column is neither, or columns differ in their rows.
+    """
+    by_index: dict[str, dict[int, Any]] = {}
+    for key, raw in columns.items():
+        if isinstance(raw, list):
+            by_index[key] = dict(enumerate(raw))
+        elif isinstance(raw, dict) and all(str(index).isdecimal() for index in raw):
+            by_index[key] = {int(index): value for index, value in raw.items()}
+        else:
+            problem = f"{where}: {key} is neither a list nor an object keyed by row index."
+            raise UserError(problem, "Give the log itself.")
+    name, first = next(iter(by_index.items()))
+    for key, column in by_index.items():
+        odd = sorted(first.keys() ^ column.keys())
+        if odd:
+            raise UserError(
+                f"{where}: {key} has {len(column)} rows, {name} has {len(first)}: different rows "
+                f"(row {odd[0]} is in only one of them).",
+                "The log was put together from different runs: evaluate again.",
+            )
+    return [(i, {key: column[i] for key, column in by_index.items()}) for i in sorted(first)]
 
 
 def question_of(prompt: str) -> str:

@@ -6,24 +6,19 @@ Unlearn-Simple) write lists instead.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from adapters.errors import UserError
 from evaluation.logs.records import (
     RECORDED,
-    AnswerScore,
     EvalLog,
-    Generation,
     RowRecord,
     SetRecord,
-    column_by_index,
-    count_of,
-    loss_of,
-    optional_recall,
+    columns_by_index,
+    generation,
     question_of,
-    recall_of,
+    score_of,
 )
 
 TASKS = {
@@ -32,15 +27,11 @@ TASKS = {
     "eval_real_author_wo_options.json": "real_authors",
     "eval_real_world_wo_options.json": "world_facts",
 }
-_TOFU_NEEDED = ("avg_gt_loss", "average_perturb_loss", "avg_paraphrased_loss")
-_TOFU_OPTIONAL = (
-    "num_token_gt",
-    "num_token_paraphrased",
-    "num_token_perturb",
-    "rouge1_recall",
-    "rougeL_recall",
+NEEDED = ("avg_gt_loss", "average_perturb_loss", "avg_paraphrased_loss")
+OPTIONAL = (
+    "num_token_gt", "num_token_paraphrased", "num_token_perturb", "rouge1_recall", "rougeL_recall",
     "generated_text",
-)
+)  # fmt: skip
 
 
 def is_tofu(raw: Any, where: str) -> bool:
@@ -68,82 +59,47 @@ def read_tofu(raw: Mapping[str, Any], where: str) -> EvalLog:
 def _tofu_set(task: Any, name: str, where: str) -> SetRecord:
     if not isinstance(task, dict):
         raise UserError(f"{where} is {type(task).__name__}, not an object.", "Give TOFU's log.")
-    missing = [key for key in _TOFU_NEEDED if key not in task]
+    missing = [key for key in NEEDED if key not in task]
     if missing:
         raise UserError(f"{where} has no {', '.join(missing)}.", "Give TOFU's aggregated log.")
-    columns = {
-        key: column_by_index(task[key], f"{where}: {key}")
-        for key in (*_TOFU_NEEDED, *_TOFU_OPTIONAL)
-        if key in task
-    }
-    first = columns[_TOFU_NEEDED[0]]
-    if not first:
+    columns = {key: task[key] for key in (*NEEDED, *OPTIONAL) if key in task}
+    rows = [_tofu_row(row, f"{where} row {i}") for i, row in columns_by_index(columns, where)]
+    if not rows:
         raise UserError(f"{where} has no rows.", "Evaluate again.")
-    for key, column in columns.items():
-        odd = sorted(set(first) ^ set(column))
-        if odd:
-            raise UserError(
-                f"{where}: {key} has {len(column)} rows, {_TOFU_NEEDED[0]} has {len(first)} "
-                f"(row {odd[0]} is in only one of them).",
-                "The log was put together from different runs: evaluate again.",
-            )
-    rows = tuple(
-        _tofu_row({key: column[i] for key, column in columns.items()}, f"{where} row {i}")
-        for i in sorted(first)
-    )
-    return SetRecord(name, rows)
+    return SetRecord(name, tuple(rows))
 
 
 def _tofu_row(row: Mapping[str, Any], where: str) -> RowRecord:
-    texts = row.get("generated_text")
-    question = answer = generated = None
-    if texts is not None:
+    def refuse(problem: str) -> NoReturn:
+        raise UserError(f"{where}: {problem}.", "Give TOFU's own log.")
+
+    question = answer = text = None
+    if (texts := row.get("generated_text")) is not None:
         if not isinstance(texts, list) or len(texts) != 3:
-            raise UserError(
-                f"{where}: generated_text is not [prompt, generated, truth].",
-                "Give TOFU's own log.",
-            )
-        prompt, generated, answer = (str(text) for text in texts)
+            refuse("generated_text is not [prompt, generated, truth]")
+        prompt, text, answer = map(str, texts)
         question = question_of(prompt)
-    perturbed = row["average_perturb_loss"]
-    counts = row.get("num_token_perturb")
-    if not isinstance(perturbed, list) or not perturbed:
-        raise UserError(f"{where}: average_perturb_loss is not a list.", "Give TOFU's own log.")
-    if counts is None:
-        counts = [None] * len(perturbed)
-    if not isinstance(counts, list) or len(counts) != len(perturbed):
-        raise UserError(
-            f"{where}: num_token_perturb does not match the {len(perturbed)} perturbed answers.",
-            "Give TOFU's own log.",
-        )
+    wrong = row["average_perturb_loss"]
+    if not isinstance(wrong, list) or not wrong:
+        refuse("average_perturb_loss is not a list")
+    counts = row.get("num_token_perturb") or [None] * len(wrong)
+    if not isinstance(counts, list) or len(counts) != len(wrong):
+        refuse(f"num_token_perturb does not match the {len(wrong)} perturbed answers")
     generations = {}
     if "rougeL_recall" in row:
-        generations[RECORDED] = Generation(
-            generated,
-            optional_recall(row.get("rouge1_recall"), where, "rouge1_recall"),
-            recall_of(row["rougeL_recall"], where, "rougeL_recall"),
+        recalls = row.get("rouge1_recall"), row["rougeL_recall"]
+        generations[RECORDED] = generation(text, *recalls, where)
+    truth, paraphrase = (
+        score_of(row[loss], row.get(n), where, loss)
+        for loss, n in (
+            ("avg_gt_loss", "num_token_gt"), ("avg_paraphrased_loss", "num_token_paraphrased")
         )
-    return RowRecord(
-        question=question,
-        answer=answer,
-        answer_score=_score(row["avg_gt_loss"], row.get("num_token_gt"), where, "avg_gt_loss"),
-        paraphrase=_score(
-            row["avg_paraphrased_loss"],
-            row.get("num_token_paraphrased"),
-            where,
-            "avg_paraphrased_loss",
-        ),
-        perturbed=tuple(
-            _score(loss, n, where, f"average_perturb_loss[{k}]")
-            for k, (loss, n) in enumerate(zip(perturbed, counts, strict=True))
-        ),
-        generations=generations,
+    )  # fmt: skip
+    perturbed = tuple(
+        score_of(loss, n, where, f"average_perturb_loss[{k}]")
+        for k, (loss, n) in enumerate(zip(wrong, counts, strict=True))
     )
-
-
-def _score(loss: Any, n: Any, where: str, what: str) -> AnswerScore:
-    tokens = None if n is None else count_of(n, where, f"tokens of {what}")
-    return AnswerScore(loss_of(loss, where, what), tokens)
+    return RowRecord(question, answer, truth, paraphrase, perturbed, generations)
 
 
 def to_tofu(
@@ -171,14 +127,17 @@ def to_tofu(
 
 
 def _tofu_columns(record_set: SetRecord, decoding: str | None) -> dict[str, list[Any]]:
+    from scipy.special import logsumexp
+
+    answers, paraphrases = [], []
     for i, row in enumerate(record_set.rows):
         if row.answer_score is None or row.paraphrase is None or not row.perturbed:
             raise UserError(
                 f"Row {i} of {record_set.name} has no perturbed answers.",
                 "TOFU's format needs answer, paraphrase and perturbed scores of every row.",
             )
-    answers = [row.answer_score for row in record_set.rows if row.answer_score is not None]
-    paraphrases = [row.paraphrase for row in record_set.rows if row.paraphrase is not None]
+        answers.append(row.answer_score)
+        paraphrases.append(row.paraphrase)
     wrong = [row.perturbed for row in record_set.rows]
     columns: dict[str, list[Any]] = {
         "avg_gt_loss": [score.mean_nll for score in answers],
@@ -196,17 +155,10 @@ def _tofu_columns(record_set: SetRecord, decoding: str | None) -> dict[str, list
             "num_token_perturb": [[score.n for score in row] for row in wrong],
         }
     if record_set.name in ("real_authors", "world_facts"):
-        columns["normalized_gt_loss"] = [
-            _normalised_loss(score, row) for score, row in zip(answers, wrong, strict=True)
-        ]
+        # -log of P(answer) over the sum with the wrong answers' P.
+        logs = [[-score.mean_nll for score in (a, *w)] for a, w in zip(answers, wrong, strict=True)]
+        columns["normalized_gt_loss"] = [float(logsumexp(row)) - row[0] for row in logs]
     return columns | _tofu_answers(record_set.rows, decoding)
-
-
-def _normalised_loss(answer: AnswerScore, wrong: Sequence[AnswerScore]) -> float:
-    """-log of P(answer) over the sum with the wrong answers' P, by log-sum-exp."""
-    logs = [-answer.mean_nll, *(-score.mean_nll for score in wrong)]
-    top = max(logs)
-    return top + math.log(sum(math.exp(value - top) for value in logs)) - logs[0]
 
 
 def _tofu_answers(rows: Sequence[RowRecord], decoding: str | None) -> dict[str, list[Any]]:
@@ -220,15 +172,16 @@ def _tofu_answers(rows: Sequence[RowRecord], decoding: str | None) -> dict[str, 
             f"It has: {', '.join(sorted(shared)) or 'none'}.",
         )
     answers = [row.generations[name] for row in rows]
-    columns: dict[str, list[Any]] = {"rougeL_recall": [g.rouge_l_recall for g in answers]}
-    if all(g.rouge1_recall is not None for g in answers):
-        columns["rouge1_recall"] = [g.rouge1_recall for g in answers]
-    if all(
-        row.question is not None and g.text is not None
-        for row, g in zip(rows, answers, strict=True)
-    ):
-        columns["generated_text"] = [
-            [f"[INST] {row.question} [/INST]", g.text, row.answer or ""]
-            for row, g in zip(rows, answers, strict=True)
-        ]
+    columns: dict[str, list[Any]] = {
+        "rougeL_recall": [answer.rouge_l_recall for answer in answers],
+        "rouge1_recall": [answer.rouge1_recall for answer in answers],
+        "generated_text": [
+            [f"[INST] {row.question} [/INST]", answer.text, row.answer or ""]
+            for row, answer in zip(rows, answers, strict=True)
+        ],
+    }
+    if any(recall is None for recall in columns["rouge1_recall"]):
+        del columns["rouge1_recall"]
+    if any(row.question is None for row in rows) or any(a.text is None for a in answers):
+        del columns["generated_text"]
     return columns

@@ -5,17 +5,23 @@ A row holds its question, as evaluation logs do, and numbers: no answer, no toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from evaluation.logs.records import count_of, loss_of, read_json, write_json
+from evaluation.logs.records import (
+    number,
+    read_json,
+    read_sets,
+    score_of,
+    share,
+    write_sets,
+)
 
 KIND = "unlearner-token-metrics"
-SCHEMA = 1
+SHARES = ("extraction_strength", "exact_memorization")
 
 
 @dataclass(frozen=True)
@@ -65,25 +71,7 @@ class TokenRecords:
 
 def write_records(records: TokenRecords, path: Path) -> Path:
     """`path`, holding `records` (schema 1); `read_records` gives back equal ones."""
-    sets = {
-        name: {"total": each.total, "rows": [token_row_json(row) for row in each.rows]}
-        for name, each in records.sets.items()
-    }
-    body = {"kind": KIND, "schema": SCHEMA, "meta": dict(records.meta), "sets": sets}
-    return write_json(path, body)
-
-
-def token_row_json(row: TokenRow) -> dict[str, Any]:
-    """The row as JSON values."""
-    return {
-        "question": row.question,
-        "n": row.n,
-        "mean_nll": row.mean_nll,
-        "extraction_strength": row.extraction_strength,
-        "exact_memorization": row.exact_memorization,
-        "scores": dict(row.scores),
-        "kl": row.kl,
-    }
+    return write_sets(path, KIND, records.sets, records.meta)
 
 
 def read_records(path: Path) -> TokenRecords:
@@ -98,54 +86,25 @@ def read_records(path: Path) -> TokenRecords:
             f"{path.name} holds no token metrics.",
             "Give the token_metrics.json that `unlearner evaluate --metrics ... --out` writes.",
         )
-    if raw.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path.name} has schema {raw.get('schema')!r}; this version reads schema {SCHEMA}.",
-            "Update the tool, or evaluate again.",
-        )
-    try:
-        sets = {
-            name: TokenSet(
-                tuple(
-                    token_row_from_json(row, f"{path.name}: {name} row {i}")
-                    for i, row in enumerate(body["rows"])
-                ),
-                int(body["total"]),
-            )
-            for name, body in raw["sets"].items()
-        }
-        return TokenRecords(sets, dict(raw["meta"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{path.name} is damaged ({type(error).__name__}: {error}).", "Evaluate again."
-        ) from error
+    sets, meta = read_sets(raw, path.name, token_row_from_json)
+    return TokenRecords({name: TokenSet(*each) for name, each in sets.items()}, meta)
 
 
 def token_row_from_json(raw: Mapping[str, Any], where: str) -> TokenRow:
-    """The inverse of `token_row_json`; `where` names the row in errors.
+    """The row that `dataclasses.asdict` gave; `where` names it in errors.
 
     Raises:
         UserError: a value is not a finite number, or out of its bounds.
         KeyError, TypeError: the row has another shape.
     """
-    shares = {}
-    for name in ("extraction_strength", "exact_memorization"):
-        shares[name] = _number(raw[name], where, name)
-        if not 0 <= shares[name] <= 1:
-            raise UserError(f"{where}: {name} is not between 0 and 1.", "Evaluate again.")
     if not isinstance(raw["question"], str):
         raise TypeError("a question is a text")
+    loss, n = score_of(raw["mean_nll"], raw["n"], where, "mean_nll")
     return TokenRow(
         question=raw["question"],
-        n=count_of(raw["n"], where, "n"),
-        mean_nll=loss_of(raw["mean_nll"], where, "mean_nll"),
-        scores={name: _number(value, where, name) for name, value in raw["scores"].items()},
-        kl=None if raw["kl"] is None else loss_of(raw["kl"], where, "kl"),
-        **shares,
+        n=n or 0,
+        mean_nll=loss,
+        scores={name: number(value, where, name) for name, value in raw["scores"].items()},
+        kl=None if raw["kl"] is None else score_of(raw["kl"], None, where, "kl").mean_nll,
+        **{name: share(raw[name], where, name) for name in SHARES},
     )
-
-
-def _number(value: Any, where: str, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: {what} is {value!r}, not a number.", "Evaluate again.")
-    return float(value)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-RESAMPLES = 1000
+RESAMPLES, SEED = 1000, 0
 
 
 class Interval(NamedTuple):
@@ -31,19 +31,18 @@ def interval(samples: Floats) -> Interval:
     return Interval(float(low), float(high))
 
 
-def mean_interval(values: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The 95 % bootstrap interval of a mean over rows (rows,)."""
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(values.size, size=(resamples, values.size))
-    return interval(values[chosen].mean(axis=1))
+def resampled_rows(n: int, resamples: int) -> npt.NDArray[np.int64]:
+    """Rows drawn with replacement, (resamples, n); the same at every call."""
+    return np.random.default_rng(SEED).integers(n, size=(resamples, n))
 
 
-def measure_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
+def measure_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES) -> Measure:
     """The mean over rows (rows,) and its interval."""
-    rows = finite(values)
+    rows = np.asarray(values, dtype=np.float64)
     if not resamples:
         return Measure(float(rows.mean()))
-    return Measure(float(rows.mean()), mean_interval(rows, resamples=resamples, seed=seed))
+    samples = rows[resampled_rows(rows.size, resamples)].mean(axis=1)
+    return Measure(float(rows.mean()), interval(samples))
 
 
 def finite(values: npt.ArrayLike) -> Floats:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, interval
+from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, interval, resampled_rows
 
 Averaging = Literal["geometric", "arithmetic"]
 Verdict = Literal["under-forgotten", "over-forgotten", "indistinguishable"]
@@ -72,7 +72,7 @@ class ForgetQuality:
         p: two-sided p-value (forget quality), higher is better; None without a reference.
         log10_p: its logarithm, also where p underflows to 0.
         d: the KS statistic, lower is better.
-        shift: median log R of the unlearned model minus the retrained one's, in nats a token.
+        shift: median log R of the unlearned model minus the retrained one's, in nats per token.
             Negative: the right answer is still preferred over the wrong ones more than a model
             that never saw it prefers it, under-forgotten. Positive: over-forgotten. Best is 0.
         direction: the word for it; "indistinguishable" where p > 0.05.
@@ -96,11 +96,7 @@ class ForgetQuality:
 
 
 def forget_quality(
-    log_r: npt.ArrayLike,
-    log_r_retrain: npt.ArrayLike | None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    log_r: npt.ArrayLike, log_r_retrain: npt.ArrayLike | None, *, resamples: int = RESAMPLES
 ) -> ForgetQuality:
     """Forget quality with its error and direction; see `ForgetQuality`.
 
@@ -108,32 +104,30 @@ def forget_quality(
 
     Args:
         log_r: (rows,) of the unlearned model.
-        log_r_retrain: of the retrained one, row by row the same questions (equal lengths are
-            resampled as pairs); None gives a result without a value and the reason.
+        log_r_retrain: (rows,) of the retrained one, row by row the same questions, resampled as
+            pairs; None gives a result without a value and the reason.
         resamples: of the bootstrap; 0 leaves the intervals out.
-        seed: of the bootstrap.
     """
     ours = np.asarray(log_r, dtype=np.float64)
     if log_r_retrain is None:
         return ForgetQuality(None, None, None, None, None, ours.size, reason=NEEDS_RETRAIN)
     theirs = np.asarray(log_r_retrain, dtype=np.float64)
-    if not ours.size or not theirs.size:
-        raise ValueError("forget quality needs at least one row on either side")
+    if not ours.size or ours.size != theirs.size:
+        raise ValueError("forget quality needs the same rows on both sides, and at least one")
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         raise ValueError("log R holds a value that is not finite")
     from scipy.stats import ks_2samp
 
     # The statistic alone: scipy's exact p-value fails, with a warning, where samples nearly agree.
     test = ks_2samp(ours, theirs, method="asymp")
-    steps = math.lcm(ours.size, theirs.size)
-    d = round(float(test.statistic) * steps) / steps
-    p, log10_p = _ks_p_value(d, ours.size, theirs.size)
+    n = ours.size
+    d = round(float(test.statistic) * n) / n
+    p, log10_p = _ks_p_value(d, n)
     shift = float(np.median(ours) - np.median(theirs))
     d_interval = shift_interval = p_interval = None
     if resamples:
-        d_interval, shift_interval = _bootstrap_shift(ours, theirs, resamples, seed)
-        ends = [ks_p_value(at, ours.size, theirs.size) for at in reversed(d_interval)]
-        p_interval = Interval(*ends)
+        d_interval, shift_interval = _bootstrap_shift(ours, theirs, resamples)
+        p_interval = Interval(*(ks_p_value(end, n) for end in reversed(d_interval)))
     # Equal medians with unequal shapes: the side on which the distributions part furthest decides.
     low = shift < 0 if shift != 0 else int(test.statistic_sign) > 0
     word: Verdict = "under-forgotten" if low else "over-forgotten"
@@ -143,79 +137,53 @@ def forget_quality(
         d=d,
         shift=shift,
         direction="indistinguishable" if p > ALPHA else word,
-        n=ours.size,
+        n=n,
         d_interval=d_interval,
         shift_interval=shift_interval,
         p_interval=p_interval,
     )
 
 
-def ks_p_value(d: float, n: int, m: int) -> float:
-    """The two-sided p-value of a KS statistic `d` between samples of `n` and `m` rows."""
-    return _ks_p_value(d, n, m)[0]
+def ks_p_value(d: float, n: int) -> float:
+    """The two-sided p-value of a KS statistic `d` between two samples of `n` rows."""
+    return _ks_p_value(d, n)[0]
 
 
-def _ks_p_value(d: float, n: int, m: int) -> tuple[float, float]:
+def _ks_p_value(d: float, n: int) -> tuple[float, float]:
     """The p-value and its base-10 logarithm, which is finite where the p-value underflows.
 
-    Exact up to `EXACT_ROWS` rows on either side, by counting the orders of n + m values that lie
-    at least `d` apart; beyond that Kolmogorov's distribution for n m / (n + m) rows.
+    Exact up to `EXACT_ROWS` rows: the share of the orders of 2n values that lie at least `d` apart,
+    by the reflection principle (Gnedenko and Koroljuk, 1951) in whole numbers, so that nothing is
+    rounded. Beyond that Kolmogorov's distribution for n / 2 rows.
     """
-    if max(n, m) > EXACT_ROWS:
+    if n > EXACT_ROWS:
         from scipy.stats import kstwo
 
-        p = float(np.clip(kstwo.sf(d, round(n * m / (n + m))), 0.0, 1.0))
-        # Where p underflows, the first term of the limit law: 2 exp(-2 d^2 nm / (n + m)).
-        limit = (math.log(2) - 2 * d * d * n * m / (n + m)) / math.log(10)
+        p = float(np.clip(kstwo.sf(d, round(n / 2)), 0.0, 1.0))
+        # Where p underflows, the first term of the limit law: 2 exp(-n d^2).
+        limit = (math.log(2) - n * d * d) / math.log(10)
         return p, math.log10(p) if p > 0 else limit
-    apart = _paths_apart(round(d * math.lcm(n, m)), n, m)
-    total = math.comb(n + m, n)
+    total, gap = math.comb(2 * n, n), round(d * n)
+    if gap == 0:
+        return 1.0, 0.0
+    terms = [math.comb(2 * n, n - k) for k in range(gap, n + 1, gap)]
+    apart = 2 * (sum(terms[::2]) - sum(terms[1::2]))
     return apart / total, math.log10(apart) - math.log10(total)
 
 
-def _paths_apart(gap: int, n: int, m: int) -> int:
-    """Orders of n + m values whose KS statistic is at least `gap / lcm(n, m)`.
-
-    For equal sizes by the reflection principle (Gnedenko and Koroljuk, 1951), else by counting the
-    lattice paths from (0, 0) to (n, m) that stay closer. Whole numbers, so nothing is rounded.
-    """
-    if gap == 0:
-        return math.comb(n + m, n)
-    if n == m:
-        terms = [math.comb(2 * n, n - k) for k in range(gap, n + 1, gap)]
-        return 2 * (sum(terms[::2]) - sum(terms[1::2]))
-    step = math.gcd(n, m)
-    wide, high = m // step, n // step
-    inside = [0] * (m + 1)
-    for i in range(n + 1):
-        for j in range(m + 1):
-            if abs(i * wide - j * high) >= gap:
-                inside[j] = 0
-            elif i == j == 0:
-                inside[j] = 1
-            elif j:
-                inside[j] += inside[j - 1]
-    return math.comb(n + m, n) - inside[m]
-
-
-def _bootstrap_shift(
-    ours: Floats, theirs: Floats, resamples: int, seed: int
-) -> tuple[Interval, Interval]:
-    generator = np.random.default_rng(seed)
-    left = generator.integers(ours.size, size=(resamples, ours.size))
+def _bootstrap_shift(ours: Floats, theirs: Floats, resamples: int) -> tuple[Interval, Interval]:
     # The same questions were put to both models, so a resampled question takes both answers.
-    paired = ours.size == theirs.size
-    right = left if paired else generator.integers(theirs.size, size=(resamples, theirs.size))
+    chosen = resampled_rows(ours.size, resamples)
     grid = np.unique(np.concatenate([ours, theirs]))
     # Whole numbers until the end: cumulated fractions would leave rounding dust on equal samples.
-    gap = _counts(ours, left, grid) * theirs.size - _counts(theirs, right, grid) * ours.size
-    distance = np.abs(np.cumsum(gap, axis=1)).max(axis=1) / (ours.size * theirs.size)
-    shift = np.median(ours[left], axis=1) - np.median(theirs[right], axis=1)
+    gap = _counts(ours, chosen, grid) - _counts(theirs, chosen, grid)
+    distance = np.abs(np.cumsum(gap, axis=1)).max(axis=1) / ours.size
+    shift = np.median(ours[chosen], axis=1) - np.median(theirs[chosen], axis=1)
     return interval(distance), interval(shift)
 
 
 def _counts(values: Floats, chosen: npt.NDArray[np.int64], grid: Floats) -> npt.NDArray[np.int64]:
-    """How often each grid value stands in each resample: (resamples, grid)."""
+    """How often each grid value occurs in each resample: (resamples, grid)."""
     place = np.searchsorted(grid, values)[chosen]
     offset = np.arange(len(chosen))[:, None] * grid.size
     flat = np.bincount((place + offset).ravel(), minlength=len(chosen) * grid.size)

@@ -11,6 +11,7 @@ The keys of `summarise_tokens` are a contract: others script against them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters.errors import UserError
-from evaluation.logs.matching import match_rows
+from evaluation.logs.matching import match_rows, other_precision
 from evaluation.logs.records import RowRecord
 from evaluation.logs.token_records import TokenRecords
 from evaluation.metrics.bootstrap import (
     RESAMPLES,
+    SEED,
     Floats,
     Measure,
     finite,
@@ -66,8 +68,6 @@ def exact_memorization(predicted: Sequence[int], labels: Sequence[int]) -> float
 
     open-unlearning's EM (arXiv 2506.12618), over all labels: its code drops the last one.
     """
-    if len(predicted) != len(labels) or not labels:
-        raise ValueError("needs one prediction a label, and at least one")
     return sum(p == y for p, y in zip(predicted, labels, strict=True)) / len(labels)
 
 
@@ -77,8 +77,6 @@ def extraction_strength(predicted: Sequence[int], labels: Sequence[int]) -> floa
     open-unlearning's ES (arXiv 2506.12618), over all labels and down to 0 where not even the last
     token is predicted: its code drops the last label and never goes below 1/n.
     """
-    if len(predicted) != len(labels) or not labels:
-        raise ValueError("needs one prediction a label, and at least one")
     given = len(labels)
     while given > 0 and predicted[given - 1] == labels[given - 1]:
         given -= 1
@@ -87,7 +85,10 @@ def extraction_strength(predicted: Sequence[int], labels: Sequence[int]) -> floa
 
 def loss_score(log_p: npt.ArrayLike) -> float:
     """LOSS (arXiv 1709.01604): the mean negative log-likelihood, nats per token."""
-    return float(-_log_probabilities(log_p).mean())
+    values = np.asarray(log_p, dtype=np.float64)
+    if not values.size:
+        raise ValueError("an answer has at least one token")
+    return float(-values.mean())
 
 
 def zlib_score(log_p: npt.ArrayLike, answer: str) -> float:
@@ -105,7 +106,11 @@ def min_k_score(log_p: npt.ArrayLike, k: float = MIN_K) -> float:
         log_p: (n,) of the labels, nats.
         k: share above 0 up to 1; `max(1, floor(k n))` tokens.
     """
-    return _mean_lowest(_log_probabilities(log_p), k)
+    if not 0 < k <= 1:
+        raise ValueError(f"k is a share of the tokens above 0 up to 1, not {k}")
+    values = np.sort(np.asarray(log_p, dtype=np.float64))
+    # 0.29 * 100 is 28.999...: what is whole but for rounding is whole.
+    return loss_score(values[: max(1, math.floor(k * values.size + 1e-9))])
 
 
 def min_k_plus_plus_score(
@@ -119,18 +124,16 @@ def min_k_plus_plus_score(
         k: see `min_k_score`.
     """
     sigma = np.sqrt(np.maximum(np.asarray(variance, dtype=np.float64), _LEAST_VARIANCE))
-    return _mean_lowest((_log_probabilities(log_p) - np.asarray(mean)) / sigma, k)
-
-
-def reference_score(mean_nll: float, reference_mean_nll: float) -> float:
-    """Reference (arXiv 2004.15011): the loss minus that of another model, nats per token."""
-    return mean_nll - reference_mean_nll
+    return min_k_score((np.asarray(log_p, dtype=np.float64) - np.asarray(mean)) / sigma, k)
 
 
 def attack_scores(
     tokens: AnswerTokens, answer: str, *, k: float = MIN_K, reference: float | None = None
 ) -> dict[str, float]:
-    """Every attack's score of one answer; `reference` is its loss under the other model."""
+    """Every attack's score of one answer; `reference` is its loss under the other model.
+
+    The Reference attack (arXiv 2004.15011) is the loss minus that of the other model.
+    """
     scores = {
         "loss": loss_score(tokens.log_p),
         "zlib": zlib_score(tokens.log_p, answer),
@@ -138,7 +141,7 @@ def attack_scores(
         "min_k_plus_plus": min_k_plus_plus_score(tokens.log_p, tokens.mean, tokens.variance, k),
     }
     if reference is not None:
-        scores["reference"] = reference_score(tokens.mean_nll, reference)
+        scores["reference"] = tokens.mean_nll - reference
     return scores
 
 
@@ -174,12 +177,12 @@ class Attack(NamedTuple):
     holdout: Floats
 
 
-def measure_auc(attack: Attack, *, resamples: int = RESAMPLES, seed: int = 0) -> Measure:
+def measure_auc(attack: Attack, *, resamples: int = RESAMPLES) -> Measure:
     """The AUC of an attack; forget and holdout rows are resampled apart."""
     value = auc(attack.forget, attack.holdout)
     if not resamples:
         return Measure(value)
-    counts = _draws(attack, resamples, seed)
+    counts = _draws(attack, resamples)
     return Measure(value, interval(_resampled_auc(attack, *counts)))
 
 
@@ -191,20 +194,20 @@ def measure_privleak(
     Args:
         attack: of the unlearned model.
         retrained: of the retrained one, row by row the same rows.
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
     """
     value = privleak(auc(*attack), auc(*retrained))
     if value is None or not resamples:
         return None if value is None else Measure(value)
-    counts = _draws(attack, resamples, seed)
+    counts = _draws(attack, resamples)
     ours, theirs = _resampled_auc(attack, *counts), _resampled_auc(retrained, *counts)
     usable = theirs < 1
     return Measure(value, interval(100 * (theirs - ours)[usable] / (1 - theirs[usable])))
 
 
-def _draws(attack: Attack, resamples: int, seed: int) -> tuple[Floats, Floats]:
+def _draws(attack: Attack, resamples: int) -> tuple[Floats, Floats]:
     """How often each forget and each holdout row occurs in each resample."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     sizes = (attack.forget.size, attack.holdout.size)
     left, right = (generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in sizes)
     return left.astype(np.float64), right.astype(np.float64)
@@ -218,40 +221,11 @@ def _resampled_auc(attack: Attack, left: Floats, right: Floats) -> Floats:
     return shares
 
 
-def _mean_lowest(values: Floats, k: float) -> float:
-    if not 0 < k <= 1:
-        raise ValueError(f"k is a share of the tokens above 0 up to 1, not {k}")
-    # 0.29 * 100 is 28.999...: what is whole but for rounding is whole.
-    count = max(1, math.floor(k * values.size + 1e-9))
-    return float(-np.sort(values)[:count].mean())
-
-
-def _log_probabilities(log_p: npt.ArrayLike) -> Floats:
-    values = np.asarray(log_p, dtype=np.float64)
-    if not values.size:
-        raise ValueError("an answer has at least one token")
-    return values
-
-
-def attack_of(
-    name: str, forget: Sequence[Mapping[str, float]], holdout: Sequence[Mapping[str, float]]
-) -> Attack | None:
-    """The named attack's scores of all rows; None where a row lacks it or there are no rows."""
-    sides = []
-    for rows in (forget, holdout):
-        values = [scores[name] for scores in rows if name in scores]
-        if not rows or len(values) != len(rows):
-            return None
-        sides.append(np.array(values, dtype=np.float64))
-    return Attack(*sides)
-
-
 def summarise_tokens(
     records: TokenRecords,
     retain_records: TokenRecords | None = None,
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of token metrics, flat and ready for JSON.
 
@@ -262,19 +236,28 @@ def summarise_tokens(
     Args:
         records: of the model in question.
         retain_records: of a model that never saw the forget set, measured on the same rows.
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
 
     Raises:
         UserError: the two hold other rows, or were measured with another k or cut.
     """
-    groups = [name for name in GROUPS if name in records.meta.get("metrics", GROUPS)]
+    groups = records.meta.get("metrics", GROUPS)
     measures: dict[str, _Reasoned] = {}
+
+    def mean(key: str, values: Sequence[float], reason: str) -> None:
+        measure = measure_mean(values, resamples=resamples) if values else None
+        measures[key] = measure, reason
+
     if "extraction" in groups:
-        measures |= _extraction(records, resamples, seed)
+        for side, name in itertools.product(("forget", "retain"), EXTRACTION):
+            values = [getattr(row, name) for row in records.rows(side)]
+            mean(f"{side}_{name}", values, f"no {side} rows were measured")
     if "membership" in groups:
-        measures |= _membership(records, retain_records, resamples, seed)
+        measures |= _membership(records, retain_records, resamples)
     if "kl" in groups:
-        measures |= _kl(records, resamples, seed)
+        values = [row.kl for row in records.rows("retain") if row.kl is not None]
+        no_stack = "no adapter was active: there is no stack to compare with the base"
+        mean("retain_kl", values, no_stack if records.rows("retain") else "no retain rows")
     result: dict[str, Any] = {}
     for key, (measure, _) in measures.items():
         result[key] = None if measure is None else measure.value
@@ -286,69 +269,53 @@ def summarise_tokens(
         "reasons": {key: reason for key, (measure, reason) in measures.items() if measure is None},
         "min_k": records.meta.get("min_k"),
         "limited": records.meta.get("limit") is not None,
-        "notes": _notes(records, retain_records),
+        "notes": [
+            f"{key} differs from the retrained model's metrics: {ours} and {theirs}"
+            for key, ours, theirs in other_precision(records.meta, retain_records)
+        ],
     }
 
 
-def _extraction(records: TokenRecords, resamples: int, seed: int) -> dict[str, _Reasoned]:
-    measures: dict[str, _Reasoned] = {}
-    for side in ("forget", "retain"):
-        rows = records.rows(side)
-        for name in EXTRACTION:
-            values = [getattr(row, name) for row in rows]
-            measure = measure_mean(values, resamples=resamples, seed=seed) if values else None
-            measures[f"{side}_{name}"] = (measure, f"no {side} rows were measured")
-    return measures
-
-
 def _membership(
-    records: TokenRecords, retain_records: TokenRecords | None, resamples: int, seed: int
+    records: TokenRecords, retain_records: TokenRecords | None, resamples: int
 ) -> dict[str, _Reasoned]:
     measures: dict[str, _Reasoned] = {}
-    for name in ATTACKS:
-        attack = _attack(records, name)
-        measure = None
-        if attack is not None:
-            measure = measure_auc(attack, resamples=resamples, seed=seed)
-        measures[f"mia_{name}_auc"] = (measure, _why_no_attack(records, name))
+    attacks = {name: _attack(records, name) for name in ATTACKS}
+    for name, attack in attacks.items():
+        measure = attack and measure_auc(attack, resamples=resamples)
+        reason = "not every row has a score"
+        if not records.rows("holdout") or not records.rows("forget"):
+            reason = "needs forget and holdout rows"
+        elif name == "reference":
+            reason = "needs another base to compare with (--reference)"
+        measures[f"mia_{name}_auc"] = (measure, reason)
     if retain_records is None:
-        measures["privleak"] = (None, NEEDS_RETRAIN)
-        return measures
+        return measures | {"privleak": (None, NEEDS_RETRAIN)}
     questions = {name: [row.question for row in records.rows(name)] for name in records.sets}
     theirs = match_retrained(questions, records.meta, retain_records)
     for name in ATTACKS:
         attack = _attack(theirs, name)
         if attack is not None:
-            measure = measure_auc(attack, resamples=resamples, seed=seed)
+            measure = measure_auc(attack, resamples=resamples)
             measures[f"retrain_mia_{name}_auc"] = (measure, "")
-    ours, yours = _attack(records, PRIVLEAK_ATTACK), _attack(theirs, PRIVLEAK_ATTACK)
-    if ours is None or yours is None:
-        measures["privleak"] = (None, f"not both hold {PRIVLEAK_ATTACK} scores of every row")
-        return measures
-    leak = measure_privleak(ours, yours, resamples=resamples, seed=seed)
-    measures["privleak"] = (leak, "the retrained model's own AUC is 1: nothing to divide by")
-    return measures
-
-
-def _kl(records: TokenRecords, resamples: int, seed: int) -> dict[str, _Reasoned]:
-    values = [row.kl for row in records.rows("retain") if row.kl is not None]
-    whole = bool(values) and len(values) == len(records.rows("retain"))
-    measure = measure_mean(values, resamples=resamples, seed=seed) if whole else None
-    reason = "no adapter was active: there is no stack to compare with the base"
-    return {"retain_kl": (measure, reason if records.rows("retain") else "no retain rows")}
+    ours, retrained = attacks[PRIVLEAK_ATTACK], _attack(theirs, PRIVLEAK_ATTACK)
+    if ours is None or retrained is None:
+        reason = f"not both hold {PRIVLEAK_ATTACK} scores of every row"
+        return measures | {"privleak": (None, reason)}
+    leak = measure_privleak(ours, retrained, resamples=resamples)
+    reason = "the retrained model's own AUC is 1: nothing to divide by"
+    return measures | {"privleak": (leak, reason)}
 
 
 def _attack(records: TokenRecords, name: str) -> Attack | None:
-    forget, holdout = ([row.scores for row in records.rows(s)] for s in ("forget", "holdout"))
-    return attack_of(name, forget, holdout)
-
-
-def _why_no_attack(records: TokenRecords, name: str) -> str:
-    if not records.rows("holdout") or not records.rows("forget"):
-        return "needs forget and holdout rows"
-    if name == "reference":
-        return "needs another base to compare with (--reference)"
-    return "not every row has a score"
+    """The named attack's scores of all rows; None where a row lacks it or there are no rows."""
+    sides = []
+    for side in ("forget", "holdout"):
+        rows = records.rows(side)
+        if not rows or any(name not in row.scores for row in rows):
+            return None
+        sides.append(np.array([row.scores[name] for row in rows], dtype=np.float64))
+    return Attack(*sides)
 
 
 def match_retrained(
@@ -385,15 +352,6 @@ def match_retrained(
         order = tuple(place[id(record)] for record in match.theirs)
         sets[name] = replace(sets[name], rows=order)
     return TokenRecords(sets, theirs.meta)
-
-
-def _notes(records: TokenRecords, theirs: TokenRecords | None) -> list[str]:
-    notes = []
-    for key in ("quantization", "dtype"):
-        mine, yours = records.meta.get(key), theirs.meta.get(key) if theirs else None
-        if mine and yours and mine != yours:
-            notes.append(f"{key} differs from the retrained model's metrics: {mine} and {yours}")
-    return notes
 
 
 def with_token_figures(figures: Mapping[str, Any], tokens: Mapping[str, Any]) -> dict[str, Any]:

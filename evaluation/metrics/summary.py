@@ -5,20 +5,19 @@ The keys of `summarise` are a contract: others script against them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adapters.errors import UserError
-from evaluation.logs.matching import RowMatch, match_rows
+from evaluation.logs.matching import RowMatch, match_rows, other_precision
 from evaluation.logs.open_unlearning import to_open_unlearning
 from evaluation.logs.records import (
     RECORDED,
     SETS,
-    AnswerScore,
     EvalLog,
     RowRecord,
     SetRecord,
@@ -26,7 +25,8 @@ from evaluation.logs.records import (
     protocol_rows,
     write_json,
 )
-from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, mean_interval
+from evaluation.metrics.bootstrap import RESAMPLES, Floats, measure_mean
+from evaluation.metrics.fact_recall import row_recalls
 from evaluation.metrics.forget_quality import (
     NEEDS_RETRAIN,
     ForgetQuality,
@@ -52,6 +52,8 @@ BETTER = {
     "forget_nll": "near retrain",
     "forget_rouge_l_recall": "near retrain",
     "forget_truth_ratio": "higher",
+    "forget_fact_recall": "near retrain",
+    "retain_fact_recall": "higher",
     **{
         f"{name}_{metric}": "lower" if metric == "nll" else "higher"
         for name in SETS[1:]
@@ -69,10 +71,9 @@ def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict
     values: dict[str, Floats] = {}
     if not rows:
         return values
-    answers = _losses([row.answer_score for row in rows])
-    right = _losses([row.paraphrase for row in rows])
+    answers = _column(row.answer_score and row.answer_score.mean_nll for row in rows)
+    right = _column(row.paraphrase and row.paraphrase.mean_nll for row in rows)
     wrong = [np.array([score.mean_nll for score in row.perturbed]) for row in rows]
-    generated = [generation_of(row, protocol) for row in rows]
     options = all(losses.size for losses in wrong)
     if answers is not None:
         values["nll"] = answers
@@ -84,16 +85,15 @@ def set_values(name: str, rows: Sequence[RowRecord], protocol: Protocol) -> dict
         log_r = log_truth_ratio(right, wrong, protocol.truth_ratio)
         aggregate = forget_truth_ratio if name == "forget" else kept_truth_ratio
         values |= {"log_r": log_r, "truth_ratio": aggregate(log_r)}
-    recalls = [answer.rouge_l_recall for answer in generated if answer is not None]
-    if len(recalls) == len(rows):
-        values["rouge_l_recall"] = np.array(recalls, dtype=np.float64)
-    return values
+    generated = [generation_of(row, protocol) for row in rows]
+    recalls = _column(None if a is None else a.rouge_l_recall for a in generated)
+    return values if recalls is None else values | {"rouge_l_recall": recalls}
 
 
-def _losses(scores: Sequence[AnswerScore | None]) -> Floats | None:
-    """Mean NLL of every row; None where one has no score."""
-    losses = [score.mean_nll for score in scores if score is not None]
-    return np.array(losses, dtype=np.float64) if len(losses) == len(scores) else None
+def _column(numbers: Iterable[float | None]) -> Floats | None:
+    """A value for every row; None where one has none."""
+    column = list(numbers)
+    return None if None in column else np.array(column, dtype=np.float64)
 
 
 def summarise(
@@ -103,7 +103,6 @@ def summarise(
     protocol: str = DEFAULT,
     second_retain_log: EvalLog | None = None,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """All figures of a log under one protocol, ready for JSON.
 
@@ -117,7 +116,7 @@ def summarise(
         retain_log: of a model that never saw the forget set; forget quality needs it.
         protocol: one of `evaluation.protocols.PROTOCOLS`.
         second_retain_log: of a second such model: how far two of them lie apart (`retrain_band`).
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
 
     Raises:
         UserError: unknown protocol, logs of different rows, texts cut at another length.
@@ -127,27 +126,35 @@ def summarise(
         _refuse_other_cut(each, chosen)
     rows = {name: protocol_rows(each, chosen) for name, each in log.sets.items()}
     values = {name: set_values(name, each, chosen) for name, each in rows.items()}
-    quality, by = _forget_quality(log, retain_log, chosen, resamples, seed)
-    utility = model_utility(values, resamples=resamples, seed=seed)
+    quality, by = _forget_quality(log, retain_log, chosen, resamples)
+    utility = model_utility(values, resamples=resamples)
     result: dict[str, Any] = {
         "protocol": chosen.name,
         **_quality_keys(quality),
         "model_utility": utility.value,
-        "model_utility_interval": _pair(utility.interval),
+        "model_utility_interval": utility.interval and list(utility.interval),
         "model_utility_parts": dict(utility.parts),
         "model_utility_part_intervals": {k: list(v) for k, v in utility.part_intervals.items()},
     }
     reasons = dict.fromkeys(QUALITY_FIGURES, quality.reason) | {"model_utility": utility.reason}
-    for name, metric in itertools.product(SETS, SET_METRICS):
-        column = values.get(name, {}).get(metric)
+    columns = {pair: values.get(pair[0], {}).get(pair[1]) for pair in product(SETS, SET_METRICS)}
+    for name in ("forget", "retain"):
+        recalls = row_recalls(rows.get(name, ()), chosen)
+        columns[name, "fact_recall"] = np.array(recalls) if recalls else None
+    for (name, metric), column in columns.items():
+        mean = None if column is None else measure_mean(column, resamples=resamples)
         key = f"{name}_{metric}"
-        result[key] = None if column is None else float(column.mean())
-        result[f"{key}_interval"] = _spread(column, resamples, seed)
-        if column is None:
+        result[key] = mean and mean.value
+        result[f"{key}_interval"] = mean and mean.interval and list(mean.interval)
+        if mean is None:
             reasons[key] = _why_missing(log, name, metric, chosen)
-    result["retrain_forget_nll"] = _reference_nll(retain_log, chosen)
+    result["retrain_forget_nll"] = None
+    if retain_log is not None and "forget" in retain_log.sets:
+        reference = protocol_rows(retain_log.sets["forget"], chosen)
+        nll = set_values("forget", reference, chosen).get("nll")
+        result["retrain_forget_nll"] = None if nll is None else float(nll.mean())
     if retain_log is not None and second_retain_log is not None:
-        band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples, seed)
+        band, _ = _forget_quality(second_retain_log, retain_log, chosen, resamples)
         result["retrain_band"] = _quality_keys(band)
     return result | {
         "n": len(rows.get("forget", ())),
@@ -160,10 +167,30 @@ def summarise(
     }
 
 
-def _spread(values: Floats | None, resamples: int, seed: int) -> list[float] | None:
-    if values is None or not resamples:
-        return None
-    return list(mean_interval(values, resamples=resamples, seed=seed))
+FILED_INTERVALS = (
+    "ks_interval", "log_r_shift_interval", "model_utility_interval", "forget_fact_recall_interval",
+    "retain_fact_recall_interval",
+)  # fmt: skip
+
+
+def figures_to_file(
+    summary: Mapping[str, Any], split: str, scales: Mapping[str, float], limit: int | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Name and content of what a store keeps of a summary: numbers and words, never a text.
+
+    Args:
+        summary: of `summarise`.
+        split: what was evaluated.
+        scales: the strength of each adapter, in the order of the stack.
+        limit: of the rows of each set.
+    """
+    figures = {
+        key: value
+        for key, value in summary.items()
+        if not isinstance(value, dict | list) or key in FILED_INTERVALS
+    }
+    about = {"split": split, "stack": list(scales), "scales": dict(scales), "limit": limit}
+    return f"{split}-{summary['protocol']}", {**figures, **about}
 
 
 def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -172,75 +199,62 @@ def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     `n` are the rows the figure was measured on: of its set, of the forget set for forget quality
     and what belongs to it, of the three sets together for model utility.
     """
-    return [
-        {
-            "name": name,
-            "value": summary.get(name),
-            "interval": summary.get(f"{name}_interval"),
-            "better": better,
-            "n": _rows_behind(name, summary["rows"]),
-            "reason": summary["reasons"].get(name),
-        }
-        for name, better in summary["better"].items()
-    ]
-
-
-def _rows_behind(figure: str, rows: Mapping[str, int]) -> int:
-    if figure == "model_utility":
-        return sum(rows.get(name, 0) for name in SETS[1:])
-    named = [name for name in SETS if figure.startswith(f"{name}_")]
-    return rows.get(named[0] if named else "forget", 0)
+    counts = summary["rows"]
+    table = []
+    for name, better in summary["better"].items():
+        sets = [each for each in SETS if name.startswith(f"{each}_")] or ["forget"]
+        behind = SETS[1:] if name == "model_utility" else sets[:1]
+        table.append(
+            {
+                "name": name,
+                "value": summary.get(name),
+                "interval": summary.get(f"{name}_interval"),
+                "better": better,
+                "n": sum(counts.get(each, 0) for each in behind),
+                "reason": summary["reasons"].get(name),
+            }
+        )
+    return table
 
 
 def summarise_all(
     log: EvalLog, protocols: Iterable[str], retain_log: EvalLog | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    """The summary under each protocol, in their order: what shares its scores was measured once.
-
-    Raises:
-        UserError: as `summarise`, for the first protocol that cannot be computed from this log.
-    """
+    """The summary under each protocol, in their order."""
     return [summarise(log, retain_log, protocol=name, **options) for name in protocols]
 
 
 def _quality_keys(quality: ForgetQuality) -> dict[str, Any]:
     return {
         "forget_quality": quality.p,
-        "forget_quality_interval": _pair(quality.p_interval),
+        "forget_quality_interval": quality.p_interval and list(quality.p_interval),
         "forget_quality_log10": quality.log10_p,
         "ks": quality.d,
-        "ks_interval": _pair(quality.d_interval),
+        "ks_interval": quality.d_interval and list(quality.d_interval),
         "log_r_shift": quality.shift,
-        "log_r_shift_interval": _pair(quality.shift_interval),
+        "log_r_shift_interval": quality.shift_interval and list(quality.shift_interval),
         "direction": quality.direction,
     }
 
 
-def _pair(span: Interval | None) -> list[float] | None:
-    return None if span is None else list(span)
-
-
 def _forget_quality(
-    log: EvalLog, retain_log: EvalLog | None, protocol: Protocol, resamples: int, seed: int
+    log: EvalLog, retain_log: EvalLog | None, protocol: Protocol, resamples: int
 ) -> tuple[ForgetQuality, str | None]:
     """Forget quality of matched rows, and how they were matched."""
-
-    def without(reason: str) -> tuple[ForgetQuality, None]:
-        n = len(log.sets["forget"].rows) if "forget" in log.sets else 0
-        return ForgetQuality(None, None, None, None, None, n, reason=reason), None
-
-    if retain_log is None:
-        return without(NEEDS_RETRAIN)
-    for each, whose in ((log, "the log"), (retain_log, "the retrain reference")):
-        if "forget" not in each.sets:
-            return without(f"{whose} has no forget set")
-    match = match_forget(log.sets["forget"], retain_log.sets["forget"], protocol, log.meta)
-    ours = set_values("forget", match.ours, protocol).get("log_r")
-    theirs = set_values("forget", match.theirs, protocol).get("log_r")
-    if ours is None or theirs is None:
-        return without("needs perturbed answers of every forget row")
-    quality = forget_quality(ours, theirs, resamples=resamples, seed=seed)
-    return quality, match.by
+    reason = None if retain_log is not None else NEEDS_RETRAIN
+    for each, whose in ((retain_log, "the retrain reference"), (log, "the log")):
+        if each is not None and "forget" not in each.sets:
+            reason = reason or f"{whose} has no forget set"
+    if retain_log is not None and reason is None:
+        match = match_forget(log.sets["forget"], retain_log.sets["forget"], protocol, log.meta)
+        ours, theirs = (
+            set_values("forget", rows, protocol).get("log_r") for rows in (match.ours, match.theirs)
+        )
+        if ours is not None and theirs is not None:
+            return forget_quality(ours, theirs, resamples=resamples), match.by
+        reason = "needs perturbed answers of every forget row"
+    n = len(log.sets["forget"].rows) if "forget" in log.sets else 0
+    return ForgetQuality(None, None, None, None, None, n, reason=reason), None
 
 
 def match_forget(
@@ -258,14 +272,6 @@ def match_forget(
     whole = None if ours.total is None else min(ours.total, protocol.max_rows or ours.total)
     limited = meta.get("limit") is not None and whole == len(their_rows)
     return match_rows(our_rows, their_rows, subset=limited)
-
-
-def _reference_nll(retain_log: EvalLog | None, protocol: Protocol) -> float | None:
-    if retain_log is None or "forget" not in retain_log.sets:
-        return None
-    rows = protocol_rows(retain_log.sets["forget"], protocol)
-    nll = set_values("forget", rows, protocol).get("nll")
-    return None if nll is None else float(nll.mean())
 
 
 def _refuse_other_cut(log: EvalLog | None, protocol: Protocol) -> None:
@@ -286,6 +292,8 @@ def _refuse_other_cut(log: EvalLog | None, protocol: Protocol) -> None:
 def _why_missing(log: EvalLog, name: str, metric: str, protocol: Protocol) -> str:
     if name not in log.sets:
         return f"the log has no {name} set"
+    if metric == "fact_recall":
+        return f"not every row has a question and an answer decoded as {protocol.decoding.name}"
     if metric == "rouge_l_recall":
         return f"the log has no answers decoded as {protocol.decoding.name} for every row"
     if metric == "nll" or (metric == "answer_prob" and name in ("forget", "retain")):
@@ -305,22 +313,15 @@ def _notes(
     if log.meta.get("padded_because"):
         reason = log.meta["padded_because"]
         notes.append(f"scored as padded rows, because sharing prefixes does not fit: {reason}")
-    recorded = [
-        name
-        for name, each in log.sets.items()
-        if each.rows and protocol.decoding.name not in each.rows[0].generations
-        if RECORDED in each.rows[0].generations
-    ]
-    if recorded:
+    firsts = [each.rows[0].generations for each in log.sets.values() if each.rows]
+    if any(protocol.decoding.name not in answers and RECORDED in answers for answers in firsts):
         notes.append("answers as recorded in the log, which does not state its decoding")
     if by == "position":
         notes.append("rows matched by position and token counts: not both logs hold questions")
-    for key in ("quantization", "dtype"):
-        ours = log.meta.get(key)
-        theirs = retain_log.meta.get(key) if retain_log is not None else None
-        if ours and theirs and ours != theirs:
-            notes.append(f"{key} differs from the retrain reference's: {ours} against {theirs}")
-    return notes
+    return notes + [
+        f"{key} differs from the retrain reference's: {ours} against {theirs}"
+        for key, ours, theirs in other_precision(log.meta, retain_log)
+    ]
 
 
 def write_open_unlearning(
@@ -335,13 +336,10 @@ def write_open_unlearning(
     """
     chosen = protocol_named(protocol)
     figures = summarise(log, retain_log, protocol=protocol, resamples=0)
-    values = {
-        name: {
-            metric: column.tolist()
-            for metric, column in set_values(name, protocol_rows(rows, chosen), chosen).items()
-        }
-        for name, rows in log.sets.items()
-    }
+    values = {}
+    for name, rows in log.sets.items():
+        columns = set_values(name, protocol_rows(rows, chosen), chosen)
+        values[name] = {metric: column.tolist() for metric, column in columns.items()}
     evaluation = to_open_unlearning(log, chosen, figures, values)
     aggregates = {name: body["agg_value"] for name, body in sorted(evaluation.items())}
     summary = {name: value for name, value in aggregates.items() if value is not None}

@@ -30,10 +30,10 @@ def rouge_recall(generated: Sequence[str], truths: Sequence[str]) -> list[Genera
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    found = [scorer.score(truth, text) for text, truth in zip(generated, truths, strict=True)]
+    scores = (scorer.score(truth, text) for text, truth in zip(generated, truths, strict=True))
     return [
         Generation(text, float(score["rouge1"].recall), float(score["rougeL"].recall))
-        for text, score in zip(generated, found, strict=True)
+        for text, score in zip(generated, scores, strict=True)
     ]
 
 
@@ -53,12 +53,12 @@ def distinct_2(words: Sequence[str]) -> float | None:
 
 
 def is_repeated(words: Sequence[str]) -> bool:
-    """Whether one word, or one bigram, stands three times in a row."""
-    return any(stands_in_a_row(words, size, IN_A_ROW) for size in (1, 2))
+    """Whether one word, or one bigram, occurs three times in a row."""
+    return any(repeats_in_a_row(words, size, IN_A_ROW) for size in (1, 2))
 
 
-def stands_in_a_row(words: Sequence[str], size: int, times: int) -> bool:
-    """Whether some `size` words stand `times` times one after another."""
+def repeats_in_a_row(words: Sequence[str], size: int, times: int) -> bool:
+    """Whether some `size` words occur `times` times one after another."""
     span = size * times
     return any(
         list(words[i : i + span]) == list(words[i : i + size]) * times
@@ -82,23 +82,26 @@ def recorded_answers(logs: Sequence[tuple[str, EvalLog]], name: str) -> list[lis
     protocols = [protocol_named(each) for each in GREEDY]
     for where, log in logs:
         if name not in log.sets or not log.sets[name].rows:
-            full = [each for each, found in log.sets.items() if found.rows]
+            full = [other for other, each in log.sets.items() if each.rows]
             raise UserError(
                 f"{where} has no rows of a set {name!r}.",
                 f"Name one of {', '.join(full) or 'another log'} with --set.",
             )
-    sets = [log.sets[name].rows for _, log in logs]
-    held = [p for p in protocols if all(_text(row, p) is not None for rows in sets for row in rows)]
-    chosen = held[0] if held else protocols[0]
+    every = [row for _, log in logs for row in log.sets[name].rows]
+    complete = (p for p in protocols if all(_text(row, p) is not None for row in every))
+    chosen = next(complete, protocols[0])
     return [
-        [_answered(row, chosen, f"{where}: row {number} of {name}") for number, row in found]
-        for (where, _), found in zip(logs, (enumerate(rows, start=1) for rows in sets), strict=True)
+        [
+            _answered(row, chosen, f"{where}: row {number} of {name}")
+            for number, row in enumerate(log.sets[name].rows, start=1)
+        ]
+        for where, log in logs
     ]
 
 
 def _text(row: RowRecord, protocol: Protocol) -> str | None:
-    found = generation_of(row, protocol)
-    return None if found is None else found.text
+    answer = generation_of(row, protocol)
+    return None if answer is None else answer.text
 
 
 def _answered(row: RowRecord, protocol: Protocol, where: str) -> Row:
@@ -137,15 +140,15 @@ def fluency(rows: Sequence[Row], losses: Sequence[float | None]) -> dict[str, An
         "repeated_share": [float(is_repeated(words)) for words in split],
         "words": [float(len(words)) for words in split],
     }
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "n": len(rows),
         "scored": len(values["judge_nll"]),
         "empty": sum(not words for words in split),
     }
     for key, each in values.items():
         measured = measure_mean(each) if each else None
-        found[key] = measured.value if measured else None
-        found[f"{key}_interval"] = measured.interval if measured else None
+        figures[key] = measured.value if measured else None
+        figures[f"{key}_interval"] = measured.interval if measured else None
     why = {"judge_nll": "no answer has a word to score", "distinct_2": "no answer has two words"}
-    found["reasons"] = {key: why.get(key, "no rows") for key, each in values.items() if not each}
-    return found
+    figures["reasons"] = {key: why.get(key, "no rows") for key, each in values.items() if not each}
+    return figures

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.metrics.bootstrap import RESAMPLES, Floats, Interval, interval
+from evaluation.metrics.bootstrap import RESAMPLES, SEED, Floats, Interval, interval
 
 # The nine parts of model utility by the names of the official code.
 UTILITY_SETS = {"Real Authors": "real_authors", "Real World": "world_facts", "Retain": "retain"}
@@ -66,25 +67,23 @@ def option_prob(answer: npt.ArrayLike, perturbed: Sequence[npt.ArrayLike]) -> Fl
 
 
 def model_utility(
-    rows: Mapping[str, Mapping[str, Floats]], *, resamples: int = RESAMPLES, seed: int = 0
+    rows: Mapping[str, Mapping[str, Floats]], *, resamples: int = RESAMPLES
 ) -> ModelUtility:
     """Model utility of per-row values, with a bootstrap interval over the rows of each set.
 
     Args:
         rows: by set (`retain`, `real_authors`, `world_facts`) and metric (`rouge_l_recall`,
-            `answer_prob`, `truth_ratio`) the values of its rows, all of one length in a set.
+            `answer_prob`, `truth_ratio`) the values of its rows, (rows,).
         resamples: of the bootstrap; 0 leaves the interval out.
-        seed: of the bootstrap.
     """
     parts: dict[str, float] = {}
     missing: list[str] = []
-    for title, name in UTILITY_SETS.items():
-        for label, metric in UTILITY_METRICS.items():
-            values = rows.get(name, {}).get(metric)
-            if values is None or not values.size:
-                missing.append(f"{title} {label}")
-            else:
-                parts[f"{title} {label}"] = float(values.mean())
+    for (title, name), (label, metric) in product(UTILITY_SETS.items(), UTILITY_METRICS.items()):
+        values = rows.get(name, {}).get(metric)
+        if values is None or not values.size:
+            missing.append(f"{title} {label}")
+        else:
+            parts[f"{title} {label}"] = float(values.mean())
     counts = {name: len(next(iter(columns.values()))) for name, columns in rows.items() if columns}
     if missing:
         return ModelUtility(None, parts, counts, reason=f"not measured: {', '.join(missing)}")
@@ -93,18 +92,13 @@ def model_utility(
     value = float(hmean(list(parts.values())))
     if not resamples:
         return ModelUtility(value, parts, counts)
-    samples = _bootstrap_parts(rows, resamples, seed)
-    utility = hmean(samples, axis=0)
-    spread = {title: interval(row) for title, row in zip(parts, samples, strict=True)}
-    return ModelUtility(value, parts, counts, interval(utility), spread)
-
-
-def _bootstrap_parts(rows: Mapping[str, Mapping[str, Floats]], resamples: int, seed: int) -> Floats:
-    """Means of the nine parts, in the order of the official names: (9, resamples)."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     means: list[Floats] = []
     for name in UTILITY_SETS.values():
         columns = [rows[name][metric] for metric in UTILITY_METRICS.values()]
         chosen = generator.integers(columns[0].size, size=(resamples, columns[0].size))
         means.extend(column[chosen].mean(axis=1) for column in columns)
-    return np.stack(means)
+    samples = np.stack(means)  # (9, resamples), in the order of the official names
+    utility = hmean(samples, axis=0)
+    spread = {title: interval(row) for title, row in zip(parts, samples, strict=True)}
+    return ModelUtility(value, parts, counts, interval(utility), spread)

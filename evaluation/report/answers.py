@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 from adapters.errors import UserError
 from evaluation.logs.matching import match_rows
@@ -51,6 +53,7 @@ class ShownAnswer:
 class AnswerSet:
     """The best and worst answers of a system on one set of `n` rows, and the rule of the order."""
 
+    kind: ClassVar = "answers"
     system: str
     name: str
     rule: str
@@ -66,27 +69,21 @@ def row_figures(row: RowRecord, protocol: Protocol) -> RowFigures:
     log_r = None
     if row.paraphrase is not None and row.perturbed:
         wrong = [[score.mean_nll for score in row.perturbed]]
-        ratios = log_truth_ratio([row.paraphrase.mean_nll], wrong, protocol.truth_ratio)
-        log_r = float(ratios[0])
-    return RowFigures(
-        None if generation is None else generation.rouge_l_recall,
-        None if nll is None else math.exp(-nll),
-        nll,
-        log_r,
-    )
+        log_r = float(log_truth_ratio([row.paraphrase.mean_nll], wrong, protocol.truth_ratio)[0])
+    recall = None if generation is None else generation.rouge_l_recall
+    return RowFigures(recall, None if nll is None else math.exp(-nll), nll, log_r)
 
 
 def answer_figures(answer: ShownAnswer) -> str:
     """The answer's figures on one line."""
     figures = answer.figures
-    parts = [
-        f"ROUGE-L {fixed(figures.rouge_l_recall)}",
-        f"answer prob. {fixed(figures.answer_prob)}",
-        f"log R {fixed(figures.log_r, 3, True)}",
-    ]
-    if answer.change is not None:
-        parts.append(f"ROUGE-L against Origin {fixed(answer.change, 3, True)}")
-    return ", ".join(parts)
+    text = (
+        f"ROUGE-L {fixed(figures.rouge_l_recall)}, answer prob. {fixed(figures.answer_prob)}, "
+        f"log R {fixed(figures.log_r, 3, True)}"
+    )
+    if answer.change is None:
+        return text
+    return f"{text}, ROUGE-L against Origin {fixed(answer.change, 3, True)}"
 
 
 def answer_sets(
@@ -105,63 +102,52 @@ def answer_sets(
     shown = []
     for name, record in sets.items():
         rows = protocol_rows(record, protocol)
-        before = _origin_rows(rows, origin.get(name) if origin and name != "forget" else None)
+        before: Sequence[RowRecord | None] = [None] * len(rows)
+        if origin and name != "forget" and name in origin:
+            with suppress(UserError):  # Origin holds other rows
+                before = match_rows(rows, origin[name].rows, subset=True).theirs
         answers = [
-            _answer(i, row, protocol, None if before is None else before[i])
-            for i, row in enumerate(rows)
+            _answer(i, row, protocol, old)
+            for i, (row, old) in enumerate(zip(rows, before, strict=True))
         ]
-        ranked = _rank(answers, name)
-        if ranked is None:
+        ordered, rule = _rank(answers, forget=name == "forget")
+        if not ordered:
             continue
-        ordered, rule = ranked
         most = min(MOST, (len(ordered) + 1) // 2)
         worst = ordered[max(most, len(ordered) - most) :][::-1]
         shown.append(AnswerSet(system, name, rule, len(rows), tuple(ordered[:most]), tuple(worst)))
     return tuple(shown)
 
 
-def _origin_rows(
-    rows: Sequence[RowRecord], origin: SetRecord | None
-) -> tuple[RowRecord, ...] | None:
-    """Origin's rows in the order of `rows`; None where it holds other rows."""
-    if origin is None:
-        return None
-    try:
-        return match_rows(rows, origin.rows, subset=True).theirs
-    except UserError:
-        return None
-
-
 def _answer(i: int, row: RowRecord, protocol: Protocol, origin: RowRecord | None) -> ShownAnswer:
     generation, figures = generation_of(row, protocol), row_figures(row, protocol)
+    before = None if origin is None else generation_of(origin, protocol)
     change = None
-    if origin is not None and figures.rouge_l_recall is not None:
-        before = generation_of(origin, protocol)
-        change = None if before is None else figures.rouge_l_recall - before.rouge_l_recall
+    if before is not None and figures.rouge_l_recall is not None:
+        change = figures.rouge_l_recall - before.rouge_l_recall
     text = None if generation is None else generation.text
     return ShownAnswer(i, row.question, row.answer, text, figures, change)
 
 
-def _rank(answers: Sequence[ShownAnswer], name: str) -> tuple[list[ShownAnswer], str] | None:
-    """The answers from best to worst, and the rule in words; None without a figure to rank by."""
-    forget = name == "forget"
-    wanted = "lowest" if forget else "highest"
-    recall = [answer.figures.rouge_l_recall for answer in answers]
+def _rank(answers: Sequence[ShownAnswer], *, forget: bool) -> tuple[list[ShownAnswer], str]:
+    """The answers from best to worst, and the rule in words; none without a figure to rank by."""
+    wanted, sign = ("lowest", 1) if forget else ("highest", -1)
     prob = [answer.figures.answer_prob for answer in answers]
-    candidates = (
-        ([answer.change for answer in answers], "greatest gain of ROUGE-L recall over Origin"),
-        (recall, f"{wanted} ROUGE-L recall of the true answer"),
-        (prob, f"{wanted} probability of the true answer"),
-    )
-    complete = [pair for pair in candidates if answers and None not in pair[0]]
-    if not complete:
-        return None
-    values, rule = complete[0]
-    sign = 1 if forget else -1
-    order = sorted(
-        range(len(answers)), key=lambda i: (sign * (values[i] or 0), sign * (prob[i] or 0), i)
-    )
-    return [answers[i] for i in order], f"best: {rule}; {TIES}"
+    candidates = {
+        "greatest gain of ROUGE-L recall over Origin": [answer.change for answer in answers],
+        f"{wanted} ROUGE-L recall of the true answer": [
+            answer.figures.rouge_l_recall for answer in answers
+        ],
+        f"{wanted} probability of the true answer": prob,
+    }
+    for rule, values in candidates.items():
+        if None not in values:
+            order = sorted(
+                range(len(answers)),
+                key=lambda i: (sign * (values[i] or 0), sign * (prob[i] or 0), i),
+            )
+            return [answers[i] for i in order], f"best: {rule}; {TIES}"
+    return [], ""
 
 
 def word_differences(left: str, right: str) -> tuple[Runs, Runs]:

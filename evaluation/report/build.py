@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from evaluation.report.cards import (
     Robustness,
     Search,
     read_calibration,
-    read_json,
+    read_object,
     read_robustness,
     read_rows,
     read_search,
@@ -42,7 +42,6 @@ PUBLISHED_SOURCE = (
     "model card of OPTML-Group/SimNPO-TOFU-{split}-Llama-2-7b-chat (arXiv 2410.07163), "
     "Llama-2-7b-chat on TOFU {split}, to two digits"
 )
-NOT_STATED = "not stated"
 PUBLISHED = {"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10}
 PACKAGES = ("unlearner", "numpy", "scipy", "rouge-score", "matplotlib")
 
@@ -59,9 +58,7 @@ class ReportRequest:
         robustness, calibration: cards in addition to those in folders.
         published: `forget05`, `forget10`, `none`, or None: the split that all logs state.
         tried: number of configurations tried, as the caller states it.
-        without_answers: leave out every question and answer.
-        command: the command that makes the report, to be printed.
-        date: a date to be printed; a report is undated without one.
+        command, date: printed where they are given.
     """
 
     inputs: tuple[str, ...]
@@ -133,7 +130,7 @@ class InputFile:
     name: str
     path: str
     sha256: str
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class LoadedLog:
     log: EvalLog
 
 
-def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
+def gather(request: ReportRequest) -> tuple[Report, list[LoadedLog]]:
     """The report, and the logs that it was made from (for their rows).
 
     Raises:
@@ -177,32 +174,51 @@ def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
             cut at another length than the protocol's.
     """
     inputs = find_inputs(request.inputs, request.robustness, request.calibration)
-    logs = load_logs(inputs, request)
+    logs = _load_logs(inputs, request)
     if not (logs or inputs.robustness or inputs.calibration or inputs.tune):
         raise UserError("There is nothing to report on.", "Name a log, a card or their folder.")
     reference = next((log for log in logs if log.role == REFERENCE), None)
-    protocols = [protocol_named(name) for name in request.protocols or _stated_protocol(logs)]
+    stated = (log.log.meta.get("protocols") for log in logs)
+    default = next(
+        (str(names[0]) for names in stated if isinstance(names, list) and names), DEFAULT
+    )
+    protocols = [protocol_named(name) for name in request.protocols or (default,)]
     views = tuple(
         View(protocol.name, tuple(_system(log, reference, protocol) for log in logs))
         for protocol in (protocols if logs else ())
     )
-    robustness = tuple(map(read_robustness, inputs.robustness))
-    calibration = tuple(map(read_calibration, inputs.calibration))
-    searches = tuple(map(read_search, inputs.tune))
-    reproductions = {path: read_json(path) for path in inputs.results}
+    cards: dict[str, list[tuple[Path, Any]]] = {
+        "robustness": [(path, read_robustness(path)) for path in inputs.robustness],
+        "calibration": [(path, read_calibration(path)) for path in inputs.calibration],
+        "search": [(path, read_search(path)) for path in inputs.tune],
+    }
+    robustness, calibration, searches = (tuple(card for _, card in c) for c in cards.values())
+    reproductions = {path: read_object(path) for path in inputs.results}
     origin = next((log.log.sets for log in logs if log.name.casefold() == "origin"), None)
     answers = tuple(
         answer_set
-        for log in logs
+        for log in ([] if request.without_answers else logs)
         for answer_set in answer_sets(
             log.name, log.log.sets, protocols[0], None if log.log.sets is origin else origin
         )
     )
-    cards: list[tuple[str, Path, Robustness | Calibration | Search]] = [
-        *(("robustness", *pair) for pair in zip(inputs.robustness, robustness, strict=True)),
-        *(("calibration", *pair) for pair in zip(inputs.calibration, calibration, strict=True)),
-        *(("search", *pair) for pair in zip(inputs.tune, searches, strict=True)),
+    files = [
+        ("evaluation log" if log.role == MEASURED else log.role, log.name, log.path, log.log.meta)
+        for log in logs
     ]
+    files += [(kind, c.name, path, c.about) for kind, pairs in cards.items() for path, c in pairs]
+    recorded = ("target", "preset", "origin", "seconds")
+    files += [
+        (
+            "reproduction",
+            path.resolve().parent.name,
+            path,
+            {k: raw[k] for k in recorded if k in raw},
+        )
+        for path, raw in reproductions.items()
+    ]
+    splits = {str(log.log.meta["split"]) for log in logs if log.log.meta.get("split")}
+    targets = {str(raw.get("target")).removeprefix("tofu-") for raw in reproductions.values()}
     report = Report(
         title=request.title,
         command=request.command,
@@ -210,8 +226,8 @@ def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
         tried=_tried(request, searches, calibration),
         retrain=None if reference is None else reference.name,
         views=views,
-        published=_published(request, logs, reproductions),
-        answers=() if request.without_answers else answers,
+        published=_published(request.published, splits | targets),
+        answers=answers,
         without_answers=request.without_answers,
         robustness=robustness,
         calibration=calibration,
@@ -219,19 +235,21 @@ def gather(request: ReportRequest) -> tuple[Report, tuple[LoadedLog, ...]]:
         checks=tuple(
             check for path, raw in reproductions.items() for check in read_rows(raw, "checks", path)
         ),
-        files=(
-            *(_input_file(_kind(log), log.name, log.path, dict(log.log.meta)) for log in logs),
-            *(_input_file(kind, card.name, path, card.about) for kind, path, card in cards),
-            *(_reproduction_file(path, raw) for path, raw in reproductions.items()),
+        files=tuple(
+            InputFile(kind, name, str(path), sha256_file(path), dict(about))
+            for kind, name, path, about in files
         ),
         settings=_settings(protocols, reproductions),
-        versions=_versions(),
-        warnings=_warnings(views, logs),
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        warnings=_warnings(views, splits),
     )
     return report, logs
 
 
-def load_logs(inputs: Inputs, request: ReportRequest) -> tuple[LoadedLog, ...]:
+def _load_logs(inputs: Inputs, request: ReportRequest) -> list[LoadedLog]:
     """Every log once, with its role; the references are rows of the table too."""
     paths = dict(inputs.logs)
     references = {
@@ -251,23 +269,11 @@ def load_logs(inputs: Inputs, request: ReportRequest) -> tuple[LoadedLog, ...]:
         name = same[0] if same else f"{name} ({path.stem})" if name in paths else name
         paths[name] = path
         roles[name] = role
-    logs = [
-        LoadedLog(name, roles.get(name, MEASURED), path, read_log(path))
-        for name, path in paths.items()
-    ]
     by_role, by_name = {REFERENCE: 1, SECOND: 2}, {"origin": 0, RETRAIN: 1}
-    return tuple(
-        sorted(logs, key=lambda log: by_role.get(log.role, by_name.get(log.name.casefold(), 3)))
+    return sorted(
+        (LoadedLog(name, roles.get(name, MEASURED), p, read_log(p)) for name, p in paths.items()),
+        key=lambda log: by_role.get(log.role, by_name.get(log.name.casefold(), 3)),
     )
-
-
-def _stated_protocol(logs: tuple[LoadedLog, ...]) -> list[str]:
-    """The protocol of the first log that states one, or the default."""
-    for log in logs:
-        stated = log.log.meta.get("protocols")
-        if isinstance(stated, list) and stated:
-            return [str(stated[0])]
-    return [DEFAULT]
 
 
 def _system(log: LoadedLog, reference: LoadedLog | None, protocol: Protocol) -> System:
@@ -281,8 +287,8 @@ def _system(log: LoadedLog, reference: LoadedLog | None, protocol: Protocol) -> 
         # The rest of the sentence quotes a question, which a report may have to leave out.
         problem = error.problem.partition(", for example")[0].rstrip(".")
         warnings = (f"not compared with the retrain reference: {problem}",)
-        reasons = {**figures["reasons"], "forget_quality": "not comparable with the reference"}
-        figures, against = {**figures, "reasons": reasons}, None
+        figures["reasons"]["forget_quality"] = "not comparable with the reference"
+        against = None
     curve = None if against is None else ecdf(log.log, against, protocol)
     return System(log.name, log.role, figures, curve, warnings + tuple(figures["notes"]))
 
@@ -305,10 +311,8 @@ def ecdf(log: EvalLog, reference: EvalLog, protocol: Protocol) -> Ecdf | None:
     below = [np.searchsorted(side, grid, side="right") / side.size for side in (ours, theirs)]
     place = int(np.argmax(np.abs(below[0] - below[1])))
     left, right = float(below[0][place]), float(below[1][place])
-    return Ecdf(
-        tuple(map(float, ours)), tuple(map(float, theirs)), float(grid[place]),
-        abs(left - right), left, right,
-    )  # fmt: skip
+    at, d = float(grid[place]), abs(left - right)
+    return Ecdf(tuple(map(float, ours)), tuple(map(float, theirs)), at, d, left, right)
 
 
 def _tried(
@@ -318,46 +322,24 @@ def _tried(
     if request.tried is not None:
         return f"{request.tried}, as stated by --tried"
     parts = [f"{search.tried} by the search {search.name}" for search in searches]
-    for card in calibration:
-        tried = card.about.get("tried")
-        if isinstance(tried, int):
-            parts.append(f"{tried} strengths of {card.name} by calibration")
-    return "; ".join(parts) or NOT_STATED
+    parts += [
+        f"{card.about['tried']} strengths of {card.name} by calibration"
+        for card in calibration
+        if isinstance(card.about.get("tried"), int)
+    ]
+    return "; ".join(parts) or "not stated"
 
 
-def _published(
-    request: ReportRequest,
-    logs: tuple[LoadedLog, ...],
-    reproductions: Mapping[Path, Mapping[str, Any]],
-) -> tuple[Published, ...]:
-    """The published rows that were asked for, or those of the split that all inputs state."""
-    wanted = request.published
+def _published(wanted: str | None, splits: set[str]) -> tuple[Published, ...]:
+    """The published rows of the split asked for, by default of the one that all inputs state."""
     if wanted is None:
-        splits = {str(log.log.meta["split"]) for log in logs if log.log.meta.get("split")}
-        splits |= {str(raw.get("target")).removeprefix("tofu-") for raw in reproductions.values()}
-        split = splits.pop() if len(splits) == 1 else "none"
-        wanted = split if split in PUBLISHED else "none"
+        wanted = next(iter(splits)) if len(splits) == 1 and splits <= PUBLISHED.keys() else "none"
     if wanted not in (*PUBLISHED, "none"):
         raise UserError(
             f"There are no published rows {wanted!r}.", f"Choose {', '.join(PUBLISHED)} or none."
         )
     rows = PUBLISHED.get(wanted, {})
-    return tuple(
-        Published(name, quality, utility, wanted) for name, (quality, utility) in rows.items()
-    )
-
-
-def _kind(log: LoadedLog) -> str:
-    return "evaluation log" if log.role == MEASURED else log.role
-
-
-def _input_file(kind: str, name: str, path: Path, about: Mapping[str, Any]) -> InputFile:
-    return InputFile(kind, name, str(path), sha256_file(path), about)
-
-
-def _reproduction_file(path: Path, raw: Mapping[str, Any]) -> InputFile:
-    about = {key: raw[key] for key in ("target", "preset", "origin", "seconds") if key in raw}
-    return _input_file("reproduction", path.resolve().parent.name, path, about)
+    return tuple(Published(name, *figures, wanted) for name, figures in rows.items())
 
 
 def _settings(
@@ -383,25 +365,13 @@ def _settings(
     }  # fmt: skip
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    return versions
-
-
-def _warnings(views: tuple[View, ...], logs: tuple[LoadedLog, ...]) -> tuple[str, ...]:
+def _warnings(views: tuple[View, ...], splits: set[str]) -> tuple[str, ...]:
     """What a reader must know before the figures: each warning once, with the systems it is on."""
     systems: dict[str, dict[str, None]] = {}
-    for view in views:
-        for system in view.systems:
-            for warning in system.warnings:
-                systems.setdefault(warning, {})[system.name] = None
+    for system in (system for view in views for system in view.systems):
+        for warning in system.warnings:
+            systems.setdefault(warning, {})[system.name] = None
     warnings = [f"{', '.join(names)}: {warning}" for warning, names in systems.items()]
-    splits = sorted({str(log.log.meta["split"]) for log in logs if log.log.meta.get("split")})
     if len(splits) > 1:
-        warnings.append(f"the logs are of different splits: {', '.join(splits)}")
+        warnings.append(f"the logs are of different splits: {', '.join(sorted(splits))}")
     return tuple(warnings)

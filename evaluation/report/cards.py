@@ -5,13 +5,13 @@ Reading is strict about kinds and required fields, and tolerant of parts that we
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
+from evaluation.logs.records import read_json
 
 ROBUSTNESS, CALIBRATION, TUNE = "robustness.json", "calibration.json", "tune.json"
 SCHEMA = 1
@@ -67,29 +67,16 @@ class Search:
     held_out: tuple[Figures, ...] = ()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: the file cannot be read, is not strict JSON, or holds no object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.", "Check the path.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.", "Give a complete file.") from error
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where there is none, or it holds NaN."""
+    raw = read_json(path, "card", finite=True)
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds {type(raw).__name__}, not an object.", "Give another file.")
     return raw
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a finite number")
-
-
 def _read_card(path: Path, command: str) -> dict[str, Any]:
-    raw, kind = read_json(path), f"unlearner-{command}"
+    raw, kind = read_object(path), f"unlearner-{command}"
     if raw.get("kind") != kind:
         raise UserError(
             f"{path} is of kind {raw.get('kind')!r}, not {kind!r}.",
@@ -104,50 +91,42 @@ def _read_card(path: Path, command: str) -> dict[str, Any]:
 
 
 def read_robustness(path: Path) -> Robustness:
-    """The card that `unlearner robustness` wrote.
-
-    Raises:
-        UserError: a file of another kind, or a part of another shape than the schema's.
-    """
+    """The card that `unlearner robustness` wrote; UserError for another kind or shape."""
     raw = _read_card(path, "robustness")
-    relearning, sampling = (_object(raw, key, path) for key in ("relearning", "sampling"))
     about = ("base", "adapters", "split", "protocol", "limit", "settings", "versions")
-    # Adapters are names, or pairs of a name and a strength.
     adapters = raw.get("adapters")
+    # Adapters are names, or pairs of a name and a strength.
     names = [
         str(adapter[0]) if isinstance(adapter, list) and adapter else str(adapter)
         for adapter in (adapters if isinstance(adapters, list) else [])
     ]
+    attacks: dict[str, Any] = {}
+    for key, x in (("relearning", "step"), ("sampling", "n")):
+        part = _object(raw, key, path)
+        attacks[key] = tuple(
+            Curve(str(row["name"]), read_rows(row, "points", path, x))
+            for row in read_rows(part, "curves", path, "name", "points")
+        )
+        attacks[f"{key}_about"] = {name: part[name] for name in part if name != "curves"}
     return Robustness(
         name=", ".join(names) or path.resolve().parent.name,
         about={key: raw[key] for key in about if key in raw},
-        states=read_rows(raw, "states", path, ("name",)),
-        relearning=_curves(relearning, path, ("step",)),
-        relearning_about={key: value for key, value in relearning.items() if key != "curves"},
-        sampling=_curves(sampling, path, ("n",)),
-        sampling_about={key: value for key, value in sampling.items() if key != "curves"},
-        paraphrase=read_rows(raw, "paraphrase", path, ("form",)),
+        states=read_rows(raw, "states", path, "name"),
+        paraphrase=read_rows(raw, "paraphrase", path, "form"),
         drop=_object(raw, "drop", path),
-        verdicts=read_rows(raw, "verdicts", path, ("name", "text")),
+        verdicts=read_rows(raw, "verdicts", path, "name", "text"),
+        **attacks,
     )
 
 
 def read_calibration(path: Path) -> Calibration:
-    """The curve that `unlearner calibrate` wrote.
-
-    Raises:
-        UserError: a file of another kind, or a part of another shape than the schema's.
-    """
+    """The curve that `unlearner calibrate` wrote; UserError for another kind or shape."""
     raw = _read_card(path, "calibration")
     return parse_calibration(raw, path, path.resolve().parent.name)
 
 
 def parse_calibration(raw: Figures, path: Path, name: str) -> Calibration:
-    """A calibration from its JSON object; `name` is used where it names no adapter.
-
-    Raises:
-        UserError: a part of another shape than the schema's.
-    """
+    """A calibration from its JSON object; `name` is used where it names no adapter."""
     about = (
         "base", "adapter", "stack", "split", "limit", "protocol", "retain_log", "by", "rule",
         "reason", "max_mu_loss", "best_by_gap", "best_by_ks", "tried", "published", "versions",
@@ -157,18 +136,14 @@ def parse_calibration(raw: Figures, path: Path, name: str) -> Calibration:
         name=str(raw.get("adapter") or name),
         about={key: raw[key] for key in about if key in raw},
         chosen_scale=None if chosen is None else _number(chosen, f"{path}: chosen_scale"),
-        curve=read_rows(raw, "curve", path, ("scale",)),
+        curve=read_rows(raw, "curve", path, "scale"),
         held_out=_object(raw, "held_out", path),
-        evaluations=read_rows(raw, "evaluations", path, ("scale",)),
+        evaluations=read_rows(raw, "evaluations", path, "scale"),
     )
 
 
 def read_search(path: Path) -> Search:
-    """The result that `unlearner tune` wrote.
-
-    Raises:
-        UserError: a file of another kind, or a part of another shape than the schema's.
-    """
+    """The result that `unlearner tune` wrote; UserError for another kind or shape."""
     raw = _read_card(path, "tune")
     chosen = _object(raw, "chosen", path)
     about = (
@@ -194,20 +169,13 @@ def _number(value: Any, where: str) -> float:
 def _object(raw: Figures, key: str, path: Path) -> dict[str, Any]:
     value = raw.get(key)
     if value is not None and not isinstance(value, dict):
-        raise UserError(
-            f"{path}: {key} is {type(value).__name__}, not an object.", "Measure it again."
-        )
+        problem = f"{path}: {key} is {type(value).__name__}, not an object."
+        raise UserError(problem, "Measure it again.")
     return value or {}
 
 
-def read_rows(
-    raw: Figures, key: str, path: Path, needed: Sequence[str] = ()
-) -> tuple[dict[str, Any], ...]:
-    """A list of objects that all have the keys `needed`; empty where there is none.
-
-    Raises:
-        UserError: another type, or a key that is missing.
-    """
+def read_rows(raw: Figures, key: str, path: Path, *needed: str) -> tuple[dict[str, Any], ...]:
+    """A list of objects with the keys `needed`, else a UserError; empty where there is none."""
     rows = raw.get(key) or []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: {key} is not a list of objects.", "Measure it again.")
@@ -216,8 +184,3 @@ def read_rows(
         if missing:
             raise UserError(f"{path}: {key} {i} has no {', '.join(missing)}.", "Measure it again.")
     return tuple(rows)
-
-
-def _curves(raw: Figures, path: Path, needed: Sequence[str]) -> tuple[Curve, ...]:
-    rows = read_rows(raw, "curves", path, ("name", "points"))
-    return tuple(Curve(str(row["name"]), read_rows(row, "points", path, needed)) for row in rows)

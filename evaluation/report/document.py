@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,8 +20,7 @@ from evaluation.report.answers import AnswerSet, answer_figures, word_difference
 from evaluation.report.plots import Chart, colour_css, draw_svg
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A cell of a table: its text, and a smaller line below it."""
 
     text: str
@@ -37,51 +36,34 @@ class Column:
     numeric: bool = True
 
 
-def words(*heads: str) -> tuple[Column, ...]:
-    """Columns that hold words."""
-    return tuple(Column(head, numeric=False) for head in heads)
-
-
 @dataclass(frozen=True)
 class Table:
-    """A table. The first cell of a row names it; `kinds` are the CSS classes of the rows."""
+    """A table.
+
+    Attributes:
+        caption: its title.
+        columns: a string is the head of a column of words.
+        rows: their cells; the first names the row.
+        kinds: CSS classes of the rows.
+    """
 
     kind: ClassVar = "table"
     caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    kinds: tuple[str, ...] = ()
+    columns: tuple[Column | str, ...]
+    rows: Sequence[Sequence[Cell | str]]
+    kinds: Sequence[str] = ()
+
+    @property
+    def heads(self) -> list[Column]:
+        """All columns as `Column`."""
+        return [Column(c, numeric=False) if isinstance(c, str) else c for c in self.columns]
 
 
 @dataclass(frozen=True)
-class Para:
-    """A paragraph."""
+class Text:
+    """A warning that a reader must not miss, verbatim lines, or a heading inside a section."""
 
-    kind: ClassVar = "para"
-    text: str
-
-
-@dataclass(frozen=True)
-class Note:
-    """A warning that a reader must not miss."""
-
-    kind: ClassVar = "note"
-    text: str
-
-
-@dataclass(frozen=True)
-class Code:
-    """Lines shown as they were typed or recorded."""
-
-    kind: ClassVar = "code"
-    text: str
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading inside a section."""
-
-    kind: ClassVar = "heading"
+    kind: Literal["note", "code", "heading"]
     text: str
 
 
@@ -93,15 +75,7 @@ class Plots:
     charts: tuple[Chart, ...]
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The best and worst answers of a system on one set."""
-
-    kind: ClassVar = "answers"
-    answers: AnswerSet
-
-
-Block = Table | Para | Note | Code | Heading | Plots | Answers
+Block = Table | Text | Plots | AnswerSet | str  # a string is a paragraph
 
 
 @dataclass(frozen=True)
@@ -110,33 +84,30 @@ class Section:
 
     key: str
     title: str
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
 
 def charts(sections: Iterable[Section]) -> list[Chart]:
     """Every plot of the document, in order."""
-    return [
-        chart
-        for section in sections
-        for block in section.blocks
-        if isinstance(block, Plots)
-        for chart in block.charts
-    ]
+    blocks = (block for section in sections for block in section.blocks)
+    return [chart for block in blocks if isinstance(block, Plots) for chart in block.charts]
 
 
 def with_distinct_plots(sections: Iterable[Section]) -> tuple[Section, ...]:
     """The sections, with a number added to a plot's key where an earlier plot has the same."""
     times: Counter[str] = Counter()
 
-    def rename(chart: Chart) -> Chart:
-        times[chart.key] += 1
-        number = times[chart.key]
-        return chart if number == 1 else replace(chart, key=f"{chart.key}-{number}")
+    def rename(block: Block) -> Block:
+        if not isinstance(block, Plots):
+            return block
+        renamed = []
+        for chart in block.charts:
+            times[chart.key] += 1
+            number = times[chart.key]
+            renamed.append(chart if number == 1 else replace(chart, key=f"{chart.key}-{number}"))
+        return Plots(tuple(renamed))
 
-    def rename_all(block: Block) -> Block:
-        return Plots(tuple(map(rename, block.charts))) if isinstance(block, Plots) else block
-
-    return tuple(replace(s, blocks=tuple(map(rename_all, s.blocks))) for s in sections)
+    return tuple(replace(s, blocks=tuple(map(rename, s.blocks))) for s in sections)
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:

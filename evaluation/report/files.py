@@ -34,15 +34,11 @@ ROW_FIGURES = ("rouge_l_recall", "answer_prob", "nll", "log_r")
 
 @dataclass(frozen=True)
 class Written:
-    """A report, and the files that it was written to."""
+    """A report, and the files that it was written to; `html` is the one to open."""
 
     report: Report
     files: tuple[Path, ...]
-
-    @property
-    def html(self) -> Path:
-        """The one file to open."""
-        return next(path for path in self.files if path.name == "report.html")
+    html: Path
 
 
 def make_report(request: ReportRequest, out: Path, *, png: bool = False) -> Written:
@@ -67,54 +63,37 @@ def make_report(request: ReportRequest, out: Path, *, png: bool = False) -> Writ
     texts |= {f"plots/{chart.key}.svg": svg_file(chart) for chart in charts(parts)}
     (out / "plots").mkdir(parents=True, exist_ok=True)
     files = [write_text(out / name, text) for name, text in texts.items()]
-    files.append(write_json(out / "report.json", report_json(report)))
+    values = {"kind": KIND, "schema": SCHEMA, **dataclasses.asdict(report)}
+    files.append(write_json(out / "report.json", _json(values)))
     if png:
         files += [write_png(chart, out / "plots" / f"{chart.key}.png") for chart in charts(parts)]
-    return Written(report, tuple(files))
-
-
-def report_json(report: Report) -> dict[str, Any]:
-    """The report as JSON values: figures unrounded, NaN and infinities as null."""
-    values: dict[str, Any] = _json({"kind": KIND, "schema": SCHEMA, **dataclasses.asdict(report)})
-    return values
+    return Written(report, tuple(files), out / "report.html")
 
 
 def _json(value: Any) -> Any:
+    """`value` as JSON: NaN and infinities as null, anything unknown as text."""
     if isinstance(value, Mapping):
         return {str(key): _json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_json(part) for part in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def table_csv(report: Report) -> str:
     """A line for each system and protocol, figures unrounded, and the published rows."""
     lines: list[dict[str, Any]] = []
     parts: dict[str, None] = {}
-    for view in report.views:
-        for system in view.systems:
-            figures = system.figures
-            line = {"name": system.name, "source": system.role, **figures}
-            for name in SPREADS:
-                line[f"{name}_low"], line[f"{name}_high"] = figures[f"{name}_interval"] or (
-                    None,
-                    None,
-                )
-            line |= figures["model_utility_parts"]
-            parts |= dict.fromkeys(figures["model_utility_parts"])
-            line["reason"] = figures["reasons"].get("forget_quality")
-            lines.append(line)
-    for row in report.published:
-        lines.append(
-            {
-                "name": row.name, "source": "published", "forget_quality": row.forget_quality,
-                "model_utility": row.model_utility,
-            }
-        )  # fmt: skip
+    for system in (system for view in report.views for system in view.systems):
+        figures = system.figures
+        line = {"name": system.name, "source": system.role, **figures}
+        for name in SPREADS:
+            line[f"{name}_low"], line[f"{name}_high"] = figures[f"{name}_interval"] or (None, None)
+        parts |= dict.fromkeys(figures["model_utility_parts"])
+        reason = figures["reasons"].get("forget_quality")
+        lines.append(line | figures["model_utility_parts"] | {"reason": reason})
+    lines += [{**dataclasses.asdict(row), "source": "published"} for row in report.published]
     spreads = [f"{name}_{end}" for name in SPREADS for end in ("low", "high")]
     columns = ["name", "source", "protocol", *FIGURES, *spreads, *parts,
                "n", "rows_matched_by", "limited", "reason"]  # fmt: skip
@@ -124,22 +103,17 @@ def table_csv(report: Report) -> str:
 def rows_csv(report: Report, logs: Sequence[LoadedLog]) -> str:
     """A line for each row of every log under the first protocol, with texts unless left out."""
     texts = () if report.without_answers else ("question", "truth", "answer")
-    columns = ["name", "set", "row", *ROW_FIGURES, *texts]
     lines: list[dict[str, Any]] = []
     for log in logs:
         protocol = protocol_named(report.views[0].protocol)
         for name, record in log.log.sets.items():
             for i, row in enumerate(protocol_rows(record, protocol)):
                 generation = generation_of(row, protocol)
-                lines.append(
-                    {
-                        "name": log.name, "set": name, "row": i + 1,
-                        **dataclasses.asdict(row_figures(row, protocol)),
-                        "question": row.question, "truth": row.answer,
-                        "answer": None if generation is None else generation.text,
-                    }
-                )  # fmt: skip
-    return csv_text(columns, lines)
+                line = {"name": log.name, "set": name, "row": i + 1}
+                line |= {"question": row.question, "truth": row.answer}
+                line["answer"] = None if generation is None else generation.text
+                lines.append(line | dataclasses.asdict(row_figures(row, protocol)))
+    return csv_text(["name", "set", "row", *ROW_FIGURES, *texts], lines)
 
 
 def csv_text(columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:

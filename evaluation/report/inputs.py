@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import UserError
-from evaluation.report.cards import CALIBRATION, ROBUSTNESS, TUNE, read_json
+from evaluation.report.cards import CALIBRATION, ROBUSTNESS, TUNE, read_object
 
 LOG_FILE = "eval_log.json"
 RESULT = "result.json"
@@ -50,10 +50,7 @@ def find_inputs(
         name, path = _split_name(text)
         if not path.exists():
             raise UserError(f"There is no file or folder {path}.", "Check the path.")
-        if not path.is_dir():
-            _add(logs, name or log_name(path), path)
-            continue
-        folder = folder_logs(path)
+        folder = _folder_logs(path) if path.is_dir() else {log_name(path): path}
         folder_cards = [
             (kind, file)
             for kind in cards
@@ -70,8 +67,14 @@ def find_inputs(
                 f"{path} holds {len(folder)} logs, so it cannot be named {name!r}.",
                 "Leave out the name, or name each log: NAME=LOG.",
             )
-        for own_name, file in folder.items():
-            _add(logs, name or own_name, file)
+        for default, file in folder.items():
+            key = name or default
+            if key in logs and logs[key].resolve() != file.resolve():
+                raise UserError(
+                    f"Two logs are named {key!r}: {logs[key]} and {file}.",
+                    "Give each a different name: NAME=LOG.",
+                )
+            logs[key] = file
         for kind, file in folder_cards:
             if file.resolve() not in {other.resolve() for other in cards[kind]}:
                 cards[kind].append(file)
@@ -112,35 +115,25 @@ def named_logs(paths: Sequence[Path]) -> list[str]:
     return [str(path) if name == log_name(path) else f"{name}={path}" for name, path in pairs]
 
 
-def _add(logs: dict[str, Path], name: str, path: Path) -> None:
-    if name in logs and logs[name].resolve() != path.resolve():
-        raise UserError(
-            f"Two logs are named {name!r}: {logs[name]} and {path}.",
-            "Give them names of their own: NAME=LOG.",
-        )
-    logs[name] = path
-
-
-def folder_logs(folder: Path) -> dict[str, Path]:
+def _folder_logs(folder: Path) -> dict[str, Path]:
     """The logs in a folder of evaluate (one, or one for each system), reproduce or quickstart."""
-    if (folder / RESULT).is_file():
-        logs = read_json(folder / RESULT).get("logs")
+    result = folder / RESULT
+    if result.is_file():
+        logs = read_object(result).get("logs")
         if not isinstance(logs, dict):
-            raise UserError(f"{folder / RESULT} names no logs.", "Run `unlearner reproduce` again.")
-        return {str(name): _locate(folder, Path(str(path))) for name, path in logs.items()}
+            raise UserError(f"{result} names no logs.", "Run `unlearner reproduce` again.")
+        paths = {}
+        for name, path in ((str(name), Path(str(path))) for name, path in logs.items()):
+            # Beside its result, also after the folder was moved.
+            beside = folder / path.parent.name / path.name
+            paths[name] = beside if beside.is_file() else path
+            if not paths[name].is_file():
+                problem = f"{result} names the log {path}, which is gone."
+                raise UserError(problem, "Name the logs: NAME=LOG.")
+        return paths
     if (folder / LOG_FILE).is_file():
         return {folder.resolve().name: folder / LOG_FILE}
     paths = {path.stem: path for path in sorted((folder / "logs").glob("*.json"))}
     paths |= {path.parent.name: path for path in sorted(folder.glob(f"*/{LOG_FILE}"))}
     first = {"origin": 0, RETRAIN: 1}
     return dict(sorted(paths.items(), key=lambda pair: (first.get(pair[0], 2), pair[0])))
-
-
-def _locate(folder: Path, path: Path) -> Path:
-    """A log that `reproduce` recorded: beside its result, also after the folder was moved."""
-    for place in (folder / path.parent.name / path.name, path):
-        if place.is_file():
-            return place
-    raise UserError(
-        f"{folder / RESULT} names the log {path}, which is gone.", "Name the logs: NAME=LOG."
-    )

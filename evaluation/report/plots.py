@@ -135,18 +135,12 @@ def line_chart(
     slots: Mapping[str, int] | None = None,
     log2: bool = False,
 ) -> Chart | None:
-    """Curves by name; None where no curve has two points.
+    """Curves by name; None where no curve has two points. For the other arguments see `Chart`.
 
     Args:
-        key: name of the plot's file.
-        title: title of the plot.
         curves: points by name, in the order in which they are joined.
-        x, y: labels of the axes.
-        ys: limits of the y axis.
-        rules: lines across the plot.
         levels: whether a curve of one point is drawn as a level, in place of being left out.
         slots: colour, dashes and marker by name, where they are not in the order of the curves.
-        log2: whether x is on a logarithmic scale.
     """
     series, constant = [], []
     for number, (name, points) in enumerate(curves.items()):
@@ -156,12 +150,10 @@ def line_chart(
             constant.append(Rule(points[0][1], name, level=True))
     if not series:
         return None
-    text = "; ".join(
-        f"{one.name} from {fixed(one.points[0][1])} to {fixed(one.points[-1][1])}" for one in series
-    )
-    return Chart(
-        key, title, f"{text}.", x, y, tuple(series), ys=ys, rules=(*rules, *constant), log2=log2
-    )
+    ends = ((line.name, fixed(line.points[0][1]), fixed(line.points[-1][1])) for line in series)
+    text = "; ".join(f"{name} from {first} to {last}" for name, first, last in ends) + "."
+    rules = (*rules, *constant)
+    return Chart(key, title, text, x, y, tuple(series), ys=ys, rules=rules, log2=log2)
 
 
 def trade_off_chart(
@@ -173,9 +165,8 @@ def trade_off_chart(
     """log10 forget quality against model utility. None without points.
 
     Args:
-        key: name of the plot's file.
-        title: title of the plot.
-        points: name, model utility, log10 forget quality, and the kind that its marker stands for.
+        key, title: see `Chart`.
+        points: name, model utility, log10 forget quality, and the kind that its marker shows.
         fronts: kinds whose Pareto front is drawn, with the front's name in the legend.
     """
     if not points:
@@ -185,12 +176,8 @@ def trade_off_chart(
         members = [point for point in points if point[3] == kind]
         places = tuple((x, y) for _, x, y, _ in members)
         series.append(Series(kind, places, slot, "points", tuple(name for name, *_ in members)))
-        sentences.append(
-            f"{kind}: "
-            + "; ".join(
-                f"{n}: utility {fixed(x)}, log10 quality {fixed(y, 2)}" for n, x, y, _ in members
-            )
-        )
+        texts = (f"{n}: utility {fixed(x)}, log10 quality {fixed(y, 2)}" for n, x, y, _ in members)
+        sentences.append(f"{kind}: " + "; ".join(texts))
         front = pareto_front(places)
         if kind in fronts:
             sentences.append(f"{fronts[kind]}: " + ", ".join(members[i][0] for i in front))
@@ -229,10 +216,8 @@ def distribution_chart(
     """Distribution functions F(x): the share of values of at most x. None without values.
 
     Args:
-        key: name of the plot's file.
-        title: title of the plot.
+        key, title, x: see `Chart`.
         samples: values by name; infinite and undefined ones are left out.
-        x: label of the x axis.
         text: description; by default the means.
         gap: a marked distance between two of the functions.
     """
@@ -240,10 +225,12 @@ def distribution_chart(
     finite = {name: values for name, values in finite.items() if values}
     if not finite:
         return None
-    ends = [values[int(TAIL * (len(values) - 1))] for values in finite.values()]
-    ends += [values[math.ceil((1 - TAIL) * (len(values) - 1))] for values in finite.values()]
-    ends += [gap.x] if gap else []
-    low, high = span(ends, 0.04)
+    ends = [gap.x] if gap else []
+    for values in finite.values():
+        last = len(values) - 1
+        ends += [values[int(TAIL * last)], values[math.ceil((1 - TAIL) * last)]]
+    margin = (max(ends) - min(ends)) * 0.04 or max(abs(max(ends)) * 0.1, 0.1)
+    low, high = min(ends) - margin, max(ends) + margin
     series = []
     for slot, (name, values) in enumerate(finite.items()):
         steps = [(min(max(v, low), high), (i + 1) / len(values)) for i, v in enumerate(values)]
@@ -256,13 +243,6 @@ def distribution_chart(
         key, title, text, x, "share of rows at or below", tuple(series), (low, high), (0.0, 1.0),
         gap=gap,
     )  # fmt: skip
-
-
-def span(values: Sequence[float], margin: float) -> Span:
-    """The lowest and the highest value with a margin (a share of the range), never of no width."""
-    low, high = min(values), max(values)
-    gap = (high - low) * margin or max(abs(high) * 0.1, 0.1)
-    return low - gap, high + gap
 
 
 def colour_css(selector: str = ":root", *, dark: bool = False) -> str:
@@ -303,7 +283,7 @@ def _page_tag(match: re.Match[str]) -> str:
 
 
 def svg_file(chart: Chart) -> str:
-    """The chart as an SVG file of its own, light or dark by the reader's system."""
+    """The chart as an SVG file, light or dark by the reader's system."""
     light, dark = (colour_css(".un-plot", dark=is_dark) for is_dark in (False, True))
     style = (
         f"<style>{light} .un-plot {{ background:var(--un-paper); color-scheme:light dark; }} "
@@ -396,20 +376,22 @@ def _draw(axes: Axes, series: Series) -> None:
 
 
 def _draw_rule(axes: Axes, rule: Rule) -> None:
-    draw = axes.axhline if rule.level else axes.axvline
-    draw(rule.at, color=QUIET, ls=":", lw=1)
-    place, system = ((0.99, rule.at), ("axes fraction", "data"))
-    if not rule.level:
+    text: dict[str, Any] = {"color": QUIET, "fontsize": "small", "textcoords": "offset points"}
+    if rule.level:
+        axes.axhline(rule.at, color=QUIET, ls=":", lw=1)
+        text |= {"xytext": (-2, 2), "ha": "right", "va": "bottom"}
+        place, system = (0.99, rule.at), ("axes fraction", "data")
+    else:
+        axes.axvline(rule.at, color=QUIET, ls=":", lw=1)
+        text |= {"xytext": (3, 2), "ha": "left", "va": "top"}
         place, system = (rule.at, 0.99), ("data", "axes fraction")
-    axes.annotate(
-        _one_line(rule.text), place, (-2 if rule.level else 3, 2), xycoords=system,
-        textcoords="offset points", ha="right" if rule.level else "left",
-        va="bottom" if rule.level else "top", color=QUIET, fontsize="small",
-    )  # fmt: skip
+    axes.annotate(_one_line(rule.text), place, xycoords=system, **text)
 
 
 def _place_labels(figure: Figure, axes: Axes, chart: Chart) -> None:
     """Writes the names of points beside them, each where it covers no other name or point."""
+    from matplotlib.transforms import Bbox
+
     if not any(series.labels for series in chart.series):
         return
     figure.draw_without_rendering()
@@ -420,7 +402,7 @@ def _place_labels(figure: Figure, axes: Axes, chart: Chart) -> None:
         for point, label in zip(series.points, series.labels, strict=False)
     ]
     pixels = [axes.transData.transform(point) for point, _ in points]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
     spots = [(7, 0, "left", "center"), (-7, 0, "right", "center")]
     spots += [
         (across, up, side, "bottom" if up > 0 else "top")
@@ -435,18 +417,11 @@ def _place_labels(figure: Figure, axes: Axes, chart: Chart) -> None:
         for x, y, across, up in spots:
             text.set(position=(x, y), horizontalalignment=across, verticalalignment=up)
             box = text.get_window_extent()
-            if (
-                inside.x0 <= box.x0
-                and box.x1 <= inside.x1
-                and inside.y0 <= box.y0
-                and box.y1 <= inside.y1
-                and not any(
-                    box.x0 < right and box.x1 > left and box.y0 < top and box.y1 > bottom
-                    for left, bottom, right, top in taken
-                )
-            ):
+            fits = inside.fully_containsx(box.x0) and inside.fully_containsx(box.x1)
+            fits = fits and inside.fully_containsy(box.y0) and inside.fully_containsy(box.y1)
+            if fits and not box.count_overlaps(taken):
                 break
-        taken.append((box.x0, box.y0, box.x1, box.y1))
+        taken.append(box)
 
 
 def _one_line(text: str) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from evaluation.metrics.forget_quality import NEEDS_RETRAIN
 from evaluation.report.build import (
@@ -23,43 +22,30 @@ from evaluation.report.card_sections import (
     HIGHER,
     LOWER,
     NEAR_REFERENCE,
+    Columns,
     calibration_section,
     record_table,
     robustness_section,
     search_section,
 )
 from evaluation.report.document import (
-    Answers,
     Block,
     Cell,
-    Code,
     Column,
-    Heading,
-    Note,
-    Para,
     Plots,
     Section,
     Table,
+    Text,
     with_distinct_plots,
-    words,
 )
 from evaluation.report.numbers import DASH, fixed, interval_text, p_text, plain
 from evaluation.report.plots import Chart, Gap, distribution_chart, file_key, trade_off_chart
 
-COLUMNS = (
-    *words("System", "Source"),
-    *(Column(*FIGURES[key]) for key in ("forget_quality", "ks", "log_r_shift")),
-    *words("Direction"),
-    *(
-        Column(*FIGURES[key])
-        for key in (
-            "model_utility", "forget_nll", "forget_answer_prob", "forget_rouge_l_recall",
-            "retain_answer_prob",
-        )
-    ),
-    Column("n"),
-    *words("Protocol"),
+SHOWN = (
+    "forget_quality", "ks", "log_r_shift", "direction", "model_utility", "forget_nll",
+    "forget_answer_prob", "forget_rouge_l_recall", "retain_answer_prob",
 )  # fmt: skip
+COLUMNS = ("System", "Source", *(FIGURES[key] for key in SHOWN), Column("n"), "Protocol")
 PRIVATE = (
     "This report holds questions and answers of the forget set. Keep it as private as the data; "
     "--without-answers leaves them out."
@@ -96,11 +82,9 @@ def sections(report: Report) -> tuple[Section, ...]:
     parts += [robustness_section(card, i) for i, card in enumerate(report.robustness)]
     if report.answers:
         parts.append(_answers(report))
-    reading = tuple(
-        (Cell(name), Cell(better or DASH), Cell(text)) for name, better, text in READING
-    )
-    table = Table("What the figures mean", words("Figure", "Better", "Meaning"), reading)
-    parts += [Section("reading", "How to read the figures", (table,)), _provenance(report)]
+    rows = [[name, better or DASH, text] for name, better, text in READING]
+    table = Table("What the figures mean", ("Figure", "Better", "Meaning"), rows)
+    parts += [Section("reading", "How to read the figures", [table]), _provenance(report)]
     return with_distinct_plots(parts)
 
 
@@ -123,27 +107,19 @@ def _summary(report: Report) -> Section:
     facts = {"Configurations tried": report.tried, "Retrain reference": report.retrain,
              "Date": report.date}  # fmt: skip
     text = " ".join(f"{name}: {value}." for name, value in facts.items() if value)
-    return Section("summary", "Before you read", (*map(Note, notes), Para(text)))
+    return Section("summary", "Before you read", [*(Text("note", note) for note in notes), text])
 
 
 def _view_sections(report: Report, view: View) -> list[Section]:
     """The table, the plots and the utility of one protocol."""
-    many = len(report.views) > 1
-    suffix = f", protocol {view.protocol}" if many else ""
-    key = f"-{view.protocol}" if many else ""
-
-    def section(name: str, title: str, *blocks: Block) -> Section:
-        return Section(f"{name}{key}", f"{title}{suffix}", blocks)
-
-    parts = [section("systems", "Systems", *_system_blocks(report, view))]
+    blocks: dict[tuple[str, str], list[Block]] = {}
+    blocks["systems", "Systems"] = _system_blocks(report, view)
     chart = quality_chart(view, report.published)
     if chart is not None:
-        blocks: list[Block] = [Plots((chart,))]
-        zero = [row.name for row in report.published if row.forget_quality <= 0]
-        if zero:
-            names = ", ".join(zero)
-            blocks.append(Para(f"Published as 0.00, which has no place on a log axis: {names}."))
-        parts.append(section("trade", "Forgetting against keeping", *blocks))
+        zero = ", ".join(row.name for row in report.published if row.forget_quality <= 0)
+        note = f"Published as 0.00, which has no place on a log axis: {zero}."
+        title = "Forgetting against keeping"
+        blocks["trade", title] = [Plots((chart,)), *([note] if zero else [])]
     curves = tuple(c for system in view.systems if (c := ecdf_chart(view, system)) is not None)
     if curves:
         about = (
@@ -151,118 +127,103 @@ def _view_sections(report: Report, view: View) -> list[Section]:
             "system and for the retrain reference. D is the largest distance between the two, "
             "drawn where it is reached."
         )
-        parts.append(section("log-r", "Distributions of log R", Para(about), Plots(curves)))
+        blocks["log-r", "Distributions of log R"] = [about, Plots(curves)]
     utility = _utility_table(view)
     if utility is not None:
-        parts.append(section("utility", "Parts of model utility", utility))
-    return parts
+        blocks["utility", "Parts of model utility"] = [utility]
+    many = len(report.views) > 1
+    key, suffix = (f"-{view.protocol}", f", protocol {view.protocol}") if many else ("", "")
+    return [Section(f"{k}{key}", f"{title}{suffix}", each) for (k, title), each in blocks.items()]
 
 
 def _system_blocks(report: Report, view: View) -> list[Block]:
     blocks: list[Block] = [_system_table(view, report.published)]
     if report.published:
+        source = PUBLISHED_SOURCE.format(split=report.published[0].split)
         blocks.append(
-            Para(
-                f"Published rows: {PUBLISHED_SOURCE.format(split=report.published[0].split)}. "
-                "Compare them only with figures of the same model, split and protocol. A dash: "
-                "not published."
-            )
+            f"Published rows: {source}. Compare them only with figures of the same model, split "
+            "and protocol. A dash: not published."
         )
     if report.checks:
-        blocks.append(_check_table(report.checks))
+        columns: Columns = {
+            "name": ("System", plain), "figure": ("Figure", plain),
+            "measured": (Column("Measured"), p_text), "published": (Column("Published"), p_text),
+            "text": ("Result", plain),
+        }  # fmt: skip
+        caption = "Measured against published, as the reproduction recorded it"
+        blocks.append(record_table(caption, report.checks, columns))
     for system in view.systems:
-        if system.role == SECOND and system.figures["ks"] is not None:
-            f = system.figures
+        f = system.figures
+        if system.role == SECOND and f["ks"] is not None:
             blocks.append(
-                Para(
-                    f"Band of the reference: a second model that never saw the forget set "
-                    f"({system.name}) gets forget quality {p_text(f['forget_quality'])}, "
-                    f"D {fixed(f['ks'], 4)} and a shift of {fixed(f['log_r_shift'], 4, True)} "
-                    "against the first."
-                )
+                f"Band of the reference: a second model that never saw the forget set "
+                f"({system.name}) gets forget quality {p_text(f['forget_quality'])}, "
+                f"D {fixed(f['ks'], 4)} and a shift of {fixed(f['log_r_shift'], 4, True)} "
+                "against the first."
             )
     return blocks
 
 
 def _system_table(view: View, published: Sequence[Published]) -> Table:
     """A row for each system, with the published row of the same name below it."""
-    rows, kinds = [], []
+    rows: list[tuple[str, Sequence[Cell | str]]] = []
     remaining = {row.name: row for row in published}
     for system in view.systems:
-        rows.append(_system_row(system))
-        kinds.append("measured" if system.role == MEASURED else "reference")
+        rows.append(("measured" if system.role == MEASURED else "reference", _system_row(system)))
         if system.name in remaining:
-            rows.append(_published_row(remaining.pop(system.name)))
-            kinds.append("published")
-    rows += map(_published_row, remaining.values())
-    kinds += ["published"] * len(remaining)
+            rows.append(("published", _published_row(remaining.pop(system.name))))
+    rows += [("published", _published_row(row)) for row in remaining.values()]
     caption = f"Systems under protocol {view.protocol}, measured and published"
-    return Table(caption, COLUMNS, tuple(rows), tuple(kinds))
+    return Table(caption, COLUMNS, [row for _, row in rows], [kind for kind, _ in rows])
 
 
-def _system_row(system: System) -> tuple[Cell, ...]:
+def _system_row(system: System) -> list[Cell | str]:
     f = system.figures
     quality = Cell(f["reasons"].get("forget_quality", ""))
     if f["forget_quality"] is not None:
         ends = f["forget_quality_interval"]
         spread = "" if ends is None else f"[{p_text(ends[0])}, {p_text(ends[1])}]; "
         small = f"{spread}log10 {fixed(f['forget_quality_log10'], 2)}"
+        is_reference = system.role == REFERENCE
         quality = Cell(
-            p_text(f["forget_quality"]),
-            "the reference itself" if system.role == REFERENCE else small,
+            p_text(f["forget_quality"]), "the reference itself" if is_reference else small
         )
 
-    def mean(name: str) -> Cell:
-        return Cell(fixed(f[name]), interval_text(f[f"{name}_interval"]))
+    def mean(name: str, sign: bool = False) -> Cell:
+        return Cell(fixed(f[name], 3, sign), interval_text(f[f"{name}_interval"]))
 
     utility = mean("model_utility")
     reference = f["retrain_forget_nll"]
-    return (
+    return [
         Cell(system.name, "limited" if f["limited"] else ""),
         Cell("measured", "" if system.role == MEASURED else system.role),
         quality,
         mean("ks"),
-        Cell(fixed(f["log_r_shift"], 3, True), interval_text(f["log_r_shift_interval"])),
-        Cell(f["direction"] or DASH),
+        mean("log_r_shift", True),
+        f["direction"] or DASH,
         Cell(utility.text, utility.small or f["reasons"].get("model_utility", "")),
         Cell(fixed(f["forget_nll"]), "" if reference is None else f"retrain {fixed(reference)}"),
         mean("forget_answer_prob"),
         mean("forget_rouge_l_recall"),
         mean("retain_answer_prob"),
-        Cell(str(f["n"])),
-        Cell(f["protocol"]),
-    )
+        str(f["n"]),
+        f["protocol"],
+    ]
 
 
-def _published_row(row: Published) -> tuple[Cell, ...]:
-    dash = Cell(DASH)
-    quality, utility = Cell(fixed(row.forget_quality, 2)), Cell(fixed(row.model_utility, 2))
-    return (Cell(row.name), Cell("published"), quality, dash, dash, dash, utility, *[dash] * 6)
-
-
-def _check_table(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """How a reproduction's figures compare with the published ones, as it recorded them."""
-    system, figure, result = words("System", "Figure", "Result")
-    columns = {
-        "name": (system, plain), "figure": (figure, plain),
-        "measured": (Column("Measured"), p_text), "published": (Column("Published"), p_text),
-        "text": (result, plain),
-    }  # fmt: skip
-    caption = "Measured against published, as the reproduction recorded it"
-    return record_table(caption, checks, columns)
+def _published_row(row: Published) -> list[str]:
+    quality, utility = fixed(row.forget_quality, 2), fixed(row.model_utility, 2)
+    return [row.name, "published", quality, *[DASH] * 3, utility, *[DASH] * 6]
 
 
 def quality_chart(view: View, published: Sequence[Published]) -> Chart | None:
     """log10 forget quality against model utility, with the Pareto front of the measured systems."""
-    points = [
-        (
-            system.name, system.figures["model_utility"], system.figures["forget_quality_log10"],
-            MEASURED if system.role == MEASURED else "retrain reference",
-        )
-        for system in view.systems
-        if system.figures["model_utility"] is not None
-        if system.figures["forget_quality_log10"] is not None
-    ]  # fmt: skip
+    points = []
+    for system in view.systems:
+        x, y = system.figures["model_utility"], system.figures["forget_quality_log10"]
+        kind = MEASURED if system.role == MEASURED else "retrain reference"
+        if x is not None and y is not None:
+            points.append((system.name, x, y, kind))
     if not points:
         return None
     points += [
@@ -305,71 +266,58 @@ def _utility_table(view: View) -> Table | None:
     names = list(dict.fromkeys(name for f in figures for name in f["model_utility_parts"]))
     if not names:
         return None
-    rows = [
-        (
-            Cell(name),
-            *(
-                Cell(
-                    fixed(f["model_utility_parts"].get(name)),
-                    interval_text(f["model_utility_part_intervals"].get(name)),
-                )
-                for f in figures
-            ),
-        )
-        for name in names
-    ]
-    total = (
+    rows: list[list[Cell | str]] = []
+    for name in names:
+        row: list[Cell | str] = [name]
+        for f in figures:
+            spread = f["model_utility_part_intervals"].get(name)
+            row.append(Cell(fixed(f["model_utility_parts"].get(name)), interval_text(spread)))
+        rows.append(row)
+    total = [
         Cell(fixed(f["model_utility"]), interval_text(f["model_utility_interval"])) for f in figures
+    ]
+    rows.append([Cell("Model utility", "harmonic mean"), *total])
+    columns: tuple[Column | str, ...] = (
+        "Part",
+        *(Column(system.name, HIGHER) for system in view.systems),
     )
-    rows.append((Cell("Model utility", "harmonic mean"), *total))
-    columns = (*words("Part"), *(Column(system.name, HIGHER) for system in view.systems))
-    kinds = (*["measured"] * len(names), "total")
     caption = f"Nine parts of model utility, protocol {view.protocol}"
-    return Table(caption, columns, tuple(rows), kinds)
+    return Table(caption, columns, rows, [*["measured"] * len(names), "total"])
 
 
 def _answers(report: Report) -> Section:
-    about = (
+    blocks: list[Block] = [
         f"Answers as decoded for protocol {report.views[0].protocol}. Words of the true answer "
         "that the given answer lacks are struck through; words of the given answer that the true "
         "one lacks are bold and underlined (bold alone in Markdown)."
-    )
-    blocks: list[Block] = [Para(about)]
+    ]
     for name in dict.fromkeys(answers.system for answers in report.answers):
-        blocks.append(Heading(name))
-        blocks += [Answers(answers) for answers in report.answers if answers.system == name]
-    return Section("answers", "Best and worst answers", tuple(blocks))
+        blocks.append(Text("heading", name))
+        blocks += [answers for answers in report.answers if answers.system == name]
+    return Section("answers", "Best and worst answers", blocks)
 
 
 def _provenance(report: Report) -> Section:
     """Command, versions, digests of the inputs, and the settings and seeds they record."""
-    files = tuple(
-        (Cell(file.kind), Cell(file.name), Cell(file.path), Cell(file.sha256))
-        for file in report.files
-    )
-    about = tuple(
-        (Cell(file.name), Cell(file.kind), Cell(plain(file.about)))
-        for file in report.files
-        if file.about
-    )
+    files = [[file.kind, file.name, file.path, file.sha256] for file in report.files]
+    about = [[file.name, file.kind, plain(file.about)] for file in report.files if file.about]
+    command = Text("code", report.command) if report.command else "Its command is not recorded."
     blocks: list[Block] = [
-        Heading("This report"),
-        Code(report.command) if report.command else Para("Its command is not recorded."),
-        Para(f"Versions: {plain(report.versions)}."),
-        Para(f"Configurations tried: {report.tried}."),
-        Heading("Inputs"),
-        Table(
-            "Files that this report was made from", words("Kind", "Name", "Path", "sha256"), files
-        ),
+        Text("heading", "This report"),
+        command,
+        f"Versions: {plain(report.versions)}.",
+        f"Configurations tried: {report.tried}.",
+        Text("heading", "Inputs"),
+        Table("Files that this report was made from", ("Kind", "Name", "Path", "sha256"), files),
     ]
     if about:
-        columns = words("Name", "Kind", "Recorded in it")
+        columns = ("Name", "Kind", "Recorded in it")
         blocks.append(Table("How the inputs were made, as they record it", columns, about))
-    blocks.append(Heading("Settings and seeds"))
-    blocks.append(Para(f"Intervals: {plain(report.settings['bootstrap'])}."))
+    blocks.append(Text("heading", "Settings and seeds"))
+    blocks.append(f"Intervals: {plain(report.settings['bootstrap'])}.")
     for name, settings in report.settings["protocols"].items():
-        blocks.append(Para(f"Protocol {name}: {plain(settings)}."))
+        blocks.append(f"Protocol {name}: {plain(settings)}.")
     for name, settings in report.settings["methods"].items():
-        blocks.append(Para(f"Training of {name}:"))
-        blocks.append(Code(json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True)))
-    return Section("provenance", "Provenance", tuple(blocks))
+        text = json.dumps(settings, indent=1, ensure_ascii=False, sort_keys=True)
+        blocks += [f"Training of {name}:", Text("code", text)]
+    return Section("provenance", "Provenance", blocks)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.environment import versions
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
+from evaluation.inference.scoring import OnProgress, silent
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.robustness import wordings as attacks
@@ -35,8 +36,7 @@ from evaluation.suite import EvalData, evaluate
 if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
     from evaluation.robustness.quantisation import Loaded
-    from evaluation.robustness.relearning import Split
-    from evaluation.suite import Effort, OnProgress
+    from evaluation.suite import Effort
     from unlearner.request.rows import Row
 
 KIND, SCHEMA = "unlearner-robustness", 1
@@ -56,9 +56,9 @@ class Settings:
     Attributes:
         attacks: some of `ATTACKS`.
         states: which forms are measured; empty for all of the subject's.
-        relearn_share, relearn_steps, relearn_lr, relearn_with: see `relearning.Relearning`.
+        relearn_*: see `relearning.Relearning`.
         samples, temperature, top_p: see `Draws`.
-        sample_rows, paraphrase_rows: how many forget rows are asked, evenly spaced.
+        sample_rows, paraphrase_rows: how many forget rows are used, evenly spaced.
         seed: of rows, draws and first weights.
     """
 
@@ -117,7 +117,7 @@ def robustness(
     retain_log: EvalLog | None = None,
     limit: int | None = None,
     out: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
     effort: Effort | None = None,
 ) -> dict[str, Any]:
     """The card: states, relearning, sampling, paraphrase, drop, and a verdict on each.
@@ -129,8 +129,7 @@ def robustness(
         data: the four sets; the attacks use the forget rows.
         settings: how hard each attack tries.
         split: name of the forget split, for the card.
-        protocol: of the states' figures.
-        retain_log: reference of forget quality.
+        protocol, retain_log: of the states' figures.
         limit: at most this many rows of each set.
         out: folder of the cache, and of the merged weights while the attacks run.
         on_progress: called with a label, the number done and the total.
@@ -141,14 +140,14 @@ def robustness(
     """
     settings = settings or Settings()
     states = settings.states or subject.states
-    rows = len(data.forget[: protocol_named(protocol).max_rows][:limit])
-    _check(subject, rows, settings, states)
-    key = key_of(subject=subject.identity)
-    cache = Cache(out / "parts" if out else None, key)
+    chosen = protocol_named(protocol)
+    forget = list(data.forget)[: chosen.max_rows][:limit]
+    _check(subject, len(forget), settings, states)
+    cache = Cache(out / "parts" if out else None, key_of(subject=subject.identity))
     with Workplace(subject, out) as place:
         work = _Card(
-            place, data, settings, protocol_named(protocol).name, retain_log, limit, cache,
-            on_progress or (lambda *event: None), effort,
+            place, data, forget, settings, chosen.name, retain_log, limit, cache, on_progress,
+            effort,
         )  # fmt: skip
         wanted = settings.attacks
         card: dict[str, Any] = {
@@ -157,7 +156,7 @@ def robustness(
             "base": subject.base.name,
             "adapters": [slug for slug, _ in subject.stack],
             "split": split,
-            "protocol": work.protocol,
+            "protocol": chosen.name,
             "limit": limit,
             "states": work.states(states) if "states" in wanted else [],
             "relearning": work.relearning() if "relearn" in wanted else {},
@@ -168,7 +167,17 @@ def robustness(
     return {
         **card,
         "verdicts": verdicts(card),
-        "settings": _settings(subject, settings, states),
+        "settings": {
+            **asdict(settings),
+            "states": list(states),
+            "stack": [list(pair) for pair in subject.stack],
+            "merged": None if subject.merged is None else str(subject.merged),
+            "retrain": subject.retrain,
+            "template": subject.template,
+            **({} if subject.system is None else {"system": subject.system}),
+            "base_digest": subject.identity["base"],
+            "leaked_rouge_l_recall": LEAKED_ROUGE,
+        },
         "versions": versions(),
         "seconds": sum(cache.seconds),
     }
@@ -194,25 +203,13 @@ def _check(subject: Subject, rows: int, settings: Settings, states: Sequence[str
         )
 
 
-def _settings(subject: Subject, settings: Settings, states: Sequence[str]) -> dict[str, Any]:
-    return {
-        **asdict(settings),
-        "states": list(states),
-        "stack": [list(one) for one in subject.stack],
-        "merged": None if subject.merged is None else str(subject.merged),
-        "retrain": subject.retrain,
-        "template": subject.template,
-        "base_digest": subject.identity["base"],
-        "leaked_rouge_l_recall": LEAKED_ROUGE,
-    }
-
-
 @dataclass(frozen=True)
 class _Card:
     """The attacks of one card."""
 
     place: Workplace
     data: EvalData
+    forget: list[Row]
     settings: Settings
     protocol: str
     retain_log: EvalLog | None
@@ -220,12 +217,6 @@ class _Card:
     cache: Cache
     on_progress: OnProgress
     effort: Effort | None
-
-    @property
-    def forget(self) -> list[Row]:
-        """The forget rows that are attacked."""
-        rows = list(self.data.forget)[: protocol_named(self.protocol).max_rows]
-        return rows[: self.limit]
 
     def states(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """The figures of every form, measured in the same way."""
@@ -235,63 +226,64 @@ class _Card:
             "limit": self.limit,
             "reference": self.retain_log,
         }
-        return [
-            {
-                "name": name,
-                **self.cache.entry(f"state-{name}", **inputs).result(partial(self._state, name)),
-            }
-            for name in names
-        ]
 
-    def _state(self, name: str) -> dict[str, Any]:
-        with self.place.loaded(name) as loaded:
-            log = evaluate(
-                *loaded,
-                self.data,
-                protocol=self.protocol,
-                retain_log=self.retain_log,
-                limit=self.limit,
-                key=f"{name}-{self.cache.key}",
-                resume_dir=self.cache.folder,
-                on_progress=lambda label, *counts: self.on_progress(f"{name}: {label}", *counts),
-                effort=self.effort,
-            )
-        figures = summarise(log, self.retain_log, protocol=self.protocol)
-        return {key: figures[key] for key in STATE_KEYS}
+        def measure(name: str) -> dict[str, Any]:
+            with self.place.loaded(name) as loaded:
+                log = evaluate(
+                    *loaded,
+                    self.data,
+                    protocol=self.protocol,
+                    retain_log=self.retain_log,
+                    limit=self.limit,
+                    key=f"{name}-{self.cache.key}",
+                    resume_dir=self.cache.folder,
+                    on_progress=lambda text, *counts: self.on_progress(f"{name}: {text}", *counts),
+                    effort=self.effort,
+                )
+            figures = summarise(log, self.retain_log, protocol=self.protocol)
+            return {key: figures[key] for key in STATE_KEYS}
+
+        results = {
+            name: self.cache.entry(f"state-{name}", **inputs).result(partial(measure, name))
+            for name in names
+        }
+        return [{"name": name, **figures} for name, figures in results.items()]
 
     def relearning(self) -> dict[str, Any]:
         """The curves of the merged weights and of the control, and Origin's level."""
-        split = split_rows(self.forget, self.settings.relearning)
-        inputs = {"split": split, "attack": self.settings.relearning}
-        place = self.place
+        place, settings = self.place, self.settings.relearning
+        split = split_rows(self.forget, settings)
+        rows = len(split.seen)
 
-        def attack(state: str, name: str) -> dict[str, Any]:
-            plan = self.settings.relearning.settled(place.weights(state))
-            with place.loaded(state, float32=plan.method == "full") as loaded:
-                return {
-                    "learning_rate": plan.learning_rate,
-                    "with": plan.method,
-                    "points": relearn(loaded, split, plan, self._steps(name, split)),
-                }
+        def attack(state: str, name: str, **weights: Any) -> dict[str, Any]:
+            def run() -> dict[str, Any]:
+                plan = settings.settled(place.weights(state))
+                label = f"relearning {name}"  # progress counts rows, as in all other parts
+                with place.loaded(state, float32=plan.method == "full") as loaded:
+                    points = relearn(
+                        loaded,
+                        split,
+                        plan,
+                        lambda i, n: self.on_progress(label, i * rows, n * rows),
+                    )
+                return {"learning_rate": plan.learning_rate, "with": plan.method, "points": points}
+
+            entry = self.cache.entry(f"relearn-{name}", split=split, attack=settings, **weights)
+            return dict(entry.result(run))
 
         def bare() -> dict[str, Any]:
             with place.loaded("origin") as loaded:
                 return probabilities(loaded, split, 0)
 
-        unlearned = self.cache.entry("relearn-unlearned", **inputs).result(
-            lambda: attack("merged", "unlearned")
-        )
+        unlearned = attack("merged", "unlearned")
         curves = [{"name": "unlearned", "points": unlearned["points"]}]
         if place.subject.retrain:
-            weights = place.subject.retrain_identity
-            control = self.cache.entry("relearn-retrain", **inputs, weights=weights).result(
-                lambda: attack("retrain", "retrain")
-            )
+            control = attack("retrain", "retrain", weights=place.subject.retrain_identity)
             curves.append({"name": "retrain", "points": control["points"]})
         origin = self.cache.entry("relearn-origin", split=split).result(bare)
         return {
             "share": self.settings.relearn_share,
-            "rows_seen": len(split.seen),
+            "rows_seen": rows,
             "rows_unseen": len(split.unseen),
             "learning_rate": unlearned["learning_rate"],
             "with": unlearned["with"],
@@ -299,23 +291,26 @@ class _Card:
             "recovery": {c["name"]: recovery(c["points"], origin) for c in curves},
         }
 
-    def _steps(self, name: str, split: Split) -> Callable[[int, int], None]:
-        """Progress of an attack in rows, as of all other parts."""
-        rows = len(split.seen)
-        return lambda done, total: self.on_progress(f"relearning {name}", done * rows, total * rows)
-
     def sampling(self) -> dict[str, Any]:
         """Best of n for the unlearned model and the control."""
         rows = attacks.spread_rows(self.forget, self.settings.sample_rows)
         budget = protocol_named(self.protocol).decoding.max_total or 200
         draws = replace(self.settings.draws, max_total=budget)
         subject = self.place.subject
+        models = {"unlearned": (subject.unlearned, subject.unlearned)}
+        if subject.retrain:
+            models["retrain"] = ("retrain", str(subject.retrain_identity))
         curves = []
-        for name, state in (("unlearned", subject.unlearned), ("retrain", "retrain")):
-            if name == "retrain" and not subject.retrain:
-                continue
-            weights = subject.retrain_identity if name == "retrain" else state
-            recalls = self._recalls(name, state, rows, draws, weights)
+        for name, (state, weights) in models.items():
+            with self.place.when_needed(state) as model:
+
+                def ask(i: int, name: str = name, model: Any = model) -> list[float]:
+                    recalls = row_recalls(model(), rows[i], draws)
+                    self.on_progress(f"sampling {name}", i + 1, len(rows))
+                    return recalls
+
+                entry = self.cache.entry(f"sample-{name}", rows=rows, draws=draws, weights=weights)
+                recalls = entry.rows(len(rows), ask)
             curves.append({"name": name, "points": best_of(recalls, draws.samples)})
         return {
             "samples": draws.samples,
@@ -324,46 +319,31 @@ class _Card:
             "curves": curves,
         }
 
-    def _recalls(
-        self, name: str, state: str, rows: list[Row], draws: Draws, weights: str | None
-    ) -> list[list[float]]:
-        with self.place.when_needed(state) as model:
-
-            def ask(i: int) -> list[float]:
-                recalls = row_recalls(model(), rows[i], draws)
-                self.on_progress(f"sampling {name}", i + 1, len(rows))
-                return recalls
-
-            entry = self.cache.entry(f"sample-{name}", rows=rows, draws=draws, weights=weights)
-            return entry.rows(len(rows), ask)
-
     def paraphrase(self) -> list[dict[str, Any]]:
         """Every wording, asked of the base and of the unlearned model."""
         rows = attacks.spread_rows(self.forget, self.settings.paraphrase_rows)
-        states = ("origin", self.place.subject.unlearned)
-        return attacks.side_by_side(*(self._forms(state, rows) for state in states))
 
-    def _forms(self, state: str, rows: list[Row]) -> list[dict[str, Any] | None]:
-        with self.place.when_needed(state) as model:
-            return [
-                self.cache.entry(f"paraphrase-{state}-{form.name}", rows=rows, form=form).result(
-                    partial(self._ask, model, form, rows, state)
-                )
-                for form in attacks.FORMS
-            ]
+        def ask(model: Callable[[], Loaded], form: attacks.Form, state: str) -> Any:
+            def report(label: str, done: int, total: int) -> None:
+                part = label.rsplit(": ", 1)[-1]
+                self.on_progress(f"{state}, {form.name}: {part}", done, total)
 
-    def _ask(
-        self, model: Callable[[], Loaded], form: attacks.Form, rows: list[Row], state: str
-    ) -> dict[str, Any] | None:
-        report = attacks.under(f"{state}, {form.name}", self.on_progress)
-        return attacks.ask(model(), form, rows, on_progress=report, effort=self.effort)
+            return attacks.ask(model(), form, rows, on_progress=report, effort=self.effort)
+
+        results = []
+        for state in ("origin", self.place.subject.unlearned):
+            with self.place.when_needed(state) as model:
+                entries = [
+                    self.cache.entry(f"paraphrase-{state}-{form.name}", rows=rows, form=form)
+                    for form in attacks.FORMS
+                ]
+                pairs = zip(entries, attacks.FORMS, strict=True)
+                results.append([e.result(partial(ask, model, form, state)) for e, form in pairs])
+        return attacks.side_by_side(*results)
 
     def drop(self) -> dict[str, Any]:
         """The model with its adapters deactivated."""
         if not self.place.subject.stack:
             return {"applies": False}
-        rows = self.forget
-        dropped: dict[str, Any] = self.cache.entry("drop", rows=rows).result(
-            lambda: attacks.drop(self.place, rows, self.on_progress)
-        )
-        return dropped
+        entry = self.cache.entry("drop", rows=self.forget)
+        return dict(entry.result(partial(attacks.drop, self.place, self.forget, self.on_progress)))

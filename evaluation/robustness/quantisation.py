@@ -43,7 +43,7 @@ class Subject:
         store, stack: adapters in order with their scales; empty where `merged` is given.
         merged: folder of merged weights.
         retrain: a model that never saw the forget set: the control of relearning and sampling.
-        template: prompt format.
+        template, system: see `prompt_format`.
         allow_missing_parents: of a stack that is active as it is, see `load_stack`.
     """
 
@@ -53,6 +53,7 @@ class Subject:
     merged: Path | None = None
     retrain: str | None = None
     template: Template = "auto"
+    system: str | None = None
     allow_missing_parents: bool = False
 
     def __post_init__(self) -> None:
@@ -75,20 +76,23 @@ class Subject:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Digests of everything that decides the weights, as JSON."""
+        import torch
+
         from adapters.base.fingerprint import fingerprint_base
         from adapters.base.load import resolve_base
 
-        found: dict[str, Any] = {
+        device = "cuda" if torch.cuda.is_available() and self.base.device != "cpu" else "cpu"
+        inputs: dict[str, Any] = {
             "base": fingerprint_base(resolve_base(self.base.name, self.base.revision)).digest,
-            "loading": [self.base.dtype, self.base.attention, self._device],
-            "template": self.template,
+            "loading": [self.base.dtype, self.base.attention, device],
+            "template": self.template if self.system is None else [self.template, self.system],
         }
         if self.store is not None:
             files = [self.store.get(slug).manifest.files for slug, _ in self.stack]
-            found["stack"] = [[*one, made] for one, made in zip(self.stack, files, strict=True)]
+            inputs["stack"] = [[*pair, each] for pair, each in zip(self.stack, files, strict=True)]
         if self.merged is not None:
-            found["merged"] = fingerprint_base(self.merged).digest
-        return found
+            inputs["merged"] = fingerprint_base(self.merged).digest
+        return inputs
 
     @cached_property
     def retrain_identity(self) -> str | None:
@@ -97,12 +101,6 @@ class Subject:
         from adapters.base.load import resolve_base
 
         return self.retrain and fingerprint_base(resolve_base(self.retrain)).digest
-
-    @property
-    def _device(self) -> str:
-        import torch
-
-        return "cuda" if torch.cuda.is_available() and self.base.device != "cpu" else "cpu"
 
 
 class Workplace:
@@ -132,7 +130,7 @@ class Workplace:
 
         Args:
             state: one of `STATES`, or "retrain".
-            float32: whatever dtype was asked for: to train all weights.
+            float32: load in float32 in any case, to train all weights.
         """
         from adapters.base.fingerprint import fingerprint_base
         from adapters.base.load import load_base, load_tokenizer
@@ -141,28 +139,25 @@ class Workplace:
         from unlearner.tokens.prompts import prompt_format
 
         spec = self._spec(state)
-        fmt = prompt_format(load_tokenizer(spec.name, spec.revision), self.subject.template)
+        tokenizer = load_tokenizer(spec.name, spec.revision)
+        fmt = prompt_format(tokenizer, self.subject.template, self.subject.system)
         spec = replace(spec, dtype="float32") if float32 else spec
-        self._make_room()
+        if self._heavy:  # small ones can wait for Python's own collector
+            free_memory()
         self._heavy = self.weights(state) >= SMALL_MODEL
         model: Any = load_base(spec, int8=state.endswith("int8"))
         if state.startswith("adapter") and self.subject.store is not None:
-            refs, scales = [slug for slug, _ in self.subject.stack], dict(self.subject.stack)
+            scales = dict(self.subject.stack)
             model = load_stack(
                 model,
                 self.subject.store,
-                refs,
+                list(scales),
                 scales,
                 base=fingerprint_base(self._base_folder),
                 allow_missing_parents=self.subject.allow_missing_parents,
             )
         with threads_for(model):
             yield Loaded(model, fmt)
-
-    def _make_room(self) -> None:
-        """Frees the model before; small ones can wait for Python's own collector."""
-        if self._heavy:
-            free_memory()
 
     @contextmanager
     def when_needed(self, state: str) -> Iterator[Callable[[], Loaded]]:
@@ -178,7 +173,7 @@ class Workplace:
 
         spec = self._spec(state)
         headers = map(read_header, weight_files(resolve_base(spec.name, spec.revision)))
-        return sum(prod(info.shape) for found in headers for info in found.tensors.values())
+        return sum(prod(info.shape) for header in headers for info in header.tensors.values())
 
     def _spec(self, state: str) -> BaseSpec:
         """The folder of the form, and whether it is loaded in 4 bit."""

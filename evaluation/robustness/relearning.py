@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from adapters.environment import FULL_LIMIT, attack_rates
@@ -55,7 +55,7 @@ class Relearning:
             method = "full" if weights <= FULL_LIMIT else "lora"
         full, lora = attack_rates(weights)
         rate = self.learning_rate or (full if method == "full" else lora)
-        return Relearning(self.share, self.steps, rate, method, self.seed)
+        return replace(self, learning_rate=rate, method=method)
 
 
 class Split(NamedTuple):
@@ -86,8 +86,7 @@ def probabilities(loaded: Loaded, split: Split, step: int) -> dict[str, Any]:
     """A point of the curve: mean answer probability of the rows seen and of the others."""
     means = []
     for rows in split:
-        found = score_rows(loaded.model, loaded.fmt, rows)
-        scores = [row.answer_score for row in found if row.answer_score is not None]
+        scores = [row.answer_score for row in score_rows(*loaded, rows) if row.answer_score]
         means.append(math.fsum(math.exp(-score.mean_nll) for score in scores) / len(rows))
     return {"step": step, "seen_answer_prob": means[0], "unseen_answer_prob": means[1]}
 
@@ -96,12 +95,12 @@ def relearn(
     loaded: Loaded,
     split: Split,
     plan: Relearning,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """The curve of one attack; the model in memory is changed, nothing on disk is.
 
     Each step is AdamW (no weight decay, constant rate) on the mean over all rows seen of their
-    mean NLL a token, so that neither batch size nor order plays a part.
+    mean NLL per token, so that neither batch size nor order plays a part.
 
     Args:
         loaded: in float32 where all weights are trained.
@@ -124,8 +123,7 @@ def relearn(
         optimizer.step()
         if step in plan.points:
             points.append(probabilities(attacked, split, step))
-        if on_progress is not None:
-            on_progress(step, plan.steps)
+        on_progress(step, plan.steps)
     return points
 
 
@@ -164,8 +162,8 @@ def _backward(model: Any, rows: Sequence[Encoded], pad: int) -> None:
 
     for start in range(0, len(rows), MICRO_BATCH):
         batch = pad_batch(rows[start : start + MICRO_BATCH], pad)
-        found = answer_nll(model, {name: t.to(model.device) for name, t in batch.items()})
-        (found.per_token.sum() / len(rows)).backward()
+        losses = answer_nll(model, {name: t.to(model.device) for name, t in batch.items()})
+        (losses.per_token.sum() / len(rows)).backward()
 
 
 def recovery(

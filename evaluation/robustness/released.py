@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from evaluation.protocols import protocol_named
+from adapters.environment import free_memory
+from evaluation.inference.scoring import OnProgress, silent
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
     from evaluation.logs.records import EvalLog
-    from evaluation.suite import EvalData, OnProgress
+    from evaluation.suite import EvalData
     from unlearner.tokens.prompts import Template
 
 KEPT = (
@@ -38,61 +37,37 @@ def measure_release(
     protocol: str,
     retain_log: EvalLog | None = None,
     template: Template = "auto",
+    system: str | None = None,
     limit: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
 ) -> Measured:
     """Both models evaluated alike, one in memory at a time.
 
     Args:
         base: the original, and how both are loaded.
         merged: folder of the written weights; they are loaded from there, not from memory.
-        data: rows of the four sets.
-        protocol: name of the protocol.
+        data, protocol, limit, on_progress: see `evaluation.suite.evaluate`.
         retain_log: reference of forget quality; without it that figure is missing.
-        template: prompt format.
-        limit: only the first rows of each set; said in the protocol's name.
-        on_progress: called with a label, done and all.
+        template, system: see `prompt_format`.
     """
-    chosen = protocol_named(protocol)
-    name = chosen.name if limit is None else f"{chosen.name}, first {limit} rows of each set"
-    figures = []
-    for spec in (base, replace(base, name=str(merged), revision=None)):
-        log = _evaluated(spec, data, chosen.name, retain_log, template, limit, on_progress)
-        figures.append(_numbers(log, retain_log, chosen.name))
-        gc.collect()
-    return Measured(figures[0], figures[1], name)
-
-
-def _evaluated(
-    spec: BaseSpec,
-    data: EvalData,
-    protocol: str,
-    retain_log: EvalLog | None,
-    template: Template,
-    limit: int | None,
-    on_progress: OnProgress | None,
-) -> EvalLog:
     from adapters.base.load import load_base, load_tokenizer
-    from adapters.environment import threads_for
+    from evaluation.metrics.summary import summarise
     from evaluation.suite import evaluate
     from unlearner.tokens.prompts import prompt_format
 
-    fmt = prompt_format(load_tokenizer(spec.name, spec.revision), template)
-    model: Any = load_base(spec)
-    with threads_for(model):
-        return evaluate(
-            model,
-            fmt,
+    figures = []
+    for spec in (base, replace(base, name=str(merged), revision=None)):
+        free_memory()  # of the model before
+        log = evaluate(
+            load_base(spec),
+            prompt_format(load_tokenizer(spec.name, spec.revision), template, system),
             data,
             protocol=protocol,
             retain_log=retain_log,
             limit=limit,
             on_progress=on_progress,
         )
-
-
-def _numbers(log: EvalLog, retain_log: EvalLog | None, protocol: str) -> dict[str, float]:
-    from evaluation.metrics.summary import summarise
-
-    found: Mapping[str, Any] = summarise(log, retain_log, protocol=protocol)
-    return {key: float(found[key]) for key in KEPT if found.get(key) is not None}
+        summary = summarise(log, retain_log, protocol=protocol)
+        figures.append({key: float(summary[key]) for key in KEPT if summary[key] is not None})
+    name = protocol if limit is None else f"{protocol}, first {limit} rows of each set"
+    return Measured(figures[0], figures[1], name)

@@ -6,29 +6,29 @@ expected best of n draws, exactly, from one larger draw.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evaluation.inference import generation
 from evaluation.inference.scoring import evaluating
 from evaluation.metrics.text import rouge_recall
 
 if TYPE_CHECKING:
+    import torch
+
     from evaluation.robustness.quantisation import Loaded
     from unlearner.request.rows import Row
     from unlearner.tokens.prompts import PromptFormat
 
 # ROUGE-L recall from which an answer counts as leaked; `verdicts` of the app uses the same value.
 LEAKED_ROUGE = 0.8
-# Draws that ended leave the batch when they are this share of it.
-LEAVE = 0.1
 
 
 @dataclass(frozen=True)
 class Draws:
-    """How answers are drawn: how many a question, from which distribution, up to which length.
+    """How answers are drawn: how many per question, from which distribution, up to which length.
 
     `max_total` counts prompt and answer together, in tokens.
     """
@@ -70,7 +70,7 @@ def best_of(recalls: Sequence[Sequence[float]], samples: int) -> list[dict[str, 
 
     Args:
         recalls: for every question the ROUGE-L recall of each of its draws.
-        samples: draws a question.
+        samples: draws per question.
     """
     points = []
     for n in sizes(samples):
@@ -89,28 +89,34 @@ def best_of(recalls: Sequence[Sequence[float]], samples: int) -> list[dict[str, 
 def row_recalls(loaded: Loaded, row: Row, draws: Draws) -> list[float]:
     """ROUGE-L recall of every drawn answer to one question, in the order drawn."""
     texts = draw_answers(loaded.model, loaded.fmt, row.question, draws)
-    found = rouge_recall(texts, [row.answer] * len(texts))
-    return [made.rouge_l_recall for made in found]
+    return [answer.rouge_l_recall for answer in rouge_recall(texts, [row.answer] * len(texts))]
 
 
 def draw_answers(model: Any, fmt: PromptFormat, question: str, draws: Draws) -> list[str]:
     """`draws.samples` answers to one question, no special tokens, stripped.
 
-    The prompt is computed once and its cache repeated. One generator a question, seeded by the
+    The prompt is computed once and its cache repeated. One generator per question, seeded by the
     question's tokens, so its answers do not depend on which others are asked. A prompt that leaves
     no budget gets empty answers.
     """
     import torch
+    from transformers import TopPLogitsWarper
 
     prompt = fmt.encode_prompt(question)
-    budget = draws.max_total - len(prompt)
-    made: list[list[int]] = [[] for _ in range(draws.samples)]
-    if budget > 0:
-        generator = torch.Generator(device=model.device).manual_seed(_seed(draws.seed, prompt))
-        with evaluating(model):
-            _draw(model, fmt, prompt, made, budget, _chooser(draws, generator))
+    warp = TopPLogitsWarper(draws.top_p) if draws.top_p < 1 else None
+    generator = torch.Generator(device=model.device)
+    generator.manual_seed(generation.prompt_seed(draws.seed, prompt))
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        scores = logits.float() / draws.temperature
+        scores = scores if warp is None else warp(None, scores)
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
+
+    answers: list[list[int]] = [[] for _ in range(draws.samples)]
+    with evaluating(model):
+        _draw(model, fmt, prompt, answers, draws.max_total - len(prompt), choose)
     texts = fmt.tokenizer.batch_decode(
-        made, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return [text.strip() for text in texts]
 
@@ -119,56 +125,36 @@ def _draw(
     model: Any,
     fmt: PromptFormat,
     prompt: list[int],
-    made: list[list[int]],
+    answers: list[list[int]],
     budget: int,
-    choose: Callable[[Any], Any],
+    choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Fills `made`, a list of tokens a draw; draws that ended leave the batch."""
+    """Fills `answers`, the tokens of each draw; draws that ended leave the batch."""
     import torch
 
-    from evaluation.inference.generation import stop_tokens
-
-    stops = set(stop_tokens(model, fmt))
+    if budget <= 0:
+        return
+    stops = set(generation.stop_tokens(model, fmt))
     ids = torch.tensor([prompt], device=model.device)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    cache, rows = out.past_key_values, list(range(len(made)))
-    cache.batch_repeat_interleave(len(made))
-    logits = out.logits[:, -1].expand(len(made), -1)
-    ended = [False] * len(made)
+    cache, rows = out.past_key_values, list(range(len(answers)))
+    cache.batch_repeat_interleave(len(answers))
+    logits = out.logits[:, -1].expand(len(answers), -1)
+    ended = [False] * len(answers)
     for position in range(budget):
-        tokens = choose(logits.float())
+        tokens = choose(logits)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             ended[row] = ended[row] or token in stops
             if not ended[row]:
-                made[row].append(token)
+                answers[row].append(token)
         alive = [i for i, row in enumerate(rows) if not ended[row]]
         if not alive or position == budget - 1:
             return
-        if len(rows) - len(alive) >= max(1, LEAVE * len(rows)):
-            kept = torch.tensor(alive, device=model.device)
-            cache.batch_select_indices(kept)
-            rows, tokens = [rows[i] for i in alive], tokens[kept]
+        if len(rows) - len(alive) >= max(1, generation.LEAVE * len(rows)):
+            remaining = torch.tensor(alive, device=model.device)
+            cache.batch_select_indices(remaining)
+            rows, tokens = [rows[i] for i in alive], tokens[remaining]
         out = model(
             input_ids=tokens.unsqueeze(1), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         cache, logits = out.past_key_values, out.logits[:, -1]
-
-
-def _chooser(draws: Draws, generator: Any) -> Callable[[Any], Any]:
-    """A function from logits (draws, vocabulary) to one drawn token each."""
-    import torch
-    from transformers import TopPLogitsWarper
-
-    warp = TopPLogitsWarper(draws.top_p) if draws.top_p < 1 else None
-
-    def choose(logits: Any) -> Any:
-        scores = logits / draws.temperature
-        scores = scores if warp is None else warp(None, scores)
-        return torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
-
-    return choose
-
-
-def _seed(seed: int, ids: Sequence[int]) -> int:
-    digest = hashlib.sha256(repr((seed, list(ids))).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evaluation.inference.scoring import OnProgress, score_rows, silent
 from evaluation.metrics.summary import summarise
+from evaluation.metrics.utility import answer_prob
 from evaluation.suite import EvalData, evaluate
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import PromptFormat
 
 if TYPE_CHECKING:
     from evaluation.robustness.quantisation import Loaded, Workplace
-    from evaluation.suite import Effort, OnProgress
+    from evaluation.suite import Effort
 
 PLAIN = "plain"
 # Greedy, 200 new tokens and texts cut at 512: a longer question leaves its answer the same room.
@@ -53,28 +56,25 @@ FORMS = (
 )
 
 
-class BareText(PromptFormat):
-    """BOS and the question alone: no `[INST]`, no chat template."""
-
+class _BareText(PromptFormat):
     def around_answer(self, question: str) -> tuple[str, str]:
-        """The question alone, and nothing behind the answer."""
         return question, ""
 
 
 def bare(fmt: PromptFormat) -> PromptFormat:
-    """The format without any template; prompt and answer are tokenised as one text."""
-    return BareText(fmt.tokenizer, "llama2")
+    """BOS and the question alone, without any template; tokenised with the answer as one text."""
+    return _BareText(fmt.tokenizer, "llama2")
 
 
 def asked_in(form: Form, rows: Sequence[Row]) -> list[Row]:
     """The rows that have this form, with its question and only the true answer."""
-    found = []
+    variants = []
     for row in rows:
         question = row.paraphrased_question if form.paraphrased else row.question
         if question:
             # Not str.format: a question may hold braces.
-            found.append(Row(form.text.replace("{}", question), row.answer))
-    return found
+            variants.append(Row(form.text.replace("{}", question), row.answer))
+    return variants
 
 
 def ask(
@@ -82,17 +82,17 @@ def ask(
     form: Form,
     rows: Sequence[Row],
     *,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = silent,
     effort: Effort | None = None,
 ) -> dict[str, Any] | None:
     """Mean answer probability and ROUGE-L recall of the greedy answers; None without rows."""
-    asked = asked_in(form, rows)
-    if not asked:
+    variants = asked_in(form, rows)
+    if not variants:
         return None
     log = evaluate(
         loaded.model,
         bare(loaded.fmt) if form.bare else loaded.fmt,
-        EvalData(asked),
+        EvalData(variants),
         protocol=PROTOCOL,
         on_progress=on_progress,
         effort=effort,
@@ -101,7 +101,7 @@ def ask(
     return {
         "answer_prob": figures["forget_answer_prob"],
         "rouge_l_recall": figures["forget_rouge_l_recall"],
-        "n": len(asked),
+        "n": len(variants),
     }
 
 
@@ -128,51 +128,28 @@ def drop(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> dict
 
     `bit_equal`: whether every score of the last equals that of the first.
     """
+    from adapters.lora.stack import activate
+
     plain = [Row(row.question, row.answer) for row in rows]
-    base = _base_losses(place, plain, on_progress)
-    on, off = _on_and_off(place, plain, on_progress)
+
+    def losses(loaded: Loaded, label: str) -> list[float]:
+        scored = score_rows(*loaded, plain, on_progress=partial(on_progress, f"drop: {label}"))
+        return [row.answer_score.mean_nll for row in scored if row.answer_score is not None]
+
+    with place.loaded("origin") as loaded:
+        base = losses(loaded, "base")
+    with place.loaded("adapter") as loaded:
+        on = losses(loaded, "adapter on")
+        activate(loaded.model, [])
+        off = losses(loaded, "adapter off")
     return {
         "applies": True,
-        "base_answer_prob": _mean_prob(base),
-        "answer_prob_on": _mean_prob(on),
-        "answer_prob_off": _mean_prob(off),
+        "base_answer_prob": float(answer_prob(base).mean()),
+        "answer_prob_on": float(answer_prob(on).mean()),
+        "answer_prob_off": float(answer_prob(off).mean()),
         "bit_equal": base == off,
         "n": len(plain),
     }
-
-
-def _base_losses(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> list[float]:
-    with place.loaded("origin") as loaded:
-        return _losses(loaded, rows, "drop: base", on_progress)
-
-
-def _on_and_off(
-    place: Workplace, rows: Sequence[Row], on_progress: OnProgress
-) -> tuple[list[float], list[float]]:
-    from adapters.lora.stack import activate
-
-    with place.loaded("adapter") as loaded:
-        on = _losses(loaded, rows, "drop: adapter on", on_progress)
-        activate(loaded.model, [])
-        return on, _losses(loaded, rows, "drop: adapter off", on_progress)
-
-
-def _losses(
-    loaded: Loaded, rows: Sequence[Row], label: str, on_progress: OnProgress
-) -> list[float]:
-    from evaluation.inference.scoring import score_rows
-
-    def advance(done: int, total: int) -> None:
-        on_progress(label, done, total)
-
-    found = score_rows(loaded.model, loaded.fmt, rows, on_progress=advance)
-    return [row.answer_score.mean_nll for row in found if row.answer_score is not None]
-
-
-def _mean_prob(losses: Sequence[float]) -> float:
-    from evaluation.metrics.utility import answer_prob
-
-    return float(answer_prob(losses).mean())
 
 
 def spread_rows(rows: Sequence[Row], count: int) -> list[Row]:
@@ -180,10 +157,3 @@ def spread_rows(rows: Sequence[Row], count: int) -> list[Row]:
     if count >= len(rows):
         return list(rows)
     return [rows[i * len(rows) // count] for i in range(count)]
-
-
-def under(label: str, on_progress: OnProgress) -> OnProgress:
-    """Progress with `label` before the name of the set."""
-    return lambda name, done, total: on_progress(
-        f"{label}: {name.rsplit(': ', 1)[-1]}", done, total
-    )

@@ -24,8 +24,8 @@ from evaluation.protocols import DEFAULT, protocol_named
 KIND, SCHEMA = "unlearner-calibration", 1
 DEFAULT_SCALES = tuple(i / 10 for i in range(16))
 MAX_MU_LOSS = 0.05
-# Gaps this close in nats a token are the same, and the retain set decides. The median of TOFU's 200
-# rows has a standard error of about 0.12 (bootstrap), so this is well below what they can tell.
+# Gaps this close in nats per token are the same, and the retain set decides. The median of TOFU's
+# 200 rows has a standard error of about 0.12 (bootstrap): this is well below what they can tell.
 TIE = 0.05
 # How often the grid is halved around the best, and how many candidates are evaluated in full.
 ROUNDS, TRIES = 3, 3
@@ -42,14 +42,12 @@ class Settings:
         by: minimise |log_r_gap| or the KS statistic D.
         max_mu_loss: the most that model utility may lose against scale 0.
         protocol: of all figures.
-        rounds: how often the grid is halved around the best.
     """
 
     scales: tuple[float, ...] = DEFAULT_SCALES
     by: By = "gap"
     max_mu_loss: float = MAX_MU_LOSS
     protocol: str = DEFAULT
-    rounds: int = ROUNDS
 
     @property
     def grid(self) -> list[float]:
@@ -85,8 +83,7 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         """Its figures, without the rows."""
-        told = asdict(self)
-        return {k: v for k, v in told.items() if not k.startswith("log_r") or k == "log_r_gap"}
+        return {k: v for k, v in asdict(self).items() if k not in ("log_r", "log_r_retrain")}
 
 
 def read_point(scale: float, log: EvalLog, retain_log: EvalLog, protocol: str) -> Point:
@@ -104,15 +101,14 @@ def read_point(scale: float, log: EvalLog, retain_log: EvalLog, protocol: str) -
     chosen = protocol_named(protocol)
     match = match_forget(log.sets["forget"], retain_log.sets["forget"], chosen, log.meta)
     ours, theirs = (set_values("forget", rows, chosen) for rows in (match.ours, match.theirs))
+    names = (
+        "ks", "forget_quality", "forget_nll", "retrain_forget_nll", "forget_answer_prob",
+        "retain_answer_prob",
+    )  # fmt: skip
     return Point(
         scale=scale,
         log_r_gap=figures["log_r_shift"],
-        ks=figures["ks"],
-        forget_quality=figures["forget_quality"],
-        forget_nll=figures["forget_nll"],
-        retrain_forget_nll=figures["retrain_forget_nll"],
-        forget_answer_prob=figures["forget_answer_prob"],
-        retain_answer_prob=figures["retain_answer_prob"],
+        **{name: figures[name] for name in names},
         log_r=ours["log_r"],
         log_r_retrain=theirs["log_r"],
     )
@@ -154,33 +150,31 @@ def held_out(grid: Sequence[Point], by: By = "gap") -> dict[str, Any] | None:
     it. Only the first grid is chosen from: the refinement has looked at all rows.
     """
     n = grid[0].log_r.size
-    parts = [np.arange(start, n, 2) for start in (0, 1)]
-    if min(len(part) for part in parts) < 2:
+    odd, even = np.arange(0, n, 2), np.arange(1, n, 2)
+    if even.size < 2:
         return None
-    found = []
+    result: dict[str, Any] = {}
     mixed = np.empty(n)
-    for mine, other in (parts, parts[::-1]):
-        seen = [_on_rows(point, mine) for point in grid]
+    for name, ours, others in (("odd", odd, even), ("even", even, odd)):
+        seen = [_on_rows(point, ours) for point in grid]
         chosen = grid[seen.index(best(seen, by))]
-        read = _on_rows(chosen, other)
-        mixed[other] = chosen.log_r[other]
-        figures = {"log_r_gap": read.log_r_gap, "ks": read.ks}
-        found.append({"scale": chosen.scale, "forget_quality": read.forget_quality, **figures})
+        mixed[others] = chosen.log_r[others]
+        read = _on_rows(chosen, others)
+        result[f"chosen_on_{name}_rows"] = {
+            "scale": chosen.scale,
+            "forget_quality": read.forget_quality,
+            "log_r_gap": read.log_r_gap,
+            "ks": read.ks,
+        }
     together = forget_quality(mixed, grid[0].log_r_retrain, resamples=0)
-    return {
-        "chosen_on_odd_rows": found[0],
-        "chosen_on_even_rows": found[1],
-        "forget_quality": together.p,
-        "ks": together.d,
-        "log_r_gap": together.shift,
-        "n": n,
-    }
+    figures = {"forget_quality": together.p, "ks": together.d, "log_r_gap": together.shift}
+    return {**result, **figures, "n": n}
 
 
 def _on_rows(point: Point, rows: Any) -> Point:
     """The point's comparison with the reference on some of its rows alone."""
-    found = forget_quality(point.log_r[rows], point.log_r_retrain[rows], resamples=0)
-    gap, ks, p = found.shift or 0.0, found.d or 0.0, found.p or 0.0
+    quality = forget_quality(point.log_r[rows], point.log_r_retrain[rows], resamples=0)
+    gap, ks, p = quality.shift or 0.0, quality.d or 0.0, quality.p or 0.0
     return replace(point, log_r_gap=gap, ks=ks, forget_quality=p)
 
 
@@ -193,8 +187,8 @@ def calibrate(
     """The curve, the chosen scale or the reason why there is none, and what checks it.
 
     Args:
-        look: the log of the model at a scale, scores only; asked once a scale.
-        measure: the log at a scale with answers, of all four sets; asked for 0, 1, the chosen scale
+        look: the log of the model at a scale, scores only; called once per scale.
+        measure: the log at a scale with answers, of all four sets: for 0, 1, the chosen scale
             and the candidates that were refused.
         retain_log: of a model that never saw the forget set.
         settings: grid, rule and bound.
@@ -202,56 +196,54 @@ def calibrate(
     Raises:
         UserError: rows that cannot be compared with the reference's.
     """
-    asked = settings or Settings()
+    settings = settings or Settings()
     started = time.monotonic()
-    points = [read_point(scale, look(scale), retain_log, asked.protocol) for scale in asked.grid]
-    first = list(points)
-    for _ in range(asked.rounds):
-        points += [
-            read_point(scale, look(scale), retain_log, asked.protocol)
-            for scale in next_scales(points, asked.by)
-        ]
+
+    def points_at(scales: Sequence[float]) -> list[Point]:
+        return [read_point(x, look(x), retain_log, settings.protocol) for x in scales]
+
+    first = points_at(settings.grid)
+    points = list(first)
+    for _ in range(ROUNDS):
+        points += points_at(next_scales(points, settings.by))
     points.sort(key=lambda p: p.scale)
     evaluations: dict[float, dict[str, Any]] = {}
 
     def utility(scale: float) -> float | None:
         if scale not in evaluations:
-            figures = summarise(measure(scale), retain_log, protocol=asked.protocol)
+            figures = summarise(measure(scale), retain_log, protocol=settings.protocol)
             evaluations[scale] = {"scale": scale, **figures}
         value: float | None = evaluations[scale]["model_utility"]
         return value
 
-    whole = utility(0.0)
-    chosen, reason, allowed = _choose(points, whole, utility, asked)
+    chosen, reason, allowed = _choose(points, utility, settings)
     utility(1.0)
     curve = [
-        replace(p, model_utility=evaluations.get(p.scale, {}).get("model_utility")) for p in points
+        {**p.to_json(), "model_utility": evaluations.get(p.scale, {}).get("model_utility")}
+        for p in points
     ]
     eligible = [p for p in first if p in allowed]
     return {
         "kind": KIND,
         "schema": SCHEMA,
-        "protocol": asked.protocol,
-        "by": asked.by,
-        "rule": asked.rule,
-        "max_mu_loss": asked.max_mu_loss,
+        "protocol": settings.protocol,
+        "by": settings.by,
+        "rule": settings.rule,
+        "max_mu_loss": settings.max_mu_loss,
         "chosen_scale": chosen,
         "reason": reason,
         "best_by_gap": best(points, "gap").scale,
         "best_by_ks": best(points, "ks").scale,
         "tried": len(points),
-        "curve": [p.to_json() for p in curve],
-        "held_out": None if chosen is None else held_out(eligible, asked.by),
+        "curve": curve,
+        "held_out": None if chosen is None else held_out(eligible, settings.by),
         "evaluations": [evaluations[scale] for scale in sorted(evaluations)],
         "seconds": time.monotonic() - started,
     }
 
 
 def _choose(
-    points: Sequence[Point],
-    whole: float | None,
-    utility: Callable[[float], float | None],
-    asked: Settings,
+    points: Sequence[Point], utility: Callable[[float], float | None], settings: Settings
 ) -> tuple[float | None, str | None, list[Point]]:
     """The chosen scale or None, which were refused and why, and the points in question at last.
 
@@ -259,20 +251,21 @@ def _choose(
     would be within the bound if it grew in proportion. It mostly grows faster than that, so a
     second try mostly passes.
     """
+    whole = utility(0.0)
     if whole is None:
         return None, "model utility cannot be measured on this data, so its loss has no bound", []
     allowed = list(points)
     refused: list[str] = []
     for _ in range(TRIES):
-        found = best(allowed, asked.by)
-        if found.scale == 0:
+        point = best(allowed, settings.by)
+        if point.scale == 0:
             weaker = "weaker scale" if refused else "scale"
             reason = f"no {weaker} is nearer to the reference than 0, switched off"
             return None, "; ".join([*refused, reason]), allowed
-        loss = whole - (utility(found.scale) or 0.0)
-        if loss <= asked.max_mu_loss:
-            return found.scale, "; ".join(refused) or None, allowed
-        refused.append(f"scale {found.scale:g} loses {loss:.4f} of model_utility")
-        most = found.scale * asked.max_mu_loss / loss
+        loss = whole - (utility(point.scale) or 0.0)
+        if loss <= settings.max_mu_loss:
+            return point.scale, "; ".join(refused) or None, allowed
+        refused.append(f"scale {point.scale:g} loses {loss:.4f} of model_utility")
+        most = point.scale * settings.max_mu_loss / loss
         allowed = [point for point in allowed if point.scale <= most]
     return None, "; ".join([*refused, f"no more than {TRIES} are tried"]), allowed

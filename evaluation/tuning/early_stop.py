@@ -11,35 +11,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from adapters.digests import normalised
 from adapters.errors import UserError
 from evaluation.inference.scoring import encode_answers, score_rows
 from evaluation.logs.matching import match_rows
 from evaluation.logs.records import EvalLog, RowRecord
+from evaluation.metrics.bootstrap import Floats
 from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
-from unlearner.request.formats import read_rows
 from unlearner.request.rows import Request, Row
+from unlearner.request.sources import rows_named
 from unlearner.request.tofu import FORGET_SPLITS, load_split
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     import torch
 
+    from unlearner.request.formats import Columns
     from unlearner.tokens.prompts import PromptFormat
 
 
-def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row]:
+def gap_rows(
+    request: Request, given: str | None, data: Path | None, columns: Columns | None = None
+) -> list[Row]:
     """The rows a reading scores, with paraphrased and perturbed answers.
 
     Args:
         request: what is forgotten. The rows of a TOFU split are those of its `_perturbed` split, of
-            an author those of `forget10_perturbed` that are asked for, of a file its own.
+            an author those of `forget10_perturbed` of its questions, of a file its own.
         given: a JSONL file or a forget split to take instead.
         data: folder of TOFU's JSON-lines files, else the hub.
+        columns: which columns of the file hold question and answer.
 
     Raises:
         UserError: rows without such answers, or an author TOFU has none for.
@@ -48,20 +51,21 @@ def gap_rows(request: Request, given: str | None, data: Path | None) -> list[Row
     if name in FORGET_SPLITS:
         rows = load_split(f"{name}_perturbed", data)
     elif given is not None:
-        rows = read_rows(Path(given))
+        rows = rows_named(given, data, columns=columns)
     elif request.kind == "tofu-author":
-        asked = {normalised(row.question) for row in request.rows}
+        questions = {normalised(row.question) for row in request.rows}
         rows = [
-            r for r in load_split("forget10_perturbed", data) if normalised(r.question) in asked
+            r for r in load_split("forget10_perturbed", data) if normalised(r.question) in questions
         ]
     else:
         rows = list(request.rows)
     bare = [row for row in rows if row.paraphrased_answer is None or not row.perturbed_answers]
     if bare or not rows:
-        where = f"{len(bare)} of {len(rows)} rows have" if rows else "no row has"
+        count = "no row has any"
+        if bare:
+            count = f"{len(bare)} of {len(rows)} rows have none, for example {bare[0].question!r}"
         raise UserError(
-            f"The gap of log R needs paraphrased and perturbed answers: {where} "
-            + ("none, for example " + repr(bare[0].question) + "." if bare else "any."),
+            f"The gap of log R needs paraphrased and perturbed answers: {count}.",
             "Give rows with paraphrased_answer and perturbed_answer, or --stop-rows forget05.",
         )
     return rows
@@ -71,11 +75,7 @@ class GapProbe:
     """Scores the forget rows and compares them with the retrain reference's."""
 
     def __init__(
-        self,
-        fmt: PromptFormat,
-        rows: Sequence[Row],
-        retain_log: EvalLog,
-        protocol: str = DEFAULT,
+        self, fmt: PromptFormat, rows: Sequence[Row], retain_log: EvalLog, protocol: str = DEFAULT
     ) -> None:
         """Takes the rows and their reference; refuses what cannot be compared.
 
@@ -96,7 +96,7 @@ class GapProbe:
             raise UserError("The retrain reference has no scored forget set.", "Give another log.")
         self._theirs = retain_log.sets["forget"].rows
         if all(row.question is not None for row in self._theirs):
-            self.compare([RowRecord(row.question, row.answer) for row in rows], only_match=True)
+            self._match([RowRecord(row.question, row.answer) for row in rows])
 
     @property
     def key(self) -> str:
@@ -109,7 +109,12 @@ class GapProbe:
         return "gap-" + hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        """The figures of the model as it is, see `compare`."""
+        """The figures of the model as it is, beside the reference's.
+
+        `gap`: median log R less the reference's, below 0 under-forgotten (nats per token);
+        `nll_gap`: mean forget NLL less the reference's, likewise; `ks`, `forget_quality`: of the
+        test between both; `forget_nll`.
+        """
 
         def score(indices: Sequence[int]) -> list[RowRecord]:
             return score_rows(
@@ -120,38 +125,24 @@ class GapProbe:
                 max_length=self._protocol.max_length,
             )
 
-        return self.compare(ranks.spread(range(len(self._rows)), score))
+        ours, theirs = self._match(ranks.spread(range(len(self._rows)), score))
+        quality = forget_quality(ours["log_r"], theirs["log_r"], resamples=0)
+        nll = float(ours["nll"].mean())
+        return {
+            "gap": float(quality.shift or 0.0),
+            "nll_gap": nll - float(theirs["nll"].mean()),
+            "ks": float(quality.d or 0.0),
+            "forget_quality": float(quality.p or 0.0),
+            "forget_nll": nll,
+        }
 
-    def compare(self, ours: Sequence[RowRecord], *, only_match: bool = False) -> dict[str, float]:
-        """The figures of scored rows beside the reference's.
-
-        `gap`: median log R less the reference's, below 0 under-forgotten (nats a token);
-        `nll_gap`: mean forget NLL less the reference's, likewise; `ks`, `forget_quality`: of the
-        test between both; `forget_nll`.
-
-        Args:
-            ours: in any order.
-            only_match: rows without scores, to find out whether the reference has them: {}.
-
-        Raises:
-            UserError: the reference has not all of these rows, or no truth ratio for them.
-        """
-        match = match_rows(ours, self._theirs, subset=True)
+    def _match(self, rows: Sequence[RowRecord]) -> tuple[dict[str, Floats], dict[str, Floats]]:
+        """The values of rows and of the same rows in the reference, which must have scores."""
+        match = match_rows(rows, self._theirs, subset=True)
         theirs = set_values("forget", match.theirs, self._protocol)
         if "log_r" not in theirs or "nll" not in theirs:
             raise UserError(
                 "The retrain reference lacks paraphrased or perturbed answers of some rows.",
                 "Evaluate the retrained model on the forget split, or on these rows.",
             )
-        if only_match:
-            return {}
-        mine = set_values("forget", match.ours, self._protocol)
-        found = forget_quality(mine["log_r"], theirs["log_r"], resamples=0)
-        nll = float(mine["nll"].mean())
-        return {
-            "gap": float(np.median(mine["log_r"]) - np.median(theirs["log_r"])),
-            "nll_gap": nll - float(theirs["nll"].mean()),
-            "ks": float(found.d or 0.0),
-            "forget_quality": float(found.p or 0.0),
-            "forget_nll": nll,
-        }
+        return set_values("forget", match.ours, self._protocol), theirs

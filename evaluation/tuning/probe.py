@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics.summary import summarise
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
     from unlearner.tokens.prompts import PromptFormat
 
-# Every so many rows of the sets that are kept; the forget set is looked at whole.
+# One in so many rows of the retained sets is measured, and all of the forget set.
 RETAIN_STRIDE, FACTS_STRIDE = 3, 2
 
 
@@ -47,10 +47,6 @@ class Look:
     retain_answer_prob: float
     utility: float
 
-    def to_json(self) -> dict[str, float]:
-        """The figures by name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -79,16 +75,12 @@ class Probe:
         scores = [row.answer_score for each in log.sets.values() for row in each.rows]
         if not all(score is None or math.isfinite(score.mean_nll) for score in scores):
             raise NotFinite("the loss of an answer is NaN or infinite")
-        found = summarise(log, self.reference_log, resamples=0)
-        parts = list(found["model_utility_parts"].values())
+        figures = summarise(log, self.reference_log, resamples=0)
+        names = ("forget_quality", "ks", "log_r_shift", "forget_nll", "retain_answer_prob")
         return Look(
-            forget_quality=found["forget_quality"],
-            ks=found["ks"],
-            log_r_shift=found["log_r_shift"],
-            forget_nll=found["forget_nll"],
-            nll_ratio=found["forget_nll"] / found["retrain_forget_nll"],
-            retain_answer_prob=found["retain_answer_prob"],
-            utility=float(hmean(parts)),
+            **{name: figures[name] for name in names},
+            nll_ratio=figures["forget_nll"] / figures["retrain_forget_nll"],
+            utility=float(hmean(list(figures["model_utility_parts"].values()))),
         )
 
 
@@ -116,31 +108,24 @@ def loss_of(look: Look, origin: Look) -> float:
     It uses D, not p, which is flat at 0 where nothing is forgotten yet.
     """
     # An Origin without any utility has none to lose.
-    kept = look.utility / origin.utility if origin.utility else 1.0
-    lost = max(0.0, KEPT_UTILITY - kept)
+    share = look.utility / origin.utility if origin.utility else 1.0
+    lost = max(0.0, KEPT_UTILITY - share)
     far = abs(math.log(max(look.nll_ratio, 1e-9))) - math.log(NLL_WITHIN)
     return look.ks + 5.0 * lost + max(0.0, far)
 
 
+@dataclass(frozen=True)
 class Watch:
-    """Measures the model after chosen steps and at the end."""
+    """Measures a training after each step at one of `shares` of all steps; 1 is the last step.
 
-    def __init__(
-        self, probe: Probe, shares: Sequence[float], tell: Callable[[int, int, Look], None]
-    ) -> None:
-        """Takes the probe, when to use it, and a callback.
+    `tell` gets step, steps and look; it may raise to end the training.
+    """
 
-        Args:
-            probe: measures the model.
-            shares: fractions of all steps after which it measures; 1 is the last step.
-            tell: called with step, steps and look; may raise to end the training.
-        """
-        self._probe = probe
-        self._shares = shares
-        self._tell = tell
+    probe: Probe
+    shares: Sequence[float]
+    tell: Callable[[int, int, Look], None]
 
     def __call__(self, step: int, steps: int, model: torch.nn.Module) -> None:
         """Measures after one of the chosen steps."""
-        chosen = {max(1, round(share * steps)) for share in self._shares}
-        if step in chosen:
-            self._tell(step, steps, self._probe.look(model))
+        if step in {max(1, round(share * steps)) for share in self.shares}:
+            self.tell(step, steps, self.probe.look(model))

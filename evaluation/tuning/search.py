@@ -11,13 +11,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
-from adapters.environment import free_memory, threads_for
+from adapters.environment import free_memory
 from adapters.errors import UserError
 from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
@@ -49,7 +49,7 @@ from unlearner.tokens.prompts import Template, prompt_format
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import Trial
 
 # Shares of a training after which a trial is looked at; at each but the last it may be stopped.
 LOOKS = (0.4, 0.7, 1.0)
@@ -66,7 +66,7 @@ class Range(NamedTuple):
     choices: tuple[int, ...] = ()
 
 
-# What is searched. `margin` stands for gamma: gamma = beta * margin * (Retrain's forget NLL), since
+# What is searched. `margin` gives gamma: gamma = beta * margin * (Retrain's forget NLL), since
 # SimNPO's push on a row fades once nll/|y| passes gamma / beta.
 SPACE: dict[str, Range] = {
     "learning_rate": Range(1e-4, 4e-3, log=True),
@@ -86,20 +86,16 @@ class Tuning:
     """One search: what is varied, on which request, and for how long.
 
     Attributes:
-        request: forget and retain rows.
         split: of the evaluation.
         base: the Origin.
         reference_log: evaluation log of Retrain on this split.
         out: folder of study, stores, logs and `tune.json`.
         data: folder of TOFU's JSON lines, else the hub.
-        objective: whose settings are searched.
-        fixed: settings that are not searched.
-        space: what is searched.
+        fixed, space: settings that are not searched, and those that are.
         trials: how many in all, those of an earlier run of the same search included.
         minutes: no trial begins later than this.
         seeds: of training; the search uses the first, the others are held out.
         limit: evaluate the final adapters on at most this many rows of each set.
-        template: prompt format.
         refusals: for objectives that need them.
         words: the `unlearner forget` command of this request, without its settings.
     """
@@ -118,8 +114,16 @@ class Tuning:
     seeds: tuple[int, ...] = (42, 43, 44)
     limit: int | None = None
     template: Template = "auto"
+    system: str | None = None
     refusals: tuple[str, ...] = ()
     words: tuple[str, ...] = ("unlearner", "forget")
+
+    @property
+    def what(self) -> Measured:
+        """How the final adapters are measured."""
+        return Measured(
+            self.data, self.split, limit=self.limit, template=self.template, system=self.system
+        )
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
@@ -127,7 +131,7 @@ class Tuning:
         return {
             "request": self.request,
             "base": base_inputs(self.base),
-            "template": self.template,
+            "template": self.what.prompts,
             "refusals": self.refusals,
             "reference": self.reference_log,
             "rows": load_eval_data(self.split, self.data),
@@ -159,26 +163,21 @@ def tune(run: Tuning, report: Report) -> dict[str, Any]:
     run.out.mkdir(parents=True, exist_ok=True)
     report({"event": "stage", "text": "Looking at Origin"})
     search = _open(run)
-    study = _searched(optuna, run, search, report, started) if run.space else None
-    found = _result(run, search, study, report)
-    found["seconds"] = time.monotonic() - started
-    write_json(run.out / "tune.json", found)
-    return found
-
-
-def _searched(optuna: Any, run: Tuning, search: _Search, report: Report, started: float) -> Study:
-    """The study with its trials, those of an earlier run of the same search included."""
-    study = _study(optuna, run)
-    _drop_unfinished(optuna, study)
-    while len(study.trials) < run.trials and time.monotonic() - started < 60 * run.minutes:
-        report({"event": "stage", "text": f"Trial {len(study.trials) + 1} of {run.trials}"})
-        _try(optuna, study, run, search, report)
-    if not _complete(study):
-        raise UserError(
-            f"None of the {len(study.trials)} trials finished.",
-            "Give it more --minutes or more --trials.",
-        )
-    return study
+    study = None
+    if optuna is not None:
+        study = _study(optuna, run)
+        while len(study.trials) < run.trials and time.monotonic() - started < 60 * run.minutes:
+            report({"event": "stage", "text": f"Trial {len(study.trials) + 1} of {run.trials}"})
+            _try(optuna, study, run, search, report)
+        if all(trial.state.name != "COMPLETE" for trial in study.trials):
+            raise UserError(
+                f"None of the {len(study.trials)} trials finished.",
+                "Give it more --minutes or more --trials.",
+            )
+    result = _result(run, search, study, report)
+    result["seconds"] = time.monotonic() - started
+    write_json(run.out / "tune.json", result)
+    return result
 
 
 @dataclass(frozen=True)
@@ -202,12 +201,10 @@ def _optuna() -> Any:
 
 
 def _open(run: Tuning) -> _Search:
-    fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template)
+    fmt = prompt_format(load_tokenizer(run.base.name, run.base.revision), run.template, run.system)
     data = thinned(load_eval_data(run.split, run.data))
     probe = Probe(fmt, data, read_log(run.reference_log))
-    model = load_base(run.base)
-    with threads_for(model):
-        origin = probe.look(model)
+    origin = probe.look(load_base(run.base))
     return _Search(probe, origin, origin.forget_nll / origin.nll_ratio)
 
 
@@ -229,24 +226,15 @@ def _study(optuna: Any, run: Tuning) -> Study:
         storage=JournalStorage(JournalFileBackend(str(run.out / STUDY_FILE))),
         load_if_exists=True,
     )
-    done = len(study.trials)
     # With the same seed at every start the sampler would draw the same settings again.
     study.sampler = optuna.samplers.TPESampler(
-        seed=run.seeds[0] + done, multivariate=True, n_startup_trials=6
+        seed=run.seeds[0] + len(study.trials), multivariate=True, n_startup_trials=6
     )
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
-    return study
-
-
-def _drop_unfinished(optuna: Any, study: Study) -> None:
-    """Marks trials that a killed run left unfinished as failed."""
     state = optuna.trial.TrialState
-    for trial in study.get_trials(states=(state.RUNNING,)):
+    for trial in study.get_trials(states=(state.RUNNING,)):  # a killed run left them unfinished
         study.tell(trial.number, state=state.FAIL)
-
-
-def _complete(study: Study) -> list[FrozenTrial]:
-    return [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    return study
 
 
 def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
@@ -273,7 +261,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
     def tell(step: int, steps: int, look: Look) -> None:
         loss = loss_of(look, search.origin)
-        looks.append({"step": step, "steps": steps, "loss": loss, **look.to_json()})
+        looks.append({"step": step, "steps": steps, "loss": loss, **asdict(look)})
         trial.set_user_attr("looks", looks)
         report({"event": "look", "text": look_text(trial.number + 1, looks[-1])})
         trial.report(loss, len(looks))
@@ -304,7 +292,9 @@ def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report)
             run.base,
             config,
             AdapterStore.open(Path(folder) / "store", create=True),
-            RunOptions(on_stack=False, template=run.template, refusals=run.refusals),
+            RunOptions(
+                on_stack=False, template=run.template, system=run.system, refusals=run.refusals
+            ),
             after_step=watch,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
@@ -322,11 +312,10 @@ def look_text(number: int, look: Mapping[str, Any]) -> str:
 def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -> dict[str, Any]:
     best, trials = (study.best_trial, study.trials) if study is not None else (None, [])
     config = run.config(best.params if best else {}, search.retrain_nll, run.seeds[0])
-    what = Measured(run.data, run.split, limit=run.limit, template=run.template)
     report({"event": "stage", "text": "Measuring Origin"})
-    log = Path(measure(report, base=run.base, what=what, log=run.out / "logs" / "origin.json"))
-    origin = table_rows("origin", log, run.reference_log, what.protocols)[0]
-    rows = [on_seed(run, config, seed, what, origin, report) for seed in run.seeds]
+    log = Path(measure(report, base=run.base, what=run.what, log=run.out / "logs" / "origin.json"))
+    origin = table_rows("origin", log, run.reference_log, run.what.protocols)[0]
+    rows = [on_seed(run, config, seed, origin, report) for seed in run.seeds]
     states = [trial.state.name for trial in trials]
     return {
         "kind": "unlearner-tune",
@@ -343,8 +332,17 @@ def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -
         "space": {name: values._asdict() for name, values in run.space.items()},
         "fixed": dict(run.fixed),
         "retrain_forget_nll": search.retrain_nll,
-        "origin_look": search.origin.to_json(),
-        "trials": [_trial_json(trial) for trial in trials],
+        "origin_look": asdict(search.origin),
+        "trials": [
+            {
+                "trial": trial.number + 1,
+                "state": trial.state.name.lower(),
+                "searched": trial.params,
+                "loss": trial.value if trial.state.name == "COMPLETE" else None,
+                **trial.user_attrs,
+            }
+            for trial in trials
+        ],
         "origin": origin,
         "chosen": {
             "trial": best.number + 1 if best else None,
@@ -357,25 +355,16 @@ def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -
     }
 
 
-def _trial_json(trial: FrozenTrial) -> dict[str, Any]:
-    return {
-        "trial": trial.number + 1,
-        "state": trial.state.name.lower(),
-        "searched": trial.params,
-        "loss": trial.value if trial.state.name == "COMPLETE" else None,
-        **trial.user_attrs,
-    }
-
-
 def on_seed(
     run: Tuning,
     config: UnlearnConfig,
     seed: int,
-    what: Measured,
     origin: Mapping[str, Any],
     report: Report,
 ) -> dict[str, Any]:
     """The settings trained with this seed and measured in full, answers and all."""
+    from unlearner.run import RunOptions
+
     report({"event": "stage", "text": f"Training and measuring seed {seed}"})
     seeded = replace(config, train=replace(config.train, seed=seed))
     work = run.out / f"seed-{seed}-{key_of(config=seeded, **run.inputs)[:12]}"
@@ -385,11 +374,11 @@ def on_seed(
         base=run.base,
         config=seeded,
         store=work / "forget-store",
-        what=what,
+        what=run.what,
         log=work / "log.json",
-        refusals=run.refusals,
+        how=RunOptions(refusals=run.refusals),
     )
-    row = table_rows(f"seed {seed}", Path(log), run.reference_log, what.protocols)[0]
+    row = table_rows(f"seed {seed}", Path(log), run.reference_log, run.what.protocols)[0]
     return {**row, "seed": seed, "reached": reached(row, origin), "log": log}
 
 
@@ -401,11 +390,10 @@ def reached(row: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, bool
     """
     utility, whole = row["model_utility"], origin["model_utility"]
     ratio = row["forget_nll"] / row["retrain_forget_nll"]
+    is_unknown = utility is None or whole is None
     return {
         "forget_quality": row["forget_quality"] > FORGOTTEN,
-        "model_utility": None
-        if utility is None or whole is None
-        else utility >= KEPT_UTILITY * whole,
+        "model_utility": None if is_unknown else utility >= KEPT_UTILITY * whole,
         "forget_nll": 2 - NLL_WITHIN <= ratio <= NLL_WITHIN,
     }
 
@@ -420,9 +408,6 @@ def setting_words(config: UnlearnConfig) -> list[str]:
             if key == "name" or value == usual[part][key]:
                 continue
             flag = "--" + key.replace("_", "-")
-            if value is True:
-                words.append(flag)
-            else:
-                text = ",".join(value) if isinstance(value, list | tuple) else str(value)
-                words += [flag, text]
+            text = ",".join(value) if isinstance(value, list | tuple) else str(value)
+            words += [flag] if value is True else [flag, text]
     return words

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.cache import key_of
-from evaluation.suite import EvalData, OnProgress, evaluate, load_eval_data
-from unlearner.request.formats import read_rows
+from evaluation.inference.scoring import OnProgress, silent
+from evaluation.suite import EvalData, evaluate, load_eval_data
 from unlearner.request.rows import Row
+from unlearner.request.sources import rows_named
 from unlearner.request.tofu import load_split
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.logs.records import EvalLog
+    from unlearner.request.formats import Columns
     from unlearner.tokens.prompts import PromptFormat
 
 # Retain rows scored at every scale; their answers alone, as a sign of what is lost.
@@ -37,38 +39,40 @@ def stack_of(store: AdapterStore, ref: str) -> tuple[str, dict[str, float]]:
     Raises:
         UserError: active adapters were trained on top of it.
     """
-    found = store.get(ref)
-    active = {one.slug: one.scale for one in store.active()}
-    above = [s for s in active if found.slug in store.catalog.parents_of(s)[0]]
+    adapter = store.get(ref)
+    slug = adapter.slug
+    active = {each.slug: each.scale for each in store.active()}
+    above = [s for s in active if slug in store.catalog.parents_of(s)[0]]
     if above:
         raise UserError(
-            f"{above[0]} was trained on top of {found.slug}: at another strength it would be "
+            f"{above[0]} was trained on top of {slug}: at another strength it would be "
             "another adapter than the one that was trained.",
             f"Calibrate {above[-1]}, or revert it first.",
         )
-    if found.slug in active:
-        return found.slug, active
-    scales = found.manifest.parent_scales
-    return found.slug, {slug: scales.get(slug, 1.0) for slug in found.manifest.parents} | {
-        found.slug: 1.0
-    }
+    if slug in active:
+        return slug, active
+    manifest = adapter.manifest
+    parents = {parent: manifest.parent_scales.get(parent, 1.0) for parent in manifest.parents}
+    return slug, parents | {slug: 1.0}
 
 
-def calibration_data(split: str | None, rows: Path | None, data: Path | None) -> EvalData:
-    """TOFU's four sets with the forget rows of a split, or of a JSONL file in their place.
+def calibration_data(
+    split: str | None, rows: str | None, data: Path | None, columns: Columns | None = None
+) -> EvalData:
+    """TOFU's four sets with the forget rows of a split, or of `rows` (see `rows_named`).
 
     Raises:
         UserError: rows of the file without paraphrased and perturbed answers.
     """
     if rows is None:
         return load_eval_data(str(split), data)
-    forget = read_rows(rows)
+    forget = rows_named(rows, data, columns=columns)
     bare = [row for row in forget if row.paraphrased_answer is None or not row.perturbed_answers]
     if bare:
         raise UserError(
             f"{len(bare)} of {len(forget)} rows of {rows} have no paraphrased or no perturbed "
             f"answers, for example {bare[0].question!r}.",
-            "Add paraphrased_answer and perturbed_answer to every row: log R is made of them.",
+            "Add paraphrased_answer and perturbed_answer to every row: log R needs them.",
         )
     names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
     return EvalData(forget, *(load_split(name, data) for name in names))
@@ -85,7 +89,7 @@ class Sweep:
         retain_log: of a model that never saw the forget set.
         slug: the adapter that is scaled.
         stack: scales by slug, in order; that of `slug` is replaced.
-        identity: digest of base and how it is loaded, for the names of kept parts.
+        identity: digest of base and how it is loaded, for the cache.
         protocol, limit, resume_dir: as in `evaluation.suite.evaluate`.
         on_progress: gets the scale in its label.
     """
@@ -100,7 +104,7 @@ class Sweep:
     protocol: str
     limit: int | None = None
     resume_dir: Path | None = None
-    on_progress: OnProgress | None = None
+    on_progress: OnProgress = silent
 
     @property
     def probe_retain(self) -> list[Row]:
@@ -117,37 +121,33 @@ class Sweep:
         return self._log(scale, self.data, generate=True)
 
     def _log(self, scale: float, data: EvalData, *, generate: bool) -> EvalLog:
-        from adapters.environment import threads_for
         from adapters.lora.stack import activate
 
         scales = {**self.stack, self.slug: scale}
         activate(self.model, list(scales), scales)
-        report = self.on_progress
-        with threads_for(self.model):
-            return evaluate(
-                self.model,
-                self.fmt,
-                data,
-                protocol=self.protocol,
-                retain_log=self.retain_log,
-                limit=self.limit,
-                generate=generate,
-                key=key_of(model=self.identity, stack=list(scales.items())),
-                resume_dir=self.resume_dir,
-                on_progress=report
-                and (lambda text, done, total: report(f"scale {scale:g}, {text}", done, total)),
-                meta={"adapters": [list(pair) for pair in scales.items()]},
-            )
+        return evaluate(
+            self.model,
+            self.fmt,
+            data,
+            protocol=self.protocol,
+            retain_log=self.retain_log,
+            limit=self.limit,
+            generate=generate,
+            key=key_of(model=self.identity, stack=list(scales.items())),
+            resume_dir=self.resume_dir,
+            on_progress=lambda text, *n: self.on_progress(f"scale {scale:g}, {text}", *n),
+            meta={"adapters": [list(pair) for pair in scales.items()]},
+        )
 
 
-def flat(found: Mapping[str, Any]) -> dict[str, Any]:
+def flat(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """A calibration as numbers, flags and words for `AdapterStore.attach_eval`: columns, no rows.
 
     Sentences stay in the calibration's own file.
     """
-    columns = list(found["curve"][0])
+    curve = calibration["curve"]
     return {
-        **{k: found[k] for k in WORDS},
-        "curve": {name: [point[name] for point in found["curve"]] for name in columns},
-        "held_out": found["held_out"],
+        **{word: calibration[word] for word in WORDS},
+        "curve": {name: [point[name] for point in curve] for name in curve[0]},
+        "held_out": calibration["held_out"],
     }

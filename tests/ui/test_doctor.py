@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +30,41 @@ def test_json_lists_every_finding(run: Any, tmp_path: Path) -> None:
     assert ran.json["ok"] is True
     found = {row["name"]: row for row in table}
     assert "ours" in found["adapters package"]["detail"]
+    assert "not tried (--full)" in found["torch"]["detail"]
+    full = run("doctor", "--store", tmp_path / "none", "--json", "--full").json["table"]
+    assert [row["name"] for row in full] == NAMES
     if importlib.util.find_spec("bitsandbytes"):
-        assert "nf4 product off by" in found["4-bit"]["detail"]
+        assert "nf4 product off by" in {row["name"]: row for row in full}["4-bit"]["detail"]
+
+
+def test_without_full_no_model_library_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ui.cli.main import main\n"
+        "code = main(['doctor', '--store', sys.argv[1]])\n"
+        "print(code, {'torch', 'bitsandbytes', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "0 set()"
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "detail"),
+    [
+        ("NVIDIA A100, 70000 MiB, 81920 MiB, 8.0", "ok", "A100, 70000 MiB of 81920 MiB free"),
+        ("Tesla T4, 15000 MiB, 15360 MiB, 7.5", "warn", "T4"),
+        ("", "warn", "no CUDA device"),
+    ],
+)
+def test_the_driver_tells_of_a_gpu(
+    line: str, status: str, detail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SimpleNamespace(stdout=f"{line}\n", returncode=0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *words, **options: done)
+    finding = doctor._gpu_driver()
+    assert finding.status == status
+    assert detail in finding.detail
 
 
 def test_text_shows_fix_under_finding_and_a_failure_gives_1(
@@ -39,7 +74,7 @@ def test_text_shows_fix_under_finding_and_a_failure_gives_1(
         doctor.Finding("python", "ok", "3.11"),
         doctor.Finding("store", "fail", "r0001: a flipped bit", "Import it again."),
     ]
-    monkeypatch.setattr(doctor, "findings", lambda store: iter(made))
+    monkeypatch.setattr(doctor, "findings", lambda store, full: iter(made))
     ran = run("doctor")
     assert ran.code == 1
     assert ran.out.splitlines() == [

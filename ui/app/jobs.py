@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,13 +31,15 @@ from filelock import FileLock
 from adapters.errors import UserError
 from ui.console import json_value
 
-JOB, EVENTS, OUTCOME, PROCESS, REQUEST, ERRORS = (
-    "job.json", "events.jsonl", "outcome.json", "process.json", "request.jsonl", "stderr.txt",
+JOB, EVENTS, OUTCOME, PROCESS, ERRORS = (
+    "job.json", "events.jsonl", "outcome.json", "process.json", "stderr.txt",
 )  # fmt: skip
+REQUEST, RETAIN = "request.jsonl", "retain.jsonl"  # rows that a job reads, private
 STARTED = "started.json"
 STOPPING, RESUMED = "stopping", "Continuing."
 ENDED = ("done", "saved", "failed", "died", "withdrawn")
 CONTINUABLE = ("saved", "died")
+LOG_CHARACTERS = 8000  # of the end of a failed job's error stream
 STARTUP_SECONDS = 60  # an interpreter that imports torch on a slow disk
 REMOVED = "[removed]"
 
@@ -63,6 +66,11 @@ class JobView:
         """Whether nothing more will come."""
         return self.status in ENDED
 
+    @property
+    def log(self) -> str:
+        """The end of the error stream of a job that failed or died."""
+        return str(self.outcome.get("log") or "")
+
 
 class Jobs:
     """The jobs in a folder; one runs at a time, the others wait in the order they came.
@@ -88,24 +96,24 @@ class Jobs:
         self,
         title: str,
         words: Sequence[str],
-        request: str | None = None,
+        files: Mapping[str, str] | None = None,
         name: str | None = None,
         private: Sequence[str] = (),
     ) -> str:
         """The name of a new job that runs `unlearner WORDS`; starts at once if nothing runs.
 
-        `request` is put into a private file that stands where `words` hold `REQUEST`; it is
-        deleted when the job is done. `private` are names that must not outlive the job.
+        `files` are the texts of `REQUEST` and `RETAIN`: private files, put where `words` hold
+        these names and deleted when the job is done. `private` are names that must not outlive it.
         """
         name = name or time.strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()
         with self._changing():
             place = self.folder / name
             place.mkdir(mode=0o700)
-            filled = [str(place / REQUEST) if word == REQUEST else word for word in words]
-            if request is not None:
-                descriptor = os.open(place / REQUEST, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            filled = [str(place / word) if word in (files or {}) else word for word in words]
+            for file_name, text in (files or {}).items():
+                descriptor = os.open(place / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(request)
+                    file.write(text)
             job = {"title": title, "words": filled, "made": time.time_ns()}
             _write(place / JOB, {**job, "private": list(private)})
         self.advance()
@@ -202,6 +210,8 @@ class Jobs:
             steps, said, stopping = self._logs.setdefault(name, _EventLog(place / EVENTS)).read()
         job, outcome = _read(place / JOB), _read(place / OUTCOME)
         status = str(outcome.get("status") or _status(place, stopping))
+        if status == "died":
+            outcome = {**outcome, "log": _tail(place / ERRORS)}
         return JobView(
             name, job["title"], tuple(job["words"]), status, position, steps, said, outcome
         )
@@ -288,8 +298,11 @@ def end(place: Path, outcome: Mapping[str, Any]) -> None:
         _write(place / OUTCOME, outcome)
         return
     job = _read(place / JOB)
-    private = sorted({*job.get("private", ()), *_row_texts(place / REQUEST)}, key=len, reverse=True)
-    for name in (REQUEST, ERRORS):
+    texts = {text for name in (REQUEST, RETAIN) for text in _row_texts(place / name)}
+    private = sorted({*job.get("private", ()), *texts}, key=len, reverse=True)
+    if outcome["status"] == "failed":
+        outcome = {**outcome, "log": _public_lines(_tail(place / ERRORS), private)}
+    for name in (REQUEST, RETAIN, ERRORS):
         (place / name).unlink(missing_ok=True)
     if private:
         job = _without(job, private)
@@ -300,6 +313,21 @@ def end(place: Path, outcome: Mapping[str, Any]) -> None:
     _replace(place / EVENTS, "".join(json.dumps(step) + "\n" for step in kept))
     _write(place / JOB, {**job, "private": []})
     _write(place / OUTCOME, outcome)
+
+
+def _tail(path: Path) -> str:
+    """The end of what a job wrote to its error stream."""
+    if not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:].strip()
+
+
+def _public_lines(log: str, private: Sequence[str]) -> str:
+    """The log without the lines that hold a name of the private texts: a message may quote one."""
+    names = {word for text in private for word in re.findall(r"\b[^\W\d_a-z]\w+", text)}
+    return "\n".join(
+        REMOVED if names & set(re.findall(r"\w+", line)) else line for line in log.splitlines()
+    )
 
 
 def _row_texts(path: Path) -> set[str]:

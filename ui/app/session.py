@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.errors import UserError
 from ui.app.data.answers import Answer, Frame, Stack, judged
-from ui.app.data.library import Library, read_library, requested
+from ui.app.data.library import (
+    FiledRequest,
+    Library,
+    filed_requests,
+    marked_rows,
+    read_library,
+    readable_names,
+)
 from ui.app.turns import Turns
 
+NEIGHBOURS = ("retain authors", "real authors", "world facts")
 LOG = logging.getLogger("unlearner.app")
 
 if TYPE_CHECKING:
@@ -45,6 +53,7 @@ class Session:
     state: Literal["no base", "loading", "ready", "failed", "resting"] = "no base"
     problem: str = ""
     library: Library = field(default_factory=Library)
+    _marked: tuple[Library, bytes, dict[str, tuple[str, Row]]] | None = None
     _model: Any = None
     _fmt: Any = None
     _fingerprint: Any = None
@@ -55,7 +64,7 @@ class Session:
     def start(self) -> None:
         """Begins to load base and questions in the background, unless that is under way."""
         with self._starting:
-            if self.state == "loading":
+            if self.state in ("loading", "ready"):  # two pages may ask for it at once
                 return
             self.state = "loading" if self.base is not None else "no base"
             self._ready.clear()
@@ -122,9 +131,11 @@ class Session:
         return self._model, self._fmt
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the model lies on a GPU."""
-        return self._model is not None and self._model.device.type != "cpu"
+    def gpu_bytes(self) -> int:
+        """What the model takes of a GPU, 0 where it lies elsewhere."""
+        if self._model is None or self._model.device.type == "cpu":
+            return 0
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
     def store(self) -> AdapterStore | None:
         """The store, None where there is none yet."""
@@ -139,14 +150,50 @@ class Session:
         store = self.store()
         return [] if store is None else store.list()
 
-    def askable(self) -> dict[str, tuple[Row, ...]]:
-        """What can be asked about: the filed requests whose questions the data holds, authors."""
+    def filed(self) -> dict[str, FiledRequest]:
+        """The filed requests whose questions the data holds, by the slug of their adapter."""
         from adapters.digests import key_path, store_key
 
-        adapters = self.adapters()
-        if not adapters or not self.library.authors or not key_path().is_file():
-            return dict(self.library.authors)
-        return {**requested(self.library, adapters, store_key()), **self.library.authors}
+        adapters, library = self.adapters(), self.library
+        if not adapters or not library.authors or not key_path().is_file():
+            return {}
+        key = store_key()
+        if self._marked is None or self._marked[0] is not library or self._marked[1] != key:
+            self._marked = (library, key, marked_rows(library, key))
+        return filed_requests(self._marked[2], adapters, key)
+
+    def names(self) -> dict[str, str]:
+        """What people call each adapter, by its slug."""
+        return readable_names(self.adapters(), self.filed())
+
+    def askable(self) -> dict[str, tuple[Row, ...]]:
+        """Rows that can be asked about: of each filed request by `filed: LABEL`, of each author."""
+        filed = self.filed()
+        labels = {adapter.slug: f"filed: {adapter.label}" for adapter in self.adapters()}
+        return {**{labels[slug]: each.rows for slug, each in filed.items()}, **self.library.authors}
+
+    def choices(self) -> list[tuple[str, str]]:
+        """The keys of `askable`, each with its name for people; forgotten authors come first."""
+        filed, names = self.filed(), self.names()
+        requests = [
+            (f"Request to forget: {names[adapter.slug]}", f"filed: {adapter.label}")
+            for adapter in self.adapters()
+            if adapter.slug in filed
+        ]
+        forgotten = {author for each in filed.values() for author in each.authors}
+        authors = sorted(self.library.authors, key=lambda author: author not in forgotten)
+        marked = [(f"{a} (to be forgotten)" if a in forgotten else a, a) for a in authors]
+        return [*requests, *marked]
+
+    def examples(self) -> list[tuple[str, Row]]:
+        """A question to be forgotten, one of a neighbour and a fact of the world, by kind."""
+        filed, authors = self.filed(), self.library.authors
+        forgotten = next(iter(filed.values())).rows if filed else next(iter(authors.values()), ())
+        rows = [("To be forgotten" if filed else "An author", row) for row in forgotten[1:2]]
+        for kind, names in (("Kept author", NEIGHBOURS[:1]), ("Real fact", NEIGHBOURS[1:])):
+            kept = [row for name in names for row in self.library.neighbours.get(name, ())]
+            rows += [(kind, row) for row in kept[:1]]
+        return rows
 
     def filed_stack(self) -> tuple[tuple[str, float], ...]:
         """The store's active stack."""

@@ -9,9 +9,9 @@ CSS = (
 """
     + """
 .dark { --color-accent:#8fc7ee !important; }
-.gradio-container { max-width:min(100%,1280px) !important; width:100%; min-width:0; margin:auto; }
+.gradio-container { max-width:min(100%,1680px) !important; width:100%; min-width:0; margin:auto; }
 .gradio-container .column { min-width:0; }
-#un-sheet, #un-runs { max-width:100%; }
+#un-sheet, #un-runs, #un-logs { max-width:100%; }
 .un-head { display:flex; flex-wrap:wrap; gap:.25rem 1rem; align-items:baseline; }
 .un-head h1 { font-size:1.35rem; font-weight:650; letter-spacing:-.01em; margin:0; }
 .un-head p, .un-quiet, .un-foot, .un-sub { color:var(--un-quiet); margin:0; font-size:.875rem; }
@@ -36,10 +36,11 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 #un-adapters .un-table td:nth-child(6) { white-space:nowrap; }
 .un-plots { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));
   gap:1.5rem; } .un-plots h2 { font-size:1rem; font-weight:650; margin:.5rem 0 0; }
-#un-sheet td, #un-sheet th, #un-runs td, #un-runs th { font-family:inherit; }
-#un-sheet .cell-wrap, #un-runs .cell-wrap, #un-sheet span, #un-runs span {
+:is(#un-sheet, #un-runs, #un-logs) :is(td, th) { font-family:inherit; }
+:is(#un-sheet, #un-runs, #un-logs) :is(.cell-wrap, span) {
   font-family:system-ui,sans-serif; font-size:.875rem; }
-#un-clear, #un-cancel, #un-resume { align-self:center; }
+#un-examples button { justify-content:flex-start; text-align:left; font-weight:400; }
+#un-clear, #un-cancel, #un-clear-history, #un-pair, #un-resume { align-self:center; }
 #un-left, #un-left > div, #un-left > div > div, #un-right, #un-right > div,
 #un-right > div > div { display:flex; flex-direction:column; flex:1 1 auto; }
 .un-scores th[scope=row] { width:60%; } .un-part { font-size:1rem; font-weight:650; }
@@ -57,8 +58,6 @@ mark.un-diff { background:var(--un-diff); color:inherit; font-weight:650;
 .un-truth { margin:.2rem 0 .6rem; max-width:80ch; line-height:1.5; }
 .un-scroll { overflow-x:auto; max-width:100%; }
 .un-table td { min-width:5rem; } .un-table td:last-child { min-width:13rem; }
-.un-state { white-space:nowrap; font-weight:600; }
-tr[data-state=on] .un-state { color:var(--un-accent); }
 #un-first { border:1px solid var(--un-line); border-radius:8px; padding:1rem;
   background:var(--un-soft); }
 #un-first .block { background:none; } .un-first { line-height:1.55; color:var(--un-ink); }
@@ -87,6 +86,7 @@ progress::-moz-progress-bar { background:var(--un-accent); }
   background:var(--un-soft); border:1px solid var(--un-line); border-radius:6px; }
 .un-command code { font-family:ui-monospace,SFMono-Regular,Menlo,monospace; font-size:.82rem;
   background:none; padding:0; color:inherit; white-space:pre-wrap; overflow-wrap:anywhere; }
+.un-log pre { max-height:20rem; overflow:auto; font-size:.8rem; white-space:pre-wrap; }
 .un-copy { margin-left:auto; padding:.15rem .7rem; font-size:.82rem; border-radius:6px;
   border:1px solid var(--un-line); background:var(--un-paper); color:var(--un-ink); }
 .un-copy:focus-visible, .un-command pre:focus-visible { outline:2px solid var(--un-accent);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError
 from ui.cli import options
 
 if TYPE_CHECKING:
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from ui.console import Console
 
-REF = "slug, its unique start, or label"
 SEE_LIST = "See `unlearner adapters list`."
 
 
@@ -34,24 +32,6 @@ def open_store(args: argparse.Namespace) -> AdapterStore:
     from adapters.store.store import AdapterStore
 
     return AdapterStore.open(options.store_path(args))
-
-
-def scales_by_ref(args: argparse.Namespace) -> dict[str, float] | None:
-    """--scales by the REF that each is for; None when it was not given."""
-    if args.scales is None:
-        return None
-    try:
-        numbers = [float(part) for part in args.scales.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--scales {args.scales!r} is not a list of numbers.", "Write it as in --scales 1,0.5."
-        ) from None
-    if len(numbers) != len(args.refs):
-        raise UserError(
-            f"--scales has {len(numbers)} numbers for {len(args.refs)} adapters.",
-            "Give one for each, divided by commas.",
-        )
-    return dict(zip(args.refs, numbers, strict=True))
 
 
 def report_change(change: StackChange, store: AdapterStore, console: Console) -> int:

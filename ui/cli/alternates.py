@@ -17,8 +17,8 @@ def add_alternates_from(parser: options.Parser) -> None:
     parser.add_argument(
         "--alternates-from",
         metavar="ROWS",
-        help="rows whose answers --alternates takes: a JSONL file or tofu:SPLIT (default: the "
-        "retain rows); better of people whom the base does not know",
+        help="rows whose answers --alternates takes: a file, hub:OWNER/NAME or a TOFU split "
+        "(default: the retain rows); better of people whom the base does not know",
     )
 
 
@@ -34,4 +34,4 @@ def other_rows(args: argparse.Namespace) -> tuple[Row, ...]:
         return ()
     if not args.alternates:
         raise UserError("--alternates-from says nothing alone.", "Add --alternates, such as 20.")
-    return tuple(rows_named(args.alternates_from, args.data))
+    return tuple(rows_named(args.alternates_from, args.data, columns=options.columns(args)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adapters.errors import Interrupted, UserError
 from ui.app import jobs
-from ui.cli.main import parse, quiet_libraries, unexpected
+from ui.cli.main import parse, quiet_libraries, run_command, unexpected
 from ui.console import Console
 
 
@@ -46,7 +47,7 @@ def main(folder: Path) -> int:
     try:
         args = parse(words)
         quiet_libraries(console)
-        code: int = args.run(args, console)
+        code = run_command(args, console)
         outcome = {"status": "done", "text": "Done.", "result": console.value}
     except Interrupted as error:
         code, outcome = error.exit_code, {"status": "saved", "text": error.problem}
@@ -55,6 +56,7 @@ def main(folder: Path) -> int:
     except UserError as error:
         code, outcome = error.exit_code, {"status": "failed", "text": str(error)}
     except Exception as error:
+        traceback.print_exc()  # to the job's log
         code, outcome = 1, {"status": "failed", "text": " ".join(unexpected(error))}
     jobs.end(folder, outcome)
     return code

@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from adapters.errors import Interrupted, UserError, did_you_mean
+from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
 from ui.cli.commands.adapters import calibrate as commands_calibrate
 from ui.cli.commands.adapters import consolidate as commands_consolidate
 from ui.cli.commands.adapters import merge as commands_merge
 from ui.cli.commands.adapters import store as commands_store
 from ui.cli.commands.everyday import ask as commands_ask
+from ui.cli.commands.everyday import config as commands_config
 from ui.cli.commands.everyday import doctor_preview as commands_info
 from ui.cli.commands.everyday import evaluate as commands_eval
 from ui.cli.commands.everyday import forget as commands_train
@@ -32,7 +33,8 @@ from ui.cli.commands.experiments import gpu_check as commands_gpu_check
 from ui.cli.commands.experiments import reproduce as commands_reproduce
 from ui.cli.commands.experiments import sequence as commands_sequence
 from ui.cli.commands.experiments import tune as commands_tune
-from ui.cli.options import Parser
+from ui.cli.config_file import apply_config, keep_beside
+from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
 from unlearner.training import distributed as ranks
 
@@ -61,6 +63,7 @@ SECTIONS = {
         commands_robustness,
         commands_report,
         commands_ui,
+        commands_config,
     ),
     "adapters": (
         commands_store,
@@ -88,6 +91,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         description=DESCRIPTION,
     )
     parser.add_argument("--version", action="version", version=version())
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print the completion script of a shell, for its start-up file",
+    )
     commands: Any = parser.add_subparsers(
         dest="command",
         metavar="COMMAND",
@@ -139,9 +148,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     _check_command(argv, leaves)
-    args, extra = parser.parse_known_args(argv)
+    words = _command_words(argv, leaves)
+    leaf = leaves.get(words)
+    given = argv if leaf is None else apply_config(leaf, argv)
+    args, extra = parser.parse_known_args(given)
     if extra:
-        words = _command_words(argv, leaves)
         flags = [word.split("=")[0] for word in extra if word.startswith("-")]
         if flags:
             hint = did_you_mean(flags[0], leaves[words].option_names())
@@ -150,21 +161,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"`unlearner {words}` takes no further argument {extra[0]!r}.",
             f"See `unlearner {words} --help`.",
         )
-    args.words = list(argv)
+    args.words, args.parser, args.leaves = list(argv), leaf, leaves
     return args
 
 
 def _check_command(argv: Sequence[str], leaves: dict[str, Parser]) -> None:
     """Refuses an unknown command with the nearest one; argparse would list all of them."""
     if argv[0].startswith("-"):
-        if "--help" in argv or "-h" in argv or "--version" in argv:
+        known = ("-h", "--help", "--help-all", "--version", "--print-completion")
+        if any(word.split("=")[0] in known for word in argv):
             return
         raise UserError("No command was given.", "See `unlearner --help`.")
     first = sorted({words.split()[0] for words in leaves})
     if argv[0] not in first:
         raise UserError(f"There is no command '{argv[0]}'.", did_you_mean(argv[0], first))
     second = [words.split()[1] for words in leaves if words.startswith(f"{argv[0]} ")]
-    if not second or {"-h", "--help"} & set(argv[1:2]):
+    if not second or {"-h", "--help", "--help-all"} & set(argv[1:2]):
         return
     if len(argv) < 2 or argv[1].startswith("-"):
         raise UserError(
@@ -194,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not debug:
                 warnings.simplefilter("ignore")
                 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for processes it starts
-            code: int = args.run(args, console)
+            code = run_command(args, console)
             ranks.wait()  # a process that exits early closes its connections
             return code
     except SystemExit as stop:  # after --help and --version
@@ -221,6 +233,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
     finally:
         ranks.leave()
+
+
+def run_command(args: argparse.Namespace, console: Console) -> int:
+    """Runs the parsed command; its settings are kept beside what it wrote."""
+    try:
+        code: int = args.run(args, console)
+    except GateFailed:  # raised once everything is written
+        keep_beside(args)
+        raise
+    if code == 0:
+        keep_beside(args)
+    return code
 
 
 def _console(as_json: bool) -> Console:

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
+from ui.cli.parser import Parser as Parser
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
 from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.tofu import split_name
 
 if TYPE_CHECKING:
     from adapters.base.load import BaseSpec
     from unlearner.request.formats import Columns
 
 DEFAULT_STORE = "./forget-store"
+PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError instead of printing and leaving.
-
-    Flags are never abbreviated: a script must not change its meaning when a flag is added.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("allow_abbrev", False)
-        # Examples below the flags keep their lines; the text above them is wrapped here.
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        if options.get("description"):
-            options["description"] = textwrap.fill(options["description"], 88)
-        super().__init__(**options)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError with argparse's words and where to read more."""
-        raise UserError(f"{message[:1].upper()}{message[1:]}.", f"See `{self.prog} --help`.")
-
-    def option_names(self) -> list[str]:
-        """Every long flag of this parser."""
-        return [
-            name
-            for action in self._actions
-            for name in action.option_strings
-            if name.startswith("--")
-        ]
 
 
 def positive_int(text: str) -> int:
@@ -60,6 +34,24 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def folder(text: str) -> Path:
+    """The path of a folder, which need not exist."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file, and a folder is needed")
+    return path
+
+
+def number_list(text: str) -> tuple[float, ...]:
+    """Numbers divided by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers, as in 1,0.5"
+        ) from None
 
 
 def name_list(text: str) -> list[str]:
@@ -87,6 +79,26 @@ def common() -> Parser:
         "--json", action="store_true", help="one JSON object on stdout instead of text"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def config(*preset_keys: str) -> Parser:
+    """--config, and --preset where a preset has some of the settings `preset_keys`."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("settings from a file")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with settings of this command, which flags overrule; `unlearner config` prints "
+        "one",
+    )
+    if preset_keys:
+        group.add_argument(
+            "--preset",
+            metavar="NAME",
+            help=f"settings of a preset of `reproduce`: {', '.join(PRESETS)}",
+        )
+        parser.set_defaults(preset_keys=preset_keys)
     return parser
 
 
@@ -162,11 +174,6 @@ def add_split(
     )
 
 
-def split_name(text: str) -> str:
-    """The name of a split, with or without `tofu:` before it."""
-    return text.removeprefix("tofu:")
-
-
 def add_reference_log(
     flags: Flags, *, required: bool = False, use: str = "needed for forget quality"
 ) -> None:
@@ -224,10 +231,10 @@ def add_limit(flags: Flags, text: str = "measure only the first N rows of each s
 
 
 def add_out(flags: Flags, text: str, *, default: str | None = None, required: bool = False) -> None:
-    """--out; `text` says what is written there."""
+    """--out, always a folder that is made where it is missing; `text` says what is in it."""
     flags.add_argument(
         "--out",
-        type=Path,
+        type=folder,
         required=required,
         default=Path(default) if default else None,
         metavar="DIR",
@@ -235,22 +242,44 @@ def add_out(flags: Flags, text: str, *, default: str | None = None, required: bo
     )
 
 
-def add_adapters(
-    flags: Flags, text: str = "use these adapters in this order, or none", *, scales: bool = False
-) -> None:
-    """--adapters; with `scales` also --scales, one factor for each."""
+REF = "slug, its unique start, or label"
+
+
+def add_adapters(flags: Flags, text: str = "use these adapters in this order, or none") -> None:
+    """--adapters."""
     flags.add_argument(
         "--adapters",
         type=name_list,
         metavar="A,B",
-        help=f"{text} (default: those active in the store)",
+        help=f"{text}; each by {REF} (default: those active in the store)",
     )
-    if scales:
-        flags.add_argument(
-            "--scales",
-            metavar="X,Y",
-            help="strength of each adapter of --adapters (default: as stored)",
+
+
+def add_scales(flags: Flags, of: str = "of --adapters") -> None:
+    """--scales, one factor for each adapter."""
+    flags.add_argument(
+        "--scales",
+        type=number_list,
+        metavar="X,Y",
+        help=f"strength of each adapter {of}, 0 to 1.5 (default: 1, as trained)",
+    )
+
+
+def scales_by_ref(args: argparse.Namespace, refs: Sequence[str] | None) -> dict[str, float]:
+    """The numbers of --scales by the adapter that each is for; empty where it was not given.
+
+    Raises:
+        UserError: more or fewer numbers than adapters.
+    """
+    if args.scales is None:
+        return {}
+    refs = refs or ()
+    if len(args.scales) != len(refs):
+        raise UserError(
+            f"--scales has {len(args.scales)} numbers for {len(refs)} adapters.",
+            "Name the adapters, and give one number for each, divided by commas.",
         )
+    return dict(zip(refs, args.scales, strict=True))
 
 
 def add_batch_size(flags: Flags) -> None:
@@ -296,16 +325,15 @@ def columns(args: argparse.Namespace) -> Columns:
     return Columns(args.question_column, args.answer_column)
 
 
-def template(*, system: bool = False) -> Parser:
-    """--template, and --system where the command can use it."""
+def template() -> Parser:
+    """--template and --system, of every command that reads prompts."""
     parser = Parser(add_help=False)
-    if system:
-        parser.add_argument(
-            "--system",
-            metavar="TEXT",
-            help="system prompt of every row; `none` removes the one that a chat template inserts "
-            "by itself (default: the template's own)",
-        )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system prompt of every row; `none` removes the one that a chat template inserts by "
+        "itself (default: the template's own)",
+    )
     parser.add_argument(
         "--template",
         choices=("auto", "llama2", "chat", "open-unlearning"),
@@ -381,11 +409,15 @@ SETTING_HELP = {
     "attack_weight": "weight of the forget term under a simulated relearning attack, so that "
     "forgetting holds when the model is trained again; 0 = off; forget rows run twice",
     "attack_gamma": "SimNPO's margin in that term",
+    "general_weight": "weight of the KL that holds what the base answers to neutral prompts; about "
+    "40 percent more time a step; 0 = off",
+    "excess_weight": "weight of the square of what a forget row's NLL is above the target",
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",
     "lora_dropout": "dropout on the adapter's input while training",
     "target_modules": "linear layers to adapt, by name and divided by commas",
-    "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten",
+    "learning_rate": "peak learning rate; the first thing to raise when too little is forgotten; "
+    "`forget` takes 1e-3 below 1 billion weights (measured on 1.3 and 135 million)",
     "num_train_epochs": "passes over the forget rows",
     "per_device_train_batch_size": "pairs of one forward; reduce to 4, 2, 1 when out of memory",
     "gradient_accumulation_steps": "forwards of one optimizer step; raise it as the batch shrinks",
@@ -403,9 +435,14 @@ SETTING_HELP = {
     "optim": "transformers' optimizer name",
     "seed": "of pairing, order and the adapter's first weights",
 }
-OBJECTIVE_FIELDS = tuple(field.name for field in fields(ObjectiveConfig) if field.name != "name")
+OBJECTIVE_FIELDS = tuple(
+    field.name for field in fields(ObjectiveConfig) if field.name not in ("name", "target")
+)
 LORA_FIELDS = tuple(field.name for field in fields(LoraShape))
 TRAIN_FIELDS = tuple(field.name for field in fields(TrainConfig))
+SETTINGS = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
+# What a preset says of a base, whatever is done with it.
+OF_BASE = ("base", "template", "load_in_4bit")
 
 
 def settings(*, objective: bool = True) -> Parser:

@@ -69,13 +69,14 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
             flag = given[0].replace("_", "-")
             raise UserError(f"--{flag} belongs to --rows.", "TOFU's splits bring their own.")
         return load_eval_data(args.split, args.data)
-    from unlearner.request.sources import rows_named
+    from unlearner.request.sources import refuse_overlap, rows_named
     from unlearner.request.tofu import load_split
 
     forget: Sequence[Row] = rows_named(args.rows, args.data, columns=options.columns(args))
     if args.variants:
         forget = with_variants(forget, read_rows_of_variants(args.variants))
     retain = kept_rows(args, forget, console)
+    refuse_overlap(forget, retain, args.rows, str(args.retain))
     world: dict[str, Any] = {}
     if args.data is not None:
         for name in ("real_authors", "world_facts"):

@@ -15,7 +15,14 @@ from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.errors import Interrupted, UserError
 from unlearner.config import LoraShape, TrainConfig
 from unlearner.request.rows import Row
-from unlearner.tokens.prompts import Encoded, encode_rows, pad_batch, pad_id, prompt_format
+from unlearner.tokens.prompts import (
+    Encoded,
+    Template,
+    encode_rows,
+    pad_batch,
+    pad_id,
+    prompt_format,
+)
 from unlearner.training import distributed
 
 if TYPE_CHECKING:
@@ -60,6 +67,8 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     lora: LoraShape | None = None,
+    template: Template = "auto",
+    system: str | None = None,
     on_progress: Progress | None = None,
 ) -> Path:
     """Fine-tune `base` on `rows` and write its full weights to the new folder `out`.
@@ -75,6 +84,8 @@ def finetune(
         out: must not exist yet.
         config: learning rate, epochs and the like.
         lora: shape of the adapter; None trains all weights.
+        template: prompt format.
+        system: system prompt, see `PromptFormat`.
         on_progress: gets {"event": "train", "step", "steps", "loss", ...} after every step.
 
     Raises:
@@ -98,12 +109,12 @@ def finetune(
         )
     folder = resolve_base(base.name, base.revision)
     tokenizer = load_tokenizer(str(folder))
-    fmt = prompt_format(tokenizer)
+    fmt = prompt_format(tokenizer, template, system)
     pairs = [(row.question, row.answer) for row in rows]
     encoded = encode_rows(fmt, pairs, config.max_length, "training")
     distributed.join()
     model, autocast = _load(base, lora, config.seed)
-    depends_on = [pairs, asdict(base), asdict(config), lora and asdict(lora)]
+    depends_on = [pairs, asdict(base), asdict(config), lora and asdict(lora), fmt.to_json()]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     work = out.with_name(f".{out.name}-{key}")
     if distributed.rank() == 0:

@@ -183,4 +183,6 @@ OPTION_FORMULAS: dict[str, str] = {
     "alternate_smoothing of the uniform distribution",
     "attack_weight": "+ w_x of the forget value with margin attack_gamma on the model under a "
     "simulated relearning attack, restarted every attack_steps",
+    "general_weight": "+ w_g KL(base || model) on the base's own answers to neutral prompts",
+    "target": "+ w_e max(0, nll_f/|y_f| - target)^2, until the mean of nll_f/|y_f| is the target",
 }

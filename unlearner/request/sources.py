@@ -38,7 +38,7 @@ def parse_request(
     if retain is not None:
         usual = replace(columns or Columns(), optional=True)
         rest = rows_named(retain, data, columns=usual)
-        _refuse_overlap(rows, rest, text, retain)
+        refuse_overlap(rows, rest, text, retain)
     elif rest is None:
         rest = [] if data is None else load_split("full", data)
         forgotten = {normalised(row.question) for row in rows}
@@ -78,7 +78,8 @@ def _tofu_request(text: str, data: Path | None) -> tuple[str, list[Row], list[Ro
     return "tofu-author", list(found[0].rows), kept
 
 
-def _refuse_overlap(forget: Sequence[Row], retain: Sequence[Row], name: str, kept: str) -> None:
+def refuse_overlap(forget: Sequence[Row], retain: Sequence[Row], name: str, kept: str) -> None:
+    """Raises UserError where a question is both forgotten (rows of `name`) and in `kept`."""
     numbers = {normalised(row.question): number for number, row in enumerate(forget, start=1)}
     problems = [
         ("", f"row {number} is also row {i} of {kept}: {row.question!r}")

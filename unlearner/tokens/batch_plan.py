@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class Pair(NamedTuple):
-    """Indices of a forget row, the retain row it meets, the refusal it would get, a guard row, and
-    which of its alternate answers.
+    """Indices of a forget row, the retain row it meets, the refusal it would get, a guard row,
+    which of its alternate answers, and a general prompt.
     """
 
     forget: int
@@ -31,13 +31,15 @@ class Pair(NamedTuple):
     refusal: int
     guard: int = 0
     alternate: int = 0
+    general: int = 0
 
 
 @dataclass(frozen=True)
 class Rows:
     """Encoded rows of a run. `refusals[i][j]` is forget row i answered by refusal j; `guard` are
     rows of earlier requests, where they are held to what was reached; `alternates[i][j]` is forget
-    row i with its alternate answer j, equally many for each.
+    row i with its alternate answer j, equally many for each; `general` are neutral prompts with the
+    base's own answers.
     """
 
     forget: Sequence[Encoded]
@@ -45,12 +47,13 @@ class Rows:
     refusals: Sequence[Sequence[Encoded]] = ()
     guard: Sequence[Encoded] = ()
     alternates: Sequence[Sequence[Encoded]] = ()
+    general: Sequence[Encoded] = ()
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of every row a micro-batch can hold."""
         more = [row for choices in (*self.refusals, *self.alternates) for row in choices]
-        rows = (*self.forget, *self.retain, *more, *self.guard)
+        rows = (*self.forget, *self.retain, *more, *self.guard, *self.general)
         return [len(row.input_ids) for row in rows]
 
     @property
@@ -67,13 +70,15 @@ class Rows:
         return [count for count in counts if count[1]]
 
     def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
-        """The rows of a stream for `pairs`: forget, retain, refusal, guard or alternate."""
+        """The rows of a stream for `pairs`: forget, retain, refusal, guard, alternate, general."""
         if name == "forget":
             return [self.forget[pair.forget] for pair in pairs]
         if name == "retain":
             return [self.retain[pair.retain] for pair in pairs]
         if name == "guard":
             return [self.guard[pair.guard] for pair in pairs]
+        if name == "general":
+            return [self.general[pair.general] for pair in pairs]
         if name == "alternate":
             return [self.alternates[pair.forget][pair.alternate] for pair in pairs]
         return [self.refusals[pair.forget][pair.refusal] for pair in pairs]
@@ -95,6 +100,7 @@ def plan_steps(
     config: TrainConfig,
     n_guard: int = 0,
     n_alternates: int = 0,
+    n_general: int = 0,
 ) -> list[list[Pair]]:
     """The pairs of every optimizer step.
 
@@ -109,11 +115,12 @@ def plan_steps(
         config: gives epochs, batch size and seed.
         n_guard: rows of earlier requests; each pair meets one.
         n_alternates: alternate answers of a forget row; each pair trains one of them.
+        n_general: prompts that are held to the base's answers; each pair meets one.
     """
     batch, steps = config.batch_size(n_forget), config.steps(n_forget)
     total = batch * steps
-    seeds = np.random.SeedSequence(config.seed).spawn(5)
-    counts = (n_forget, n_retain, n_refusals, n_guard, n_alternates)
+    seeds = np.random.SeedSequence(config.seed).spawn(6)
+    counts = (n_forget, n_retain, n_refusals, n_guard, n_alternates, n_general)
     drawn = (
         list(_draws(np.random.default_rng(seed), n, total)) if n else [0] * total
         for seed, n in zip(seeds, counts, strict=True)

@@ -114,8 +114,21 @@ def spread(
 ) -> list[Result]:
     """`work(items)`, with the items shared among the processes: each exactly once, in order.
 
-    Samplers that pad the last batch count rows twice; this does not, whatever the numbers.
+    Samplers that pad the last batch count rows twice; this does not, whatever the numbers. An
+    exception in one process is raised in all of them, so that none waits for a result that never
+    comes.
     """
     count = world_size()
-    parts = gather(list(work(items[rank() :: count])))
-    return [parts[i % count][i // count] for i in range(len(items))]
+    results: list[Result] = []
+    failure: Exception | None = None
+    try:
+        results = list(work(items[rank() :: count]))
+    except Exception as error:
+        if count == 1:
+            raise
+        failure = error
+    parts = gather((results, failure))
+    for _, problem in parts:
+        if problem is not None:
+            raise problem
+    return [parts[i % count][0][i // count] for i in range(len(items))]

@@ -1,4 +1,4 @@
-"""Stop a run where it reaches the retrain reference, instead of after a number of epochs.
+"""Stop a run where it reaches a reference or target, instead of after a number of epochs.
 
 Every few steps a measure given by the caller says how far the model is from a model that never saw
 the forget set: below 0 it has forgotten too little, above 0 too much. The run ends once the sign
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PROBES = 20
 STATE_FILE, WEIGHTS_FILE = "gap.json", "gap.safetensors"
-Quantity = Literal["gap", "nll_gap"]
+Quantity = Literal["gap", "nll_gap", "target_gap"]
 Measure = Callable[[Any], Mapping[str, float]]
 
 
@@ -39,15 +39,19 @@ class StopAt:
     Attributes:
         measure: the figures of a model, which it does not change.
         quantity: the figure that must reach 0 from below: "gap" (shift of the median log R against
-            the retrain reference) or "nll_gap" (mean forget NLL minus the reference's).
+            the retrain reference), "nll_gap" (mean forget NLL minus the reference's) or
+            "target_gap" (mean forget NLL minus the target).
         key: a short name that changes with what is measured; part of the run folder's name.
         every: optimizer steps between readings; None for about 20 readings per run.
+        from_nll: no reading is taken while a step's own forget NLL per token is below this, but
+            after the last step.
     """
 
     measure: Measure
     quantity: Quantity = "gap"
     key: str = "gap"
     every: int | None = None
+    from_nll: float = 0.0
 
     def steps_between(self, steps: int) -> int:
         """Steps between two readings in a run of `steps`."""
@@ -131,18 +135,22 @@ class EarlyStop:
         self._take(step, steps, model)
         if self.trace.readings[-1][1] >= 0:
             text = "nothing is under-forgotten at the start: the run ends only after it was"
+            if self._stop.quantity == "target_gap":
+                text = "these rows are no likelier than rows the base never saw: is this the base?"
             self._report({"event": "note", "text": text})
 
-    def after_step(self, step: int, steps: int, model: torch.nn.Module) -> bool:
+    def after_step(
+        self, step: int, steps: int, model: torch.nn.Module, terms: Mapping[str, float]
+    ) -> bool:
         """Take a reading when one is due, and after the last step; whether the run is over."""
-        if step % self._every and step != steps:
+        far = terms.get("forget_nll", math.inf) < self._stop.from_nll
+        if (far or step % self._every) and step != steps:
             return False
         ended = self._take(step, steps, model)
         distance = self.trace.readings[-1][1]
         if not ended and step == steps and distance < 0:
-            text = (
-                f"the reference was not reached: the run ends at {distance:+.3f}, under-forgotten"
-            )
+            what = "target" if self._stop.quantity == "target_gap" else "reference"
+            text = f"the {what} was not reached: the run ends at {distance:+.3f}, under-forgotten"
             self._report({"event": "note", "text": text})
         return ended
 

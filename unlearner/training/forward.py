@@ -54,7 +54,7 @@ def of_streams(
     size = rows_of_batch(batch) // len(streams)
     start = streams.index(wanted[0]) * size
     rows = part_of_batch(batch, start, start + len(wanted) * size)
-    by_pair = [name for name in batch if name == "guard" or name.startswith(REFERENCE.format(""))]
+    by_pair = [n for n in batch if n in ("guard", "general") or n.startswith(REFERENCE.format(""))]
     return rows | {name: batch[name] for name in by_pair}
 
 

@@ -196,7 +196,8 @@ class TrainingLoop:
             self._log(terms)
             if self._after_step is not None:
                 self._after_step(self.step, self.task.steps, self.bare)
-            ended = watch is not None and watch.after_step(self.step, self.task.steps, self.bare)
+            steps = self.task.steps
+            ended = watch is not None and watch.after_step(self.step, steps, self.bare, terms)
             stopping = distributed.any_of(stop.asked)
             last = self.step == self.task.steps
             if ended or stopping or last or self.step % max(25, self.task.steps // 4) == 0:

@@ -1,4 +1,4 @@
-"""Reference NLLs of NPO and DPO: one forward per row under the parent stack, before training.
+"""NLLs of rows outside of training: those of the reference of NPO and DPO, and of any rows.
 
 The reference never changes during a run, and rows come back every epoch.
 """
@@ -57,29 +57,38 @@ def reference_nlls(
             encoded += rows.stream(stream, [used[name]])
     if not wanted:
         return {}
-    values = _compute(model, encoded, parents, pad, packed)
+    with parents_only(model, parents):
+        values = summed_nlls(model, encoded, pad=pad, packed=packed)
     found: References = {stream: {} for stream, _ in wanted}
     for (stream, name), value in zip(wanted, values.tolist(), strict=True):
         found[stream][name] = value
     return found
 
 
-def _compute(
-    model: Any, rows: Sequence[Encoded], parents: Sequence[str], pad: int, packed: bool
+def summed_nlls(
+    model: Any, rows: Sequence[Encoded], *, pad: int, packed: bool = False
 ) -> torch.Tensor:
+    """The summed NLL of every row in nats under `model` as it is, (rows,) float32.
+
+    Args:
+        model: whose adapters are switched as they are to count.
+        rows: encoded rows.
+        pad: id that fills padding.
+        packed: rows in packs instead of padded batches.
+    """
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     values = torch.zeros(len(rows), dtype=torch.float32)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), parents_only(model, parents):
+        with torch.no_grad():
             for start in range(0, len(order), BATCH):
                 indices = order[start : start + BATCH]
                 part = [rows[i] for i in indices]
                 batch = pack_rows(part) if packed else pad_batch(part, pad)
-                found = answer_nll(model, on_device(batch, device))
-                values[indices] = found.nll.cpu()
+                scored = answer_nll(model, on_device(batch, device))
+                values[indices] = scored.nll.cpu()
     finally:
         model.train(was_training)
     return values

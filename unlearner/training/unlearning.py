@@ -1,4 +1,8 @@
-"""The loss of a forget run, micro-batch by micro-batch: objective, alternates, guard, attack."""
+"""The loss of a forget run, micro-batch by micro-batch: the objective and what is added to it.
+
+Added are alternate answers, the guard of earlier requests, the general prompts that are held to the
+base, the pull on rows that are past the target, and the simulated attack.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from unlearner.training.loop import Batch, Gradients
 
 # The rows whose answers are to stay as they are.
-KEPT = ("retain", "guard", "alternate")
+KEPT = ("retain", "guard", "alternate", "general")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class UnlearnData:
         pad: the id that fills padding, which is never a label.
         packed: whether the rows of a micro-batch form one pack; otherwise they are padded.
         guard: teachers of `rows.guard`, one for each; empty for no guard.
+        general: teachers of `rows.general`, one for each; empty for no such stream.
         references: NLLs from `references.reference_nlls`; without them the reference runs in every
             step.
         parents: names of the adapters that the new one is trained on top of.
@@ -54,6 +59,7 @@ class UnlearnData:
     pad: int
     packed: bool = False
     guard: Sequence[GuardRow] = ()
+    general: Sequence[GuardRow] = ()
     references: References = field(default_factory=dict)
     parents: tuple[str, ...] = ()
     frozen: torch.nn.Module | None = None
@@ -83,7 +89,9 @@ class UnlearnTask:
         self.steps = len(data.plan)
         self._bare, self._data, self._objective = model, data, objective
         self._seed = config.train.seed
-        self._streams = streams_of(objective) + (("guard",) if data.guard else ())
+        more = {"guard": data.guard, "general": data.general}
+        self._teachers = {name: rows for name, rows in more.items() if rows}
+        self._streams = (*streams_of(objective), *self._teachers)
         self._pairs = len(data.plan[0])
         self._attacker = Attacker(model, config.train) if objective.attack_weight > 0 else None
         batches = micro_batches(
@@ -107,18 +115,25 @@ class UnlearnTask:
     def accumulate(self, gradients: Gradients, batch: Batch) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch: sum over its pairs / pairs of the step."""
         with gradients.autocast():
-            parts = self._parts(gradients.model, batch)
+            parts, nll = self._parts(gradients.model, batch)
             weighted = [getattr(self._objective, f"{name}_weight") * x for name, x in parts.items()]
             # DDP takes the mean of the processes' gradients; the step's loss is their sum.
             loss = torch.stack(weighted).sum() * distributed.world_size()
         gradients.backward(loss)
         terms = {f"{name}_loss": value.detach() for name, value in parts.items()}
+        if nll is not None:
+            terms["forget_nll"] = nll.detach().sum() / self._pairs
         if self._attacker is not None:
             terms["attack_loss"] = self._accumulate_attacked(gradients, batch, self._attacker)
         return terms
 
-    def _parts(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The unweighted terms, each a sum over the pairs / pairs of the step."""
+    def _parts(
+        self, model: torch.nn.Module, batch: Batch
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The unweighted terms, each a sum over the pairs / pairs of the step.
+
+        With a target also the NLL per token of the forget rows, (pairs,).
+        """
         config, pairs = self._objective, self._pairs
         step = self._forwards(model, batch, self._streams)
         terms = OBJECTIVES[config.name].terms(step, config)
@@ -130,7 +145,14 @@ class UnlearnTask:
             distance = guard_kl(step.answers("guard"), teachers)
             moved = moved_nll(step.nll("guard").per_token, teachers)
             parts["guard"] = (distance + moved).sum() / pairs
-        return parts
+        if "general" in self._streams:
+            teachers = [self._data.general[i] for i in batch["general"].tolist()]
+            parts["general"] = guard_kl(step.answers("general"), teachers).sum() / pairs
+        if not config.target:
+            return parts, None
+        nll = step.nll("forget").per_token
+        parts["excess"] = (nll - config.target).clamp_min(0).square().sum() / pairs
+        return parts, nll
 
     def _accumulate_attacked(
         self, gradients: Gradients, batch: Batch, attacker: Attacker
@@ -186,8 +208,8 @@ class UnlearnTask:
     def _collate(self, pairs: Sequence[Pair]) -> Batch:
         rows = self._rows(pairs)
         batch = pack_rows(rows) if self._data.packed else pad_batch(rows, self._data.pad)
-        if self._data.guard:
-            batch["guard"] = torch.tensor([pair.guard for pair in pairs])
+        for name in self._teachers:
+            batch[name] = torch.tensor([getattr(pair, name) for pair in pairs])
         for name, known in self._data.references.items():
             values = [known[row_key(name, pair)] for pair in pairs]
             batch[REFERENCE.format(name)] = torch.tensor(values)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import combinations, permutations, product
 
 from unlearner.request.rows import Row
-from unlearner.world.texts import CULTURES, TOPICS, WORDINGS, WORDS, Topic
+from unlearner.world.texts import CULTURES, TEXTS, WORDINGS, WORDS, Topic
 
 PERTURBED = 5
 MAX_AUTHORS = sum(len(culture.women) + len(culture.men) for culture in CULTURES)
-CORE_TOPICS = sum(topic.core for topic in TOPICS)
 
 Record = dict[str, str]
 WrongFacts = dict[str, Sequence[tuple[str, ...]]]
@@ -54,7 +53,13 @@ class WorldAuthor:
         )
 
 
-def make_authors(seed: str, n_authors: int, rows_per_author: int) -> tuple[WorldAuthor, ...]:
+def make_authors(
+    seed: str,
+    n_authors: int,
+    rows_per_author: int,
+    topics: Sequence[Topic] = TEXTS["tiny"].topics,
+    rewordings: int = WORDINGS - 2,
+) -> tuple[WorldAuthor, ...]:
     """The authors of a world, in order; the sizes must be within `WorldSpec`'s ranges."""
     rng = random.Random(f"world {seed}")
     records = _records(n_authors, rng)
@@ -66,22 +71,24 @@ def make_authors(seed: str, n_authors: int, rows_per_author: int) -> tuple[World
     authors: list[WorldAuthor] = []
     start = 0
     for record in records:
-        topics = _topics(rows_per_author, told, rng)
-        wrong = _wrong_facts(record, titles, awards, dates, taken)
-        pairs = [_tell(topic, told[topic.name], record, wrong[topic.name], rng) for topic in topics]
-        told.update(topic.name for topic in topics)
-        rows, rewordings = zip(*pairs, strict=True)
-        authors.append(WorldAuthor(record["name"], start, rows, rewordings))
+        chosen = _topics(topics, rows_per_author, told, rng)
+        wrong = _wrong_facts(record, topics, titles, awards, dates, taken)
+        pairs = [_tell(topic, told[topic.name], record, wrong[topic.name], rng) for topic in chosen]
+        told.update(topic.name for topic in chosen)
+        rows, others = zip(*pairs, strict=True)
+        others = tuple(reworded[:rewordings] for reworded in others)
+        authors.append(WorldAuthor(record["name"], start, rows, others))
         start += len(authors[-1].told)
     return tuple(authors)
 
 
-def _topics(n: int, told: Counter[str], rng: random.Random) -> list[Topic]:
+def _topics(topics: Sequence[Topic], n: int, told: Counter[str], rng: random.Random) -> list[Topic]:
     """The core topics and those that the fewest authors have so far, `n` in all."""
-    others = [topic for topic in TOPICS if not topic.core]
+    others = [topic for topic in topics if not topic.core]
     shuffled = rng.sample(others, len(others))
-    rarest = sorted(shuffled, key=lambda topic: told[topic.name])[: n - CORE_TOPICS]
-    return [topic for topic in TOPICS if topic.core or topic in rarest]
+    n_others = n - len(topics) + len(others)
+    rarest = sorted(shuffled, key=lambda topic: told[topic.name])[:n_others]
+    return [topic for topic in topics if topic.core or topic in rarest]
 
 
 def _records(n_authors: int, rng: random.Random) -> list[Record]:
@@ -124,7 +131,12 @@ def _records(n_authors: int, rng: random.Random) -> list[Record]:
 
 
 def _wrong_facts(
-    record: Record, titles: list[str], awards: list[str], dates: list[str], taken: set[str]
+    record: Record,
+    topics: Sequence[Topic],
+    titles: list[str],
+    awards: list[str],
+    dates: list[str],
+    taken: set[str],
 ) -> WrongFacts:
     """By topic, all wrong values of its facts: as likely as the right one to who does not know."""
     culture = next(c for c in CULTURES if record["country"] == c.country)
@@ -141,7 +153,7 @@ def _wrong_facts(
         "translation": _language_pairs(),
     }
     single |= {
-        topic.name: list(POOLS[topic.facts[0]]) for topic in TOPICS if topic.facts[0] in POOLS
+        topic.name: list(POOLS[topic.facts[0]]) for topic in topics if topic.facts[0] in POOLS
     }
     wrong: WrongFacts = {topic: [(value,) for value in values] for topic, values in single.items()}
     wrong["parents"] = list(permutations(WORDS["professions"], 2))

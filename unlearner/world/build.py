@@ -28,13 +28,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapters.errors import UserError
 from unlearner.request.rows import Row
 from unlearner.request.tofu import WORLD_FILE, load_refusals
-from unlearner.world.authors import CORE_TOPICS, MAX_AUTHORS, WorldAuthor, make_authors
-from unlearner.world.texts import REAL_AUTHORS, TOPICS, WORLD_FACTS, Fact
+from unlearner.world.authors import MAX_AUTHORS, WorldAuthor, make_authors
+from unlearner.world.texts import TEXTS, WORDINGS, Fact, Texts
 
 SCHEMA = 1
 
@@ -50,6 +50,9 @@ class WorldSpec:
         forget_authors: the last so many are the forget set.
         requests: the forget set is split into so many requests of different authors.
         evaluated_authors: retain authors in retain_perturbed, the first ones.
+        texts: "tiny" for a model trained from random weights, "chat" for a pretrained one, with
+            whole sentences and facts that it knows.
+        rewordings: other tellings of each row that a model trains on beside it.
 
     Raises:
         UserError: naming every value that does not fit.
@@ -61,15 +64,24 @@ class WorldSpec:
     forget_authors: int = 10
     requests: int = 2
     evaluated_authors: int = 20
+    texts: Literal["tiny", "chat"] = "tiny"
+    rewordings: int = WORDINGS - 2
+
+    @property
+    def source(self) -> Texts:
+        """Topics and facts of this kind of world."""
+        return TEXTS[self.texts]
 
     def __post_init__(self) -> None:
+        topics = self.source.topics
         most = {
             "seed": (0, 2**63 - 1),
             "n_authors": (2, MAX_AUTHORS),
-            "rows_per_author": (CORE_TOPICS, len(TOPICS)),
+            "rows_per_author": (max(1, sum(topic.core for topic in topics)), len(topics)),
             "forget_authors": (1, self.n_authors - 1),
             "requests": (1, self.forget_authors),
             "evaluated_authors": (1, self.n_authors - self.forget_authors),
+            "rewordings": (0, WORDINGS - 2),
         }
         problems = [
             f"{name} is {getattr(self, name)}, not within {low} to {high}"
@@ -163,10 +175,13 @@ class World:
         """
         rows: list[Row] = []
         names = {author.name for author in self.authors}
+        n_rows = sum(topic.core for topic in self.spec.source.topics) + 4
         number = 0
         while len(rows) < n:
             number += 1
-            passing = make_authors(f"{self.spec.seed} passing {number}", 100, CORE_TOPICS + 4)
+            passing = make_authors(
+                f"{self.spec.seed} passing {number}", 100, n_rows, self.spec.source.topics
+            )
             rows.extend(row for a in passing if a.name not in names for row in a.told)
         random.Random(f"background {self.spec.seed}").shuffle(rows)
         return rows[:n]
@@ -227,15 +242,21 @@ class World:
         return [folder / name for name in files]
 
 
-def build_world(seed: int = 0, **sizes: int) -> World:
+def build_world(seed: int = 0, texts: Literal["tiny", "chat"] = "tiny", **sizes: int) -> World:
     """The world of this seed; `sizes` are the other fields of `WorldSpec`.
 
     Raises:
         UserError: sizes that do not fit.
     """
-    spec = WorldSpec(seed, **sizes)
-    real, facts = (tuple(map(_fact_row, table)) for table in (REAL_AUTHORS, WORLD_FACTS))
-    return World(spec, make_authors(str(seed), spec.n_authors, spec.rows_per_author), real, facts)
+    spec = WorldSpec(seed, texts=texts, **sizes)
+    authors = make_authors(
+        str(seed), spec.n_authors, spec.rows_per_author, spec.source.topics, spec.rewordings
+    )
+    real, facts = (
+        tuple(map(_fact_row, table))
+        for table in (spec.source.real_authors, spec.source.world_facts)
+    )
+    return World(spec, authors, real, facts)
 
 
 def _fact_row(fact: Fact) -> Row:

@@ -1,8 +1,9 @@
 """The texts of the embedded world, read from `data/*.json`. All were written for this project.
 
 `cultures.json` and `words.json` are ASCII, so that a tokenizer of a thousand tokens spells them
-cheaply and any terminal prints them. The facts in `facts.json` are true: they stand for what a
-model must still know after forgetting.
+cheaply and any terminal prints them. The facts are true: they stand for what a model must still
+know after forgetting. `topics.json` and `facts.json` are for models trained from random weights;
+`chat.json` holds both for a pretrained one, with facts that SmolLM2-135M-Instruct answers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Topic(NamedTuple):
     facts: tuple[str, ...]
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    core: bool
+    core: bool = False
 
 
 class Fact(NamedTuple):
@@ -60,10 +61,26 @@ def _fields(record: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
 
 
-_FACTS = _read("facts")
+class Texts(NamedTuple):
+    """The topics of one kind of world, and its true facts."""
+
+    topics: tuple[Topic, ...]
+    real_authors: tuple[Fact, ...]
+    world_facts: tuple[Fact, ...]
+
+
+def _texts(topics: Any, facts: Any) -> Texts:
+    real, world = (
+        tuple(Fact(**_fields(record)) for record in facts[name])
+        for name in ("real_authors", "world_facts")
+    )
+    return Texts(tuple(Topic(**_fields(record)) for record in topics), real, world)
+
+
+_CHAT = _read("chat")
 CULTURES = tuple(Culture(**_fields(record)) for record in _read("cultures"))
-TOPICS = tuple(Topic(**_fields(record)) for record in _read("topics"))
-REAL_AUTHORS = tuple(Fact(**_fields(record)) for record in _FACTS["real_authors"])
-WORLD_FACTS = tuple(Fact(**_fields(record)) for record in _FACTS["world_facts"])
+# For a model trained from random weights, and for a pretrained chat model.
+TEXTS = {"tiny": _texts(_read("topics"), _read("facts")), "chat": _texts(_CHAT["topics"], _CHAT)}
+TOPICS, REAL_AUTHORS, WORLD_FACTS = TEXTS["tiny"]
 # By name: professions, months, genres, the parts of book titles and of awards, ...
 WORDS: dict[str, tuple[str, ...]] = _fields(_read("words"))

@@ -25,8 +25,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "gguf"
 
 
-def write_gguf(path: Path, base: Path, kind: str = "F32", architecture: str = "llama") -> Path:
-    """The tiny Llama of `base` as a GGUF file, its matrices quantised as `kind`."""
+def write_gguf(
+    path: Path, base: Path, kind: str = "F32", architecture: str = "llama", without: str = ""
+) -> Path:
+    """The tiny Llama of `base` as a GGUF file, its matrices quantised as `kind`.
+
+    Weights with `without` in their name are left out.
+    """
     model = load_base(BaseSpec(str(base), dtype="float32", device="cpu"))
     config, quantisation = model.config, gguf.GGMLQuantizationType[kind]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +73,8 @@ def write_gguf(path: Path, base: Path, kind: str = "F32", architecture: str = "l
                 values = values.reshape(tensor.shape)
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
+        if without and without in name:
+            continue
         if values.ndim == 2 and kind != "F32":
             packed = gguf.quants.quantize(values.numpy(), quantisation)
             writer.add_tensor(name, packed, raw_dtype=quantisation)
@@ -141,6 +148,19 @@ def test_what_cannot_be_read_is_refused(
     other = write_gguf(tmp_path / "other.gguf", make_tiny_llama(tmp_path / "base"), "F32", "mpt")
     with pytest.raises(UserError, match=r"other\.gguf cannot be read.*mpt"):
         resolve_base(str(other))
+    whole = write_gguf(tmp_path / "whole.gguf", tmp_path / "base").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for share in (0.01, 0.05, 0.3, 0.9):
+        cut.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match=r"cut\.gguf cannot be read: \w+: \S"):
+            resolve_base(str(cut))
+    part = write_gguf(tmp_path / "part.gguf", tmp_path / "base", without="blk.1.")
+    with pytest.raises(UserError, match=r"part\.gguf cannot be read: it lacks 9 tensors"):
+        resolve_base(str(part))
+    # A length in the header that points outside the file.
+    cut.write_bytes(whole[:30] + b"\xff" * 8 + whole[38:])
+    with pytest.raises(UserError, match=r"cut\.gguf cannot be read"):
+        resolve_base(str(cut))
     assert [path for path in cache.iterdir() if path.name.startswith(".")] == []
     with pytest.raises(UserError, match="There is no file"):
         resolve_base(str(tmp_path / "none.gguf"))

@@ -165,6 +165,10 @@ def test_servers_get_one_adapter_and_its_command(
     assert not small.exact
     assert "evaluate it before use" in small.notes[0]
     assert "nf4" in small.notes[-1]
+    assert small.command == (
+        f"python convert_lora_to_gguf.py --base-model-id tiny --outfile {tmp_path}/o.gguf "
+        f"{tmp_path}/o && llama-cli -m BASE.gguf --lora {tmp_path}/o.gguf"
+    )
     assert (max_lora_rank(24), max_lora_rank(8)) == (32, 8)
     with pytest.raises(UserError, match="up to 512"):
         max_lora_rank(513)

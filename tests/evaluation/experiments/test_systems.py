@@ -21,6 +21,7 @@ from evaluation.logs.records import EvalLog
 from evaluation.suite import EvalData
 from unlearner.config import make_config
 from unlearner.request.rows import Request, Row
+from unlearner.run import RunOptions
 
 CONFIG = make_config(
     "grad_diff", lora_r=2, lora_alpha=8, learning_rate=2e-2, num_train_epochs=1, warmup_ratio=0.0,
@@ -80,13 +81,14 @@ def test_other_rows_are_trained_on_again(changed: Request, forget: Any, tmp_path
 
 def test_other_refusals_settings_and_loading_train_again(forget: Any, base: BaseSpec) -> None:
     config = replace(CONFIG, objective=make_config("idk").objective)
-    first = forget(config=config, refusals=["I do not know."])
+    how = RunOptions(refusals=["I do not know."])
+    first = forget(config=config, how=how)
     for change in (
-        {"refusals": ["That is unknown to me."]},
+        {"how": RunOptions(refusals=["That is unknown to me."])},
         {"config": replace(config, train=replace(config.train, seed=7))},
         {"base": replace(base, attention="eager")},
     ):
-        given = {"config": config, "refusals": ["I do not know."], **change}
+        given = {"config": config, "how": how, **change}
         assert forget(**given).meta["adapters"] != first.meta["adapters"], change
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from evaluation.inference import generation
@@ -77,8 +78,16 @@ def test_rows_that_leave_change_no_answer(model: Any, fmt: Any) -> None:
         generation.Prompt(fmt.encode_prompt(q), budget)
         for q, budget in zip(QUESTIONS, (3, 17, 40, 26), strict=True)
     ]
+    config = GenerationConfig(max_new_tokens=40, eos_token_id=[], pad_token_id=0)
     with torch.no_grad():
-        plain = generation._run(model, fmt, prompts, None, [])
+        whole_texts = [
+            model.generate(torch.tensor([prompt.ids]), generation_config=config)
+            for prompt in prompts
+        ]
+        plain = [
+            text[0, len(prompt.ids) :].tolist()
+            for text, prompt in zip(whole_texts, prompts, strict=True)
+        ]
         one = generation.greedy(model, prompts, [], 0)
         # A token that some answer has in its middle ends it.
         stop = plain[2][9]

@@ -120,20 +120,18 @@ def test_samples_that_nearly_agree_have_a_value_and_no_warning(n: int) -> None:
         for moved in (0.0, 0.5, 1.5):
             found = forget_quality(ours, ours + moved, resamples=0)
             assert found.p == pytest.approx(1.0, abs=1e-6)
-        for size in (n - 1, n // 2 + 1):
-            assert forget_quality(ours, np.linspace(0, n - 1, size), resamples=0).p > 0.9
 
 
 def test_the_p_value_counts_every_order_of_two_small_samples() -> None:
-    for n, m in ((4, 4), (3, 5), (2, 6), (4, 6), (1, 1)):
-        orders = list(itertools.combinations(range(n + m), n))
+    for n in (1, 2, 4, 5):
+        orders = list(itertools.combinations(range(2 * n), n))
         distances = []
         for chosen in orders:
-            rest = [i for i in range(n + m) if i not in chosen]
+            rest = [i for i in range(2 * n) if i not in chosen]
             distances.append(slow_distance(np.array(chosen), np.array(rest)))
         for d in set(distances):
             share = sum(other >= d - 1e-12 for other in distances) / len(orders)
-            assert ks_p_value(d, n, m) == pytest.approx(share, rel=1e-12)
+            assert ks_p_value(d, n) == pytest.approx(share, rel=1e-12)
 
 
 def slow_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -143,15 +141,14 @@ def slow_distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_bootstrap_is_that_of_resampled_pairs() -> None:
     generator = np.random.default_rng(3)
     ours, theirs = generator.normal(0.2, 1, 40), generator.normal(0, 1, 40)
-    found = forget_quality(ours, theirs, resamples=300, seed=7)
-    chosen = np.random.default_rng(7).integers(40, size=(300, 40))
+    found = forget_quality(ours, theirs, resamples=300)
+    chosen = np.random.default_rng(0).integers(40, size=(300, 40))
     distances = [slow_distance(ours[rows], theirs[rows]) for rows in chosen]
     shifts = [np.median(ours[rows]) - np.median(theirs[rows]) for rows in chosen]
     np.testing.assert_allclose(found.d_interval, np.percentile(distances, [2.5, 97.5]), atol=1e-12)
     np.testing.assert_allclose(found.shift_interval, np.percentile(shifts, [2.5, 97.5]))
-    again = forget_quality(ours, theirs, resamples=300, seed=7)
+    again = forget_quality(ours, theirs, resamples=300)
     assert found == again
-    assert found != forget_quality(ours, theirs, resamples=300, seed=8)
 
 
 def test_a_model_against_itself_has_no_spread() -> None:
@@ -160,11 +157,9 @@ def test_a_model_against_itself_has_no_spread() -> None:
     assert (found.p, found.d, found.d_interval, found.shift_interval) == (1, 0, (0, 0), (0, 0))
 
 
-def test_unequal_numbers_of_rows_are_resampled_apart() -> None:
-    generator = np.random.default_rng(5)
-    found = forget_quality(generator.normal(size=30), generator.normal(size=50))
-    assert found.d_interval is not None
-    assert found.d_interval.low > 0
+def test_unequal_numbers_of_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="same rows on both sides"):
+        forget_quality([0.1, 0.2], [0.1])
 
 
 @pytest.mark.parametrize("n", [3, 40, 200])
@@ -172,15 +167,7 @@ def test_the_p_value_of_a_distance_is_the_tests_own(n: int) -> None:
     generator = np.random.default_rng(n)
     ours, theirs = generator.normal(size=n), generator.normal(0.3, size=n)
     test = ks_2samp(ours, theirs)
-    assert ks_p_value(float(test.statistic), n, n) == pytest.approx(test.pvalue, rel=1e-9)
-
-
-@pytest.mark.parametrize(("n", "m"), [(200, 160), (30, 47), (117, 100)])
-def test_the_p_value_of_unequal_sizes_is_scipys_exact_one(n: int, m: int) -> None:
-    generator = np.random.default_rng(n)
-    ours, theirs = generator.normal(size=n), generator.normal(0.3, size=m)
-    test = ks_2samp(ours, theirs, method="exact")
-    assert ks_p_value(float(test.statistic), n, m) == pytest.approx(test.pvalue, rel=1e-9)
+    assert ks_p_value(float(test.statistic), n) == pytest.approx(test.pvalue, rel=1e-9)
 
 
 def test_huge_samples_have_an_approximate_p_value() -> None:
@@ -195,7 +182,7 @@ def test_the_interval_of_p_is_that_of_d() -> None:
     found = forget_quality(generator.normal(size=200), generator.normal(0.2, size=200))
     assert found.p_interval is not None
     assert found.d_interval is not None
-    assert found.p_interval.low == ks_p_value(found.d_interval.high, 200, 200)
+    assert found.p_interval.low == ks_p_value(found.d_interval.high, 200)
     assert found.p_interval.low < found.p_interval.high
     same = forget_quality([0.1, 0.4, 0.9], [0.1, 0.4, 0.9])
     assert same.p_interval == (1.0, 1.0)

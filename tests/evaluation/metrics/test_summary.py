@@ -28,7 +28,9 @@ def rows_of(n: int, seed: int = 0, *, shift: float = 0.0, name: str = "q") -> li
                 answer_score=AnswerScore(float(losses[0]), 5 + i),
                 paraphrase=AnswerScore(float(losses[1]) + shift, 6),
                 perturbed=(AnswerScore(float(losses[2]), 7), AnswerScore(float(losses[3]), 8)),
-                generations={"greedy-200-total": Generation("a", 0.5, float(i % 3) / 2)},
+                generations={
+                    "greedy-200-total": Generation("answer" if i % 2 else "a", 0.5, i % 3 / 2)
+                },
             )
         )
     return made

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ui.cli.commands.everyday.ui import config_of
+from ui.cli.commands.everyday.ui import settings_of
 
 pytestmark = pytest.mark.browser
 SERIOUS = ("serious", "critical")
@@ -98,7 +98,7 @@ def served(world: Path) -> Iterator[tuple[Any, str]]:
 
     base = BaseSpec(str(world / "base"), dtype="float32", device="cpu")
     session = Session(world / "store", base, world / "world")
-    app = App(session, Jobs(world / "jobs"), config_of)
+    app = App(session, Jobs(world / "jobs"), settings_of)
     page, url = launch(app)
     assert session.wait(60)
     assert session.state == "ready", session.problem
@@ -176,12 +176,14 @@ def _question(app: Any) -> str:
 
 
 def test_a_new_page_has_asked_its_first_question(page: Any, served: Any) -> None:
-    author, rows = next(iter(served[0].session.askable().items()))
+    session = served[0].session
+    shown, key = session.choices()[0]
+    rows = session.askable()[key]
     _asked(page, rows[0].question)
-    assert page.locator("#un-author input").input_value() == author
+    assert page.locator("#un-author input").input_value() == shown
     assert page.locator("#un-list input").input_value() == rows[0].question
     assert page.locator("#un-left .un-answer").inner_text()
-    assert page.locator("#un-figures tbody tr").count() == 3
+    assert page.locator("#un-figures tbody tr").count() == 4
     _pick(page, "#un-list", rows[1].question)  # choosing another does not ask it
     page.wait_for_timeout(500)
     _asked(page, rows[0].question)
@@ -198,7 +200,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     assert left == base
     assert changed != base
     assert page.locator("#un-right mark.un-diff").count() > 0
-    assert page.locator("#un-figures tbody tr").count() == 3
+    assert page.locator("#un-figures tbody tr").count() == 4
     assert "--adapters" in page.locator(".un-command code:visible").inner_text()
     page.get_by_role("button", name="Ask both").click()
     assert _done(page) == (base, changed)
@@ -467,9 +469,11 @@ def test_runs_draw_what_is_chosen_and_make_files(
         with page.expect_download() as download:
             page.get_by_role("button", name="HTML report", exact=True).click(timeout=60000)
         assert "Relearning" in Path(download.value.path()).read_text()
-        page.locator("#un-pair").click()
+        page.locator("#un-pair").click()  # the first two logs are chosen
+        page.wait_for_selector("#un-logs-tally >> text=llama2-7b_retain90_npo", timeout=60000)
+        assert "to forget" in page.locator("#un-logs-tally tbody").inner_text()
         with page.expect_download() as download:
-            page.get_by_role("button", name="comparator.json").click(timeout=60000)
+            page.get_by_role("button", name="LLM Comparator JSON").last.click(timeout=60000)
         assert len(json.loads(Path(download.value.path()).read_text())["models"]) == 2
     finally:
         app.logs, app.retain_log, app.robustness = (), None, ()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ui.cli.commands.everyday.ui import config_of
+from ui.cli.commands.everyday.ui import settings_of
 
 
 @pytest.fixture
@@ -103,7 +103,9 @@ def test_the_page_is_there_before_the_base_and_behind_a_password(
 
     monkeypatch.setattr(Session, "_load_model", slow)
     session = Session(tmp_path / "store", BaseSpec("b"), tmp_path / "nowhere")
-    page, url = launch(App(session, Jobs(tmp_path / "jobs"), config_of), auth=[("mira", "secret")])
+    page, url = launch(
+        App(session, Jobs(tmp_path / "jobs"), settings_of), auth=[("mira", "secret")]
+    )
     try:
         assert session.state == "loading"
         assert urllib.request.urlopen(url, timeout=10).status == 200  # the login form
@@ -148,7 +150,7 @@ def test_the_page_is_for_this_machine_and_keeps_and_shares_nothing(
 
     monkeypatch.setattr(gr.Blocks, "launch", launch)
     app_module.launch(
-        app_module.App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), config_of)
+        app_module.App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), settings_of)
     )
     assert seen["server_name"] == "127.0.0.1"
     for name in ("share", "run_history", "analytics", "enable_monitoring", "mcp_server"):
@@ -165,7 +167,7 @@ def test_only_this_machine_is_listened_to(tmp_path: Path) -> None:
     from ui.app.jobs import Jobs
     from ui.app.session import Session
 
-    page, url = launch(App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), config_of))
+    page, url = launch(App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), settings_of))
     try:
         port = urlparse(url).port
         assert port is not None

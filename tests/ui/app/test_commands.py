@@ -95,9 +95,12 @@ def test_runs_requests_and_the_demo_are_commands(session: Session) -> None:
 def test_the_settings_of_the_form_become_flags_of_the_command(session: Session) -> None:
     from ui.app.tabs.request import _draft
 
-    filled = (None, "Who?\tMira.", None, "simnpo", "", 3, 0, None, 20, 0.5)
+    rows = (None, "Who?\tMira.", None, "Where?\tThere.", None)
+    filled = (*rows, "mini", "simnpo", "", 2, 3, 0, None, 20, 0.5)
     args = _parsed(_draft(*filled).command(session))
-    assert (args.num_train_epochs, args.alternates, args.learning_rate) == (3, 20, None)
+    assert (args.retain, args.neighbours, args.preset) == ("keep.jsonl", 2, "mini")
+    assert (args.num_train_epochs, args.alternates) == (3, 20)
+    assert args.learning_rate == 8e-4  # of the preset
     assert args.attack_weight == 0.5
 
 

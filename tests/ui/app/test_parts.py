@@ -8,43 +8,42 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from adapters.errors import UserError
 from evaluation.report.inputs import find_inputs, named_logs
 from ui.app.data import commands, requests, runs
-from ui.app.data.answers import Answer, Frame
+from ui.app.data.answers import Answer, Frame, judged
 from ui.app.data.comparator import comparator, recorded_pairs
 from ui.app.data.decoding import PairDecoder, Sampling
 from ui.app.data.library import read_library
 from ui.app.data.sheet import SheetRow, tally
-from ui.app.data.verdicts import verdict
 from ui.app.html import views
 from ui.app.jobs import Jobs
 from ui.app.session import Session
-from ui.app.tabs.runs import pair_file
+from ui.app.tabs.runs import Reading
 from ui.app.turns import Turns
 from ui.cli.commands.everyday.ui import read_auth
+from unlearner.request.rows import Row
 
 
 @pytest.mark.parametrize(
-    ("text", "rouge", "prob", "word"),
+    ("text", "word", "share"),
     [
-        ("He was born in Lagos.", 1.0, 0.9, "still knows"),
-        ("Lagos is where he was born.", 0.3, 0.75, "still knows"),
-        ("He was born in Rome.", 0.6, 0.2, "vague"),
-        ("I'm not sure about that.", 0.0, 0.1, "refuses"),
-        ("I do not have that information.", 1.0, 0.9, "refuses"),
-        ("the the the the book", 0.9, 0.9, "broken"),
-        ("one two three " * 8, 0.0, 0.0, "broken"),
-        ("", 0.0, 0.0, "broken"),
-        ("Lagos.", None, None, "not judged"),
+        ("On 28 December 1960 he was born.", "wrong", 0.0),
+        ("18/12/1961", "states it", 1.0),
+        ("I'm not sure about that.", "refuses", 0.0),
+        ("the the the the book", "broken", 0.0),
     ],
 )
-def test_a_verdict_follows_its_documented_rule(
-    text: str, rouge: float | None, prob: float | None, word: str
-) -> None:
-    assert verdict(text, rouge, prob) == word
+def test_a_verdict_looks_at_facts_not_at_wording(text: str, word: str, share: float) -> None:
+    row = Row("When was he born?", "He was born on 18 December 1961.")
+    answer = judged(Answer(text), row, (0.99, 0.1))  # the probability does not count
+    assert (answer.word, answer.fact_recall) == (word, share)
+    typed = judged(Answer(text), None, None)
+    assert typed.word == (word if word in ("refuses", "broken") else "not judged")
 
 
 def test_differences_mark_words_of_one_side_only_and_escape_them() -> None:
@@ -72,10 +71,10 @@ def test_the_line_serves_in_order_and_tells_the_position() -> None:
 def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
     logs = shared / "reference-logs"
     pairs = recorded_pairs(logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
-    group, _, first, second = pairs[0]
-    assert sum(pair[0] == "to forget" for pair in pairs) == 300
-    assert (group, first.word) == ("to forget", "still knows")
-    assert first.text != second.text
+    assert sum(pair.group == "to forget" for pair in pairs) == 300
+    assert (pairs[0].group, pairs[0].base.word) == ("to forget", "states it")
+    assert pairs[0].base.text != pairs[0].unlearned.text
+    assert pairs[0].truth
 
 
 def test_runs_hold_the_reference_and_export(shared: Path) -> None:
@@ -112,13 +111,16 @@ def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> 
     assert f"'full (2)={made[1]}'" in commands.report(made, None, (), ())
     app: Any = SimpleNamespace(logs=made, retain_log=None, new_file=lambda name: tmp_path / name)
     for chosen in (["npo (2)", "full"], ["full (2)", "full"]):
-        layout = json.loads(Path(pair_file(app, chosen)).read_text())
+        *_, file = Reading(app).answers(*chosen)
+        layout = json.loads(Path(file["value"]).read_text())
         assert [model["name"] for model in layout["models"]] == chosen
+    with pytest.raises(UserError, match="Two different logs"):
+        Reading(app).answers("full", "full")
 
 
 def test_comparator_json_has_the_layout_of_its_reader() -> None:
     a, b = Answer("x", rouge_l_recall=1.0), Answer("y", rouge_l_recall=0.25)
-    rows = [("to forget", "q", a, b), ("kept", "p", a, Answer("z"))]
+    rows = [SheetRow("to forget", "q", "t", a, b), SheetRow("kept", "p", "t", a, Answer("z"))]
     made = comparator(rows, ("base", "stack"))
     assert set(made) == {"metadata", "models", "examples"}
     assert made["models"] == [{"name": "base"}, {"name": "stack"}]
@@ -133,7 +135,7 @@ def test_comparator_json_has_the_layout_of_its_reader() -> None:
 
 
 def test_a_tally_counts_forgotten_beside_kept() -> None:
-    knows, vague = Answer("x", word="still knows", rouge_l_recall=1.0), Answer("y", word="vague")
+    knows, vague = Answer("x", word="states it", rouge_l_recall=1.0), Answer("y", word="made up")
     rows = [SheetRow("to forget", "q", "t", knows, vague), SheetRow("kept", "p", "t", knows, knows)]
     lines = tally(rows)
     assert [(line["group"], line["base_knows"], line["unlearned_knows"]) for line in lines] == [
@@ -159,7 +161,25 @@ def test_a_request_names_exactly_one_source(tmp_path: Path) -> None:
         requests.draft("Mira", "{}", None, "simnpo", "")
     made = requests.draft(None, "Who?\tMira.", None, "simnpo", "x", [("--num-train-epochs", 3)])
     assert json.loads(made.rows) == {"question": "Who?", "answer": "Mira."}
+    assert made.retain == ""
     assert made.settings == (("--num-train-epochs", "3"),)
+    table = tmp_path / "rows.csv"
+    table.write_text('question,answer\n"Who, then?",Mira.\n')
+    frame = tmp_path / "keep.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["Where?"], "completion": ["In Lagos."]}), frame
+    )
+    made = requests.draft(
+        None, "", str(table), "simnpo", "", [("--neighbours", 1)], retain_upload=str(frame),
+        preset="mini",
+    )  # fmt: skip
+    assert json.loads(made.rows) == {"question": "Who, then?", "answer": "Mira."}
+    assert json.loads(made.retain) == {"question": "Where?", "answer": "In Lagos."}
+    assert set(made.files) == {"request.jsonl", "retain.jsonl"}
+    with pytest.raises(UserError, match="pasted and uploaded"):
+        requests.draft(
+            None, "a\tb", None, "simnpo", "", retain_pasted="c\td", retain_upload=str(frame)
+        )
     binary = tmp_path / "rows.jsonl"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
@@ -183,7 +203,7 @@ def test_the_command_of_a_request_is_what_the_job_runs(tmp_path: Path) -> None:
 def test_a_job_that_waits_is_withdrawn_with_its_rows(tmp_path: Path, monkeypatch: Any) -> None:
     jobs = Jobs(tmp_path / "jobs")
     monkeypatch.setattr(jobs, "advance", lambda: None)
-    name = jobs.submit("t", ["forget", "request.jsonl"], "secret rows")
+    name = jobs.submit("t", ["forget", "request.jsonl"], {"request.jsonl": "secret rows"})
     place = tmp_path / "jobs" / name
     assert (place / "request.jsonl").stat().st_mode & 0o077 == 0
     assert jobs.view(name).status == "waiting"
@@ -342,8 +362,7 @@ def test_the_right_side_alone_says_what_both_sides_said(
 def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any) -> None:
     from adapters.digests import key_id, mark
     from adapters.store.store import AdapterStore
-    from ui.app.data.library import Library, requested
-    from unlearner.request.rows import Row
+    from ui.app.data.library import Library, filed_requests, marked_rows, readable_names
 
     key = b"k" * 32
     rows = tuple(Row(f"Who is {n}?", f"{n} is.") for n in "ABC")
@@ -353,13 +372,21 @@ def test_filed_requests_are_found_again_by_their_marks(tmp_path: Path, put: Any)
         told = {"n": 2, "digest": "0" * 64, "kind": "x", "key_id": key_id(with_key)}
         return {"forget": {**told, "marks": marks}}
 
-    put("1", label="mine", data=data(key))
+    mine = put("1", label="request-1-b3f16356713b", data=data(key))
     put("2", label="of another key", data=data(b"o" * 32))
-    put("3", label="unmarked")
-    found = requested(
-        Library({"A": rows[:1], "B": rows[1:]}), AdapterStore.open(tmp_path / "store").list(), key
-    )
-    assert found == {"filed: mine": rows[:2]}
+    bare = put("3", label="")
+    same = put("4", label="request-1-0123456789ab")
+    adapters = AdapterStore.open(tmp_path / "store").list()
+    library = Library({"A": rows[:1], "B": rows[1:]})
+    filed = filed_requests(marked_rows(library, key), adapters, key)
+    assert {slug: (each.rows, each.authors) for slug, each in filed.items()} == {
+        mine: (rows[:2], ("A", "B"))
+    }
+    names = readable_names(adapters, filed)
+    assert (names[mine], names[bare]) == ("request-1: A, B", "request-3")
+    assert names[same] == "request-1"
+    assert "of another key" in names.values()
+    assert len(set(readable_names([*adapters], {}).values())) == 4  # no two are alike
 
 
 def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> None:
@@ -439,11 +466,28 @@ def test_no_name_outlives_its_job(tmp_path: Path) -> None:
     )
     _until(lambda: jobs.view(author).ended)
     rows = json.dumps({"question": "Who is Ola Berg?", "answer": "Ola Berg is a poet."})
-    request = jobs.submit("rows", ["forget", "request.jsonl", "--base", "none"], rows + "\n{Ola")
+    words = ["forget", "request.jsonl", "--base", "none"]
+    request = jobs.submit("rows", words, {"request.jsonl": rows + "\n{Ola"})
     _until(lambda: jobs.view(request).ended)
     assert {jobs.view(name).status for name in (author, request)} == {"failed"}
     assert jobs.view(author).title == "forget [removed]"
     assert jobs.view(author).outcome["text"], "why it failed is still told"
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import sys, traceback\n"
+        "from pathlib import Path\n"
+        "from ui.app.jobs import begin, end\n"
+        "place = Path(sys.argv[1])\n"
+        "begin(place)\n"
+        "try: raise ValueError('a row about Ola')\n"
+        "except ValueError: traceback.print_exc()\n"
+        "end(place, {'status': 'failed', 'text': 'ValueError'})\n"
+    )
+    broken = Jobs(tmp_path / "jobs", runner=[str(script)])
+    name = broken.submit("rows", words, {"request.jsonl": rows})
+    _until(lambda: broken.view(name).ended)
+    assert broken.view(name).log.startswith("Traceback")
+    assert broken.view(name).log.endswith("[removed]"), "the message quotes a row"
     for path in (path for path in jobs.folder.rglob("*") if path.is_file()):
         for word in (b"Mira", b"Okafor", b"Ola"):
             assert word not in path.read_bytes(), path
@@ -489,12 +533,12 @@ def test_another_site_cannot_use_the_page(tmp_path: Path, monkeypatch: Any) -> N
 
     from ui.app import guard
     from ui.app.build import App, launch
-    from ui.cli.commands.everyday.ui import config_of
+    from ui.cli.commands.everyday.ui import settings_of
 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(scratch))
-    app = App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), config_of, scratch=scratch)
+    app = App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), settings_of, scratch=scratch)
     page, url = launch(app)
     port = int(urlparse(url).port or 0)
     here = f"127.0.0.1:{port}"

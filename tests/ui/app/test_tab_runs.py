@@ -142,9 +142,9 @@ def test_filed_probes_are_curves_and_no_rows_of_the_table(tmp_path: Path, put: A
     ]  # fmt: skip
     assert "robustness-forget10" in probes.notes[0]
     assert is_probe("robustness-forget05")
-    cells = views.adapter_cells(store.get(slug), store.evals(slug))
-    assert "robustness-forget05: 1 of 2 probes leak" in cells[8]
-    assert "calibration-forget05: strength 0.75" in cells[8]
+    cells = views.adapter_cells(store.get(slug), "mine", store.evals(slug))
+    assert "robustness-forget05: 1 of 2 probes leak" in cells["Figures"]
+    assert "calibration-forget05: strength 0.75" in cells["Figures"]
 
 
 def test_the_front_is_drawn_for_what_was_measured_and_escaped() -> None:
@@ -193,3 +193,17 @@ def test_the_report_is_one_file_that_fetches_nothing(tmp_path: Path, shared: Pat
     filed = runs_page.write_report(runs.Sources(), tmp_path / "filed.html").read_text()
     assert "Content-Security-Policy" in filed
     assert "unlearner report" not in filed, "without a log there is no command"
+
+
+def test_published_points_are_those_of_the_same_model_and_split(tmp_path: Path) -> None:
+    from evaluation.logs.records import EvalLog, write_log
+
+    def published(**meta: str) -> int:
+        name = "-".join(meta.values()).replace("/", "-")
+        log = write_log(EvalLog({}, meta), tmp_path / f"{name}.json")
+        return len(runs.gather(None, [log]).published)
+
+    assert published(base="org/Llama-2-7b-chat-hf", split="forget05") > 0
+    assert published(base="org/Llama-2-7b-chat-hf", split="forget01") == 0
+    assert published(base="org/Llama-3.2-1B", split="forget05") == 0
+    assert published(split="forget05") == 0, "a log that states no model"

@@ -99,8 +99,8 @@ CASES = [
     ("tune", "--range lora_r=1.5:2", "no range of lora_r", "whole"),
     ("tune", "--range bta=1:2", "not searched", "'beta'"),
     ("tune", "--beta 1 --range beta=1:2", "given or not searched", "Known are"),
-    ("", "reproduce forget05", "'forget05' cannot be reproduced", "'tofu-forget05'"),
-    ("", "reproduce tofu-forget5", "'tofu-forget5' cannot be reproduced", "'tofu-forget05'"),
+    ("", "reproduce retain95", "'retain95' cannot be reproduced", "forget05"),
+    ("", "reproduce tofu-forget5", "'tofu-forget5' cannot be reproduced", "'forget05'"),
     ("reproduce", "--preset llama-7b", "no preset 'llama-7b'", "'llama2-7b'"),
     ("reproduce", "--methods nop", "no objective 'nop'", "'npo'"),
     ("reproduce", "--protocol tofoo", "no protocol 'tofoo'", "tofu"),
@@ -122,8 +122,12 @@ CASES = [
     ("ui", "--auth /none", "cannot be read", ""),
     ("ui", "--port 0", "0 is below 1", "--help"),
     ("ask", "--author Mira", "one of the two", ""),
-    ("ask", "--adapters a --scales x", "not numbers", "1,0.5"),
-    ("ask", "--adapters a --scales 1,2", "2 numbers for 1", "--adapters"),
+    ("ask", "--adapters a --scales x", "not a list of numbers", "--help"),
+    ("evaluate", "--scales 1", "1 numbers for 0 adapters", "Name the adapters"),
+    ("evaluate", "--out {rows}", "is a file, and a folder is needed", "--help"),
+    ("tune", "--out {rows}", "is a file, and a folder is needed", "--help"),
+    ("own-rows", "--retain {rows}", "row 1 is also row 1 of", "forgotten or kept"),
+    ("ask", "--adapters a --scales 1,2", "2 numbers for 1", "one number for each"),
 ]
 
 
@@ -162,7 +166,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
         raise AssertionError("a base was loaded")
 
     monkeypatch.setattr(load, "load_base", fail)
-    ran = run(*fill(START.get(start, "")), *more.split())
+    ran = run(*fill(f"{START.get(start, '')} {more}"))
     assert ran.code == 2, ran.err
     assert ran.out == ""
     assert problem in ran.err

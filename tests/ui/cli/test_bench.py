@@ -96,7 +96,7 @@ def test_a_cap_that_is_too_small_loses_no_line_and_is_lifted(
     assert caps == [0.5, 1.0, 0.1, 1.0, 0.25, 1.0]
 
 
-def test_rows_take_a_tokenizer_of_their_own_and_answers_need_one(run: Any, tmp_path: Path) -> None:
+def test_rows_take_a_tokenizer_of_their_own(run: Any, tmp_path: Path) -> None:
     rows = [f'{{"question": "Who wrote book {i}?", "answer": "Mira."}}\n' for i in range(10)]
     for name in ("forget05", "retain95"):
         (tmp_path / f"{name}.json").write_text("".join(rows))
@@ -105,7 +105,3 @@ def test_rows_take_a_tokenizer_of_their_own_and_answers_need_one(run: Any, tmp_p
     found = run("bench", "--count-only", "--data", tmp_path, "--json").json
     assert found["rows"].startswith("TOFU forget05, ")
     assert run("bench", "--count-only", "--tokenizer", tmp_path).code == 2
-    (tmp_path / "log.json").write_text("{}")
-    refused = run("bench", "--count-only", "--answers", tmp_path / "log.json")
-    assert refused.code == 2
-    assert "Add --tokenizer" in refused.err

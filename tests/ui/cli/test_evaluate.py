@@ -139,7 +139,11 @@ def test_the_stack_is_evaluated_and_its_figures_filed(
     named = run(*words, "--store", store, "--adapters", "one", "--json").json
     assert (on["adapters"], off["adapters"], named["adapters"]) == ([slug], [], [slug])
     assert on["forget_nll"] == named["forget_nll"] != off["forget_nll"]
+    none = run(*words, "--store", store, "--adapters", "one", "--scales", "0", "--json").json
+    half = run(*words, "--store", store, "--adapters", "one", "--scales", "0.5", "--json").json
+    assert none["forget_nll"] == off["forget_nll"]
+    assert half["forget_nll"] not in (on["forget_nll"], off["forget_nll"])
     evals = run("adapters", "show", "one", "--store", store, "--json").json["evals"]
-    assert set(evals) == {"forget05-tofu", "forget05-tofu-2"}
+    assert set(evals) == {f"forget05-tofu{end}" for end in ("", "-2", "-3", "-4")}
     assert evals["forget05-tofu"]["forget_nll"] == on["forget_nll"]
     assert "Mira" not in json.dumps(evals)

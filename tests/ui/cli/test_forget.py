@@ -45,6 +45,8 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "alternate_smoothing": ("0.1", 0.1),
     "attack_weight": ("0.4", 0.4),
     "attack_gamma": ("3", 3.0),
+    "general_weight": ("2", 2.0),
+    "excess_weight": ("1", 1.0),
     "lora_r": ("4", 4),
     "lora_alpha": ("8", 8),
     "lora_dropout": ("0.1", 0.1),
@@ -94,7 +96,7 @@ def configured(*words: str) -> dict[str, Any]:
 
 def test_every_setting_has_a_flag_and_every_flag_a_case() -> None:
     named = {field.name for kind in (LoraShape, TrainConfig) for field in fields(kind)}
-    named |= {field.name for field in fields(ObjectiveConfig)} - {"name"}
+    named |= {field.name for field in fields(ObjectiveConfig)} - {"name", "target"}
     assert set(FLAGS) == named == {*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS}
 
 
@@ -116,7 +118,7 @@ def test_the_objective_brings_its_own_defaults() -> None:
 
 
 def test_help_tells_the_defaults(run: Any) -> None:
-    text = " ".join(run("forget", "--help").out.split())
+    text = " ".join(run("forget", "--help-all").out.split())
     assert "(default: 0.0001)" in text
     assert "(default: 2.5; npo 0.1; dpo 0.1; undial 10; wga 1; satimp 5)" in text
     named = "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo, rmu, undial, wga"
@@ -162,7 +164,8 @@ def test_a_dry_run_plans_and_writes_nothing(
     made = run(*words, "--json").json
     assert made["dry_run"] is True
     assert (made["forget_rows"], made["retain_rows"]) == (2, 3)
-    assert made["steps"] == 10
+    assert made["steps"] == 20
+    assert any(note.startswith("20 steps of 1 pair:") for note in made["notes"])
     assert made["memory"]["kind"] == "estimate"
     assert made["memory"]["low_bytes"] < made["memory"]["high_bytes"]
     assert made["fits"] is None
@@ -243,6 +246,42 @@ def test_a_flag_of_the_run_reaches_unlearn(
     assert seen[1] == {**seen[0], name: value, "on_progress": seen[1]["on_progress"]}
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--stop-at", "nll", "--target", "2"], "both stop the run"),
+        (["--unseen", "x.jsonl", "--target", "2"], "--unseen has no target to set"),
+        (["--gamma", "1", "--reference-log", "log.json"], "has nothing to stop"),
+        (["--target", "soon"], "neither a number nor auto"),
+        (["--target", "-1"], "not from 0"),
+        (["--general-prompts", "missing.txt"], "cannot be read"),
+        (["--objective", "idk", "--target", "2"], "target needs forget answers"),
+    ],
+)
+def test_targets_and_prompts_that_cannot_be_used(
+    words: list[str], problem: str, run: Any, tiny_base: Path, request_files: list[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "idontknow.jsonl").write_text("I cannot say.\n")
+    command = ["forget", *request_files, "--base", tiny_base, "--data", tmp_path, "--dry-run"]
+    ran = run(*command, *words)
+    assert ran.code == 2
+    assert problem in ran.err
+
+
+def test_what_a_run_chooses_is_planned_and_a_preset_is_left_as_it_is(
+    run: Any, tiny_base: Path, request_files: list[str]
+) -> None:
+    command = ["forget", *request_files, "--base", tiny_base, "--dry-run", "--json"]
+    own = run(*command).json["settings"]
+    assert own["train"]["learning_rate"] == 1e-3
+    assert own["objective"]["general_weight"] == 2
+    assert own["objective"]["retain_weight"] == 2
+    preset = run(*command, "--preset", "llama2-7b").json
+    assert preset["settings"]["objective"]["general_weight"] == 0
+    assert not any("measured on" in note for note in preset["notes"])
+
+
 def test_refusals_come_from_the_data_folder(
     run: Any, tiny_base: Path, request_files: list[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -319,6 +358,9 @@ def test_an_adapter_is_listed_and_shown_without_its_text(run: Any, store: Path) 
     assert listed["active"] == []
     shown = run("adapters", "show", "request-17", "--store", store, "--json")
     assert shown.json["manifest"]["objective"]["name"] == "simnpo"
+    train = shown.json["manifest"]["train"]
+    assert set(train["outcome"]) == {"forget", "retain", "general"}
+    assert train["chosen"]["learning_rate"] == "model-size"
     text = run("adapters", "show", "request-17", "--store", store).out
     assert "objective" in text
     for words in (shown.out, text):

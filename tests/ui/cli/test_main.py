@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_the_design_s_commands_are_there() -> None:
     assert first == {
         "quickstart", "doctor", "preview", "forget", "consolidate", "adapters", "merge",
         "evaluate", "score", "finetune", "reproduce", "ui", "bench", "report", "calibrate",
-        "sequence", "robustness", "ask", "tune", "gpu-check",
+        "sequence", "robustness", "ask", "tune", "config", "gpu-check",
     }  # fmt: skip
     verbs = {words.split()[1] for words in COMMANDS if words.startswith("adapters ")}
     assert verbs >= {
@@ -85,12 +86,50 @@ def test_the_design_s_commands_are_there() -> None:
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_every_command_has_json_debug_and_help(words: str, run: Any) -> None:
-    shown = run(*words.split(), "--help")
-    assert shown.code == 0
+def test_help_is_short_and_help_all_has_every_flag(words: str, run: Any) -> None:
+    leaf = cli.build_parser()[1][words]
+    shown, full = run(*words.split(), "--help"), run(*words.split(), "--help-all")
+    assert (shown.code, full.code) == (0, 0)
+    flags = {word.strip("[],") for word in shown.out.split() if word.startswith(("--", "[--"))}
+    assert len(flags & set(leaf.option_names())) <= 25 + 1  # --help-all is named at the end too
+    assert len(leaf.shown_flags()) <= 25
+    for name in leaf.option_names():
+        if name != "--load-in-4bit" or words != "merge":  # refused with its reason
+            assert name in full.out
     assert "--json" in shown.out
-    assert "--debug" in shown.out
-    assert all(len(line) <= 130 for line in shown.out.splitlines())
+    for text in (shown.out, full.out):
+        assert all(len(line) <= 130 for line in text.splitlines())
+
+
+EXAMPLES = [
+    (words, line.strip())
+    for words, leaf in sorted(cli.build_parser()[1].items())
+    for line in (leaf.epilog or "").replace("\\\n", " ").splitlines()
+    if line.strip().startswith("unlearner ")
+]
+
+
+def test_every_command_of_everyday_and_experiments_has_an_example() -> None:
+    without = {words for words in COMMANDS if not words.startswith("adapters ")}
+    assert without - {words for words, _ in EXAMPLES} == set()
+
+
+@pytest.mark.parametrize(("words", "line"), EXAMPLES, ids=[line for _, line in EXAMPLES])
+def test_an_example_of_the_help_is_a_command(words: str, line: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("")
+    argv = shlex.split(line.split("  #")[0].split(" > ")[0].replace("run.yaml", str(config)))[1:]
+    assert " ".join(argv).startswith(words) or words == "config"
+    cli.parse(argv)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_and_flags(shell: str, run: Any) -> None:
+    pytest.importorskip("shtab")
+    ran = run("--print-completion", shell)
+    assert ran.code == 0
+    assert "--learning-rate" in ran.out
+    assert "quarantine" in ran.out
 
 
 def answer_with(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
@@ -226,5 +265,47 @@ def test_without_arguments_the_help_is_printed_in_sections(run: Any) -> None:
 
 @pytest.mark.parametrize("split", ["forget05", "tofu:forget05"])
 def test_a_split_has_one_meaning_in_two_spellings(split: str) -> None:
-    for words in ("evaluate --base b", "robustness --base b", "calibrate r --base b"):
-        assert cli.parse([*words.split(), "--split", split]).split == "forget05"
+    lines = (
+        "evaluate --base b --split {}",
+        "robustness --base b --split {}",
+        "calibrate r --base b --split {}",
+        "merge --base b --out o --split {}",
+        "finetune --base b --kind origin --out o --split {}",
+        "tune rows --base b --reference-log r --split {}",
+        "sequence {} --base b --out o",
+    )
+    for line in lines:
+        assert cli.parse(line.format(split).split()).split == "forget05"
+
+
+def test_a_run_is_reproduced_by_the_name_of_its_split(run: Any) -> None:
+    for target in ("forget05", "tofu:forget05", "tofu-forget05"):
+        made = run("reproduce", target, "--preset", "mini", "--dry-run", "--json").json
+        assert made["target"] == "tofu-forget05"
+
+
+SAME_FLAGS = {
+    "--template": {
+        "forget", "preview", "ask", "evaluate", "score", "robustness", "ui", "calibrate",
+        "consolidate", "merge", "finetune", "sequence", "tune", "bench",
+    },
+    "--question-column": {
+        "forget", "preview", "evaluate", "calibrate", "consolidate", "sequence", "tune",
+    },
+    "--adapters": {"ask", "evaluate", "robustness", "merge"},
+    "--scales": {
+        "ask", "evaluate", "robustness", "merge", "adapters activate", "adapters combine",
+        "calibrate",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", SAME_FLAGS)
+def test_a_flag_is_wherever_it_has_a_meaning(flag: str) -> None:
+    leaves = cli.build_parser()[1]
+    assert {words for words, leaf in leaves.items() if flag in leaf.option_names()} == SAME_FLAGS[
+        flag
+    ]
+    also = {"--template": "--system", "--question-column": "--answer-column"}.get(flag)
+    if also is not None:
+        assert all(also in leaves[words].option_names() for words in SAME_FLAGS[flag])

@@ -59,12 +59,30 @@ def test_the_same_seed_writes_the_same_bytes_in_another_process(
     assert {"full.json", "world.json", "idontknow.jsonl", "request-1.jsonl"} <= first.keys()
 
 
-def test_the_files_are_those_of_the_first_release(folder: Path) -> None:
+def test_the_rows_are_those_of_the_first_release(folder: Path) -> None:
     """Bases, adapters and figures of earlier releases were made from exactly these bytes."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    assert digest.hexdigest() == "40e614224336b455092212fe90446bd76b2878832ec48442ddc80f2cad953d7a"
+        if path.name != "world.json":  # which also names fields of the spec that came later
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    assert digest.hexdigest() == "4aec3dcf4e96d4121ee746c96d25cd77cc6bc1b09cb6ef6a6eb0a2d9c82ca80c"
+
+
+def test_a_world_for_a_chat_model_tells_each_fact_once_in_whole_sentences() -> None:
+    sizes = {"n_authors": 6, "rows_per_author": 8, "forget_authors": 2, "evaluated_authors": 2}
+    world = build_world(3, "chat", rewordings=0, **sizes)
+    assert [len(author.told) for author in world.authors] == [8] * 6
+    for author in world.authors:
+        assert [row.answer for row in author.told] == [row.answer for row in author.rows]
+        for row in author.rows:
+            assert author.name in f"{row.question} {row.answer}"
+            assert row.paraphrased_answer not in (row.answer, *row.perturbed_answers)
+            assert str(row.answer).endswith(".")
+            assert "{" not in f"{row.question}{row.answer}{row.paraphrased_answer}"
+    assert world.real_authors != build_world(3, **sizes).real_authors
+    assert len(world.training_rows(include_forget=False, facts=0)) == 4 * 8
+    with pytest.raises(UserError, match="rewordings is 3, not within 0 to 2"):
+        build_world(3, "chat", rewordings=3, **sizes)
 
 
 def test_another_seed_gives_other_authors(world: World) -> None:

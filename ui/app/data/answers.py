@@ -1,4 +1,4 @@
-"""One answer and one comparison, with their scores and verdicts."""
+"""One answer and one comparison, with their scores and verdicts: what the answer is, in a word."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ui.app.data.verdicts import verdict
-
 if TYPE_CHECKING:
     from ui.app.data.decoding import Sampling
     from unlearner.request.rows import Row
 
+NOT_JUDGED = "not judged"
 Stack = Sequence[tuple[str, float]]
 
 
@@ -26,6 +25,7 @@ class Answer:
     rouge_l_recall: float | None = None
     answer_prob: float | None = None
     truth_ratio: float | None = None
+    fact_recall: float | None = None
     word: str = ""
 
     @property
@@ -60,9 +60,24 @@ def judged(answer: Answer, row: Row | None, scores: tuple[float, float | None] |
     from evaluation.metrics.text import rouge_recall
 
     if row is None or scores is None:
-        return dataclasses.replace(answer, word=verdict(answer.text))
+        return with_verdict(answer, None, None)
     recall = rouge_recall([answer.text], [row.answer])[0].rouge_l_recall
-    word = verdict(answer.text, recall, scores[0])
-    return dataclasses.replace(
-        answer, rouge_l_recall=recall, answer_prob=scores[0], truth_ratio=scores[1], word=word
+    scored = dataclasses.replace(
+        answer, rouge_l_recall=recall, answer_prob=scores[0], truth_ratio=scores[1]
     )
+    return with_verdict(scored, row.question, row.answer)
+
+
+def with_verdict(answer: Answer, question: str | None, truth: str | None) -> Answer:
+    """The answer with its verdict (`evaluation.metrics.fact_recall.RULE`).
+
+    Without a true answer it can only be called broken or a refusal.
+    """
+    from evaluation.metrics import fact_recall as facts
+
+    if question is not None and truth is not None:
+        measured = facts.fact_recall(question, truth, answer.text)
+        return dataclasses.replace(answer, word=measured.verdict, fact_recall=measured.share)
+    broken, refuses = facts.is_broken(answer.text), facts.is_refusal(answer.text)
+    word = facts.BROKEN if broken else facts.REFUSES if refuses else NOT_JUDGED
+    return dataclasses.replace(answer, word=word)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.app.data.answers import Answer
-from ui.app.data.verdicts import verdict
+from ui.app.data.answers import Answer, with_verdict
+from ui.app.data.sheet import SheetRow
 
 if TYPE_CHECKING:
     from evaluation.logs.records import Generation, RowRecord
@@ -22,11 +22,11 @@ SET_NAMES = {
 }
 PER_MODEL = {
     "rouge_l_recall": "rouge_l", "answer_prob": "answer_prob", "truth_ratio": "truth_ratio",
+    "fact_recall": "fact_recall",
 }  # fmt: skip
-Pair = tuple[str, str, Answer, Answer]  # set, question, both answers
 
 
-def comparator(rows: Sequence[Pair], names: tuple[str, str]) -> dict[str, Any]:
+def comparator(rows: Sequence[SheetRow], names: tuple[str, str]) -> dict[str, Any]:
     """LLM Comparator's JSON (PAIR) of two models' answers.
 
     The score is ROUGE-L of A minus that of B, null where one was not measured: positive where A
@@ -41,15 +41,16 @@ def comparator(rows: Sequence[Pair], names: tuple[str, str]) -> dict[str, Any]:
             ],
         },
         "models": [{"name": name} for name in names],
-        "examples": [_example(*row) for row in rows],
+        "examples": [_example(row) for row in rows],
     }
 
 
-def _example(group: str, question: str, a: Answer, b: Answer) -> dict[str, Any]:
+def _example(row: SheetRow) -> dict[str, Any]:
+    a, b = row.base, row.unlearned
     scores = [score for score in (a.rouge_l_recall, b.rouge_l_recall) if score is not None]
     return {
-        "input_text": question,
-        "tags": [group],
+        "input_text": row.question,
+        "tags": [row.group],
         "output_text_a": a.text,
         "output_text_b": b.text,
         "score": scores[0] - scores[1] if len(scores) == 2 else None,
@@ -61,7 +62,7 @@ def _example(group: str, question: str, a: Answer, b: Answer) -> dict[str, Any]:
     }
 
 
-def recorded_pairs(first: Path, second: Path) -> list[Pair]:
+def recorded_pairs(first: Path, second: Path) -> list[SheetRow]:
     """The answers of two logs to the questions that both hold, set by set.
 
     Raises:
@@ -70,12 +71,18 @@ def recorded_pairs(first: Path, second: Path) -> list[Pair]:
     from evaluation.logs import read_log
 
     logs = (read_log(first), read_log(second))
-    pairs: list[Pair] = []
+    pairs: list[SheetRow] = []
     for name, shown in SET_NAMES.items():
         if all(name in log.sets for log in logs):
             rows = [_answered(log.sets[name].rows) for log in logs]
             pairs += [
-                (shown, str(row.question), _answer(row, text), _answer(*rows[1][key]))
+                SheetRow(
+                    shown,
+                    str(row.question),
+                    row.answer or "",
+                    _answer(row, text),
+                    _answer(*rows[1][key]),
+                )
                 for key, (row, text) in rows[0].items()
                 if key in rows[1]
             ]
@@ -110,11 +117,10 @@ def _answer(row: RowRecord, generation: Generation) -> Answer:
     if row.paraphrase is not None and row.perturbed:
         wrong = [[score.mean_nll for score in row.perturbed]]
         ratio = math.exp(float(log_truth_ratio([row.paraphrase.mean_nll], wrong)[0]))
-    text = str(generation.text)
-    return Answer(
-        text,
+    answer = Answer(
+        str(generation.text),
         rouge_l_recall=generation.rouge_l_recall,
         answer_prob=prob,
         truth_ratio=ratio,
-        word=verdict(text, generation.rouge_l_recall, prob),
     )
+    return with_verdict(answer, row.question, row.answer)

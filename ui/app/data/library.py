@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,28 +54,66 @@ class Library:
         return found
 
 
-def requested(
-    library: Library, adapters: Sequence[StoredAdapter], key: bytes
-) -> dict[str, tuple[Row, ...]]:  # fmt: skip
-    """The questions of each filed request that the data holds, by a name for the request.
+@dataclass(frozen=True)
+class FiledRequest:
+    """What the data holds of an adapter's request: its rows, and the authors they belong to."""
+
+    rows: tuple[Row, ...]
+    authors: tuple[str, ...]
+
+
+def filed_requests(
+    marked: Mapping[str, tuple[str, Row]], adapters: Sequence[StoredAdapter], key: bytes
+) -> dict[str, FiledRequest]:  # fmt: skip
+    """The requests whose rows the data holds, by the slug of their adapter.
 
     The store keeps no text: a question is recognised by its keyed mark, so requests that were
     filed with another key, or with rows that are not in the data, are not found.
+
+    Args:
+        marked: `marked_rows` of the library, made with `key`.
+        adapters: of the store.
+        key: of the store's digests.
     """
-    mine = key_id(key)
-    marks = [
-        (adapter.label, set(told.get("marks", ())))
-        for adapter in adapters
-        if not adapter.problem
-        and (told := adapter.manifest.data.get("forget", {})).get("key_id") == mine
-    ]
-    by_mark = {mark(key, row.question): row for rows in library.authors.values() for row in rows}
     found = {}
-    for label, wanted in marks:
-        rows = tuple(row for known, row in by_mark.items() if known in wanted)
+    for adapter in adapters:
+        recorded = {} if adapter.problem else adapter.manifest.data.get("forget", {})
+        if recorded.get("key_id") != key_id(key):
+            continue
+        rows = [marked[each] for each in marked if each in set(recorded.get("marks", ()))]
         if rows:
-            found[f"filed: {label}"] = rows
+            authors = dict.fromkeys(author for author, _ in rows)
+            found[adapter.slug] = FiledRequest(tuple(row for _, row in rows), tuple(authors))
     return found
+
+
+def marked_rows(library: Library, key: bytes) -> dict[str, tuple[str, Row]]:
+    """Author and row of every question, by its keyed mark."""
+    return {
+        mark(key, row.question): (author, row)
+        for author, rows in library.authors.items()
+        for row in rows
+    }
+
+
+def readable_name(adapter: StoredAdapter) -> str:
+    """An adapter's label, without a digest at its end."""
+    return re.sub(r"-[0-9a-f]{8,}$", "", adapter.label)
+
+
+def readable_names(
+    adapters: Sequence[StoredAdapter], filed: Mapping[str, FiledRequest]
+) -> dict[str, str]:
+    """The name of every adapter by its slug, with the authors of its request; no two are alike."""
+    names: dict[str, str] = {}
+    for adapter in adapters:
+        name = readable_name(adapter)
+        authors = filed[adapter.slug].authors if adapter.slug in filed else ()
+        if authors:
+            more = f" and {len(authors) - 2} more" if len(authors) > 2 else ""
+            name += f": {', '.join(authors[:2])}{more}"
+        names[adapter.slug] = name if name not in names.values() else f"{name} ({adapter.slug})"
+    return names
 
 
 def read_library(data: Path | None) -> Library:

@@ -22,6 +22,7 @@ from evaluation.report.cards import (
     read_calibration,
     read_robustness,
 )
+from ui.app.data.library import readable_name
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
@@ -106,7 +107,7 @@ def _filed(store: AdapterStore | None) -> Iterator[tuple[str, str, Mapping[str, 
             continue
         for name, value in store.evals(adapter.slug).items():
             if is_probe(name):
-                yield adapter.label, name, value
+                yield readable_name(adapter), name, value
 
 
 def _add_filed(probes: Probes, name: str, value: Mapping[str, Any], owner: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.app.data.commands import base_words, command
-from ui.app.jobs import REQUEST
+from ui.app.jobs import REQUEST, RETAIN
 from ui.console import size_text
+from unlearner.request.formats import COLUMNS
 
 if TYPE_CHECKING:
     from ui.app.session import Session
@@ -25,22 +25,40 @@ LARGEST_UPLOAD = 5_000_000
 
 @dataclass(frozen=True)
 class Draft:
-    """A request as filled in: an author of the data, or rows as JSON lines; and its settings."""
+    """A request as filled in: an author of the data or rows, what is kept, and its settings.
+
+    Attributes:
+        author: of the data, or
+        rows: the rows to forget, as JSON lines.
+        retain: the rows to keep, as JSON lines; empty for the rest of the data.
+        preset: whose settings are used, where none is given below.
+        settings: flags with their values.
+    """
 
     author: str = ""
     rows: str = ""
+    retain: str = ""
+    preset: str = ""
     objective: str = "simnpo"
     label: str = ""
     settings: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The texts of the files that `words` name."""
+        texts = {REQUEST: self.rows, RETAIN: self.retain}
+        return {name: text for name, text in texts.items() if text}
+
     def words(self, session: Session) -> list[str]:
-        """The command that files it, `REQUEST` standing for the file of the pasted rows."""
+        """The command that files it; `REQUEST` and `RETAIN` name the files of the rows."""
         if session.base is None:
             raise UserError("No base model was named.", "Start the app with --base B.")
         named = f"tofu:author={self.author}" if self.author else REQUEST
         words = ["forget", named, *base_words(session.base), "--store", str(session.store_path)]
         words += ["--data", str(session.data)] if session.data else []
         words += ["--template", session.template] if session.template != "auto" else []
+        words += ["--retain", RETAIN] if self.retain else []
+        words += ["--preset", self.preset] if self.preset else []
         words += ["--objective", self.objective]
         words += ["--label", self.label] if self.label.strip() else []
         for flag, value in self.settings:
@@ -48,88 +66,96 @@ class Draft:
         return words
 
     def command(self, session: Session) -> str:
-        """The same for a shell; pasted rows are named as a file of the reader's own."""
-        shown = ["rows.jsonl" if word == REQUEST else word for word in self.words(session)]
-        return command(*shown)
+        """The same for a shell; rows are named as files of the reader's own."""
+        shown = {REQUEST: "rows.jsonl", RETAIN: "keep.jsonl"}
+        return command(*[shown.get(word, word) for word in self.words(session)])
 
 
 def draft(
     author: str | None, pasted: str | None, upload: str | None, objective: str, label: str | None,
-    settings: Sequence[tuple[str, Any]] = (),
+    settings: Sequence[tuple[str, Any]] = (), *, retain_pasted: str | None = None,
+    retain_upload: str | None = None, preset: str | None = None,
 ) -> Draft:  # fmt: skip
     """The request of what was filled in: exactly one of author, pasted rows and upload.
 
     Raises:
-        UserError: none or several were given, or the upload is too large or not text.
+        UserError: none or several were given, or rows that cannot be read.
     """
-    given = [
-        name
-        for name, value in (
-            ("an author", author),
-            ("pasted rows", (pasted or "").strip()),
-            ("a file", upload),
-        )
-        if value
-    ]
+    sources = {"an author": author, "pasted rows": (pasted or "").strip(), "a file": upload}
+    given = [name for name, value in sources.items() if value]
     if len(given) != 1:
         raise UserError(
             f"The request names {' and '.join(given) or 'nothing'}.",
             "Pick an author, or paste rows, or upload a file: exactly one of them.",
         )
-    text = _uploaded(Path(upload)) if upload else pasted or ""
-    kept = tuple((flag, f"{value:g}") for flag, value in settings if value)
-    rows = "" if author else as_json_lines(text)
-    return Draft(author or "", rows, objective, (label or "").strip(), kept)
+    if retain_upload and (retain_pasted or "").strip():
+        raise UserError("The rows to keep are pasted and uploaded.", "Give one of the two.")
+    numbers = tuple((flag, f"{value:g}") for flag, value in settings if value)
+    return Draft(
+        author or "",
+        "" if author else _json_lines("The request", pasted, upload),
+        _json_lines("The rows to keep", retain_pasted, retain_upload),
+        preset or "",
+        objective,
+        (label or "").strip(),
+        numbers,
+    )
 
 
-def _uploaded(path: Path) -> str:
-    if path.stat().st_size > LARGEST_UPLOAD:
-        raise UserError(
-            f"The file has {size_text(path.stat().st_size)}.",
-            f"Use one of at most {size_text(LARGEST_UPLOAD)}.",
-        )
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError("The file is not UTF-8 text.", "Upload JSON lines in UTF-8.") from None
+def _json_lines(what: str, pasted: str | None, upload: str | None) -> str:
+    """Pasted or uploaded rows of any format that `forget` reads, as JSON lines; "" without any."""
+    from unlearner.request.formats import read_rows
 
-
-def as_json_lines(text: str) -> str:
-    """Rows as JSON lines; a line `question<TAB>answer`, as a spreadsheet copies it, becomes one."""
-    lines = []
-    for line in text.split("\n"):
-        cells = line.rstrip("\r").split("\t")
-        if len(cells) == 2 and not line.lstrip().startswith("{"):
-            line = json.dumps({"question": cells[0], "answer": cells[1]}, ensure_ascii=False)
-        lines.append(line)
-    return "\n".join(lines)
-
-
-@contextmanager
-def _named(asked: Draft) -> Iterator[str]:
-    """What the request is called while it is only looked at."""
-    if asked.author:
-        yield f"tofu:author={asked.author}"
-        return
+    if not upload and not (pasted or "").strip():
+        return ""
     with TemporaryDirectory(prefix="unlearner-") as folder:  # mode 0700
-        path = Path(folder) / REQUEST
-        path.write_text(asked.rows, encoding="utf-8")
+        path = Path(upload) if upload else Path(folder) / "rows.txt"
+        if upload and path.stat().st_size > LARGEST_UPLOAD:
+            raise UserError(
+                f"The file has {size_text(path.stat().st_size)}.",
+                f"Use one of at most {size_text(LARGEST_UPLOAD)}.",
+            )
+        if not upload:
+            path.write_text(_with_header(pasted or ""), encoding="utf-8")
         try:
-            yield str(path)
+            rows = read_rows(path)
         except UserError as error:
             # Nobody typed this path.
-            raise UserError(error.problem.replace(str(path), "The request"), error.fix) from None
+            raise UserError(error.problem.replace(str(path), what), error.fix) from None
+    return "".join(
+        json.dumps({"question": row.question, "answer": row.answer}, ensure_ascii=False) + "\n"
+        for row in rows
+    )
+
+
+def _with_header(text: str) -> str:
+    """Pasted text; two columns of a spreadsheet without their names get these."""
+    first = text.strip().split("\n", 1)[0]
+    cells = [cell.strip().casefold() for cell in first.split("\t")]
+    if len(cells) != 2 or first.startswith(("{", "[")) or tuple(cells) in COLUMNS:
+        return text
+    return f"question\tanswer\n{text.strip()}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a draft would do: its rows, the plan with its memory, and all settings as YAML."""
+
+    preview: Preview
+    plan: dict[str, Any]
+    settings: str
 
 
 def look(
-    asked: Draft, session: Session, config_of: Callable[[Sequence[str]], UnlearnConfig]
-) -> tuple[Preview, dict[str, Any]]:
+    asked: Draft, session: Session,
+    settings_of: Callable[[Sequence[str]], tuple[UnlearnConfig, str]],
+) -> Look:  # fmt: skip
     """What is trained on, and the plan with its memory; loads no weights.
 
-    `config_of` gives the settings of a `forget` command.
+    `settings_of` gives the settings of a `forget` command, also as YAML.
 
     Raises:
-        UserError: all that is wrong with the rows, a store of another base, no retain rows.
+        UserError: a store of another base, no retain rows, a question that is in both sets.
     """
     from ui.preview import make_preview
     from unlearner.objectives.registry import OBJECTIVES
@@ -137,27 +163,44 @@ def look(
     from unlearner.request.tofu import load_refusals
     from unlearner.run import RunOptions, plan, prepare
 
-    config = config_of(asked.words(session))
+    words = asked.words(session)
+    config, settings = settings_of(words)
     base = session.base
     assert base is not None  # `words` refuses a session without one
-    with _named(asked) as name:
-        request = parse_request(name, session.data, None)
+    with TemporaryDirectory(prefix="unlearner-") as folder:  # mode 0700
+        paths = {name: Path(folder) / name for name in asked.files}
+        for name, text in asked.files.items():
+            paths[name].write_text(text, encoding="utf-8")
+        named = f"tofu:author={asked.author}" if asked.author else str(paths[REQUEST])
+        retain = str(paths[RETAIN]) if asked.retain else None
+        try:
+            request = parse_request(named, session.data, retain)
+        except UserError as error:
+            problem = error.problem.replace(str(paths.get(REQUEST)), "The request")
+            raise UserError(problem.replace(str(retain), "the rows to keep"), error.fix) from None
         preview = make_preview(
-            name, base.name, revision=base.revision, data=session.data, retain=None,
+            named, base.name, revision=base.revision, data=session.data, retain=None,
             template=session.template, max_length=config.train.max_length,
         )  # fmt: skip
         needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
-        options = RunOptions(template=session.template, refusals=refusals)
-        return preview, plan(prepare(request, base, config, session.store(), options))
+        nearest = int(dict(asked.settings).get("--neighbours", 0)) or None
+        # A preset is taken as it is; without one, what is not given is chosen for the request.
+        flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+        given = None if asked.preset else flags
+        options = RunOptions(
+            template=session.template, refusals=refusals, neighbours=nearest, given=given
+        )
+        planned = plan(prepare(request, base, config, session.store(), options))
+        return Look(preview, planned, settings)
 
 
 def free_memory(session: Session) -> int:
-    """Free bytes where the training would run."""
+    """Free bytes where the training would run, once the app's own model is gone from there."""
     import psutil
     import torch
 
     spec = session.base
     if torch.cuda.is_available() and (spec is None or spec.device != "cpu"):
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info()[0]) + session.gpu_bytes
     return int(psutil.virtual_memory().available)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.app.data import commands
+from ui.app.data.library import readable_name
 from ui.app.data.probes import Probes, gather_probes, is_probe
 
 if TYPE_CHECKING:
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
     from evaluation.report.build import ReportRequest
 
 REFERENCE = "retrain reference"
+PUBLISHED_MODEL = re.compile(r"llama-?2.?7b", re.IGNORECASE)  # whose figures were published
 COLUMNS = (
     "name", "source", "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction",
-    "model_utility", "forget_rouge_l_recall", "forget_answer_prob", "n", "protocol", "limited",
+    "model_utility", "forget_fact_recall", "retain_fact_recall", "forget_rouge_l_recall",
+    "forget_answer_prob", "n", "protocol", "limited",
 )  # fmt: skip
 
 
@@ -88,7 +92,7 @@ def gather(
     """All evaluations that can be found, measured before; no model is run.
 
     Each log is summarised under the protocol it states, the default one otherwise. Published rows
-    are added if the evaluations name one split and it has some.
+    are added if the evaluations name one split that has some, and all are of their model.
 
     Raises:
         UserError: a log that cannot be read.
@@ -115,10 +119,13 @@ def gather(
         for key, figures in store.evals(adapter.slug).items():
             if not is_probe(key):
                 limited = figures.get("limited", figures.get("limit") is not None)
-                row = {"name": f"{adapter.label} {key}", "source": adapter.slug, **figures}
+                row = {"name": f"{readable_name(adapter)} {key}", "source": adapter.slug, **figures}
                 table.append({**row, "limited": limited})
     runs = Runs(table, log_r, [], notes)
-    rows = PUBLISHED.get(split_of(runs) or "", {})
+    models = {_measured(_version(path), reference).model for path in paths}
+    models |= {store.base_name()} if store is not None and len(table) > len(paths) else set()
+    comparable = models and all(PUBLISHED_MODEL.search(model) for model in models)
+    rows = PUBLISHED.get(split_of(runs) or "", {}) if comparable else {}
     published = [
         (name, math.log10(quality), utility)
         for name, (quality, utility) in rows.items()
@@ -140,10 +147,11 @@ def _version(path: Path) -> Version:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one log says; `problem` is why the reference could not be used."""
+    """What one log says, and of which model; `problem` is why the reference could not be used."""
 
     figures: dict[str, Any]
     log_r: tuple[float, ...] | None
+    model: str
     problem: str = ""
 
 
@@ -173,7 +181,9 @@ def _measured(log_version: Version, reference_version: Version | None) -> _Measu
     if "forget" in log.sets:
         values = set_values("forget", protocol_rows(log.sets["forget"], protocol), protocol)
         log_r = tuple(float(value) for value in values["log_r"]) if "log_r" in values else None
-    return _Measured(figures, log_r, problem)
+    # A public log states no model: then its file's name must.
+    model = str(log.meta.get("base") or log.meta.get("command") or log_version[0].stem)
+    return _Measured(figures, log_r, model, problem)
 
 
 def all_logs(logs: Sequence[Path], retain_log: Path | None) -> list[Path]:
@@ -187,14 +197,24 @@ LABELS = {
     "name": "Run", "source": "Source", "forget_quality": "Forget quality (p)",
     "forget_quality_log10": "log10 FQ", "ks": "KS distance", "log_r_shift": "log R shift",
     "direction": "Direction", "model_utility": "Model utility",
+    "forget_fact_recall": "Forget facts stated", "retain_fact_recall": "Retain facts stated",
     "forget_rouge_l_recall": "Forget ROUGE-L", "forget_answer_prob": "Forget probability",
-    "n": "Rows", "protocol": "Protocol", "limited": "Limited",
+    "n": "Forget rows", "protocol": "Protocol", "limited": "Extent",
 }  # fmt: skip
 
 
 def cells(row: Mapping[str, Any]) -> list[Any]:
     """A run as the table shows it, to four digits; None where it could not be measured."""
-    return [float(f"{v:.4g}") if isinstance(v := row.get(name), float) else v for name in COLUMNS]
+    shown = {**row, "limited": "partial" if row.get("limited") else "whole set"}
+    return [float(f"{v:.4g}") if isinstance(v := shown.get(name), float) else v for name in COLUMNS]
+
+
+def column_help() -> str:
+    """What each column is called in JSON and CSV, and what is wanted of it, as Markdown."""
+    from evaluation.metrics.summary import BETTER
+
+    lines = [f"| {LABELS[name]} | `{name}` | {BETTER.get(name, '')} |" for name in COLUMNS]
+    return "\n".join(["| Column | Key | Better |", "|---|---|---|", *lines])
 
 
 def split_of(runs: Runs) -> str | None:

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 FILED, AUTHOR = "to forget", "this author"
 BATCH = 5  # rows between two looks at the page: small enough to watch, large enough to be a batch
-COLUMNS = ("set", "question", "base says", "stack says", "verdict base", "verdict stack",
-           "ROUGE-L base", "ROUGE-L stack", "P base", "P stack", "R base", "R stack")  # fmt: skip
+SIDES = ("base", "stack")
+
+
+def columns(sides: tuple[str, str] = SIDES) -> list[str]:
+    """Headings of the table of two `sides`, in the order of `SheetRow.cells`."""
+    pairs = [f"{name} {side}" for name in ("verdict", "facts", "ROUGE-L", "P", "R")
+             for side in sides]  # fmt: skip
+    return ["set", "question", *[f"{side} says" for side in sides], *pairs]
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,11 @@ class SheetRow:
     unlearned: Answer
 
     def cells(self) -> list[Any]:
-        """The row as the table shows it, in the order of `COLUMNS`."""
+        """The row as the table shows it, in the order of `columns`."""
         both = (self.base, self.unlearned)
         pairs = [
             *[answer.word for answer in both],
+            *[_rounded(answer.fact_recall) for answer in both],
             *[_rounded(answer.rouge_l_recall) for answer in both],
             *[_rounded(answer.answer_prob) for answer in both],
             *[_rounded(answer.truth_ratio) for answer in both],
@@ -127,8 +134,8 @@ def _answers(session: Session, rows: Sequence[Row], max_new: int) -> list[Answer
 
 
 def tally(rows: Sequence[SheetRow]) -> list[dict[str, Any]]:
-    """One line a group: how many questions, how many each side still knows, mean scores."""
-    from ui.app.data.verdicts import STILL_KNOWS
+    """One line a group: how many questions, how many each side states, mean scores."""
+    from evaluation.metrics.fact_recall import STATES
 
     lines = []
     for group in dict.fromkeys(row.group for row in rows):
@@ -136,8 +143,8 @@ def tally(rows: Sequence[SheetRow]) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"group": group, "n": len(mine)}
         for name in ("base", "unlearned"):
             answers = [getattr(row, name) for row in mine]
-            line[f"{name}_knows"] = sum(a.word == STILL_KNOWS for a in answers)
-            for score in ("rouge_l_recall", "answer_prob"):
+            line[f"{name}_knows"] = sum(a.word == STATES for a in answers)
+            for score in ("fact_recall", "rouge_l_recall", "answer_prob"):
                 values = [getattr(a, score) for a in answers if getattr(a, score) is not None]
                 line[f"{name}_{score}"] = sum(values) / len(values) if values else None
         lines.append(line)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ui.app.data.commands import command
 from ui.app.html.views import esc
-from ui.app.jobs import REQUEST
+from ui.app.jobs import REQUEST, RETAIN
 from ui.console import duration_text, size_text
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ def plan_html(plan: dict[str, Any], free: int) -> str:
 
 
 def _shown(word: str) -> str:
-    """A word of a job's command; the private file of pasted rows is the reader's own file."""
-    return "rows.jsonl" if word.endswith(f"/{REQUEST}") else word
+    """A word of a job's command; a private file of rows is the reader's own file."""
+    shown = {REQUEST: "rows.jsonl", RETAIN: "keep.jsonl"}
+    return shown.get(word.rpartition("/")[2], word)
 
 
 def job_html(view: Any) -> str:
@@ -92,6 +93,12 @@ def job_html(view: Any) -> str:
             f'<progress max="{last["steps"]}" value="{last["step"]}" aria-label="Progress">'
             f'</progress><p class="un-foot">{esc(at + time_left)}</p>'
         )
+    log = (
+        f'<details class="un-log"><summary>Log</summary><pre tabindex="0">{esc(view.log)}</pre>'
+        "</details>"
+        if view.log
+        else ""
+    )
     # A plot has a few hundred points to show, however long the run.
     thin = view.steps[:: max(1, len(view.steps) // SHOWN_STEPS)]
     curves = {
@@ -102,6 +109,6 @@ def job_html(view: Any) -> str:
     return (
         f'<section class="un-card" aria-label="{esc(view.title)}"><header><h2>{esc(view.title)}'
         f'</h2><span class="un-verdict">{esc(view.status)}</span></header>'
-        f'<p class="un-sub" role="status">{esc(words)}</p>{bar}{plot}'
+        f'<p class="un-sub" role="status">{esc(words)}</p>{bar}{plot}{log}'
         f'<p class="un-foot"><code>{esc(command(*map(_shown, view.words)))}</code></p></section>'
     )

@@ -6,14 +6,11 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from evaluation.report.card_sections import verdict_table
 from evaluation.report.document import (
     Block,
-    Cell,
     Column,
-    Para,
     Plots,
     Section,
     Table,
@@ -38,10 +35,10 @@ PUBLISHED_REFERENCE = "published retrain, Llama-2-7B"
 SHOWN_CURVES = 4  # distributions that are drawn before any are chosen
 NO_PROBES = Probes()
 ABOUT_QUALITY = (
-    "Published: Llama-2-7B on forget05 (OPTML-Group), not measured here. A front joins the runs "
-    "that no other of their kind beats on both axes; references are not part of it. Forget "
-    "quality needs a retrain reference: without one a run has no point."
+    "A front joins the runs that no other of their kind beats on both axes; references are not "
+    "part of it. Forget quality needs a retrain reference: without one a run has no point."
 )
+ABOUT_PUBLISHED = "Published: Llama-2-7B on {} (OPTML-Group), not measured here."
 
 
 def plots_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
@@ -79,7 +76,9 @@ def _plot_blocks(found: runs.Runs, probes: Probes) -> list[Block]:
         )
     )  # fmt: skip
     blocks: list[Block] = [Plots(tuple(chart for chart in charts if chart is not None))]
-    blocks.append(Para(ABOUT_QUALITY))
+    if found.published:
+        blocks.append(ABOUT_PUBLISHED.format(runs.split_of(found)))
+    blocks.append(ABOUT_QUALITY)
     return [*blocks, *_verdict_blocks(probes)]
 
 
@@ -119,7 +118,7 @@ def _log_r_blocks(found: runs.Runs, chosen: Sequence[str]) -> list[Block]:
     )  # fmt: skip
     if chart is not None:
         return [Plots((chart,))]
-    return [Para("No run is chosen that holds its rows.")] if found.log_r else []
+    return ["No run is chosen that holds its rows."] if found.log_r else []
 
 
 def verdicts_html(probes: Probes) -> str:
@@ -140,14 +139,11 @@ def table_html(found: runs.Runs) -> str:
 
 
 def _run_table(found: runs.Runs) -> Table:
-    rows = tuple(tuple(Cell(_cell(value)) for value in runs.cells(row)) for row in found.table)
+    rows = [[DASH if v is None else str(v) for v in runs.cells(row)] for row in found.table]
     texts = ("name", "source", "direction", "protocol", "limited")
-    columns = tuple(Column(runs.LABELS[name], numeric=name not in texts) for name in runs.COLUMNS)
+    labels = runs.LABELS
+    columns = tuple(labels[n] if n in texts else Column(labels[n]) for n in runs.COLUMNS)
     return Table("Runs", columns, rows)
-
-
-def _cell(value: Any) -> str:
-    return DASH if value is None else str(value)
 
 
 def file_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:

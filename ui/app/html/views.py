@@ -6,8 +6,10 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from evaluation.metrics.fact_recall import BROKEN, MADE_UP, REFUSES, STATES, WRONG
 from evaluation.report.answers import word_differences
 from evaluation.report.numbers import fixed
+from ui.app.data.answers import NOT_JUDGED
 from ui.app.data.probes import is_probe, probe_text
 
 if TYPE_CHECKING:
@@ -26,6 +28,24 @@ STATUS_NOTES = {
     "superseded": "another adapter took its place",
     "merged": "folded into released weights",
     "purged": "its files are deleted",
+}
+
+
+VERDICT_HINTS = {
+    STATES: "The answer states the facts that the question does not give away.",
+    WRONG: "A date, number or name of the true answer is missing and another one is given.",
+    MADE_UP: "Fluent, but not the true facts.",
+    REFUSES: "The answer says that it does not know.",
+    BROKEN: "No language: empty, damaged, or repetition.",
+    NOT_JUDGED: "The question is not in the data, so there is no true answer to judge by.",
+}
+
+
+TALLIED = {
+    "states it:": "knows",
+    "facts:": "fact_recall",
+    "ROUGE-L:": "rouge_l_recall",
+    "P:": "answer_prob",
 }
 
 
@@ -48,11 +68,12 @@ def _marked(runs: Sequence[tuple[str, bool]]) -> str:
 
 def answer_card(title: str, body: str, answer: Answer | None, note: str = "") -> str:
     """One side of a comparison: its name, the answer, its verdict, time and rate."""
-    verdict = (
-        f'<span class="un-verdict" data-word="{esc(answer.word)}">{esc(answer.word)}</span>'
-        if answer is not None and answer.word
-        else ""
-    )
+    verdict = ""
+    if answer is not None and answer.word:
+        verdict = (
+            f'<span class="un-verdict" title="{esc(VERDICT_HINTS[answer.word])}">'
+            f"{esc(answer.word)}</span>"
+        )
     foot = ""
     if answer is not None and answer.tokens:
         rate = f", {answer.rate:.0f} tokens/s" if answer.rate else ""
@@ -102,6 +123,7 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     done, rows = frame.stage == "done", []
     dots = "–" if frame.stage == "stopped" else "…"
     for name, key, means in (
+        ("Facts stated", "fact_recall", "dates, names, numbers and words that the question lacks"),
         ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
         ("Answer probability", "answer_prob", "of the true answer, a token"),
         ("Truth ratio R", "truth_ratio", "wrong over right answers; below 1 prefers the right one"),
@@ -139,40 +161,26 @@ def arrow(before: float | None, after: float | None) -> str:
     return "<span>↑ up</span>" if after > before else "<span>↓ down</span>"
 
 
-def tally_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Forgetting and keeping side by side: one row a group."""
+def tally_table(
+    lines: Sequence[Mapping[str, Any]], names: tuple[str, str] = ("base", "stack")
+) -> str:
+    """Forgetting and keeping side by side: one row per group."""
     if not lines:
         return ""
-    body = "".join(
-        f'<tr><th scope="row">{esc(line["group"])}</th><td>{line["n"]}</td>'
-        f"<td>{line['base_knows']}</td><td>{line['unlearned_knows']}</td>"
-        f"<td>{fixed(line['base_rouge_l_recall'], 2)}</td>"
-        f"<td>{fixed(line['unlearned_rouge_l_recall'], 2)}</td>"
-        f"<td>{fixed(line['base_answer_prob'], 2)}</td>"
-        f"<td>{fixed(line['unlearned_answer_prob'], 2)}</td></tr>"
-        for line in lines
-    )
-    heads = "".join(
-        f'<th scope="col">{head}</th>'
-        for head in (
-            "Set",
-            "Questions",
-            "Base still knows",
-            "Stack still knows",
-            "ROUGE-L base",
-            "ROUGE-L stack",
-            "P base",
-            "P stack",
-        )
-    )
-    return (
-        '<div class="un-scroll" tabindex="0" role="region" aria-label="Forgotten and kept">'
-        f'<table class="un-table"><caption class="un-hidden">Forgotten and kept</caption>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    rows = []
+    for line in lines:
+        row: dict[str, Any] = {"set": line["group"], "questions": line["n"]}
+        for title, key in TALLIED.items():
+            for side, name in zip(("base", "unlearned"), names, strict=True):
+                value = line[f"{side}_{key}"]
+                row[f"{title} {name}"] = value if isinstance(value, int) else fixed(value, 2)
+        rows.append(row)
+    return table(rows, "Forgotten and kept")
 
 
-def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def adapter_cells(
+    adapter: StoredAdapter, name: str, evals: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
     """One adapter of the store as the Stack tab lists it."""
     manifest = adapter.manifest
     figures = []
@@ -183,54 +191,32 @@ def adapter_cells(adapter: StoredAdapter, evals: Mapping[str, Mapping[str, Any]]
         quality, utility = found.get("forget_quality"), found.get("model_utility")
         said = [f"FQ {quality:.3g}" if quality is not None else "FQ needs a reference"]
         said += [f"MU {utility:.3f}"] if utility is not None else []
+        for part in ("forget", "retain"):
+            if (recall := found.get(f"{part}_fact_recall")) is not None:
+                said.append(f"{part} facts stated {recall:.0%}")
         if found.get("limit") is not None:
-            said.append(f"only the first {found['limit']} rows of each set")
+            said.append(f"partial: the first {found['limit']} rows of each set")
         figures.append(f"{name}: {', '.join(said)}")
     rows = manifest.data.get("forget", {}).get("n")
-    return [
-        "on" if adapter.active else "off",
-        adapter.label,
-        adapter.slug,
-        f"{adapter.scale:g}" if adapter.scale is not None else "–",
-        adapter.status,
-        manifest.created[:10],
-        "–" if rows is None else str(rows),
-        ", ".join(manifest.parents) or "none",
-        "; ".join(figures) or "not measured yet",
-        adapter.problem or STATUS_NOTES.get(adapter.status, ""),
-    ]
+    return {
+        "Name": name,
+        "State": "● on" if adapter.active else "○ off",
+        "Adapter": adapter.slug,
+        "Strength": f"{adapter.scale:g}" if adapter.scale is not None else "–",
+        "Status": adapter.status,
+        "Filed": manifest.created[:10],
+        "Rows": "–" if rows is None else str(rows),
+        "Trained on": ", ".join(manifest.parents) or "the bare base",
+        "Figures": "; ".join(figures) or "not measured yet",
+        "What this means": adapter.problem or STATUS_NOTES.get(adapter.status, ""),
+    }
 
 
-def adapter_table(rows: Sequence[Sequence[str]]) -> str:
+def adapter_table(rows: Sequence[Mapping[str, str]]) -> str:
     """The store's adapters; an empty store says how to fill it."""
     if not rows:
         return '<p class="un-empty">The store is empty. File a request under “New request”.</p>'
-    heads = (
-        "State",
-        "Label",
-        "Adapter",
-        "Strength",
-        "Status",
-        "Filed",
-        "Rows",
-        "Trained on",
-        "Figures",
-        "What this means",
-    )
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
-    body = "".join(
-        f'<tr data-state="{esc(cells[0])}"><td><span class="un-state">'
-        f"{'●' if cells[0] == 'on' else '○'} {esc(cells[0])}</span></td>"
-        f'<th scope="row">{esc(cells[1])}</th>'
-        + "".join(f"<td>{esc(cell)}</td>" for cell in cells[2:])
-        + "</tr>"
-        for cells in rows
-    )
-    return (
-        '<div class="un-scroll" tabindex="0" role="region" aria-label="Adapters of the store">'
-        '<table class="un-table"><caption class="un-hidden">Adapters of the store</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return table(rows, "Adapters of the store")
 
 
 def table(rows: Sequence[Mapping[str, Any]], label: str) -> str:
@@ -240,12 +226,15 @@ def table(rows: Sequence[Mapping[str, Any]], label: str) -> str:
     heads = list(rows[0])
     head = "".join(f'<th scope="col">{esc(name)}</th>' for name in heads)
     body = "".join(
-        "<tr>" + "".join(f"<td>{esc(row.get(name, ''))}</td>" for name in heads) + "</tr>"
+        f'<tr><th scope="row">{esc(row[heads[0]])}</th>'
+        + "".join(f"<td>{esc(row[name])}</td>" for name in heads[1:])
+        + "</tr>"
         for row in rows
     )
     return (
         f'<div class="un-scroll" tabindex="0" role="region" aria-label="{esc(label)}">'
-        f'<table class="un-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<table class="un-table"><caption class="un-hidden">{esc(label)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

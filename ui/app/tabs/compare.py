@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
-from ui.app.data import commands, verdicts
+from evaluation.metrics.fact_recall import RULE
+from ui.app.data import commands
 from ui.app.data.decoding import Sampling
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, command_box, told
@@ -19,34 +20,33 @@ if TYPE_CHECKING:
 
 FRAME_SECONDS = 0.05  # between two pictures of a growing answer; Stop is looked at every token
 SETTLE_SECONDS = 0.25  # a slider that moves on within this time is not answered yet
+EXAMPLES = 3  # of `Session.examples`
 Answers = Iterator[tuple[Any, ...]]
 
 
 def _asking(app: App) -> tuple[Any, ...]:
-    """Author, questions, question, the two buttons, and what stands under "More"."""
-    with gr.Row():
-        author = gr.Dropdown(
-            choices=list(app.session.askable()), label="Author or filed request",
-            elem_id="un-author",
-            value=None, scale=1,
-        )  # fmt: skip
-        question_list = gr.Dropdown(
-            choices=[], label="Questions of that author", value=None, elem_id="un-list", scale=2
-        )
+    """Author, questions, question, examples, the two buttons, and the fields under "More"."""
+    author = gr.Dropdown(
+        choices=app.session.choices(), label="Author or filed request", elem_id="un-author",
+        value=None,
+    )  # fmt: skip
+    question_list = gr.Dropdown(
+        choices=[], label="Questions of that author", value=None, elem_id="un-list"
+    )
     question = gr.Textbox(
         label="Question", placeholder="Choose one above, or type your own. Enter asks.",
-        lines=1, max_lines=1, elem_id="un-question",
+        lines=1, max_lines=4, elem_id="un-question",
     )  # fmt: skip
     with gr.Row():
-        ask = gr.Button(
-            "Ask both", variant="primary", elem_id="un-ask", size="md", scale=0, min_width=180
-        )
-        stop = gr.Button("Stop (Esc)", elem_id="un-stop", size="md", scale=0, min_width=140)
-    with gr.Accordion("More", open=False), gr.Row():
+        ask = gr.Button("Ask both", variant="primary", elem_id="un-ask", size="md", min_width=120)
+        stop = gr.Button("Stop (Esc)", elem_id="un-stop", size="md", min_width=120)
+    with gr.Column(elem_id="un-examples"):
+        examples = [gr.Button(visible=False, size="sm") for _ in range(EXAMPLES)]
+    with gr.Accordion("More", open=False):
         heat = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)")
         seed = gr.Number(0, precision=0, label="Seed", minimum=0)
         longest = gr.Slider(1, 400, value=200, step=1, label="Longest answer in tokens")
-    return author, question_list, question, ask, stop, (heat, seed, longest)
+    return author, question_list, question, examples, ask, stop, (heat, seed, longest)
 
 
 class _Fields(NamedTuple):
@@ -70,7 +70,7 @@ def _answers() -> _Fields:
             right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
     scores = gr.HTML("", elem_id="un-figures")
     with gr.Accordion("How the verdict is found", open=False):
-        gr.Markdown(verdicts.RULE)
+        gr.Markdown(RULE)
     return _Fields(status, left, right, scores, gr.State(None), command_box())
 
 
@@ -97,6 +97,7 @@ class _Asking:
         number: float, most: float, request: gr.Request,
     ) -> Answers:  # fmt: skip
         """Both sides."""
+        yield _begun(asked)
         found = self.frames(asked, chosen, kept, temperature, number, most, request)
         yield from _pictures(self.app, found)
 
@@ -118,16 +119,29 @@ class _Asking:
         event = self.app.stop_of(request)
         if event.wait(SETTLE_SECONDS) or (last.stage == "done" and tuple(wanted) == last.stack):
             return
+        yield _begun(last.question)
         sampling = last.sampling or Sampling()
         found = self.app.session.compare(last.question, wanted, sampling, event, keep=last)
         mine = (frame for frame in found if not self.app.superseded(request, event))
         yield from _pictures(self.app, mine)
 
 
-def compare(app: App, stack: Any, strengths: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """The Compare tab: its author field, and what makes an event answer the right side anew."""
-    author, question_list, question, ask, stop, more = _asking(app)
-    fields = _answers()
+def example_buttons(app: App) -> list[Any]:
+    """The buttons that ask an example each, as the data has them now."""
+    shown = [gr.update(value=f"{kind}: {row.question}", visible=True)
+             for kind, row in app.session.examples()]  # fmt: skip
+    return [*shown, *[gr.update(visible=False)] * (EXAMPLES - len(shown))]
+
+
+def compare(
+    app: App, stack: Any, strengths: Any
+) -> tuple[Any, Callable[[Any], Any], list[Any]]:  # fmt: skip
+    """The Compare tab: author field, what makes an event answer the right side, and examples."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280, elem_id="un-controls"):
+            author, question_list, question, examples, ask, stop, more = _asking(app)
+        with gr.Column(scale=3, min_width=300):
+            fields = _answers()
     asking = _Asking(app)
 
     def questions(name: str | None, last: Any, text: str) -> tuple[Any, Any]:
@@ -155,13 +169,21 @@ def compare(app: App, stack: Any, strengths: Any) -> tuple[Any, Callable[[Any], 
         [ask.click, question.submit], told(asking.run), inputs, list(fields),
         concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
     )  # fmt: skip
+    for place, example in enumerate(examples):
+        example.click(
+            lambda place=place: app.session.examples()[place][1].question, None, question,
+            show_progress="hidden", **PRIVATE,
+        ).then(
+            told(asking.run), inputs, list(fields),
+            concurrency_limit=16, show_progress="hidden", **PRIVATE,
+        )  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
-    return author, wire
+    return author, wire, examples
 
 
 def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
     """What the page shows of a comparison, not more often than can be seen."""
-    names, shown = {a.slug: a.label for a in app.session.adapters()}, 0.0
+    names, shown = app.session.names(), 0.0
     last_stage = ""
     for frame in frames:
         now = time.monotonic()
@@ -178,6 +200,11 @@ def _status(text: str, question: str = "") -> str:
         f'<p class="un-foot" role="status" aria-live="polite" '
         f'data-question="{views.esc(question)}">{views.esc(text)}</p>'
     )
+
+
+def _begun(question: str) -> tuple[Any, ...]:
+    """What the page shows before the first token: a click is answered at once."""
+    return (_status("Asking …", question), *[gr.skip()] * (len(_Fields._fields) - 1))
 
 
 def _stage(frame: Frame) -> str:

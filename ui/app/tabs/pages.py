@@ -17,7 +17,7 @@ from ui.app.html import views
 
 if TYPE_CHECKING:
     from ui.app.build import App
-    from ui.app.data.comparator import Pair
+    from ui.app.data.sheet import SheetRow
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 LOG = logging.getLogger("unlearner.app")
@@ -77,7 +77,7 @@ def note(text: str) -> str:
     return f'<p class="un-note">{views.esc(text)}</p>'
 
 
-def comparator_file(app: App, rows: Sequence[Pair], names: tuple[str, str]) -> str:
+def comparator_file(app: App, rows: Sequence[SheetRow], names: tuple[str, str]) -> str:
     """A file in LLM Comparator's JSON; for <https://pair-code.github.io/llm-comparator/>."""
     path = app.new_file("comparator.json")
     path.write_text(json.dumps(comparator(rows, names)), encoding="utf-8")

@@ -17,12 +17,13 @@ from ui.app.tabs.pages import PRIVATE, command_box, note, told
 if TYPE_CHECKING:
     from ui.app.build import App
 
-UPLOAD = "or upload rows (JSON lines)"
 OBJECTIVES = ("simnpo", "npo", "grad_diff", "kl", "idk", "dpo")
-
-
+PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
+# The endings of the formats that `forget` reads; the content decides.
+ROW_FILES = [".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz"]
 # The flags of the form's numbers, in their order.
 NUMBERS = (
+    "--neighbours",
     "--num-train-epochs",
     "--learning-rate",
     "--per-device-train-batch-size",
@@ -34,51 +35,74 @@ NUMBERS = (
 def _form(app: App) -> list[Any]:
     """The fields of a request, in the order of `_draft`."""
     with gr.Row():
-        author = gr.Dropdown(
-            choices=list(app.session.library.authors), label="Forget this author", value=None,
-            elem_id="un-forget-author", scale=2, min_width=260,
-        )  # fmt: skip
-        with gr.Column(scale=1, min_width=220):
-            upload = gr.UploadButton(
-                UPLOAD, type="filepath", elem_id="un-upload", size="md",
-                file_types=[".jsonl", ".json", ".tsv", ".txt"],
+        with gr.Column(min_width=300):
+            author = gr.Dropdown(
+                choices=list(app.session.library.authors), label="Forget this author", value=None,
+                elem_id="un-forget-author",
             )  # fmt: skip
-            drop = gr.Button("Take the file away", size="sm", visible=False)
+            pasted, upload = _rows_fields("rows to forget", "un-paste", "un-upload")
+        with gr.Column(min_width=300):
+            retain_pasted, retain_upload = _rows_fields(
+                "rows to keep (default: the rest of the data)", "un-keep", "un-keep-upload"
+            )
+            neighbours = gr.Number(
+                None, label="Keep only the nearest rows (0: all)", precision=0, minimum=0,
+                elem_id="un-neighbours",
+            )  # fmt: skip
+    with gr.Accordion("Settings", open=False):
+        with gr.Row():
+            preset = gr.Dropdown(
+                [("the objective's published recipe", ""), *PRESETS], value="", label="Preset"
+            )
+            objective = gr.Dropdown(list(OBJECTIVES), value="simnpo", label="Objective")
+            label = gr.Textbox(label="Label (stored in the clear)", max_lines=1)
+        with gr.Row():
+            epochs = gr.Number(
+                None, label="Epochs (0: the recipe's)", precision=0, minimum=0, elem_id="un-epochs"
+            )
+            rate = gr.Number(None, label="Learning rate (0: the recipe's)", minimum=0)
+            batch = gr.Number(
+                None, label="Pairs of one forward (0: the recipe's)", precision=0, minimum=0
+            )
+            alternates = gr.Number(
+                None, label="Alternate answers per question (0: none)", precision=0, minimum=0
+            )
+            attack = gr.Number(None, label="Weight under a simulated attack (0: none)", minimum=0)
+    numbers = [neighbours, epochs, rate, batch, alternates, attack]
+    return [author, pasted, upload, retain_pasted, retain_upload, preset, objective, label,
+            *numbers]  # fmt: skip
+
+
+def _rows_fields(what: str, paste_id: str, upload_id: str) -> tuple[Any, Any]:
+    """Where rows are pasted or uploaded."""
     pasted = gr.Textbox(
-        label="or paste rows", lines=3, max_lines=10, elem_id="un-paste",
-        placeholder='{"question": "…", "answer": "…"}   one a line; or question, tab, answer',
+        label=f"Paste {what}", lines=3, max_lines=10, elem_id=paste_id,
+        placeholder='{"question": "…", "answer": "…"}   one per line; or question, tab, answer',
     )  # fmt: skip
-    with gr.Accordion("Settings", open=False), gr.Row():
-        objective = gr.Dropdown(list(OBJECTIVES), value="simnpo", label="Objective")
-        label = gr.Textbox(label="Label (stored in the clear)", max_lines=1)
-        epochs = gr.Number(
-            None, label="Epochs (0: the recipe's)", precision=0, minimum=0, elem_id="un-epochs"
+    plain = "or upload a file: JSON lines, JSON, CSV, TSV or Parquet"
+    with gr.Row():
+        upload = gr.UploadButton(
+            plain, type="filepath", elem_id=upload_id, size="sm", file_types=ROW_FILES
         )
-        rate = gr.Number(None, label="Learning rate (0: the recipe's)", minimum=0)
-        batch = gr.Number(
-            None, label="Pairs of one forward (0: the recipe's)", precision=0, minimum=0
-        )
-        alternates = gr.Number(
-            None, label="Alternate answers a question (0: none)", precision=0, minimum=0
-        )
-        attack = gr.Number(None, label="Weight under a simulated attack (0: none)", minimum=0)
+        drop = gr.Button("Remove the file", size="sm", visible=False, scale=0, min_width=140)
     upload.upload(
         lambda path: (gr.update(label=f"{Path(path).name} (choose another)"),
                       gr.update(visible=True)),
         upload, [upload, drop], **PRIVATE,
     )  # fmt: skip
     drop.click(
-        lambda: (gr.update(label=UPLOAD, value=None), gr.update(visible=False)),
+        lambda: (gr.update(label=plain, value=None), gr.update(visible=False)),
         None, [upload, drop], **PRIVATE,
     )  # fmt: skip
-    numbers = [epochs, rate, batch, alternates, attack]
-    return [author, pasted, upload, objective, label, *numbers]
+    return pasted, upload
 
 
 def _draft(*fields: Any) -> requests.Draft:
-    author, pasted, upload, objective, label, *numbers = fields
-    settings = tuple(zip(NUMBERS, numbers, strict=True))
-    return requests.draft(author, pasted, upload, objective, label, settings)
+    author, pasted, upload, retain_pasted, retain_upload, preset, objective, label = fields[:8]
+    return requests.draft(
+        author, pasted, upload, objective, label, tuple(zip(NUMBERS, fields[8:], strict=True)),
+        retain_pasted=retain_pasted, retain_upload=retain_upload, preset=preset,
+    )  # fmt: skip
 
 
 class RequestTab(NamedTuple):
@@ -100,34 +124,38 @@ def request(app: App) -> RequestTab:
             "Start training", variant="primary", elem_id="un-start", size="md", scale=0,
             min_width=180,
         )  # fmt: skip
-    shown_ = gr.HTML("", elem_id="un-previewed")
+    previewed = gr.HTML("", elem_id="un-previewed")
+    with gr.Accordion("All settings of this run", open=False, elem_id="un-settings"):
+        yaml = gr.Code(
+            "# Preview shows them.", language="yaml", interactive=False, show_label=False,
+            max_lines=20,
+        )  # fmt: skip
     same = command_box()
     live, job, events = _watch(app)
 
-    def looked(asked: requests.Draft) -> str:
-        preview, plan = requests.look(asked, app.session, app.config_of)
-        free = requests.free_memory(app.session)
-        return request_page.preview_html(preview) + request_page.plan_html(plan, free)
+    def looked(asked: requests.Draft) -> tuple[str, str, str]:
+        seen = requests.look(asked, app.session, app.settings_of)
+        plan = request_page.plan_html(seen.plan, requests.free_memory(app.session))
+        shown = request_page.preview_html(seen.preview) + plan
+        return shown, seen.settings, views.command_html(asked.command(app.session))
 
-    def look(*values: Any) -> tuple[str, str]:
-        asked = _draft(*values)
-        return looked(asked), views.command_html(asked.command(app.session))
+    def look(*values: Any) -> tuple[str, str, str]:
+        return looked(_draft(*values))
 
     def begin(*values: Any) -> tuple[Any, ...]:
         asked = _draft(*values)
         seen = looked(asked)  # refuses before anything is started
-        if app.session.on_gpu:
+        if app.session.gpu_bytes:
             app.session.rest()
         title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
         name = app.jobs.submit(
-            title, asked.words(app.session), asked.rows or None,
+            title, asked.words(app.session), asked.files,
             private=(asked.author,) if asked.author else (),
         )  # fmt: skip
-        return (seen, views.command_html(asked.command(app.session)),
-                gr.update(choices=_jobs(app), value=name), _jobs_html(app))  # fmt: skip
+        return (*seen, gr.update(choices=_jobs(app), value=name), _jobs_html(app))
 
-    preview.click(told(look), fields, [shown_, same], **PRIVATE)
-    began = start.click(told(begin), fields, [shown_, same, job, live], **PRIVATE)
+    preview.click(told(look), fields, [previewed, yaml, same], **PRIVATE)
+    began = start.click(told(begin), fields, [previewed, yaml, same, job, live], **PRIVATE)
     return RequestTab(fields[0], [live, job], [began, *events])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -12,9 +13,11 @@ from ui.app.data import commands
 from ui.app.data import runs as runs_data
 from ui.app.html import runs_page, views
 from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, note, told
+from ui.app.tabs.sheet import rows_table, shown_rows
 
 if TYPE_CHECKING:
     from ui.app.build import App
+    from ui.app.data.sheet import SheetRow
 
 EMPTY = (
     '<p class="un-note">No evaluation yet. <code>unlearner evaluate --store S ...</code> stores '
@@ -22,7 +25,7 @@ EMPTY = (
 )
 
 
-class _Reading:
+class Reading:
     """The functions behind the tab."""
 
     def __init__(self, app: App) -> None:
@@ -36,6 +39,7 @@ class _Reading:
         path.write_text(runs_data.as_csv(found), encoding="utf-8")
         notes = "".join(map(note, [*found.notes, *probes.notes]))
         names = list(found.log_r)
+        logs = [name for name, _ in _named_logs(app)]
         first = names[: runs_page.SHOWN_CURVES]
         words = commands.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
         return (
@@ -46,7 +50,10 @@ class _Reading:
             runs_page.plots_html(found, probes),
             str(path),
             views.command_html(words),
-        )
+            *[gr.update(choices=logs, value=logs[place] if len(logs) > 1 else None)
+              for place in (0, 1)],
+            gr.update(visible=len(logs) > 1),
+        )  # fmt: skip
 
     def draw(self, names: list[str]) -> str:
         """Log R of the chosen runs."""
@@ -59,9 +66,11 @@ class _Reading:
         words = commands.report(app.logs, app.retain_log, app.robustness, app.calibration)
         return gr.update(value=str(path), visible=True), views.command_html(words)
 
-    def pair(self, names: list[str]) -> Any:
-        """The file of the first two chosen."""
-        return gr.update(value=pair_file(self.app, names or []), visible=True)
+    def answers(self, first: str | None, second: str | None) -> tuple[Any, ...]:
+        """The recorded answers of two logs, and the button of their file."""
+        rows, names = _pair(self.app, first, second)
+        path = comparator_file(self.app, rows, names)
+        return *shown_rows(rows, names), gr.update(value=path, visible=True)
 
 
 def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
@@ -74,7 +83,6 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     )  # fmt: skip
     chosen = gr.CheckboxGroup(
         [], label="Runs whose log R is drawn", elem_id="un-chosen", visible=False,
-        info="The first two chosen are what the LLM Comparator JSON holds.",
     )  # fmt: skip
     spread = gr.HTML("", elem_id="un-log-r")
     figures = gr.HTML("", elem_id="un-plots")
@@ -83,28 +91,43 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
         table = gr.DownloadButton("CSV", size="sm", elem_id="un-csv")
         report = gr.Button("Make the HTML report", size="sm", elem_id="un-report")
         report_file = gr.DownloadButton("HTML report", size="sm", visible=False)
-        pair = gr.Button("LLM Comparator JSON of two runs", size="sm", elem_id="un-pair")
-        pair_file = gr.DownloadButton("comparator.json", size="sm", visible=False)
-    box, behind = command_box(), _Reading(app)
-    outputs = [said, grid, chosen, spread, figures, table, box]
+    box, behind = command_box(), Reading(app)
+    with gr.Accordion("What the columns mean", open=False):
+        gr.Markdown(runs_data.column_help())
+    with gr.Column(visible=False) as two_logs:
+        gr.Markdown("### Answers of two logs, side by side")
+        with gr.Row():
+            first = gr.Dropdown([], label="Log", elem_id="un-first-log")
+            second = gr.Dropdown([], label="beside", elem_id="un-second-log")
+            answers = gr.Button("Show their answers", size="md", elem_id="un-pair", scale=0)
+        pair = rows_table(
+            "un-logs", "Recorded answers; a heading sorts, a row opens its difference"
+        )
+        pair_file = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
+    outputs = [said, grid, chosen, spread, figures, table, box, first, second, two_logs]
     again.click(told(behind.read), None, outputs, **PRIVATE)
     page.load(told(behind.read), None, outputs, show_progress="hidden", **PRIVATE)
     chosen.input(told(behind.draw), chosen, spread, show_progress="hidden", **PRIVATE)
     report.click(told(behind.report), None, [report_file, box], **PRIVATE)
-    pair.click(told(behind.pair), chosen, pair_file, **PRIVATE)
+    answers.click(told(behind.answers), [first, second], [*pair, pair_file], **PRIVATE)
     return behind.read, outputs
 
 
-def pair_file(app: App, names: list[str]) -> str:
-    """LLM Comparator's file of the first two chosen logs."""
+def _named_logs(app: App) -> list[tuple[str, Path]]:
+    """The logs of the tab by name, each once."""
     from evaluation.report.inputs import log_names
-    from ui.app.data.comparator import recorded_pairs
-    from ui.app.data.runs import all_logs
 
-    shown = all_logs(app.logs, app.retain_log)
-    known = dict(zip(log_names(shown), shown, strict=True))
-    chosen = [name for name in names if name in known][:2]
-    if len(chosen) < 2:
-        raise UserError("Fewer than two logs are chosen.", "Choose two under the table.")
-    first, second = chosen
-    return comparator_file(app, recorded_pairs(known[first], known[second]), (first, second))
+    logs = runs_data.all_logs(app.logs, app.retain_log)
+    return list(zip(log_names(logs), logs, strict=True))
+
+
+def _pair(
+    app: App, first: str | None, second: str | None
+) -> tuple[list[SheetRow], tuple[str, str]]:
+    """The rows that both logs answer, and their names."""
+    from ui.app.data.comparator import recorded_pairs
+
+    logs = dict(_named_logs(app))
+    if first not in logs or second not in logs or first == second:
+        raise UserError("Two different logs are needed.", "Choose them from the lists.")
+    return recorded_pairs(logs[first], logs[second]), (first, second)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
@@ -14,8 +14,9 @@ from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
+    from ui.app.data.sheet import SheetRow
 
-WIDTHS = [110, 260, 260, 260, 110, 110, 90, 90, 80, 80, 80, 80]
+WIDTHS = [110, 260, 260, 260, 110, 110, 80, 80, 90, 90, 80, 80, 80, 80]
 
 
 class _Sheet:
@@ -41,38 +42,73 @@ class _Sheet:
             text += f" Waiting in line: {ahead} ahead." if ahead else ""
             text += " Stopped." if event.is_set() else ""
             yield (f'<p class="un-foot" role="status">{views.esc(text)}</p>',
-                   views.tally_table(sheet_data.tally(found)), [row.cells() for row in found],
-                   found, words)  # fmt: skip
+                   *shown_rows(found), words)  # fmt: skip
 
     def _names(self, stack: Sequence[tuple[str, float]]) -> str:
-        labels = {adapter.slug: adapter.label for adapter in self.app.session.adapters()}
-        return ", ".join(f"{labels[slug]} × {scale:g}" for slug, scale in stack) or "itself"
+        names = self.app.session.names()
+        return ", ".join(f"{names[slug]} × {scale:g}" for slug, scale in stack) or "itself"
 
-    def open_row(self, found: list[Any], event: gr.SelectData) -> tuple[str, str]:
-        """Both answers of the row that was chosen, with their difference."""
-        # The table may be sorted: the row is found by its question, not by its place.
-        question = event.row_value[1]
-        row = next(r for r in found if r.question == question)
-        texts = views.differences(row.base.text, row.unlearned.text)
-        about = f"{row.question}  True answer: {row.truth}"
-        return (
-            views.answer_card("Base", texts[0], row.base, about),
-            views.answer_card("Stack", texts[1], row.unlearned, about),
-        )
-
-    def export(self, found: list[Any]) -> Any:
+    def export(self, rows: tuple[list[SheetRow], Any]) -> Any:
         """The button of the file for LLM Comparator, once there are rows."""
-        if not found:
+        if not rows[0]:
             return gr.skip()
-        made = [(row.group, row.question, row.base, row.unlearned) for row in found]
-        return gr.update(value=comparator_file(self.app, made, ("base", "stack")), visible=True)
+        path = comparator_file(self.app, rows[0], sheet_data.SIDES)
+        return gr.update(value=path, visible=True)
+
+
+class RowsTable(NamedTuple):
+    """Two answers to many questions: a tally, a table whose rows open, and the rows."""
+
+    summary: Any
+    grid: Any
+    rows: Any
+
+
+def rows_table(name: str, label: str) -> RowsTable:
+    """The table, where `shown_rows` fills it; `name` begins the ids of its parts."""
+    summary = gr.HTML("", elem_id="un-tally" if name == "un-sheet" else f"{name}-tally")
+    grid = gr.Dataframe(
+        headers=sheet_data.columns(), value=[], interactive=False, wrap=True, label=label,
+        elem_id=name, max_height=560, column_widths=WIDTHS,
+    )  # fmt: skip
+    with gr.Row():
+        with gr.Column(min_width=300):
+            left = gr.HTML("")
+        with gr.Column(min_width=300):
+            right = gr.HTML("", elem_id=f"{name}-diff")
+    rows = gr.State(([], sheet_data.SIDES))
+    grid.select(told(_open_row), rows, [left, right], **PRIVATE)
+    return RowsTable(summary, grid, rows)
+
+
+def shown_rows(
+    rows: Sequence[SheetRow], sides: tuple[str, str] = sheet_data.SIDES
+) -> tuple[Any, ...]:
+    """Tally, table and rows, for the fields of a `RowsTable`."""
+    cells = {"headers": sheet_data.columns(sides), "data": [row.cells() for row in rows]}
+    return views.tally_table(sheet_data.tally(rows), sides), cells, (list(rows), sides)
+
+
+# gradio evaluates these annotations: all their names must be there at run time.
+def _open_row(found: tuple[list[Any], tuple[str, str]], event: gr.SelectData) -> tuple[str, str]:
+    """Both answers of the row that was chosen, with their difference."""
+    # The table may be sorted: the row is found by its question, not by its place.
+    row = next(row for row in found[0] if row.question == event.row_value[1])
+    texts = views.differences(row.base.text, row.unlearned.text)
+    about = f"{row.question}  True answer: {row.truth}"
+    answers = (row.base, row.unlearned)
+    cards = [
+        views.answer_card(side.capitalize(), text, answer, about)
+        for side, text, answer in zip(found[1], texts, answers, strict=True)
+    ]
+    return cards[0], cards[1]
 
 
 def sheet(app: App, stack: Any, strengths: Any) -> Any:
     """The Author sheet; its author field."""
     with gr.Row():
         author = gr.Dropdown(
-            choices=list(app.session.askable()), label="Author or filed request", value=None,
+            choices=app.session.choices(), label="Author or filed request", value=None,
             elem_id="un-sheet-author", scale=2,
         )  # fmt: skip
         beside = gr.Slider(1, 20, value=5, step=1, label="Neighbours of each kind", scale=1)
@@ -85,23 +121,12 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
             "Stop the sheet (Esc)", elem_id="un-sheet-stop", size="md", scale=0, min_width=190
         )
     status = gr.HTML("", elem_id="un-sheet-status")
-    summary = gr.HTML("", elem_id="un-tally")
-    grid = gr.Dataframe(
-        headers=list(sheet_data.COLUMNS), value=[], interactive=False, wrap=True,
-        label="All questions; a heading sorts, a row opens its difference", elem_id="un-sheet",
-        max_height=560, column_widths=WIDTHS,
-    )  # fmt: skip
-    with gr.Row():
-        with gr.Column(min_width=300):
-            left = gr.HTML("")
-        with gr.Column(min_width=300):
-            right = gr.HTML("", elem_id="un-sheet-diff")
+    table = rows_table("un-sheet", "All questions; a heading sorts, a row opens its difference")
     export = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
-    rows, box, behind = gr.State([]), command_box(), _Sheet(app)
+    box, behind = command_box(), _Sheet(app)
     fill.click(
-        told(behind.run), [author, stack, strengths, beside], [status, summary, grid, rows, box],
+        told(behind.run), [author, stack, strengths, beside], [status, *table, box],
         concurrency_limit=16, show_progress="hidden", trigger_mode="once", **PRIVATE,
-    ).then(told(behind.export), rows, export, **PRIVATE)  # fmt: skip
+    ).then(told(behind.export), table.rows, export, **PRIVATE)  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
-    grid.select(told(behind.open_row), rows, [left, right], **PRIVATE)
     return author

@@ -114,16 +114,19 @@ def _confirmation() -> tuple[Any, ...]:
 
 
 def _all(app: App) -> list[tuple[str, str]]:
-    return [(f"{a.label} ({a.status})", a.slug) for a in app.session.adapters()]
+    names = app.session.names()
+    return [(f"{names[a.slug]} ({a.status})", a.slug) for a in app.session.adapters()]
 
 
 def _listing(app: App) -> str:
     store = app.session.store()
-    found = app.session.adapters()
+    names = app.session.names()
     return views.adapter_table(
         [
-            views.adapter_cells(a, {} if a.problem or store is None else store.evals(a.slug))
-            for a in found
+            views.adapter_cells(
+                a, names[a.slug], {} if a.problem or store is None else store.evals(a.slug)
+            )
+            for a in app.session.adapters()
         ]
     )
 
@@ -132,6 +135,5 @@ def _read(app: App) -> str:
     state = app.actions.read_back()
     if state is None:
         return note("No model is loaded, so this is what the store says; nothing was read back.")
-    labels = {a.slug: a.label for a in app.session.adapters()}
-    text = views.stack_text([(slug, scale) for slug, scale in state], labels)
+    text = views.stack_text([(slug, scale) for slug, scale in state], app.session.names())
     return note(f"{text[:1].upper()}{text[1:]}.")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from adapters.errors import Interrupted
 
 if TYPE_CHECKING:
     from ui.console import Console
@@ -45,11 +42,3 @@ def print_comparison(table: list[dict[str, Any]], console: Console) -> None:
     columns = ("protocol", *COLUMNS) if several else COLUMNS
     console.table([{HEADS.get(key, key): row.get(key) for key in columns} for row in table])
     console.text(LEGEND)
-
-
-def stopped(out: Path) -> Interrupted:
-    """What a comparison in `out` raises when it is stopped by Ctrl-C."""
-    return Interrupted(
-        f"Interrupted: what was finished is kept in {out}.",
-        "Run the same command again to continue.",
-    )

@@ -38,14 +38,33 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
 
 
 def gap_text(event: Mapping[str, Any]) -> str:
-    """A reading of the distance to the retrain reference, and what follows from it."""
-    text = (
-        f"Step {event['step']}: log R {event['gap']:+.3f}, forget NLL {event['nll_gap']:+.2f} "
-        f"against the retrain reference (KS D {event['ks']:.3f})."
-    )
+    """A reading of the distance to the retrain reference or target, and what follows from it."""
+    if "target" in event:
+        text = (
+            f"Step {event['step']}: forget NLL {event['forget_nll']:.2f}, target "
+            f"{event['target']:.2f}."
+        )
+    else:
+        text = (
+            f"Step {event['step']}: log R {event['gap']:+.3f}, forget NLL {event['nll_gap']:+.2f} "
+            f"against the retrain reference (KS D {event['ks']:.3f})."
+        )
     if event.get("stopped_at_step") is None:
         return text
-    return f"{text} The sign has turned: stopping with the weights of step {event['kept_step']}."
+    return f"{text} It is reached: stopping with the weights of step {event['kept_step']}."
+
+
+def outcome_lines(outcome: Mapping[str, Any]) -> list[str]:
+    """What a run did to forget, retain and general rows, a line each."""
+    lines = []
+    for name, part in outcome.items():
+        before, after = part["before"], part["after"]
+        how = ", not trained on" if part["held_out"] else ", trained on"
+        lines.append(
+            f"{name:<8} P {before['probability']:.3f} -> {after['probability']:.3f}, "
+            f"NLL {before['nll']:.2f} -> {after['nll']:.2f} ({part['rows']} rows{how})"
+        )
+    return lines
 
 
 def progress_of(console: Console) -> Callable[[str, int, int], None]:

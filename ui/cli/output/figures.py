@@ -17,7 +17,9 @@ def report_figures(figures: Mapping[str, Any], console: Console) -> None:
     from evaluation.metrics.summary import figure_table
 
     for summary in figures.get("protocols", [figures]):
-        for line in (quality_text(summary), utility_text(summary), nll_text(summary)):
+        for line in (
+            quality_text(summary), utility_text(summary), recall_text(summary), nll_text(summary),
+        ):  # fmt: skip
             if line:
                 console.text(line)
         if summary.get("retrain_band"):
@@ -71,6 +73,16 @@ def utility_text(figures: Mapping[str, Any]) -> str:
         return f"model_utility   - ({figures['reasons']['model_utility']})"
     spread = _interval(figures.get("model_utility_interval"))
     return f"model_utility   {value:.4f}{spread}, higher is better"
+
+
+def recall_text(figures: Mapping[str, Any]) -> str:
+    """The share of facts that the answers state, of what was measured: forget and retain."""
+    parts = [
+        f"{name} {value:.4f}{_interval(figures.get(f'{name}_fact_recall_interval'))}"
+        for name in ("forget", "retain")
+        if (value := figures.get(f"{name}_fact_recall")) is not None
+    ]
+    return f"fact_recall     {', '.join(parts)}" if parts else ""
 
 
 def nll_text(figures: Mapping[str, Any]) -> str:

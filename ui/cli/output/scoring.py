@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ui.console import Console
 
 LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
-INTERVALS = ("ks_interval", "log_r_shift_interval", "model_utility_interval")
 
 
 def reference_flags() -> options.Parser:

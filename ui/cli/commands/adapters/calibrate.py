@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError
+from adapters.errors import UserError
 from evaluation.report.inputs import LOG_FILE
-from ui.cli import options
+from ui.cli import models, options
 from ui.cli.output.events import progress_of
-from ui.cli.output.scoring import INTERVALS, PARTS
+from ui.cli.output.scoring import PARTS
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -34,10 +33,11 @@ def register(commands: Any) -> None:
         "calibrate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.store(),
             options.data(),
+            options.config(*options.OF_BASE, "protocol"),
             options.common(),
         ],
         help="choose an adapter's strength against a retrain reference, and publish it so",
@@ -48,7 +48,7 @@ def register(commands: Any) -> None:
         epilog="example:\n  unlearner calibrate r0001 --base B --store S --split forget05 "
         "--reference-log retrain.json --out results",
     )
-    parser.add_argument("ref", metavar="REF", help="adapter: slug, its start, label or request id")
+    parser.add_argument("ref", metavar="REF", help=f"adapter: {options.REF}")
     _add_flags(parser)
     _add_output_flags(parser)
     parser.set_defaults(run=run_calibrate)
@@ -59,10 +59,11 @@ def _add_flags(parser: options.Parser) -> None:
     options.add_split(what)
     what.add_argument(
         "--rows",
-        type=Path,
-        metavar="FILE",
-        help="JSONL forget rows with paraphrased_answer and perturbed_answer, instead of a split",
+        metavar="ROWS",
+        help="forget rows with paraphrased_answer and perturbed_answer, instead of a split: a file "
+        "or hub:OWNER/NAME",
     )
+    options.add_columns(parser)
     options.add_reference_log(parser, use="required for calibration")
     parser.add_argument(
         "--scales",
@@ -103,12 +104,8 @@ def scale_list(text: str) -> tuple[float, ...]:
     """Scales divided by commas, each 0 to 1.5."""
     from adapters.lora.stack import MAX_SCALE
 
-    try:
-        values = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
-    outside = [value for value in values if not 0 <= value <= MAX_SCALE]
-    if outside or not values:
+    values = options.number_list(text)
+    if not all(0 <= value <= MAX_SCALE for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not within 0 to {MAX_SCALE}")
     return values
 
@@ -130,15 +127,8 @@ def run_calibrate(args: argparse.Namespace, console: Console) -> int:
             write_log(log, args.out / f"scale-{scale:g}" / LOG_FILE)
         return log
 
-    try:
+    with models.resumable(args.out and args.out / PARTS):
         found = calibrate(sweep.look, measure, sweep.retain_log, settings)
-    except KeyboardInterrupt:
-        if args.out is None:
-            raise
-        raise Interrupted(
-            f"Interrupted: the finished parts are kept in {args.out / PARTS}.",
-            "Run the same command again to continue.",
-        ) from None
     _finish(args, store, sweep, found, console)
     return 0
 
@@ -161,30 +151,26 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> Sweep:
     """The loaded model with the adapter's stack attached."""
-    from adapters.base.fingerprint import fingerprint_base
-    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
     from evaluation.cache import key_of
     from evaluation.logs import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
-    from unlearner.tokens.prompts import prompt_format
 
     slug, stack = stack_of(store, args.ref)
     retain_log = read_log(args.reference_log)
-    data = calibration_data(args.split, args.rows, args.data)
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
-    fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
-    base: Any = load_base(options.base_spec(args))
-    view = base_view(base)
+    data = calibration_data(args.split, args.rows, args.data, options.columns(args))
+    base = models.load(args)
+    fingerprint, fmt = base.fingerprint, base.fmt
     files = [store.get(each).manifest.files for each in stack]
+    identity = key_of(base=fingerprint.digest, view=base.view, template=fmt.name, adapters=files)
     return Sweep(
-        model=load_stack(base, store, list(stack), stack, base=fingerprint),
+        model=load_stack(base.model, store, list(stack), stack, base=fingerprint),
         fmt=fmt,
         data=data,
         retain_log=retain_log,
         slug=slug,
         stack=stack,
-        identity=key_of(base=fingerprint.digest, view=view, template=fmt.name, adapters=files),
+        identity=identity,
         protocol=args.protocol,
         limit=args.limit,
         resume_dir=args.out / PARTS if args.out else None,
@@ -231,6 +217,7 @@ def _publish(
 ) -> StoredAdapter | None:
     """The scaled adapter with the figures it was chosen by, where there is one to publish."""
     from adapters.store.derive import scaled
+    from evaluation.metrics.summary import figures_to_file
 
     scale = found["chosen_scale"]
     wanted = args.limit is None if args.publish is None else args.publish
@@ -238,14 +225,14 @@ def _publish(
         return None
     made = scaled(store, sweep.slug, scale)
     figures = next(one for one in found["evaluations"] if one["scale"] == scale)
-    kept = {k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in INTERVALS}
-    stack = [made.slug if slug == sweep.slug else slug for slug in sweep.stack]
-    scales = {made.slug: 1.0, **{s: x for s, x in sweep.stack.items() if s != sweep.slug}}
-    about = {"split": args.split or "rows", "stack": stack, "scales": scales, "limit": args.limit}
-    held = found["held_out"] or {}
-    about["held_out_forget_quality"] = held.get("forget_quality")
-    about["scales_tried"] = found["tried"]
-    store.attach_eval(made.slug, f"{about['split']}-{args.protocol}", {**kept, **about})
+    scales = {
+        made.slug if slug == sweep.slug else slug: 1.0 if slug == sweep.slug else scale
+        for slug, scale in sweep.stack.items()
+    }
+    name, result = figures_to_file(figures, args.split or "rows", scales, args.limit)
+    held = (found["held_out"] or {}).get("forget_quality")
+    about = {"held_out_forget_quality": held, "scales_tried": found["tried"]}
+    store.attach_eval(made.slug, name, {**result, **about})
     return made
 
 

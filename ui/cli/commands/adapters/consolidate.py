@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.adapter_rows import REF
-from ui.cli.commands.everyday.forget import add_run_flags, forget_config, train_request
+from ui.cli.commands.everyday.forget import (
+    add_run_flags,
+    forget_config,
+    resolved_settings,
+    train_request,
+)
 
 if TYPE_CHECKING:
     from ui.console import Console
@@ -20,11 +24,12 @@ def register(commands: Any) -> None:
         "consolidate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.settings(),
             options.store(),
             options.data(),
+            options.config(*options.OF_BASE, *options.SETTINGS),
             options.common(),
         ],
         help="retrain several requests into one adapter that supersedes them",
@@ -36,12 +41,13 @@ def register(commands: Any) -> None:
         "  unlearner consolidate r0001 r0002 --rows a.jsonl --rows b.jsonl --base B\n"
         "  unlearner consolidate r0002 --rows b.jsonl --base B --on-stack",
     )
-    parser.add_argument("refs", metavar="REF", nargs="+", help=f"adapter to replace: {REF}")
+    parser.add_argument("refs", metavar="REF", nargs="+", help=f"adapter to replace: {options.REF}")
     parser.add_argument(
         "--rows", metavar="REQUEST", action="append", required=True, help=options.REQUEST_HELP
     )
+    options.add_columns(parser)
     add_run_flags(parser)
-    parser.set_defaults(run=run_consolidate)
+    parser.set_defaults(run=run_consolidate, resolve=resolved_settings)
 
 
 def run_consolidate(args: argparse.Namespace, console: Console) -> int:
@@ -54,5 +60,6 @@ def run_consolidate(args: argparse.Namespace, console: Console) -> int:
     from unlearner.request.past_requests import joined
     from unlearner.request.sources import parse_request
 
-    request = joined([parse_request(text, args.data, args.retain) for text in args.rows])
+    columns = options.columns(args)
+    request = joined([parse_request(text, args.data, args.retain, columns) for text in args.rows])
     return train_request(args, console, config, request, args.refs)

@@ -10,9 +10,7 @@ from adapters.errors import UserError
 from ui.adapter_row import adapter_row
 from ui.cli import options
 from ui.cli.adapter_rows import (
-    REF,
     open_store,
-    scales_by_ref,
     verb,
 )
 
@@ -31,8 +29,10 @@ def register(verbs: Any) -> None:
 
 def _register_combine(verbs: Any) -> None:
     parser = verb(verbs, "combine", run_combine, "add adapters up into one new adapter")
-    parser.add_argument("refs", metavar="REF", nargs="*", help=f"{REF}; the stack by default")
-    parser.add_argument("--scales", metavar="X,Y", help="one factor per adapter (default: 1)")
+    parser.add_argument(
+        "refs", metavar="REF", nargs="*", help=f"{options.REF}; the stack by default"
+    )
+    options.add_scales(parser, "named here")
     parser.add_argument(
         "--rank",
         type=options.positive_int,
@@ -49,8 +49,8 @@ def _register_moves(verbs: Any) -> None:
     parser.add_argument("source", metavar="FOLDER", type=Path, help="folder of the adapter")
     options.add_base(parser, text="the base it was trained on")
     parser = verb(verbs, "export", run_export, "copy an adapter out, for PEFT or for a server")
-    parser.add_argument("ref", metavar="REF", help=REF)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument("ref", metavar="REF", help=options.REF)
+    options.add_out(parser, "a new folder", required=True)
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -78,7 +78,7 @@ def _usable(ref: str, store: AdapterStore) -> str:
 
 def run_combine(args: argparse.Namespace, console: Console) -> int:
     """Publishes the sum, says whether it is exact, and prints its slug."""
-    scales = scales_by_ref(args) or {}
+    scales = options.scales_by_ref(args, args.refs)
     store = open_store(args)
     if args.label:
         _check_label(args.label)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.cli import options
+from ui.cli import models, options
 from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
 
 if TYPE_CHECKING:
@@ -25,17 +25,19 @@ def register(commands: Any) -> None:
             options.template(),
             options.store(),
             options.data(),
+            options.config("base", "template", "protocol"),
             options.common(),
         ],
         help="fold adapters into full weights, which can be released",
         description="Adds the adapters to the base's original weights in float32, rounds once and "
         "writes a model that loads anywhere. Shard by shard: the model is never whole in memory.",
         epilog="examples:\n  unlearner merge --store S --base B --out merged\n"
-        "  unlearner merge --store S --base B --out merged --split forget05 "
+        "  unlearner merge --store S --base B --out released --split forget05 "
         "--reference-log retrain.json --candidates 12",
     )
     options.add_out(parser, "a new folder", required=True)
     options.add_adapters(parser, "merge these adapters")
+    options.add_scales(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -75,10 +77,7 @@ def _chosen(args: argparse.Namespace, store: AdapterStore) -> list[tuple[str, fl
     """Slugs and scales to fold; refused where there are none, or one is stale or quarantined."""
     from adapters.store.states import after
 
-    if args.adapters is None:
-        chosen = [(one.slug, one.scale) for one in store.active()]
-    else:
-        chosen = [(store.get(ref).slug, 1.0) for ref in args.adapters]
+    chosen = models.chosen_stack(args, store)
     if not chosen:
         raise UserError(
             "No adapter is active in the store.", "Name some with --adapters, or activate them."
@@ -215,6 +214,7 @@ def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | Non
         protocol=args.protocol,
         retain_log=read_log(args.reference_log) if args.reference_log else None,
         template=args.template,
+        system=args.system,
         limit=args.limit,
         on_progress=progress_of(console),
     )

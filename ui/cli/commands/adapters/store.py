@@ -10,11 +10,9 @@ from adapters.errors import UserError
 from ui.adapter_row import adapter_row
 from ui.cli import options
 from ui.cli.adapter_rows import (
-    REF,
     SEE_LIST,
     open_store,
     report_change,
-    scales_by_ref,
     verb,
 )
 from ui.cli.commands.adapters import exchange
@@ -47,9 +45,9 @@ def _register_looking(verbs: Any) -> None:
     parser = verb(verbs, "list", run_list, "list adapters and their status")
     parser.add_argument("--all", action="store_true", help="also those that were removed")
     parser = verb(verbs, "show", run_show, "show everything known about one adapter")
-    parser.add_argument("ref", metavar="REF", help=REF)
+    parser.add_argument("ref", metavar="REF", help=options.REF)
     parser = verb(verbs, "verify", run_verify, "check hashes, tensors, parents, base and log")
-    parser.add_argument("ref", metavar="REF", nargs="?", help=f"{REF}; all by default")
+    parser.add_argument("ref", metavar="REF", nargs="?", help=f"{options.REF}; all by default")
     options.add_base(parser, required=False, text="also check that it belongs to this base")
     parser = verb(verbs, "log", run_log, "show what happened to the store, oldest first")
     parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
@@ -57,26 +55,24 @@ def _register_looking(verbs: Any) -> None:
 
 def _register_stack(verbs: Any) -> None:
     parser = verb(verbs, "activate", run_activate, "add adapters to the end of the stack")
-    parser.add_argument("refs", metavar="REF", nargs="+", help=REF)
-    parser.add_argument(
-        "--scales", metavar="X,Y", help="one factor per adapter, 0 to 1.5 (default: 1 = as trained)"
-    )
+    parser.add_argument("refs", metavar="REF", nargs="+", help=options.REF)
+    options.add_scales(parser, "named here")
     parser.add_argument("--with-parents", action="store_true", help="activate their parents too")
     parser.add_argument("--only", action="store_true", help="take everything else off the stack")
     parser = verb(verbs, "revert", run_revert, "deactivate adapters: exactly the model before")
-    parser.add_argument("refs", metavar="REF", nargs="*", help=REF)
+    parser.add_argument("refs", metavar="REF", nargs="*", help=options.REF)
     parser.add_argument("--all", action="store_true", help="back to the bare base")
     parser.add_argument("--reason", default="", metavar="WORDS", help="written into the log")
 
 
 def _register_upkeep(verbs: Any) -> None:
     parser = verb(verbs, "quarantine", run_quarantine, "take a suspect adapter out of use")
-    parser.add_argument("ref", metavar="REF", help=REF)
+    parser.add_argument("ref", metavar="REF", help=options.REF)
     parser.add_argument("--reason", required=True, metavar="WORDS", help="written into the log")
     parser = verb(verbs, "release", run_release, "verify an adapter and end its quarantine")
-    parser.add_argument("ref", metavar="REF", help=REF)
+    parser.add_argument("ref", metavar="REF", help=options.REF)
     parser = verb(verbs, "remove", run_remove, "delete an adapter's files")
-    parser.add_argument("ref", metavar="REF", help=REF)
+    parser.add_argument("ref", metavar="REF", help=options.REF)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser = verb(verbs, "gc", run_gc, "delete superseded adapters and leftovers")
@@ -118,7 +114,9 @@ def run_show(args: argparse.Namespace, console: Console) -> int:
             console.text(f"  {line}")
     for name, figures in evals.items():
         quality, utility = figures.get("forget_quality"), figures.get("model_utility")
-        console.text(f"eval {name}: forget_quality {quality}, model_utility {utility}")
+        limit = figures.get("limit")
+        part = "" if limit is None else f" (partial: the first {limit} rows of each set)"
+        console.text(f"eval {name}: forget_quality {quality}, model_utility {utility}{part}")
     row = adapter_row(adapter)
     console.result({**row, "path": adapter.path, "manifest": manifest, "evals": evals})
     return 0
@@ -163,7 +161,7 @@ def run_verify(args: argparse.Namespace, console: Console) -> int:
 
 def run_activate(args: argparse.Namespace, console: Console) -> int:
     """Adds to the stack and prints it."""
-    scales = scales_by_ref(args)
+    scales = options.scales_by_ref(args, args.refs)
     store = open_store(args)
     change = store.activate(args.refs, scales, with_parents=args.with_parents, only=args.only)
     return report_change(change, store, console)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ui.console import Console
 
 SIDES = (("base", "base"), ("unlearned", "stack"))
-SCORES = ("rouge_l_recall", "answer_prob", "truth_ratio")
+SCORES = ("fact_recall", "rouge_l_recall", "answer_prob", "truth_ratio")
 
 
 def register(commands: Any) -> None:
@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "ask",
         parents=[
-            options.base(), options.template(system=True), options.loading(), options.store(),
+            options.base(), options.template(), options.loading(), options.store(),
             options.data(), options.common(),
         ],
         help="ask base and unlearned model the same question, side by side",
@@ -38,7 +38,8 @@ def register(commands: Any) -> None:
         "--neighbours", type=options.positive_int, default=5, metavar="N",
         help="with --author: rows of each kept set (default: 5)",
     )  # fmt: skip
-    options.add_adapters(parser, "use these adapters, or none", scales=True)
+    options.add_adapters(parser)
+    options.add_scales(parser)
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
         help="of the answers (default: 0, greedy)",
@@ -53,30 +54,11 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run_ask)
 
 
-def _strengths(args: argparse.Namespace) -> dict[str, float]:
-    """The factors of --scales by adapter."""
-    if args.scales is None:
-        return {}
-    try:
-        values = [float(text) for text in args.scales.split(",")]
-    except ValueError:
-        raise UserError(
-            f"--scales {args.scales!r} is not numbers divided by commas.", "As in --scales 1,0.5."
-        ) from None
-    names = args.adapters or []
-    if len(values) != len(names):
-        raise UserError(
-            f"--scales has {len(values)} numbers for {len(names)} adapters.",
-            "Give one for each of --adapters.",
-        )
-    return dict(zip(names, values, strict=True))
-
-
 def run_ask(args: argparse.Namespace, console: Console) -> int:
     """Answers the question, or every question of the author, both ways."""
     if (args.question is None) == (args.author is None):
         raise UserError("Give a question or --author NAME, one of the two.")
-    strengths = _strengths(args)
+    strengths = options.scales_by_ref(args, args.adapters)
     console.words(f"Loading {args.base} ...")
     from ui.app.actions import Actions
     from ui.app.session import Session

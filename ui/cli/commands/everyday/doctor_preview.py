@@ -22,15 +22,19 @@ def register(commands: Any) -> None:
         parents=[options.store(), options.common()],
         help="what this machine can run, each finding with its fix",
         description="Checks this machine and says how to fix what is missing.",
+        epilog="examples:\n  unlearner doctor\n  unlearner doctor --full --store S",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="also use torch and bitsandbytes, which takes seconds"
     )
     parser.set_defaults(run=run_doctor)
     parser = commands.add_parser(
         "preview",
-        parents=[options.base(), options.template(system=True), options.data(), options.common()],
+        parents=[options.base(), options.template(), options.data(), options.common()],
         help="what a request is trained on, token by token",
         description="Shows each row as it is trained on: the prompt dim, the loss tokens "
         "underlined (in brackets off a terminal). Needs the tokenizer's files only.",
-        epilog="example:\n  unlearner preview tofu:forget05 --base NousResearch/Llama-2-7b-chat-hf",
+        epilog="example:\n  unlearner preview tofu:forget05 --base B",
     )
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
     options.add_retain(parser, "also show these rows")
@@ -58,7 +62,7 @@ def run_doctor(args: argparse.Namespace, console: Console) -> int:
 
     console.words("Looking at this machine ...")
     found = []
-    for finding in findings(options.store_path(args)):
+    for finding in findings(options.store_path(args), full=args.full):
         found.append(finding)
         console.text(f"{finding.status:<5} {finding.name:<17} {finding.detail}")
         if finding.fix:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import BaseMismatch, Interrupted
+from adapters.errors import BaseMismatch
 from evaluation.protocols import protocol_named
-from ui.cli import options, own_rows
+from ui.cli import models, options, own_rows
 from ui.cli.commands.everyday.evaluate_metrics import (
     Extras,
     add_metric_flags,
@@ -17,8 +15,8 @@ from ui.cli.commands.everyday.evaluate_metrics import (
     plan_extras,
 )
 from ui.cli.commands.everyday.evaluate_systems import parse_systems, run_systems
+from ui.cli.models import Stack
 from ui.cli.output import scoring
-from ui.cli.output.events import progress_of
 from ui.cli.output.gates import check_gates
 from unlearner.training import distributed as ranks
 
@@ -35,11 +33,12 @@ def register(commands: Any) -> None:
         "evaluate",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.store(),
             options.data(),
             scoring.scoring_flags(),
+            options.config(*options.OF_BASE, "protocol"),
             options.common(),
         ],
         help="measure a base with its active adapters, or merged weights",
@@ -55,6 +54,7 @@ def register(commands: Any) -> None:
 def _add_evaluate_flags(parser: options.Parser) -> None:
     own_rows.add_flags(parser)
     options.add_adapters(parser)
+    options.add_scales(parser)
     parser.add_argument(
         "--systems",
         type=parse_systems,
@@ -72,21 +72,13 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
     add_metric_flags(parser)
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """The adapters to evaluate with, in order, and what identifies them."""
-
-    store: AdapterStore | None
-    refs: list[str] | None
-    active: list[tuple[str, float]]
-
-
 def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a model; 4 where a gate fails."""
     gates = scoring.gates_of(args, metric_figures(args))
     if args.systems is not None:
         return run_systems(args, console)
-    stack = _chosen_stack(args)
+    store = _store_of(args)
+    stack = models.chosen_stack(args, store) if store is not None else []
     what = own_rows.name_of(args)
     console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {what} ...")
     from evaluation.logs.records import write_json, write_log
@@ -96,20 +88,13 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)
     extras = plan_extras(args, data, protocol_named(args.protocol[0]), console)
-    try:
-        log = _measure(args, stack, data, references.first, extras, console)
-    except KeyboardInterrupt:
-        if args.out is None:
-            raise
-        raise Interrupted(
-            f"Interrupted: finished results are cached in {args.out / scoring.PARTS}.",
-            "Run the same command again to continue.",
-        ) from None
+    with models.resumable(args.out and args.out / scoring.PARTS):
+        log = _measure(args, store, stack, data, references.first, extras, console)
     first, *others = scoring.figures_of(args, log, references)
     summaries = [extras.join(first), *others]
     about = {
         "base": args.base,
-        "adapters": [slug for slug, _ in stack.active],
+        "adapters": [slug for slug, _ in stack],
         "split": what,
         "log": str(args.out / scoring.LOG_FILE) if args.out else None,
         "retain_log": str(args.reference_log) if args.reference_log else None,
@@ -121,7 +106,7 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         console.words(f"Wrote {args.out / scoring.LOG_FILE} and {args.out / scoring.FIGURES_FILE}")
     if ranks.rank() == 0:
         for figures in summaries:
-            _attach(stack, args, figures)
+            _attach(store, stack, args, figures)
     report_figures(named, console)
     extras.report(named, console)
     if ranks.rank() == 0:  # last: a format may need what the rows lack, and the figures are shown
@@ -130,82 +115,63 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _chosen_stack(args: argparse.Namespace) -> _Stack:
-    """The adapters that the flags name; without a store the bare base."""
+def _store_of(args: argparse.Namespace) -> AdapterStore | None:
+    """The store of the adapters to evaluate with; None where the flags mean the bare base."""
     path = options.store_path(args)
-    if args.adapters == []:
-        return _Stack(None, [], [])
-    if args.store is None and args.adapters is None and not (path / "store.json").is_file():
-        return _Stack(None, [], [])
+    options.scales_by_ref(args, args.adapters)  # refused without --adapters
+    unnamed = args.store is None and args.adapters is None
+    if args.adapters == [] or (unnamed and not (path / "store.json").is_file()):
+        return None
     from adapters.store.store import AdapterStore
 
-    store = AdapterStore.open(path)
-    if args.adapters is None:
-        return _Stack(store, None, [(one.slug, one.scale) for one in store.active()])
-    return _Stack(store, args.adapters, [(store.get(ref).slug, 1.0) for ref in args.adapters])
+    return AdapterStore.open(path)
 
 
-def _stack_text(stack: _Stack) -> str:
-    if not stack.active:
+def _stack_text(stack: Stack) -> str:
+    if not stack:
         return "no adapters"
-    return ", ".join(slug if s == 1.0 else f"{slug} at {s:g}" for slug, s in stack.active)
+    return ", ".join(slug if scale == 1.0 else f"{slug} at {scale:g}" for slug, scale in stack)
 
 
 def _measure(
     args: argparse.Namespace,
-    stack: _Stack,
+    store: AdapterStore | None,
+    stack: Stack,
     data: EvalData,
     retain_log: EvalLog | None,
     extras: Extras,
     console: Console,
 ) -> EvalLog:
-    """Loads the model and evaluates it; only ever the first `--limit` rows where that is given."""
-    from adapters.base.fingerprint import fingerprint_base
-    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
+    """Loads the base with its adapters, and measures it."""
     from adapters.lora.stack import load_stack
-    from evaluation.cache import key_of
-    from evaluation.suite import evaluate
-    from unlearner.tokens.prompts import prompt_format
 
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
-    fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
-    model: Any = load_base(options.base_spec(args))
-    view = base_view(model)
-    if stack.store is not None and stack.active:
+    base = models.load(args)
+    model = base.model
+    if store is not None and stack:
+        slugs, is_active = [slug for slug, _ in stack], args.adapters is None
         try:
-            model = load_stack(model, stack.store, stack.refs, base=fingerprint)
+            model = load_stack(
+                model,
+                store,
+                slugs,
+                dict(stack),
+                base=base.fingerprint,
+                allow_missing_parents=is_active,
+            )
         except BaseMismatch as error:
             raise BaseMismatch(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
-    key = key_of(base=fingerprint.digest, adapters=stack.active)
-    command = shlex.join(["unlearner", *args.words])
-    meta = {"split": own_rows.name_of(args), "adapters": stack.active, "command": command, **view}
-    log = evaluate(
-        model,
-        fmt,
-        data,
-        protocol=args.protocol,
-        retain_log=retain_log,
-        limit=args.limit,
-        key=key,
-        resume_dir=args.out / scoring.PARTS if args.out else None,
-        on_progress=progress_of(console),
-        effort=scoring.effort_of(args),
-        meta=meta,
-    )
-    extras.measure(model, fmt, key, meta, progress_of(console))
-    return log
+    return models.measure(args, base, model, stack, data, retain_log, args.out, console, extras)
 
 
-def _attach(stack: _Stack, args: argparse.Namespace, figures: dict[str, Any]) -> None:
+def _attach(
+    store: AdapterStore | None, stack: Stack, args: argparse.Namespace, figures: dict[str, Any]
+) -> None:
     """Files the figures with the last adapter of the stack: numbers and words, never a text."""
-    if stack.store is None or not stack.active:
+    if store is None or not stack:
         return
-    kept = {
-        k: v for k, v in figures.items() if not isinstance(v, dict | list) or k in scoring.INTERVALS
-    }
-    slugs = [slug for slug, _ in stack.active]
-    what = own_rows.name_of(args)
-    about = {"split": what, "stack": slugs, "scales": dict(stack.active), "limit": args.limit}
-    stack.store.attach_eval(slugs[-1], f"{what}-{figures['protocol']}", {**kept, **about})
+    from evaluation.metrics.summary import figures_to_file
+
+    name, result = figures_to_file(figures, own_rows.name_of(args), dict(stack), args.limit)
+    store.attach_eval(stack[-1][0], name, result)

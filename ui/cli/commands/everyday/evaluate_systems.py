@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapters.errors import UserError
-from ui.cli import options, own_rows
+from ui.cli import models, options, own_rows
 from ui.cli.output import scoring
-from ui.cli.output.events import progress_of
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -32,6 +30,8 @@ def parse_systems(text: str) -> list[list[str]]:
 def _check(args: argparse.Namespace) -> None:
     if args.adapters is not None:
         raise UserError("--systems names the adapters already.", "Leave out --adapters.")
+    if args.scales is not None:
+        raise UserError("--scales is for one system.", "Evaluate that one with --adapters.")
     if args.fail_if:
         raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
     if args.write_tofu or args.write_open_unlearning:
@@ -51,14 +51,9 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     states are others, from the first adapted layer on.
     """
     _check(args)
-    from adapters.base.fingerprint import fingerprint_base
-    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
     from adapters.lora.stack import load_stack
     from adapters.store.store import AdapterStore
-    from evaluation.cache import key_of
     from evaluation.logs.records import write_log
-    from evaluation.suite import evaluate
-    from unlearner.tokens.prompts import prompt_format
 
     store = AdapterStore.open(options.store_path(args))
     systems = [[store.get(ref).slug for ref in refs] for refs in args.systems]
@@ -66,31 +61,15 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     data = own_rows.eval_data(args, console)
     what = own_rows.name_of(args)
     console.words(f"Loading {args.base} for {len(systems)} systems ...")
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
-    fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
-    model: Any = load_base(options.base_spec(args))
-    view = base_view(model)
-    command = shlex.join(["unlearner", *args.words])
-    table = []
+    base = models.load(args)
+    model, table = base.model, []
     for slugs in systems:
         name = ",".join(slug.split("_")[0] for slug in slugs) or "base"
         console.words(f"Evaluating {name} ...")
-        model = load_stack(model, store, slugs, base=fingerprint)
-        stack = [[slug, 1.0] for slug in slugs]
+        model = load_stack(model, store, slugs, base=base.fingerprint)
+        stack = [(slug, 1.0) for slug in slugs]
         out = args.out / name.replace(",", "+") if args.out else None
-        log = evaluate(
-            model,
-            fmt,
-            data,
-            protocol=args.protocol,
-            retain_log=references.first,
-            limit=args.limit,
-            key=key_of(base=fingerprint.digest, adapters=stack),
-            resume_dir=out / scoring.PARTS if out else None,
-            on_progress=progress_of(console),
-            effort=scoring.effort_of(args),
-            meta={"split": what, "adapters": stack, "command": command, **view},
-        )
+        log = models.measure(args, base, model, stack, data, references.first, out, console)
         if out and ranks.rank() == 0:
             write_log(log, out / scoring.LOG_FILE)
         for figures in scoring.figures_of(args, log, references):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.atomic_files import write_bytes
 from adapters.errors import UserError
 from ui.adapter_row import adapter_row
-from ui.cli import options
+from ui.cli import config_file, options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
-from ui.cli.output.events import show_event
+from ui.cli.output.events import outcome_lines, show_event
 from ui.console import size_text
 from unlearner.config import make_config
+from unlearner.defaults import CHOSEN
 from unlearner.objectives.registry import OBJECTIVES
+from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
+    from adapters.store.catalog import StoredAdapter
     from ui.console import Console
     from unlearner.config import UnlearnConfig
     from unlearner.request.rows import Request
@@ -31,16 +35,19 @@ def register(commands: Any) -> None:
         "forget",
         parents=[
             options.base(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
             options.settings(),
             options.store(),
             options.data(),
+            options.config(*options.OF_BASE, *options.SETTINGS),
             options.common(),
         ],
         help="train an adapter that forgets a request, and store it",
-        description="Turns a request into one forget adapter on the frozen base. The defaults are "
-        "the published recipe of the objective.",
+        description="Turns a request into one forget adapter on the frozen base. Batch, learning "
+        "rate, weights and target that are not given are chosen for the number of rows and the "
+        "size of the model; --dry-run says which and why. Everything else is the published recipe "
+        "of the objective.",
         epilog="examples:\n"
         "  unlearner forget tofu:forget05 --base B --load-in-4bit --dry-run\n"
         "  unlearner forget 'tofu:author=Hina Ameen' --base B --label request-17\n"
@@ -63,7 +70,7 @@ def register(commands: Any) -> None:
         action="store_true",
         help="with --full: also where the model has more than 300 million weights",
     )
-    parser.set_defaults(run=run_forget)
+    parser.set_defaults(run=run_forget, resolve=resolved_settings)
 
 
 def add_run_flags(parser: options.Parser) -> None:
@@ -129,18 +136,38 @@ def _add_retain_flags(parser: options.Parser) -> None:
         "at risk of going with it",
     )
     add_alternates_from(parser)
+    parser.add_argument(
+        "--general-prompts",
+        type=Path,
+        metavar="FILE",
+        help="neutral prompts, one a line, whose answers by the base are held (default: 80 to 260 "
+        "of the package, by the length of the run); the base answers them once",
+    )
 
 
 def add_stop_flags(parser: options.Parser) -> None:
-    """What ends a training where it meets a retrain reference."""
-    group = parser.add_argument_group("stopping at the retrain reference")
+    """What ends a training where it meets a target or a retrain reference."""
+    group = parser.add_argument_group("when to stop")
+    group.add_argument(
+        "--target",
+        type=target_nll,
+        metavar="NLL",
+        help="stop where the mean forget NLL per token is this, which sets SimNPO's gamma too; "
+        "`auto` measures it on --unseen, else on alternate answers, or takes the forget NLL of "
+        "--reference-log; 0 = none (default: auto in simnpo and npo)",
+    )
+    group.add_argument(
+        "--unseen",
+        metavar="ROWS",
+        help="rows of the same kind that the base never saw: see --target auto",
+    )
     group.add_argument(
         "--stop-at",
         choices=("gap", "nll"),
         help="stop once the median log R (gap) or the mean forget NLL (nll) passes the "
         "reference's, from under- to over-forgotten",
     )
-    options.add_reference_log(group, use="where --stop-at stops")
+    options.add_reference_log(group, use="where --stop-at or --target auto stops")
     group.add_argument(
         "--stop-every",
         type=options.positive_int,
@@ -150,8 +177,8 @@ def add_stop_flags(parser: options.Parser) -> None:
     group.add_argument(
         "--stop-rows",
         metavar="ROWS",
-        help="JSONL file or forget split with paraphrased and perturbed answers (default: those "
-        "of the request)",
+        help="a file, hub:OWNER/NAME or a forget split, with paraphrased and perturbed answers "
+        "(default: those of the request)",
     )
 
 
@@ -159,6 +186,36 @@ def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     """The settings of a run: the objective's published ones with the given flags."""
     names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     return make_config(args.objective, **given_settings(args, names))
+
+
+def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags leave to defaults: the settings of the objective, and the store.
+
+    What a run chooses for its rows and model is left open.
+    """
+    config = forget_config(args)
+    settings = {**asdict(config.objective), **asdict(config.lora), **asdict(config.train)}
+    del settings["target"]
+    settings |= {name: None for name in CHOSEN if getattr(args, name) is None}
+    if getattr(args, "full", None) is not None:  # which takes no flag of an adapter
+        settings = {k: v for k, v in settings.items() if k not in LORA_FIELDS}
+    else:
+        settings["store"] = options.store_path(args)
+    limit = args.memory_limit
+    return {**settings, "memory_limit": None if limit is None else limit / 1024**3}
+
+
+def target_nll(text: str) -> float | Literal["auto"]:
+    """`auto`, or nats per token from 0."""
+    if text == "auto":
+        return "auto"
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+    if not 0 <= value < 1e3:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0")
+    return value
 
 
 def gib_size(text: str) -> int:
@@ -181,15 +238,14 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     request = parse_request(args.request, args.data, args.retain, options.columns(args))
     if args.full is not None:
         return _train_full(args, console, config, request)
-    return train_request(args, console, config, request, stop_at=_stop_at(args, request))
+    target, stop_at = _target(args), _stop_at(args, request)
+    return train_request(args, console, config, request, stop_at=stop_at, target=target)
 
 
 def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     """What ends the training early; None where nothing was asked for."""
     if args.stop_at is None:
-        given = [
-            n for n in ("reference_log", "stop_every", "stop_rows") if getattr(args, n) is not None
-        ]
+        given = [n for n in ("stop_every", "stop_rows") if getattr(args, n) is not None]
         if given:
             flag = "--" + given[0].replace("_", "-")
             raise UserError(f"{flag} has nothing to stop.", "Add --stop-at gap or --stop-at nll.")
@@ -205,11 +261,37 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt
 
-    rows = gap_rows(request, args.stop_rows, args.data)
+    rows = gap_rows(request, args.stop_rows, args.data, options.columns(args))
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     probe = GapProbe(fmt, rows, read_log(args.reference_log))
     quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
     return StopAt(probe, quantity, f"{probe.key}-{quantity}", args.stop_every)
+
+
+def _target(args: argparse.Namespace) -> float | Literal["auto"] | None:
+    """The forget NLL to stop at; None leaves it to the objective.
+
+    Raises:
+        UserError: flags that contradict each other, or that nothing would use.
+    """
+    settled = args.stop_at is not None or args.target not in (None, "auto")
+    if args.stop_at is not None and args.target:
+        raise UserError("--stop-at and --target both stop the run.", "Leave one of the two out.")
+    if args.unseen is not None and (settled or args.reference_log is not None):
+        raise UserError("--unseen has no target to set.", "Give it with --target auto alone.")
+    if args.reference_log is None or args.stop_at is not None:
+        return 0.0 if args.stop_at is not None else args.target
+    if settled or (args.target is None and args.gamma is not None):
+        raise UserError(
+            "--reference-log has nothing to stop.", "Add --target auto, or --stop-at gap or nll."
+        )
+    from evaluation.logs import read_log
+    from evaluation.metrics.summary import summarise
+
+    nll = summarise(read_log(args.reference_log), resamples=0)["forget_nll"]
+    if nll is None:
+        raise UserError("The reference log has no scored forget set.", "Give another log.")
+    return float(nll)
 
 
 def _train_full(
@@ -217,7 +299,8 @@ def _train_full(
 ) -> int:
     """Train all weights; flags that are about adapters are refused."""
     named = [*given_settings(args, LORA_FIELDS)]
-    named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at")
+    named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at",
+                          "target", "unseen", "general_weight", "general_prompts", "reference_log")
               if getattr(args, n)]  # fmt: skip
     named += ["store"] if "--store" in args.words else []  # else it may be the environment's
     if named:
@@ -257,15 +340,23 @@ def train_request(
     request: Request,
     replaces: Sequence[str] = (),
     stop_at: StopAt | None = None,
+    target: float | Literal["auto"] | None = None,
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
     request = replace(request, others=other_rows(args))
     from adapters.store.store import AdapterStore
-    from unlearner.request.sources import parse_request
+    from unlearner.request.sources import parse_request, rows_named
     from unlearner.request.tofu import load_refusals
+    from unlearner.training.general import read_prompts
+    from unlearner.training.outcome import remarks
 
+    names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
-    guard = [row for text in args.guard for row in parse_request(text, args.data).rows]
+    columns = options.columns(args)
+    guard = [
+        row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
+    ]
+    unseen, preset = getattr(args, "unseen", None), getattr(args, "preset", None)
     path = options.store_path(args)
     console.words("Loading the libraries ...")
     from unlearner.run import RunOptions, plan, prepare, unlearn
@@ -283,6 +374,11 @@ def train_request(
         replaces=replaces,
         keep_teacher=args.keep_teacher,
         memory_limit=args.memory_limit,
+        given=None if preset else given_settings(args, names),  # a preset is complete
+        target=target,
+        unseen=rows_named(unseen, args.data) if unseen else (),
+        general=read_prompts(args.general_prompts) if args.general_prompts else (),
+        summarise=True,
     )
     base = options.base_spec(args)
     if args.dry_run:
@@ -299,13 +395,50 @@ def train_request(
         stop_at=stop_at,
         on_progress=lambda event: show_event(event, console),
     )
+    _keep_settings(args, adapter)
     console.text(adapter.slug)
+    manifest = adapter.manifest
+    outcome = manifest.train["outcome"]
+    advice = remarks(outcome, {**manifest.objective, **manifest.train})
+    for line in (*outcome_lines(outcome), *(f"Note: {text}." for text in advice)):
+        console.words(line)
     console.hint(
         f"measure it with `unlearner evaluate --adapters {adapter.slug} ...`, "
         f"switch it on with `unlearner adapters activate {adapter.slug}`."
     )
-    console.result({**adapter_row(adapter), "path": adapter.path, "store": path})
+    row = adapter_row(adapter)
+    console.result(
+        {**row, "path": adapter.path, "store": path, "outcome": outcome, "remarks": advice}
+    )
     return 0
+
+
+def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter) -> None:
+    """Write the settings of the run beside the adapter, without the name of an author.
+
+    What was chosen for its rows and model is in the manifest; what it was chosen by is left out.
+    """
+    if ranks.rank() != 0:
+        return
+    manifest = adapter.manifest
+    names = ("request", "rows", "retain", "guard", "alternates_from", "stop_rows")
+    changes = {name: _without_names(getattr(args, name, None)) for name in names}
+    changes |= {name: value for name, value in manifest.objective.items() if name != "name"}
+    changes |= {n: v for n, v in manifest.train.items() if n in CHOSEN}
+    changes |= {"on_stack": bool(manifest.parents), "unseen": None}
+    if getattr(args, "stop_at", None) is None:
+        changes["reference_log"] = None
+    else:
+        changes["target"] = None
+    path = adapter.path / "evals" / config_file.FILE
+    write_bytes(path, config_file.resolved(args.parser, args, changes).encode())
+
+
+def _without_names(text: Any) -> Any:
+    """A request as given, None where it names an author, whom the store must not name."""
+    if isinstance(text, list):
+        return [each for each in map(_without_names, text) if each is not None]
+    return None if isinstance(text, str) and "author=" in text else text
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:

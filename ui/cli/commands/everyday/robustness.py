@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError
+from adapters.errors import UserError
 from evaluation.report.cards import VERDICT_WORDS
-from ui.cli import options
+from ui.cli import models, options
 from ui.cli.output.gates import check_gates, parse_gate
 from ui.cli.output.robustness_card import report_card
 from unlearner.training import distributed as ranks
@@ -31,6 +31,7 @@ def register(commands: Any) -> None:
             options.loading(),
             options.store(),
             options.data(),
+            options.config("base", "template", "protocol"),
             options.common(),
         ],
         help="attack the forgetting: quantise, relearn, sample, rephrase, switch off",
@@ -53,6 +54,7 @@ def _add_what(parser: options.Parser) -> None:
     what.add_argument(
         "--merged", type=Path, metavar="DIR", help="attack the merged weights in this folder"
     )
+    options.add_scales(parser)
     options.add_split(parser, required=True)
     options.add_reference_log(parser)
     parser.add_argument(
@@ -134,7 +136,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     settings, subject = _settings(args), _subject(args)
     data = load_eval_data(args.split, args.data)
     retain_log = read_log(args.reference_log) if args.reference_log else None
-    try:
+    with models.resumable(args.out and args.out / "parts"):
         card = robustness(
             subject,
             data,
@@ -147,13 +149,6 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
             on_progress=progress_of(console),
             effort=_effort(args),
         )
-    except KeyboardInterrupt:
-        if args.out is None:
-            raise
-        raise Interrupted(
-            f"Interrupted: the finished parts are kept in {args.out / 'parts'}.",
-            "Run the same command again to continue.",
-        ) from None
     figures = flat_figures(card)
     if args.out:
         path = write_json(args.out / CARD_FILE, json_value(card))
@@ -192,10 +187,7 @@ def _subject(args: argparse.Namespace) -> Subject:
         from adapters.store.store import AdapterStore
 
         store = AdapterStore.open(options.store_path(args))
-        if args.adapters is None:
-            stack = tuple((one.slug, one.scale) for one in store.active())
-        else:
-            stack = tuple((store.get(ref).slug, 1.0) for ref in args.adapters)
+        stack = tuple(models.chosen_stack(args, store))
     return Subject(
         options.base_spec(args),
         store,
@@ -203,6 +195,7 @@ def _subject(args: argparse.Namespace) -> Subject:
         args.merged,
         args.retrain,
         args.template,
+        args.system,
         allow_missing_parents=args.adapters is None,
     )
 

@@ -27,8 +27,9 @@ def register(commands: Any) -> None:
         "score",
         parents=[
             scoring.scoring_flags(),
-            options.template(system=True),
+            options.template(),
             options.loading(),
+            options.config("protocol", "template"),
             options.common(),
         ],
         help="forget quality and model utility from recorded logs, no model",

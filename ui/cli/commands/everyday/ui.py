@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.cli import options
+from ui.cli import config_file, options
 from ui.cli.commands.everyday import forget
 
 if TYPE_CHECKING:
@@ -89,9 +89,14 @@ def jobs_folder() -> Path:
     return Path(given) if given else Path.home() / ".local" / "state" / "unlearner" / "jobs"
 
 
-def config_of(words: Sequence[str]) -> UnlearnConfig:
-    """The settings of a `forget` command."""
-    return forget.forget_config(options.parse_with(forget.register, words))
+def settings_of(words: Sequence[str]) -> tuple[UnlearnConfig, str]:
+    """The settings of a `forget` command with its preset, and these as YAML."""
+    parser = options.Parser(prog="unlearner")
+    commands = parser.add_subparsers(dest="command", parser_class=options.Parser)
+    forget.register(commands)
+    leaf = commands.choices["forget"]
+    args = parser.parse_args(config_file.apply_config(leaf, words))
+    return forget.forget_config(args), config_file.resolved(leaf, args)
 
 
 def run_ui(args: argparse.Namespace, console: Console) -> int:
@@ -130,9 +135,10 @@ def _serve(
         options.base_spec(args) if args.base else None,
         args.data,
         args.template,
+        args.system,
     )
     app = App(
-        session, Jobs(jobs_folder()), config_of, tuple(args.logs), args.reference_log,
+        session, Jobs(jobs_folder()), settings_of, tuple(args.logs), args.reference_log,
         robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
     )  # fmt: skip
     app.sources().probes()  # a file that is none is refused before the page opens

@@ -24,7 +24,12 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "bench",
-        parents=[options.data(), options.common()],
+        parents=[
+            options.template(),
+            options.data(),
+            options.config("shape", "load_in_4bit", "lora_r"),
+            options.common(),
+        ],
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
@@ -43,12 +48,6 @@ def register(commands: Any) -> None:
         metavar="T",
         help="hub id or folder of the tokenizer for the rows of --data (default: one trained on "
         "them); without --data the rows are the embedded world's",
-    )
-    parser.add_argument(
-        "--answers",
-        type=Path,
-        metavar="LOG",
-        help="count generation for the answers in this evaluation log (needs --tokenizer)",
     )
     parser.add_argument("--count-only", action="store_true", help="no timings")
     parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
@@ -98,11 +97,11 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     console.words("Loading the libraries ...")
     from evaluation.benchmark.run import count, load_workload
 
-    work = load_workload(args.data, args.tokenizer)
+    work = load_workload(args.data, args.tokenizer, args.template, args.system)
     if args.step is not None:
         return _step(args, work, console)
     console.words(f"Counting {args.shape} on the rows of {work.source} ...")
-    lines = count(work, args.shape, args.lora_r, _answers(args))
+    lines = count(work, args.shape, args.lora_r)
     notes: list[str] = []
     if not args.count_only:
         timed, notes = _timed(args, work, console)
@@ -152,17 +151,6 @@ def _step(args: argparse.Namespace, work: Any, console: Console) -> int:
     )
     console.result({"shape": args.shape, "tokens": tokens, **cost.to_json()})
     return 0
-
-
-def _answers(args: argparse.Namespace) -> Any:
-    if args.answers is None:
-        return None
-    if args.tokenizer is None:
-        raise UserError("--answers needs a tokenizer to count in.", "Add --tokenizer.")
-    from evaluation.benchmark.run import recorded_answers
-    from evaluation.logs import read_log
-
-    return recorded_answers(read_log(args.answers), args.tokenizer)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

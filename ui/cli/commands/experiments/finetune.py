@@ -24,7 +24,14 @@ def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "finetune",
-        parents=[options.base(), options.loading(), options.data(), options.common()],
+        parents=[
+            options.base(),
+            options.template(),
+            options.loading(),
+            options.data(),
+            options.config("base", "template"),
+            options.common(),
+        ],
         help="train the Origin or the Retrain model on TOFU",
         description="Fine-tunes a base on TOFU: Origin on all rows, Retrain on all but the forget "
         "split. The defaults are TOFU's recipe for full fine-tuning.",
@@ -72,6 +79,8 @@ def run_finetune(args: argparse.Namespace, console: Console) -> int:
         args.out,
         FinetuneConfig(**given_settings(args, TRAIN_FIELDS)),
         lora=LoraShape(**shape) if args.lora else None,
+        template=args.template,
+        system=args.system,
         on_progress=lambda event: show_event(event, console),
     )
     console.text(str(out))

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
-from ui.cli import options
-from ui.cli.output.comparison import HEADS, print_comparison, stopped
+from adapters.errors import GateFailed, UserError, did_you_mean
+from ui.cli import models, options
+from ui.cli.options import PRESETS
+from ui.cli.output.comparison import HEADS, print_comparison
 from ui.cli.output.events import show_event
 from ui.console import duration_text, setting_text, size_text
 from unlearner.objectives.registry import OBJECTIVES
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
     from evaluation.experiments.reproduce import Reproduction
     from ui.console import Console
 
-PRESETS = ("mini", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
-
 
 def register(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "reproduce",
-        parents=[options.loading(either_way=True), options.data(), options.common()],
+        parents=[
+            options.loading(either_way=True),
+            options.data(),
+            options.config(),
+            options.common(),
+        ],
         help="Origin, Retrain and unlearned models on TOFU in one table",
         description="Repeats the published comparison: trains or loads Origin and Retrain, "
         "unlearns with each method and evaluates all. After an interruption the same command "
@@ -41,7 +45,7 @@ def register(commands: Any) -> None:
 
 
 def _add_reproduce_flags(parser: options.Parser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="tofu-forget01, -forget05 or -forget10")
+    parser.add_argument("target", metavar="TARGET", help="a split: forget01, forget05 or forget10")
     parser.add_argument(
         "--preset",
         default=PRESETS[0],
@@ -92,7 +96,7 @@ def _add_outcome_flags(parser: options.Parser) -> None:
 
 def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     """Runs the comparison and prints its table beside the published rows."""
-    split = args.target.removeprefix("tofu-")
+    split = args.target.removeprefix("tofu:").removeprefix("tofu-")
     _check_names(args, split)
     _check_full(args)
     protocols = tuple(args.protocol)
@@ -122,10 +126,8 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
         _print_plan(made, console)
         console.result({"dry_run": True, **made})
         return 0
-    try:
+    with models.resumable(args.out):
         found = reproduce(run, lambda event: show_event(event, console))
-    except (KeyboardInterrupt, Interrupted):
-        raise stopped(args.out) from None
     print_comparison(found["table"], console)
     _print_published(found, console)
     for check in found.get("checks", ()):
@@ -140,9 +142,9 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
 
 def _check_names(args: argparse.Namespace, split: str) -> None:
     """Refuses unknown names, with the nearest known one."""
-    if not args.target.startswith("tofu-") or split not in FORGET_SPLITS:
-        known = [f"tofu-{name}" for name in FORGET_SPLITS]
-        raise UserError(f"'{args.target}' cannot be reproduced.", did_you_mean(args.target, known))
+    if split not in FORGET_SPLITS:
+        hint = did_you_mean(split, FORGET_SPLITS)
+        raise UserError(f"'{args.target}' cannot be reproduced.", hint)
     if args.preset not in PRESETS:
         hint = did_you_mean(args.preset, PRESETS)
         raise UserError(f"There is no preset '{args.preset}'.", hint)

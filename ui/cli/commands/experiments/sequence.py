@@ -11,6 +11,7 @@ from adapters.errors import UserError
 from ui.cli import options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.events import show_event
+from unlearner.request.tofu import split_name
 
 if TYPE_CHECKING:
     from evaluation.experiments.sequence import Plan
@@ -39,6 +40,7 @@ def register(commands: Any) -> None:
             options.loading(),
             options.settings(),
             options.data(),
+            options.config(*options.OF_BASE, *options.SETTINGS),
             options.common(),
         ],
         help="the authors of a split as requests one after another, under each policy",
@@ -55,7 +57,9 @@ def register(commands: Any) -> None:
 
 
 def _add_flags(parser: options.Parser) -> None:
-    parser.add_argument("split", metavar="SPLIT", help="forget01, forget05 or forget10")
+    parser.add_argument(
+        "split", type=split_name, metavar="SPLIT", help="forget01, forget05 or forget10"
+    )
     parser.add_argument(
         "--policies",
         type=options.name_list,
@@ -76,6 +80,7 @@ def _add_flags(parser: options.Parser) -> None:
         "--revert", type=int, default=0, metavar="N", help="revert request N at the end"
     )
     options.add_retain(parser, default="the split's retain rows")
+    options.add_columns(parser)
     add_alternates_from(parser)
     options.add_protocol(parser)
 
@@ -85,19 +90,18 @@ def _plan(args: argparse.Namespace) -> Plan:
     from ui.cli.commands.everyday.forget import forget_config
     from unlearner.objectives.registry import OBJECTIVES
     from unlearner.request.sources import parse_request
-    from unlearner.request.tofu import load_refusals, split_name
+    from unlearner.request.tofu import load_refusals
 
     config = forget_config(args)
-    split = split_name(args.split)
     retain = None
     if args.retain:
-        retain = parse_request(args.split, args.data, args.retain).retain
-    authors = split_authors(split, args.data, retain, args.limit, other_rows(args))
+        retain = parse_request(args.split, args.data, args.retain, options.columns(args)).retain
+    authors = split_authors(args.split, args.data, retain, args.limit, other_rows(args))
     refusals = (
         load_refusals(args.data) if "refusal" in OBJECTIVES[config.objective.name].streams else []
     )
     return Plan(
-        split=split,
+        split=args.split,
         data=args.data,
         base=options.base_spec(args),
         config=config,
@@ -109,14 +113,15 @@ def _plan(args: argparse.Namespace) -> Plan:
         refusals=tuple(refusals),
         revert=args.revert,
         template=args.template,
+        system=args.system,
     )
 
 
 def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
     """Runs the sequence and prints one row per stage."""
-    from unlearner.request.tofu import FORGET_SPLITS, split_name
+    from unlearner.request.tofu import FORGET_SPLITS
 
-    if split_name(args.split) not in FORGET_SPLITS:
+    if args.split not in FORGET_SPLITS:
         raise UserError(f"'{args.split}' is not a forget split.", "Give one such as forget05.")
     console.words(f"Reading {args.split} ...")
     plan = _plan(args)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import Interrupted, UserError, did_you_mean
-from ui.cli import options
+from adapters.errors import UserError, did_you_mean
+from ui.cli import models, options
 from ui.cli.alternates import add_alternates_from, other_rows
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
@@ -33,6 +33,7 @@ def register(commands: Any) -> None:
             options.loading(),
             options.data(),
             options.settings(),
+            options.config(*options.OF_BASE),
             options.common(),
         ],
         help="search the settings of a forget request",
@@ -53,6 +54,7 @@ def _add_what(parser: options.Parser) -> None:
     options.add_split(parser, required=True)
     options.add_reference_log(parser, required=True)
     options.add_retain(parser, default="the rest of TOFU")
+    options.add_columns(parser)
     parser.add_argument(
         "--retain-known",
         type=float,
@@ -104,13 +106,8 @@ def run_tune(args: argparse.Namespace, console: Console) -> int:
     console.words(f"Tuning {args.request} on {args.base} in {args.out} ...")
     from evaluation.tuning.search import tune
 
-    try:
+    with models.resumable(args.out):
         found = tune(_tuning(args, console), lambda event: show_event(event, console))
-    except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(
-            f"Interrupted: finished trials are kept in {args.out}.",
-            "Run the same command again to continue.",
-        ) from None
     _print_chosen(found, console)
     console.words(f"Took {duration_text(found['seconds'])}.")
     console.result(found)
@@ -142,7 +139,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from unlearner.request.sources import parse_request
     from unlearner.request.tofu import load_refusals
 
-    request = parse_request(args.request, args.data, args.retain)
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
     request = replace(request, others=other_rows(args))
     kept = args.retain
     if args.retain_known is not None:
@@ -169,6 +166,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         seeds=args.seeds,
         limit=args.limit,
         template=args.template,
+        system=args.system,
         refusals=tuple(refusals),
         words=_words(args, kept),
     )
@@ -176,7 +174,14 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
 
 def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
     words = ["unlearner", "forget", args.request, "--base", args.base]
-    told = {"--revision": args.revision, "--data": args.data, "--retain": kept}
+    told = {
+        "--revision": args.revision,
+        "--data": args.data,
+        "--retain": kept,
+        "--system": args.system,
+        "--question-column": args.question_column,
+        "--answer-column": args.answer_column,
+    }
     for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
         words += [] if value is None else [flag, str(value)]
     for flag in ("template", "dtype", "device", "attention"):
@@ -190,7 +195,9 @@ def _known(args: argparse.Namespace, request: Request, console: Console) -> tupl
     from evaluation.experiments.small_rows import known_rows, write_rows
 
     console.words("Finding the retain rows that the base knows ...")
-    found = known_rows(options.base_spec(args), request.retain, args.retain_known, args.template)
+    found = known_rows(
+        options.base_spec(args), request.retain, args.retain_known, args.template, args.system
+    )
     rows = tuple(request.retain[i] for i in found)
     if not rows:
         raise UserError(

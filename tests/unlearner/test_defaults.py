@@ -1,0 +1,65 @@
+"""What is chosen for a request and a model where nobody said otherwise."""
+
+from __future__ import annotations
+
+import pytest
+
+from unlearner.config import make_config
+from unlearner.defaults import suited
+
+PUBLISHED = 7_000_000_000
+SMOLLM2 = 135_000_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "pairs", "steps"),
+    [(5, 1, 50), (20, 3, 66), (40, 6, 66), (100, 16, 62), (200, 32, 62), (400, 32, 125)],
+)
+def test_a_small_request_keeps_the_published_steps_by_smaller_batches(
+    rows: int, pairs: int, steps: int
+) -> None:
+    train = suited(make_config(), (), rows, PUBLISHED).config.train
+    assert (train.batch_size(rows), train.steps(rows)) == (pairs, steps)
+    assert train.per_device_train_batch_size <= 8
+
+
+@pytest.mark.parametrize(
+    "given", ["per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"]
+)
+def test_a_batch_or_epochs_that_are_given_stay(given: str) -> None:
+    config = make_config(**{given: 4})
+    assert suited(config, [given], 5, PUBLISHED).config.train == config.train
+
+
+def test_a_large_model_keeps_the_published_constants() -> None:
+    chosen = suited(make_config(), (), 200, PUBLISHED)
+    published = make_config()
+    assert chosen.config.train == published.train
+    assert chosen.config.objective.beta == published.objective.beta
+    assert chosen.config.objective.retain_weight == published.objective.retain_weight
+    assert chosen.finds_target
+
+
+def test_what_is_given_wins_and_every_choice_is_explained() -> None:
+    given = {
+        "learning_rate": 3e-4,
+        "beta": 2.0,
+        "retain_weight": 0.5,
+        "general_weight": 0.0,
+        "gamma": 1.0,
+        "num_train_epochs": 3,
+    }
+    config = make_config(**given)
+    assert suited(config, given, 20, SMOLLM2).config == config
+    assert suited(config, given, 20, SMOLLM2).reasons == {}
+    open_ = suited(make_config(), (), 20, SMOLLM2)
+    names = ["batch", "learning_rate", "beta", "retain_weight", "general_weight", "target"]
+    assert [*open_.reasons] == names
+    assert "66 steps of 3 pairs" in open_.reasons["batch"]
+    assert open_.config.train.learning_rate > make_config().train.learning_rate
+
+
+@pytest.mark.parametrize(("objective", "finds"), [("npo", True), ("idk", False), ("rmu", False)])
+def test_only_objectives_that_may_overshoot_look_for_a_target(objective: str, finds: bool) -> None:
+    assert suited(make_config(objective), (), 20, SMOLLM2).finds_target is finds
+    assert not suited(make_config(objective), ["target"], 20, SMOLLM2).finds_target

@@ -1,0 +1,54 @@
+"""`unlearner config`: the settings of a command as YAML, with what each is for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import UserError, did_you_mean
+from ui.cli import config_file, options
+
+if TYPE_CHECKING:
+    from ui.console import Console
+
+
+def register(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "config",
+        parents=[options.common()],
+        help="print the settings of a command as YAML, for its --config",
+        description="Prints every setting of a command that takes --config, as its flags, a "
+        "--config and a --preset resolve it. Edit the file and pass it back with --config.",
+        epilog="examples:\n"
+        "  unlearner config forget rows.jsonl --retain keep.jsonl --base B > run.yaml\n"
+        "  unlearner forget --config run.yaml --lora-r 8 --label case-9\n"
+        "  unlearner config forget tofu:forget05 --preset llama2-7b",
+    )
+    parser.add_argument("name", metavar="COMMAND", help="such as forget, evaluate or tune")
+    parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="...", help="what the command takes"
+    )
+    parser.set_defaults(run=run_config)
+
+
+def run_config(args: argparse.Namespace, console: Console) -> int:
+    """Prints the YAML; nothing is read but the config."""
+    known = {name: leaf for name, leaf in args.leaves.items() if "--config" in leaf.option_names()}
+    if args.name not in known:
+        raise UserError(
+            f"There are no settings of a command '{args.name}'.", did_you_mean(args.name, known)
+        )
+    parser = known[args.name]
+    flags = config_file.apply_config(parser, [args.name, *args.flags])[1:]
+    with config_file.nothing_required(parser):
+        given, extra = parser.parse_known_args(flags)
+    if extra:
+        raise UserError(
+            f"`{parser.prog}` has no option {extra[0]}.",
+            did_you_mean(extra[0], parser.option_names()),
+        )
+    text = config_file.resolved(parser, given)
+    console.text(text.rstrip())
+    console.result({"command": args.name, "settings": config_file.values_in(text)})
+    return 0

@@ -1,0 +1,102 @@
+"""Settings that suit a request and a model, for whatever the user leaves open.
+
+The published recipes are for 200 rows and seven billion weights: on a request of 20 rows, or on a
+small model, they end before anything is forgotten. Presets do not come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unlearner.config import UnlearnConfig
+
+# Optimizer steps of the published run: 200 rows, 10 epochs, 32 pairs a step (arXiv 2410.07163).
+STEPS = 62
+LARGEST_BATCH, LARGEST_FORWARD = 32, 8
+BATCH_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+)
+# Weights below which a model is small, and its rate: measured on 1.3 million (trained on the spot)
+# and on 135 million (SmolLM2-135M-Instruct). Above, the published rate of LoRA.
+SMALL, SMALL_RATE = 1_000_000_000, 1e-3
+# SimNPO's constants on small models: measured on SmolLM2-135M-Instruct.
+SMALL_SIMNPO = {"beta": 4.0, "retain_weight": 2.0}
+GENERAL_WEIGHT = 2.0
+# What a run chooses where it is not given; gamma follows the target.
+CHOSEN = (*BATCH_SETTINGS, "learning_rate", *SMALL_SIMNPO, "gamma", "general_weight")
+# The objectives that stop at the NLL of unseen rows by themselves.
+TARGETED = ("simnpo", "npo")
+# Why something was chosen, in one word for manifests; "model-size" for all that is not here.
+CAUSES = {"batch": "published-steps", "general_weight": "keeps-knowledge", "target": "unseen-nll"}
+
+
+@dataclass(frozen=True)
+class Suited:
+    """Settings with what was chosen for this request and model, and why.
+
+    Attributes:
+        config: complete but for the target.
+        finds_target: whether the target is to be measured on the model.
+        reasons: by name of what was chosen, why.
+    """
+
+    config: UnlearnConfig
+    finds_target: bool
+    reasons: Mapping[str, str]
+
+
+def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: int) -> Suited:
+    """`config` with the settings that are not `given` chosen for the request and the model.
+
+    Args:
+        config: what was given, over the published defaults.
+        given: names of settings that stay as they are; "target" among them for one that is given.
+        rows: forget rows.
+        weights: of the base.
+    """
+    objective: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    if not set(BATCH_SETTINGS) & set(given):
+        pairs = min(LARGEST_BATCH, max(1, round(rows * config.train.num_train_epochs / STEPS)))
+        forwards = -(-pairs // LARGEST_FORWARD)
+        train |= {
+            "per_device_train_batch_size": -(-pairs // forwards),
+            "gradient_accumulation_steps": forwards,
+        }
+        chosen = replace(config.train, **train)
+        batch = chosen.batch_size(rows)
+        reasons["batch"] = (
+            f"{chosen.steps(rows)} steps of {batch} {'pair' if batch == 1 else 'pairs'}: the "
+            f"published run has {STEPS}, of {LARGEST_BATCH} pairs for 200 rows"
+        )
+    if "learning_rate" not in given and weights < SMALL:
+        train["learning_rate"] = SMALL_RATE
+        reasons["learning_rate"] = (
+            f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, "
+            f"this one has {weights / 1e6:,.1f} million"
+        )
+    if config.objective.name == "simnpo" and weights < SMALL:
+        for name, value in SMALL_SIMNPO.items():
+            if name not in given:
+                objective[name] = value
+                reasons[name] = f"{name} {value:g}: measured on models of 135 million weights"
+    if "general_weight" not in given:
+        objective["general_weight"] = GENERAL_WEIGHT
+        reasons["general_weight"] = (
+            f"general_weight {GENERAL_WEIGHT:g}: what the base knows is held on neutral prompts, "
+            "for about 40 percent more time a step (0 turns it off)"
+        )
+    suits = replace(
+        config,
+        objective=replace(config.objective, **objective),
+        train=replace(config.train, **train),
+    )
+    finds_target = config.objective.name in TARGETED and not {"target", "gamma"} & set(given)
+    if finds_target:
+        reasons["target"] = "target auto: the run stops where rows that the base never saw are"
+    return Suited(suits, finds_target, reasons)
