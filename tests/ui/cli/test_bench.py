@@ -12,7 +12,8 @@ import torch
 
 from evaluation.benchmark import baseline as benchmark_ways
 from evaluation.benchmark import run as counting
-from evaluation.benchmark.run import Line, Workload, flops, load_workload
+from evaluation.benchmark import shapes
+from evaluation.benchmark.run import Line, Workload, load_workload
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def _small(few_rows: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
         return few_rows if embedded else load_workload(data, tokenizer, *more)
 
     monkeypatch.setattr(counting, "load_workload", load)
-    monkeypatch.setitem(flops.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (32, 48, 2, 4, 1500))
 
 
 def test_counts_as_text_and_json(run: Any) -> None:
