@@ -13,25 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
-from ui.cli.commands.adapters import calibrate as commands_calibrate
-from ui.cli.commands.adapters import consolidate as commands_consolidate
-from ui.cli.commands.adapters import merge as commands_merge
-from ui.cli.commands.adapters import store as commands_store
-from ui.cli.commands.everyday import ask as commands_ask
-from ui.cli.commands.everyday import config as commands_config
-from ui.cli.commands.everyday import doctor_preview as commands_info
-from ui.cli.commands.everyday import evaluate as commands_eval
-from ui.cli.commands.everyday import forget as commands_train
-from ui.cli.commands.everyday import quickstart as commands_quickstart
-from ui.cli.commands.everyday import report as commands_report
-from ui.cli.commands.everyday import robustness as commands_robustness
-from ui.cli.commands.everyday import score as commands_score
-from ui.cli.commands.everyday import ui as commands_ui
-from ui.cli.commands.experiments import bench as commands_bench
-from ui.cli.commands.experiments import finetune as commands_finetune
-from ui.cli.commands.experiments import reproduce as commands_reproduce
-from ui.cli.commands.experiments import sequence as commands_sequence
-from ui.cli.commands.experiments import tune as commands_tune
+from ui.cli.commands.adapters import calibrate, consolidate, merge, store
+from ui.cli.commands.everyday import (
+    ask,
+    config,
+    doctor_preview,
+    evaluate,
+    forget,
+    quickstart,
+    report,
+    robustness,
+    score,
+    ui,
+)
+from ui.cli.commands.experiments import bench, finetune, reproduce, sequence, tune
 from ui.cli.config_file import apply_config, keep_beside
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
@@ -53,30 +48,30 @@ exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit in memory, 4 q
 # The sections of `unlearner --help`: each command with its module, in the order of the list.
 SECTIONS = {
     "everyday": {
-        "quickstart": commands_quickstart,
-        "doctor": commands_info,
-        "preview": commands_info,
-        "forget": commands_train,
-        "ask": commands_ask,
-        "evaluate": commands_eval,
-        "score": commands_score,
-        "robustness": commands_robustness,
-        "report": commands_report,
-        "ui": commands_ui,
-        "config": commands_config,
+        "quickstart": quickstart,
+        "doctor": doctor_preview,
+        "preview": doctor_preview,
+        "forget": forget,
+        "ask": ask,
+        "evaluate": evaluate,
+        "score": score,
+        "robustness": robustness,
+        "report": report,
+        "ui": ui,
+        "config": config,
     },
     "adapters": {
-        "adapters": commands_store,
-        "calibrate": commands_calibrate,
-        "consolidate": commands_consolidate,
-        "merge": commands_merge,
+        "adapters": store,
+        "calibrate": calibrate,
+        "consolidate": consolidate,
+        "merge": merge,
     },
     "experiments": {
-        "finetune": commands_finetune,
-        "reproduce": commands_reproduce,
-        "sequence": commands_sequence,
-        "tune": commands_tune,
-        "bench": commands_bench,
+        "finetune": finetune,
+        "reproduce": reproduce,
+        "sequence": sequence,
+        "tune": tune,
+        "bench": bench,
     },
 }
 FAILURE, INTERRUPTED = 1, 130
@@ -114,7 +109,7 @@ def build_parser(command: str | None = None) -> tuple[Parser, dict[str, Parser]]
     for title, modules in SECTIONS.items():
         start = len(commands._choices_actions)
         for module in dict.fromkeys(modules.values()):
-            if one in (None, commands_config, module):
+            if one in (None, config, module):
                 module.register(commands)
         entries = [(entry.dest, entry.help) for entry in commands._choices_actions[start:]]
         lines = [f"  {name:<12} {text}" for name, text in entries]
