@@ -52,14 +52,14 @@ def measure(
     forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
     questions = work.questions[:: max(1, len(work.questions) // 24)][: 24 if cuda else 8]
     score, answer = (sum(map(len, questions)), 4.0), (len(questions), 0.0)
-    ways: dict[str, tuple[tuple[int, float], Callable[[], None], Callable[[], None]]] = {
+    ways: dict[str, tuple[tuple[int, float], Callable[[], Any], Callable[[], Any]]] = {
         "training rows/s": (
             (2 * PAIRS, 4.0), lambda: _plain_step(model, forget, retain),
             lambda: _our_step(model, forget, retain),
         ),
         "scoring rows/s": (
             score, lambda: _plain_scores(model, questions),
-            lambda: _score_trees(model, questions),
+            lambda: score_trees(model, questions),
         ),
         "generation rows/s": (
             answer, lambda: _plain_answers(model, questions),
@@ -82,7 +82,7 @@ def measure(
 
 
 def _in_turns(
-    plain: Callable[[], None], ours: Callable[[], None], rows: float, seconds: float, model: Any
+    plain: Callable[[], Any], ours: Callable[[], Any], rows: float, seconds: float, model: Any
 ) -> tuple[list[float], list[int]]:
     """Best rows per second and peak bytes of both, in turns so that noise affects both."""
     import torch
@@ -154,10 +154,6 @@ def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) 
 def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
     for texts in questions:
         _plain_nll(model, texts, flops.PLAIN_EVAL)
-
-
-def _score_trees(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    score_trees(model, questions)
 
 
 def _prompts(questions: Sequence[Sequence[Encoded]]) -> list[tuple[list[int], int]]:
