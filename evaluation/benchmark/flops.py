@@ -58,11 +58,13 @@ def new_llama(shape: str, device: str = "meta", dtype: str = "bfloat16") -> Any:
 
 def with_lora(model: Any, rank: int) -> Any:
     """The frozen model with a float32 LoRA of this rank on the seven projections."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+
+    from adapters.lora.peft_layers import wrap
 
     model.requires_grad_(False)
     shape = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGET_MODULES))
-    return get_peft_model(model, shape)
+    return wrap(model, "default", shape)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from ui.cli.main import main, parse
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = 4  # rows of each set
@@ -53,9 +55,10 @@ WITH_COMMANDS = [page for page in PAGES if any(lines_of(page))]
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -> Path:
+def quickstart(
+    tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any, shorten_answers: Any
+) -> Path:
     """A folder with the models, rows, logs and adapters that the quickstart leaves, untrained."""
-    from ui.cli.main import main
     from unlearner.world.build import build_world
 
     root = tmp_path_factory.mktemp("docs")
@@ -70,6 +73,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -
     base = ["--base", str(folder / "origin"), "--store", str(folder / "forget-store")]
     measured = ["--data", str(folder / "world"), "--split", "forget10"]
     with pytest.MonkeyPatch.context() as patch:
+        shorten_answers(patch)
         patch.setenv("UNLEARNER_KEY", str(root / "home" / "key"))
         for number in (1, 2):
             request = str(folder / "world" / f"request-{number}.jsonl")
@@ -91,6 +95,20 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_one(page: Path) -> None:
+    for line in lines_of(page):
+        words = shlex.split(line.text, comments=True)
+        if words[0] == "unlearner":
+            assert parse(words[1 : -2 if ">" in words[-2:] else None]).run
+
+
+# The commands themselves have tests in ui/cli; of the pages, README runs always.
+@pytest.mark.parametrize(
+    "page",
+    [page if page.stem == "README" else pytest.param(page, marks=pytest.mark.slow)
+     for page in WITH_COMMANDS],
+    ids=lambda page: page.stem,
+)  # fmt: skip
 def test_every_command_of_a_page_runs(
     page: Path, quickstart: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,8 +136,6 @@ def _check(words: list[str], runs: bool, run: Any) -> None:
     """Runs or parses one command; `> FILE` at its end takes what it prints."""
     words, target = (words[:-2], words[-1]) if ">" in words[-2:] else (words, None)
     if not runs or words[0] in ("quickstart", "ui"):  # trained for minutes, serves until stopped
-        from ui.cli.main import parse
-
         assert parse(words).run
         return
     ran = run(*words, *SHORTER.get(words[0], "").split())

@@ -45,28 +45,47 @@ first steps:
 exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit in memory, 4 quality gate failed,
 130 interrupted and saved
 `unlearner COMMAND --help` shows the flags of a command."""
-# The sections of `unlearner --help`: each command module, in the order of the list.
+# The sections of `unlearner --help`: each command with its module, in the order of the list.
 SECTIONS = {
-    "everyday": (
-        quickstart,
-        doctor_preview,
-        forget,
-        ask,
-        evaluate,
-        score,
-        robustness,
-        report,
-        ui,
-        config,
-    ),
-    "adapters": (store, calibrate, consolidate, merge),
-    "experiments": (finetune, reproduce, sequence, tune, bench),
+    "everyday": {
+        "quickstart": quickstart,
+        "doctor": doctor_preview,
+        "preview": doctor_preview,
+        "forget": forget,
+        "ask": ask,
+        "evaluate": evaluate,
+        "score": score,
+        "robustness": robustness,
+        "report": report,
+        "ui": ui,
+        "config": config,
+    },
+    "adapters": {
+        "adapters": store,
+        "calibrate": calibrate,
+        "consolidate": consolidate,
+        "merge": merge,
+    },
+    "experiments": {
+        "finetune": finetune,
+        "reproduce": reproduce,
+        "sequence": sequence,
+        "tune": tune,
+        "bench": bench,
+    },
 }
 FAILURE, INTERRUPTED = 1, 130
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and the parser of each command by its words (`adapters list`)."""
+def build_parser(command: str | None = None) -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and the parser of each command by its words (`adapters list`).
+
+    With the first word of a command it knows no other: all take a tenth of a second. `config` is
+    about all of them.
+    """
+    one = {name: modules[name] for modules in SECTIONS.values() for name in modules}.get(
+        command or ""
+    )
     parser = Parser(
         prog="unlearner",
         usage="unlearner COMMAND ...",
@@ -89,8 +108,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sections = []
     for title, modules in SECTIONS.items():
         start = len(commands._choices_actions)
-        for module in modules:
-            module.register(commands)
+        for module in dict.fromkeys(modules.values()):
+            if one in (None, config, module):
+                module.register(commands)
         entries = [(entry.dest, entry.help) for entry in commands._choices_actions[start:]]
         lines = [f"  {name:<12} {text}" for name, text in entries]
         sections.append("\n".join([f"{title}:", *lines]))
@@ -125,7 +145,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: unknown command or flag (with the nearest known one), missing or bad value.
         SystemExit: after --help, --version and without any argument, which prints the help.
     """
-    parser, leaves = build_parser()
+    parser, leaves = build_parser(argv[0] if argv else None)
     if not argv:
         parser.print_help()
         raise SystemExit(0)

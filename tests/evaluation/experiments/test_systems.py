@@ -40,8 +40,11 @@ def base(tiny_base: Path) -> BaseSpec:
 
 
 @pytest.fixture(autouse=True)
-def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _private_home_and_short_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shorten_answers: Any
+) -> None:
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
+    shorten_answers(monkeypatch)
 
 
 @pytest.fixture
@@ -59,24 +62,22 @@ def forget(base: BaseSpec, tmp_path: Path, make_small_tofu: Any) -> Callable[...
     return run
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
+def test_other_rows_are_trained_on_again(forget: Any, tmp_path: Path) -> None:
+    from adapters.store.store import AdapterStore
+
+    first = forget()
+    assert forget().meta == first.meta
+    seen = [first.meta["adapters"]]
+    for changed in (
         replace(REQUEST, rows=(REQUEST.rows[0], Row("Who wrote it?", "Nobody."))),
         replace(REQUEST, retain=(REQUEST.retain[0], Row("Who is Ola?", "A baker."))),
         replace(REQUEST, retain=REQUEST.retain[::-1]),
-    ],
-    ids=["other forget rows", "other retain rows", "another order"],
-)
-def test_other_rows_are_trained_on_again(changed: Request, forget: Any, tmp_path: Path) -> None:
-    first = forget()
-    assert forget().meta == first.meta
-    again = forget(requests=[changed])
-    assert again.meta["adapters"] != first.meta["adapters"]
-    from adapters.store.store import AdapterStore
-
-    active = [adapter.slug for adapter in AdapterStore.open(tmp_path / "store").active()]
-    assert active == again.meta["adapters"], "the adapter of the other rows is switched off"
+    ):
+        again = forget(requests=[changed])
+        assert again.meta["adapters"] not in seen
+        active = [adapter.slug for adapter in AdapterStore.open(tmp_path / "store").active()]
+        assert active == again.meta["adapters"], "the adapter of the other rows is switched off"
+        seen.append(again.meta["adapters"])
 
 
 def test_other_refusals_settings_and_loading_train_again(forget: Any, base: BaseSpec) -> None:

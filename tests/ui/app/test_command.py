@@ -123,14 +123,67 @@ def test_the_page_is_there_before_the_base_and_behind_a_password(
         page.close(verbose=False)
 
 
-def test_a_resting_session_says_so(tmp_path: Path) -> None:
+def test_two_pages_load_the_base_once_and_rest_frees_it(
+    tmp_path: Path, tiny_base: Path, put: Any, monkeypatch: Any
+) -> None:
+    import threading
+    import weakref
+
+    import adapters.base.load as loading
+    from adapters.base.load import BaseSpec
     from adapters.errors import UserError
     from ui.app.session import Session
 
-    session = Session(tmp_path / "store")
+    loaded: list[Any] = []
+    load = loading.load_base
+
+    def counted(spec: Any) -> Any:
+        loaded.append(weakref.ref(model := load(spec)))
+        return model
+
+    monkeypatch.setattr(loading, "load_base", counted)
+    slug = put("1")
+    session = Session(tmp_path / "store", BaseSpec(str(tiny_base), dtype="float32", device="cpu"))
+
+    def open_pages() -> None:
+        pages = [threading.Thread(target=session.start) for _ in range(4)]
+        for page in pages:
+            page.start()
+        for page in pages:
+            page.join()
+        assert session.wait(120)
+        session.start()  # a page that comes late
+        assert session.state == "ready", session.problem
+
+    open_pages()
+    assert len(loaded) == 1
+    session.read_back([(slug, 1.0)])  # its layers refer to the model, and the model to them
     session.rest()
+    assert loaded[0]() is None, "somebody still holds the weights"
     with pytest.raises(UserError, match="A training uses the GPU"):
         session.require()
+    open_pages()
+    assert len(loaded) == 2
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_only_debug_prints_the_traceback_of_an_error(debug: bool, caplog: Any) -> None:
+    import logging
+
+    import gradio as gr
+
+    from ui.app.tabs.pages import told
+
+    def fail() -> None:
+        raise ValueError("about Mira Okafor")
+
+    level = logging.DEBUG if debug else logging.WARNING
+    with caplog.at_level(level, "unlearner.app"), pytest.raises(gr.Error) as raised:
+        told(fail)()
+    assert "Mira" not in str(raised.value)
+    assert ("Traceback" in caplog.text) is debug
+    assert ("Mira" in caplog.text) is debug
+    assert "ValueError in fail" in caplog.text
 
 
 def test_the_page_is_for_this_machine_and_keeps_and_shares_nothing(
