@@ -110,7 +110,7 @@ def served(world: Path) -> Iterator[tuple[Any, str]]:
 def page(browser: Any, served: tuple[Any, str]) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     made = context.new_page()
-    made.set_default_timeout(15000)
+    made.set_default_timeout(60000)
     _open(made, served[1])
     yield made
     context.close()
