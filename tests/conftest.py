@@ -106,6 +106,19 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, **overrides
 
 
 @pytest.fixture(scope="session")
+def shorten_answers() -> Any:
+    """`shorten_answers(monkeypatch)`: a random model never ends its answers; 24 tokens do."""
+
+    def shorten(patch: pytest.MonkeyPatch) -> None:
+        from evaluation.protocols import Decoding
+
+        whole = Decoding.budget
+        patch.setattr(Decoding, "budget", lambda self, prompt: min(24, whole(self, prompt)))
+
+    return shorten
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama (read only: copy it before changing anything)."""
     return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "base")

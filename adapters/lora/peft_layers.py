@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,13 +74,21 @@ def switch(model: Any, names: Sequence[str]) -> None:
 
 def inject(model: Any, name: str, config: LoraConfig) -> Any:
     """The PEFT model with a new adapter `name`; what is active is then to be set again."""
-    from peft import get_peft_model
-
     config.base_model_name_or_path = base_folder(model)
     if not hasattr(model, "peft_config"):
-        return get_peft_model(model, config, adapter_name=name)
+        return wrap(model, name, config)
     model.add_adapter(name, config)
     return model
+
+
+def wrap(model: Any, name: str, config: LoraConfig) -> Any:
+    """The PEFT model of a base with a first adapter `name`."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks the model for a property that transformers 5.23 renamed; both still work.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config, adapter_name=name)
 
 
 def frozen_config(config: Mapping[str, Any]) -> LoraConfig:

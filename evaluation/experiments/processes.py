@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -79,22 +80,20 @@ def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[
 
 def _start(inbox: Any, threads: int) -> None:
     global _inbox
-    # Before torch is imported, which reads them.
+    _inbox = inbox
+    # Before torch and transformers are imported, which read them. Progress bars and notices of
+    # libraries would overwrite the parent's progress line.
     os.environ |= {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    _inbox = inbox
+    if "torch" in sys.modules:  # by the script that called, which a new process imports again
+        sys.modules["torch"].set_num_threads(threads)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Ctrl-C reaches the whole process group: the parent ends its jobs itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    # Libraries' bars and notices would overwrite the parent's progress line.
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _run(job: Job) -> Any:

@@ -150,16 +150,18 @@ def measure_tokens(
                 indices, answer_tokens(model, part, pad, on_batch=report), strict=True
             ):
                 predicted, labels = tokens.first.tolist(), tokens.labels.tolist()
-                other = None if reference is None else reference[i]
-                answer = rows[i].answer
-                scores = attack_scores(tokens, answer, k=plan.min_k, reference=other)
+                scores: dict[str, float] = {}
+                if attacked:
+                    other = None if reference is None else reference[i]
+                    answer = rows[i].answer
+                    scores = attack_scores(tokens, answer, k=plan.min_k, reference=other)
                 row = TokenRow(
                     question=rows[i].question,
                     n=len(labels),
                     mean_nll=tokens.mean_nll,
                     extraction_strength=extraction_strength(predicted, labels),
                     exact_memorization=exact_memorization(predicted, labels),
-                    scores=scores if attacked else {},
+                    scores=scores,
                 )
                 measured.append(row)
             if not diverged:

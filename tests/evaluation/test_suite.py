@@ -121,8 +121,10 @@ def test_a_prompt_that_fills_the_length_is_refused_by_row(tiny: tuple[Any, Any])
 
 
 def test_an_active_adapter_is_what_is_measured(tiny_base: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from adapters.lora.peft_layers import wrap
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_base, use_safetensors=True)
     fmt = prompt_format(AutoTokenizer.from_pretrained(tiny_base))
@@ -130,7 +132,7 @@ def test_an_active_adapter_is_what_is_measured(tiny_base: Path) -> None:
     rows = rows_of(3)
     asked = [row.question for row in rows]
     base = score_rows(plain, fmt, rows), generate_answers(plain, fmt, asked, [rule])
-    adapted: Any = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    adapted: Any = wrap(plain, "a", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(0)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:

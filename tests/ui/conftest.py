@@ -34,10 +34,14 @@ Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    shorten_answers: Any,
+) -> Run:  # fmt: skip
     """`run("score", path, "--json")` calls main and gives back what happened."""
     from ui.cli.main import main
 
+    shorten_answers(monkeypatch)
     for name in ("UNLEARNER_DATA", "UNLEARNER_STORE", "UNLEARNER_SIGNING_KEY", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     # Commands set these for libraries and for processes they start: undone after each test.

@@ -1,8 +1,8 @@
 """Every command of README and guides, on models small enough for a test.
 
 The commands of a page run in order, in a folder that holds what `unlearner quickstart` leaves
-behind. A block after `<!-- parsed only: REASON -->` is parsed and not run: it needs a hub, a GPU or
-data that a test does not have.
+behind, and with few steps (`SHORTER`). A block after `<!-- parsed only: REASON -->` is parsed and
+not run: it needs a hub, a GPU or data that a test does not have.
 """
 
 from __future__ import annotations
@@ -18,9 +18,21 @@ from typing import Any
 
 import pytest
 
+from ui.cli.main import main, parse
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = 4  # rows of each set
+# What a test adds to a command so that it takes seconds.
+TRAINING = "--num-train-epochs 1 --general-weight 0 --lora-r 2 --lora-alpha 4"
+SHORTER = {
+    "forget": TRAINING,
+    "consolidate": TRAINING,
+    "robustness": "--limit 2 --relearn-steps 2 --samples 2 --sample-rows 1 --paraphrase-rows 1",
+    "calibrate": "--scales 0.5,1.2",
+    "ask": "--max-new 20",
+}
+STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "quickstart/origin"}
 BLOCK = re.compile(r"(<!-- parsed only: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
 
 
@@ -43,9 +55,10 @@ WITH_COMMANDS = [page for page in PAGES if any(lines_of(page))]
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -> Path:
+def quickstart(
+    tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any, shorten_answers: Any
+) -> Path:
     """A folder with the models, rows, logs and adapters that the quickstart leaves, untrained."""
-    from ui.cli.main import main
     from unlearner.world.build import build_world
 
     root = tmp_path_factory.mktemp("docs")
@@ -58,13 +71,13 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -
     make_tiny_llama(folder / "origin", seed=0, layers=1, max_position_embeddings=1024)
     make_tiny_llama(folder / "retrain", seed=1, layers=1, max_position_embeddings=1024)
     base = ["--base", str(folder / "origin"), "--store", str(folder / "forget-store")]
-    short = ["--num-train-epochs", "1", "--lora-r", "2", "--lora-alpha", "4"]
     measured = ["--data", str(folder / "world"), "--split", "forget10"]
     with pytest.MonkeyPatch.context() as patch:
+        shorten_answers(patch)
         patch.setenv("UNLEARNER_KEY", str(root / "home" / "key"))
         for number in (1, 2):
             request = str(folder / "world" / f"request-{number}.jsonl")
-            words = ["--retain", str(folder / "world" / "retain90.json"), *short]
+            words = ["--retain", str(folder / "world" / "retain90.json"), *TRAINING.split()]
             label = f"request-{number}"
             assert main(["forget", request, *base, *words, "--label", label]) == 0
             assert main(["adapters", "activate", label, *base[2:]]) == 0
@@ -82,15 +95,32 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, make_tiny_llama: Any) -
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
+def test_every_command_of_a_page_is_one(page: Path) -> None:
+    for line in lines_of(page):
+        words = shlex.split(line.text, comments=True)
+        if words[0] == "unlearner":
+            assert parse(words[1 : -2 if ">" in words[-2:] else None]).run
+
+
+# The commands themselves have tests in ui/cli; of the pages, README runs always.
+@pytest.mark.parametrize(
+    "page",
+    [page if page.stem == "README" else pytest.param(page, marks=pytest.mark.slow)
+     for page in WITH_COMMANDS],
+    ids=lambda page: page.stem,
+)  # fmt: skip
 def test_every_command_of_a_page_runs(
     page: Path, quickstart: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
+    for name, rows in (("mine.jsonl", "request-1.jsonl"), ("rest.jsonl", "retain90.json")):
+        shutil.copy(tmp_path / "quickstart" / "world" / rows, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     for line in lines_of(page):
         words = shlex.split(line.text, comments=True)
         if "ui.cli.main" in words:  # started by torchrun
             words = ["unlearner", *words[words.index("ui.cli.main") + 1 :]]
+        words = [STAND_INS.get(word, word) for word in words]
         if words[0] == "unlearner":
             _check(words[1:], line.runs, run)
         elif words[0] == "make":
@@ -106,11 +136,9 @@ def _check(words: list[str], runs: bool, run: Any) -> None:
     """Runs or parses one command; `> FILE` at its end takes what it prints."""
     words, target = (words[:-2], words[-1]) if ">" in words[-2:] else (words, None)
     if not runs or words[0] in ("quickstart", "ui"):  # trained for minutes, serves until stopped
-        from ui.cli.main import parse
-
         assert parse(words).run
         return
-    ran = run(*words)
+    ran = run(*words, *SHORTER.get(words[0], "").split())
     assert ran.code == 0, f"unlearner {shlex.join(words)}\n{ran.err[-2000:]}"
     if target is not None:
         Path(target).write_text(ran.out, encoding="utf-8")

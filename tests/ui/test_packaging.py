@@ -59,6 +59,21 @@ def test_pins_satisfy_the_ranges() -> None:
         assert have == least if match[2] == "==" else have >= least, text
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_every_file_that_is_no_code_is_named_as_package_data() -> None:
+    """Without a name here a file is missing from the wheel; tests/test_wheel.py builds it."""
+    import tomllib
+
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    for package, patterns in tool["setuptools"]["package-data"].items():
+        shipped = {path for pattern in patterns for path in (ROOT / package).glob(pattern)}
+        files = [path for path in (ROOT / package).rglob("*.*") if path.is_file()]
+        own = {path for path in files if "__pycache__" not in path.parts}
+        code = {path for path in own if path.suffix == ".py"}
+        assert own - code <= shipped
+        assert all((path.parent / "__init__.py").is_file() for path in code)
+
+
 def outside_make() -> dict[str, str]:
     """The environment without what an outer make passes on: these tests may run under one."""
     return {
@@ -88,7 +103,8 @@ def test_make_installs_once(clone: Path) -> None:
     first = make(clone, "test")
     assert "-m venv .venv" in first
     assert "--constraint constraints.txt --editable '.[test]'" in first
-    assert "-m pytest" in first
+    assert '-m "not slow"' in first
+    assert "-m pytest" in make(clone, "test-all")
     (clone / ".venv").mkdir()
     for stamp in (".created", ".installed-test", ".installed-gguf,quant", ".smollm2"):
         (clone / ".venv" / stamp).touch()

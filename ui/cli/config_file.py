@@ -107,7 +107,9 @@ def _excluded(parser: Parser, action: argparse.Action, values: Mapping[str, Any]
 def _unknown(key: str, parser: Parser, settings: Mapping[str, Any]) -> str:
     if key in OF_ONE_CALL:
         return f"{key} is for one call only: give it on the command line"
-    return f"`{parser.prog}` has no setting '{key}'. {did_you_mean(key, settings)}"
+    hint = did_you_mean(key, settings)
+    near = "" if hint.startswith("Known are") else f" {hint}"
+    return f"`{parser.prog}` has no setting '{key}'.{near}"
 
 
 def _value(parser: Parser, action: argparse.Action, node: yaml.Node) -> Any:

@@ -13,25 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
-from ui.cli.commands.adapters import calibrate as commands_calibrate
-from ui.cli.commands.adapters import consolidate as commands_consolidate
-from ui.cli.commands.adapters import merge as commands_merge
-from ui.cli.commands.adapters import store as commands_store
-from ui.cli.commands.everyday import ask as commands_ask
-from ui.cli.commands.everyday import config as commands_config
-from ui.cli.commands.everyday import doctor_preview as commands_info
-from ui.cli.commands.everyday import evaluate as commands_eval
-from ui.cli.commands.everyday import forget as commands_train
-from ui.cli.commands.everyday import quickstart as commands_quickstart
-from ui.cli.commands.everyday import report as commands_report
-from ui.cli.commands.everyday import robustness as commands_robustness
-from ui.cli.commands.everyday import score as commands_score
-from ui.cli.commands.everyday import ui as commands_ui
-from ui.cli.commands.experiments import bench as commands_bench
-from ui.cli.commands.experiments import finetune as commands_finetune
-from ui.cli.commands.experiments import reproduce as commands_reproduce
-from ui.cli.commands.experiments import sequence as commands_sequence
-from ui.cli.commands.experiments import tune as commands_tune
+from ui.cli.commands.adapters import calibrate, consolidate, merge, store
+from ui.cli.commands.everyday import (
+    ask,
+    config,
+    doctor_preview,
+    evaluate,
+    forget,
+    quickstart,
+    report,
+    robustness,
+    score,
+    ui,
+)
+from ui.cli.commands.experiments import bench, finetune, gpu_check, reproduce, sequence, tune
 from ui.cli.config_file import apply_config, keep_beside
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
@@ -50,39 +45,48 @@ first steps:
 exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit in memory, 4 quality gate failed,
 130 interrupted and saved
 `unlearner COMMAND --help` shows the flags of a command."""
-# The sections of `unlearner --help`: each command module, in the order of the list.
+# The sections of `unlearner --help`: each command with its module, in the order of the list.
 SECTIONS = {
-    "everyday": (
-        commands_quickstart,
-        commands_info,
-        commands_train,
-        commands_ask,
-        commands_eval,
-        commands_score,
-        commands_robustness,
-        commands_report,
-        commands_ui,
-        commands_config,
-    ),
-    "adapters": (
-        commands_store,
-        commands_calibrate,
-        commands_consolidate,
-        commands_merge,
-    ),
-    "experiments": (
-        commands_finetune,
-        commands_reproduce,
-        commands_sequence,
-        commands_tune,
-        commands_bench,
-    ),
+    "everyday": {
+        "quickstart": quickstart,
+        "doctor": doctor_preview,
+        "preview": doctor_preview,
+        "forget": forget,
+        "ask": ask,
+        "evaluate": evaluate,
+        "score": score,
+        "robustness": robustness,
+        "report": report,
+        "ui": ui,
+        "config": config,
+    },
+    "adapters": {
+        "adapters": store,
+        "calibrate": calibrate,
+        "consolidate": consolidate,
+        "merge": merge,
+    },
+    "experiments": {
+        "finetune": finetune,
+        "reproduce": reproduce,
+        "sequence": sequence,
+        "tune": tune,
+        "bench": bench,
+        "gpu-check": gpu_check,
+    },
 }
 FAILURE, INTERRUPTED = 1, 130
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and the parser of each command by its words (`adapters list`)."""
+def build_parser(command: str | None = None) -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and the parser of each command by its words (`adapters list`).
+
+    With the first word of a command it knows no other: all take a tenth of a second. `config` is
+    about all of them.
+    """
+    one = {name: modules[name] for modules in SECTIONS.values() for name in modules}.get(
+        command or ""
+    )
     parser = Parser(
         prog="unlearner",
         usage="unlearner COMMAND ...",
@@ -105,8 +109,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     sections = []
     for title, modules in SECTIONS.items():
         start = len(commands._choices_actions)
-        for module in modules:
-            module.register(commands)
+        for module in dict.fromkeys(modules.values()):
+            if one in (None, config, module):
+                module.register(commands)
         entries = [(entry.dest, entry.help) for entry in commands._choices_actions[start:]]
         lines = [f"  {name:<12} {text}" for name, text in entries]
         sections.append("\n".join([f"{title}:", *lines]))
@@ -141,7 +146,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: unknown command or flag (with the nearest known one), missing or bad value.
         SystemExit: after --help, --version and without any argument, which prints the help.
     """
-    parser, leaves = build_parser()
+    parser, leaves = build_parser(argv[0] if argv else None)
     if not argv:
         parser.print_help()
         raise SystemExit(0)

@@ -84,7 +84,28 @@ class Parser(argparse.ArgumentParser):
 
     def format_help_all(self) -> str:
         """The help with every flag."""
-        return super().format_help()
+        usage, self.usage = self.usage, self.usage or self._short_usage()
+        try:
+            return super().format_help()
+        finally:
+            self.usage = usage
+
+    def _short_usage(self) -> str:
+        """The command with what it needs; argparse would list every flag."""
+        formatter = self._get_formatter()
+        positional = [action for action in self._actions if not action.option_strings]
+        needed = [action for action in self._actions if action.option_strings and action.required]
+        words = [
+            f"{action.option_strings[-1]} {formatter._format_args(action, action.dest.upper())}"
+            for action in needed
+        ]
+        words += [
+            f"({' | '.join(action.option_strings[-1] for action in group._group_actions)})"
+            for group in self._mutually_exclusive_groups
+            if group.required
+        ]
+        words += [formatter._format_args(action, action.dest.upper()) for action in positional]
+        return " ".join([self.prog, *words, "[flags]"])
 
     def shown_flags(self) -> list[str]:
         """The flags that `--help` shows."""

@@ -233,9 +233,9 @@ class MemoryPlan:
 
     def tokens_per_batch(self) -> tuple[int, int]:
         """Tokens of a packed micro-batch: of average rows, and of the longest there are."""
-        train = self.config.train
+        train, objective = self.config.train, self.config.objective
         # At least two: guard rows may take the place of retain rows.
-        streams = max(2, len(streams_of(self.config.objective)))
+        streams = max(2, len(streams_of(objective))) + bool(objective.general_weight)
         rows = streams * min(train.per_device_train_batch_size, train.batch_size(self.n_forget))
         cut = sorted((min(n, train.max_length) for n in self.lengths), reverse=True) or [1]
         longest = sum(cut[:rows]) + max(0, rows - len(cut)) * cut[0]

@@ -116,9 +116,7 @@ def taught_prompts(
             report({"event": "note", "text": f"{path} is damaged and is written again"})
     report({"event": "note", "text": f"the base answers {len(prompts)} general prompts, once"})
     with base_only(model):
-        taught = teach(
-            model, _answered(model, fmt, prompts), pad_id(fmt.tokenizer), top=TOP, batch=BATCH
-        )
+        taught = teach(model, _answered(model, fmt, prompts), pad_id(fmt.tokenizer), top=TOP)
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, pack_teacher(taught))

@@ -54,8 +54,10 @@ def test_gpt2_is_refused_with_the_reason() -> None:
 
 
 def test_targets_are_found_below_adapters_too() -> None:
-    import peft
+    from peft import LoraConfig
+
+    from adapters.lora.peft_layers import wrap
 
     model: Any = make_model("phi3")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["qkv_proj"]))
+    wrapped = wrap(model, "a", LoraConfig(r=2, target_modules=["qkv_proj"]))
     assert default_targets(wrapped) == FAMILIES["phi3"][2]

@@ -25,7 +25,6 @@ from evaluation.experiments.sequence import (
     utility_rows,
 )
 from evaluation.logs.records import AnswerScore, EvalLog, RowRecord, SetRecord
-from evaluation.protocols import PROTOCOLS
 from unlearner.config import make_config
 from unlearner.request.rows import Row
 
@@ -106,15 +105,14 @@ def reference(data: Path, path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _private_home_and_short_answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A random model never ends its answers: here they are cut short."""
-    tofu = PROTOCOLS["tofu"]
-    short = replace(tofu, decoding=replace(tofu.decoding, max_total=60))
+def _private_home_and_short_answers(
+    tmp_path_factory: pytest.TempPathFactory, shorten_answers: Any
+) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("UNLEARNER_KEY", str(home / "key"))
         patch.setenv("UNLEARNER_CACHE", str(home / "cache"))
-        patch.setitem(PROTOCOLS, "tofu", short)
+        shorten_answers(patch)
         yield
 
 

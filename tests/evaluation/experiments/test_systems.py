@@ -21,6 +21,7 @@ from evaluation.logs.records import EvalLog
 from evaluation.suite import EvalData
 from unlearner.config import make_config
 from unlearner.request.rows import Request, Row
+from unlearner.run import RunOptions
 
 CONFIG = make_config(
     "grad_diff", lora_r=2, lora_alpha=8, learning_rate=2e-2, num_train_epochs=1, warmup_ratio=0.0,
@@ -39,8 +40,11 @@ def base(tiny_base: Path) -> BaseSpec:
 
 
 @pytest.fixture(autouse=True)
-def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _private_home_and_short_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shorten_answers: Any
+) -> None:
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
+    shorten_answers(monkeypatch)
 
 
 @pytest.fixture
@@ -58,35 +62,34 @@ def forget(base: BaseSpec, tmp_path: Path, make_small_tofu: Any) -> Callable[...
     return run
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
+def test_other_rows_are_trained_on_again(forget: Any, tmp_path: Path) -> None:
+    from adapters.store.store import AdapterStore
+
+    first = forget()
+    assert forget().meta == first.meta
+    seen = [first.meta["adapters"]]
+    for changed in (
         replace(REQUEST, rows=(REQUEST.rows[0], Row("Who wrote it?", "Nobody."))),
         replace(REQUEST, retain=(REQUEST.retain[0], Row("Who is Ola?", "A baker."))),
         replace(REQUEST, retain=REQUEST.retain[::-1]),
-    ],
-    ids=["other forget rows", "other retain rows", "another order"],
-)
-def test_other_rows_are_trained_on_again(changed: Request, forget: Any, tmp_path: Path) -> None:
-    first = forget()
-    assert forget().meta == first.meta
-    again = forget(requests=[changed])
-    assert again.meta["adapters"] != first.meta["adapters"]
-    from adapters.store.store import AdapterStore
-
-    active = [adapter.slug for adapter in AdapterStore.open(tmp_path / "store").active()]
-    assert active == again.meta["adapters"], "the adapter of the other rows is switched off"
+    ):
+        again = forget(requests=[changed])
+        assert again.meta["adapters"] not in seen
+        active = [adapter.slug for adapter in AdapterStore.open(tmp_path / "store").active()]
+        assert active == again.meta["adapters"], "the adapter of the other rows is switched off"
+        seen.append(again.meta["adapters"])
 
 
 def test_other_refusals_settings_and_loading_train_again(forget: Any, base: BaseSpec) -> None:
     config = replace(CONFIG, objective=make_config("idk").objective)
-    first = forget(config=config, refusals=["I do not know."])
+    how = RunOptions(refusals=["I do not know."])
+    first = forget(config=config, how=how)
     for change in (
-        {"refusals": ["That is unknown to me."]},
+        {"how": RunOptions(refusals=["That is unknown to me."])},
         {"config": replace(config, train=replace(config.train, seed=7))},
         {"base": replace(base, attention="eager")},
     ):
-        given = {"config": config, "refusals": ["I do not know."], **change}
+        given = {"config": config, "how": how, **change}
         assert forget(**given).meta["adapters"] != first.meta["adapters"], change
 
 

@@ -87,12 +87,13 @@ def test_bf16_differs_by_its_rounding_only(fmt: Any, rows: list[Row]) -> None:
 
 
 def test_an_active_adapter_is_in_the_tree(fmt: Any, rows: list[Row]) -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+
+    from adapters.lora.peft_layers import wrap
 
     bare = score_rows(llama(), fmt, rows[:3])
-    model: Any = get_peft_model(
-        llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model: Any = wrap(llama(), "a", lora)
     plain, tree = (score_rows(model, fmt, rows[:3], shared=s) for s in (False, True))
     for a, b, c in zip(plain, tree, bare, strict=True):
         for x, y, z in zip(texts_of(a), texts_of(b), texts_of(c), strict=True):

@@ -88,6 +88,24 @@ def _publish(home: Path, label: str, seed: int) -> str:
     return store.publish(save_adapter(model, "new", home / f"made-{seed}"), manifest).slug
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_answers() -> Iterator[None]:
+    """A random model never ends its answers: 24 tokens instead of 200, and in a sheet."""
+    from ui.app.data import sheet
+    from ui.app.data.decoding import PairDecoder
+
+    start, answers = PairDecoder.__init__, sheet._answers
+
+    def short(self: PairDecoder, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        self.budget = 24
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairDecoder, "__init__", short)
+        patch.setattr(sheet, "_answers", lambda session, rows, _: answers(session, rows, 24))
+        yield
+
+
 @pytest.fixture(scope="module")
 def served(world: Path) -> Iterator[tuple[Any, str]]:
     """The app on the small world, and its address."""
@@ -233,7 +251,7 @@ def test_a_strength_that_moves_answers_the_right_side_alone(
     step = PairDecoder.step
 
     def slow(self: PairDecoder) -> None:
-        self.stops = set()
+        self.budget, self.stops = 200, set()
         time.sleep(0.05)
         step(self)
 
@@ -255,7 +273,7 @@ def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatc
     step = PairDecoder.step
 
     def slow(self: PairDecoder) -> None:
-        self.stops = set()  # an answer that does not end by itself
+        self.budget, self.stops = 200, set()  # an answer that does not end by itself
         time.sleep(0.05)
         step(self)
 
@@ -567,8 +585,8 @@ def test_nothing_is_fetched_or_kept_and_labels_are_there(
     assert sorted(i for i in set(ids) if ids.count(i) > 1 and i.startswith("un-")) == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1600])
+# Colours follow the scheme and the layout the width: each of both once.
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1600, "light")])
 def test_axe_finds_nothing_serious(
     browser: Any, served: Any, axe: str, width: int, scheme: str
 ) -> None:

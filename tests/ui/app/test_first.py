@@ -9,11 +9,12 @@ import pytest
 
 from ui.cli.commands.everyday.ui import settings_of
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
 RUNNER = Path(__file__).with_name("small_demo.py")
 PATIENCE = 180_000  # milliseconds; the small demo takes about 20 s on two idle cores
 
 
+@pytest.mark.browser
+@pytest.mark.slow
 def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
     browser: Any, axe: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_demo_of_another_place_or_that_is_gone_is_not_taken_over(
 
     jobs = Jobs(tmp_path / "jobs")
     app = App(Session(tmp_path / "store"), jobs, settings_of)
+    assert app_first.offers(app)  # nothing is here yet
 
     def made(folder: Path) -> None:
         place = tmp_path / "jobs" / folder.parent.name

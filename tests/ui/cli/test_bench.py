@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,27 @@ import pytest
 import torch
 
 from evaluation.benchmark import baseline as benchmark_ways
-from evaluation.benchmark.run import Line, flops
+from evaluation.benchmark import run as counting
+from evaluation.benchmark import shapes
+from evaluation.benchmark.run import Line, Workload, load_workload
+
+
+@pytest.fixture(scope="module")
+def few_rows() -> Workload:
+    """Some rows of the embedded world."""
+    work = load_workload(None, None)
+    parts = {name: getattr(work, name)[:16] for name in ("forget", "retain", "questions")}
+    return replace(work, **parts)
 
 
 @pytest.fixture(autouse=True)
-def _small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(flops.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+def _small(few_rows: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(data: Path | None, tokenizer: str | None, *more: Any) -> Workload:
+        embedded = data is None and tokenizer is None
+        return few_rows if embedded else load_workload(data, tokenizer, *more)
+
+    monkeypatch.setattr(counting, "load_workload", load)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (32, 48, 2, 4, 1500))
 
 
 def test_counts_as_text_and_json(run: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import yaml
 
 from adapters.lora.export import Target
 from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME, read_adapter
@@ -240,3 +243,81 @@ def test_a_merge_from_the_4_bit_view(run: Any, put: Any, tiny_base: Path, tmp_pa
     assert f"{other} is not recorded as trained on the 4-bit view" in ran.err
     both = run(*words, "1", "--out", tmp_path / "no", "--from-4bit-view", "--load-in-4bit")
     refused(both, "never merged into 4-bit weights")
+
+
+class Hub:
+    """Stands in for `HfApi`: repositories are folders."""
+
+    root: Path
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
+        assert exist_ok
+        (self.root / repo).mkdir(parents=True, exist_ok=True)
+        (self.root / repo / ".private").write_text(str(private))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+        for path in folder_path.iterdir():
+            shutil.copy(path, self.root / repo_id / path.name)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    def snapshot_download(self, repo: str, *, revision: Any, allow_patterns: list[str]) -> str:
+        assert revision in (None, "v1")
+        assert allow_patterns == [CONFIG_NAME, WEIGHTS_NAME]
+        if not (self.root / repo).is_dir():
+            raise OSError("404 for hf_SECRETtoken123 with Bearer hf_SECRETtoken123")
+        return str(self.root / repo)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    Hub.root = tmp_path / "hub"
+    Hub.root.mkdir()
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRETtoken123")
+    return Hub.root
+
+
+def test_an_adapter_is_pushed_with_its_card_and_pulled_back(
+    adapters: Any, put: Any, hub: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    from adapters.store.store import AdapterStore
+
+    slug = put("1")
+    store = AdapterStore.open(tmp_path / "store")
+    store.attach_eval(slug, "forget05-tofu", {"forget_quality": 0.5, "limit": None})
+    store.attach_eval(slug, "forget10-tofu", {"forget_quality": 0.9, "limit": 3})
+    ran = adapters("push", "1", "me/forgets", "--private", "--json")
+    assert ran.json == {
+        "name": slug,
+        "repo": "me/forgets",
+        "url": "https://hub/me/forgets/commit/1",
+    }
+    there = hub / "me" / "forgets"
+    assert {path.name for path in there.iterdir()} == {
+        CONFIG_NAME, WEIGHTS_NAME, "README.md", ".private",
+    }  # fmt: skip
+    assert (there / ".private").read_text() == "True"
+    card = (there / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["library_name"]) == ("org/tiny", "peft")
+    (result,) = front["model-index"][0]["results"]  # a limited evaluation is left out
+    assert result["metrics"] == [{"type": "forget_quality", "value": 0.5}]
+    other = tmp_path / "other"
+    words = ["pull", "me/forgets", "--base", tiny_base, "--adapter-revision", "v1", "--json"]
+    pulled = adapters(*words, store=other).json
+    own = tmp_path / "store" / "adapters" / slug / WEIGHTS_NAME
+    assert (Path(pulled["path"]) / WEIGHTS_NAME).read_bytes() == own.read_bytes()
+
+
+def test_what_cannot_be_pushed_or_pulled_is_refused_without_the_token(
+    adapters: Any, put: Any, hub: Path, tiny_base: Path
+) -> None:
+    one = put("1")
+    put("2", parents=(one,))
+    refused(adapters("push", "2", "me/x"), "on top of", "combine")
+    refused(adapters("push", "1", "x"), "not the name of a repository", "OWNER/NAME")
+    ran = adapters("pull", "me/none", "--base", tiny_base)
+    refused(ran, "404 for [token]", "hf auth login")
+    assert "SECRET" not in ran.err
+    (hub / "me" / "empty").mkdir(parents=True)
+    refused(adapters("pull", "me/empty", "--base", tiny_base), "holds no")

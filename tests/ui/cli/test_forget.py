@@ -294,7 +294,7 @@ def test_refusals_come_from_the_data_folder(
     words = ["forget", *request_files, "--base", tiny_base, "--data", tmp_path, "--dry-run"]
     for objective in ("idk", "npo"):
         assert run(*words, "--objective", objective, "--store", tmp_path / "s").code == 130
-    assert [options["refusals"] for options in seen] == [["I cannot say.", "No idea."], []]
+    assert [options["refusals"] for options in seen] == [("I cannot say.", "No idea."), ()]
 
 
 def raising_stop(*args: Any) -> None:

@@ -168,6 +168,8 @@ def test_tokens_per_batch_are_the_average_and_the_longest() -> None:
     assert seven_b(config, lengths=[10, 20, 30, 40, 90], n=5).tokens_per_batch() == (120, 140)
     # No more pairs than there are forget rows.
     assert seven_b(config, lengths=[10, 20], n=1).tokens_per_batch() == (30, 30)
+    general = make_config(per_device_train_batch_size=1, general_weight=1.0)
+    assert seven_b(general, lengths=[10, 20, 30], n=5).tokens_per_batch() == (60, 60)
 
 
 def test_every_nth_layer_is_between_all_and_none() -> None:

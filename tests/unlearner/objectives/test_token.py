@@ -25,6 +25,7 @@ from unlearner.request.rows import Request
 from unlearner.tokens.packing import pack_attention, pack_rows
 from unlearner.tokens.prompts import Encoded, encode_rows, pad_batch, pad_id, prompt_format
 from unlearner.training.forward import StepForwards
+from unlearner.training.loop import enable_checkpointing
 
 NEW = ("rmu", "undial", "wga", "satimp", "ceu")
 
@@ -260,7 +261,7 @@ def test_recomputed_activations_give_the_same_gradient(
     batch = pad_batch(rows, 0)
     model.train()
     plain = gradient(model, terms_of(model, batch, name))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, "all")
     again: list[int] = []
     layer = model.get_base_model().model.layers[1]
     layer.mlp.register_forward_pre_hook(lambda m, i: again.append(1))

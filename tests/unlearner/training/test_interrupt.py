@@ -80,9 +80,11 @@ def test_the_commit_is_unknown_without_git(monkeypatch: pytest.MonkeyPatch) -> N
     def missing(*words: Any, **more: Any) -> None:
         raise FileNotFoundError("git")
 
+    environment.commit.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", missing)
         assert environment.commit() is None
+    environment.commit.cache_clear()
 
 
 def test_small_models_run_on_one_thread_and_give_the_others_back() -> None:

@@ -375,7 +375,7 @@ def test_warm_up_is_shorter_than_the_run(ratio: float, steps: int, expected: int
 def test_a_run_of_one_step_trains(loop: Any, quick: Config) -> None:
     made = loop(quick(num_train_epochs=1, warmup_ratio=1.0))
     made.run(StopRequest())
-    assert all(float(p.abs().max()) > 0 for n, p in made.bare.named_parameters() if "lora_B" in n)
+    assert all(p.detach().any() for n, p in made.bare.named_parameters() if "lora_B" in n)
 
 
 @pytest.mark.parametrize("optim", [*OPTIMIZERS])

@@ -1,4 +1,4 @@
-"""`unlearner adapters combine|import|export`: sums of adapters, and adapters that come and go."""
+"""`unlearner adapters combine|import|export|push|pull`: sums, and adapters that come and go."""
 
 from __future__ import annotations
 
@@ -64,6 +64,17 @@ def _register_moves(verbs: Any) -> None:
         help="name under which the server has the base, letter by letter (default: the store's)",
     )
 
+    parser = verb(verbs, "push", run_push, "upload an adapter and its card to the hub")
+    parser.add_argument("ref", metavar="REF", help=options.REF)
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository; made where it is missing")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser = verb(verbs, "pull", run_pull, "publish an adapter of the hub in the store")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository of a PEFT LoRA")
+    options.add_base(parser, text="the base it was trained on")
+    parser.add_argument(
+        "--adapter-revision", metavar="REV", help="commit, tag or branch of the adapter"
+    )
+
 
 def _usable(ref: str, store: AdapterStore) -> str:
     """The slug; an adapter in quarantine is not given to anyone."""
@@ -124,16 +135,53 @@ def run_import(args: argparse.Namespace, console: Console) -> int:
     """Publishes an adapter that was trained elsewhere, and prints its row."""
     if not args.source.is_dir():
         raise UserError(f"There is no folder {args.source}.", "Give the folder of a LoRA adapter.")
-    console.words(f"Checking {args.source} against {args.base} ...")
+    return _publish(args.source, str(args.source), args, console)
+
+
+def _publish(folder: Path, name: str, args: argparse.Namespace, console: Console) -> int:
+    """Publishes the adapter in `folder`, called `name` in words, and prints its row."""
+    console.words(f"Checking {name} against {args.base} ...")
     from adapters.base.load import resolve_base
     from adapters.store.store import AdapterStore
 
     base = resolve_base(args.base, args.revision)
     store = AdapterStore.open(options.store_path(args), create=True)
-    adapter = store.import_folder(args.source, base, base_name=args.base)
+    adapter = store.import_folder(folder, base, base_name=args.base)
     console.words(f"Stored as {adapter.slug}.")
     console.hint(f"switch it on with `unlearner adapters activate {adapter.slug}`.")
     console.result({**adapter_row(adapter), "path": adapter.path})
+    return 0
+
+
+def run_pull(args: argparse.Namespace, console: Console) -> int:
+    """Downloads an adapter, checks it as `import` does, and prints its row."""
+    console.words(f"Downloading {args.repo} ...")
+    import tempfile
+
+    from adapters.lora.hub import pull_adapter
+
+    with tempfile.TemporaryDirectory(prefix="unlearner-") as scratch:
+        folder = pull_adapter(args.repo, args.adapter_revision, Path(scratch))
+        return _publish(folder, args.repo, args, console)
+
+
+def run_push(args: argparse.Namespace, console: Console) -> int:
+    """Uploads an adapter and prints where it is."""
+    store = open_store(args)
+    adapter = store.require_whole(_usable(args.ref, store))
+    if adapter.manifest.parents:
+        raise UserError(
+            f"{adapter.slug} was trained on top of {', '.join(adapter.manifest.parents)}: alone it "
+            "is another model.",
+            "Push the sum of both, which `unlearner adapters combine` makes.",
+        )
+    console.words(f"Uploading {adapter.slug} to {args.repo} ...")
+    from adapters.lora.hub import push_adapter
+
+    evals = store.evals(adapter.slug)
+    url = push_adapter(adapter.path, adapter.manifest, evals, args.repo, private=args.private)
+    console.text(url)
+    console.result({"name": adapter.slug, "repo": args.repo, "url": url})
     return 0
 
 

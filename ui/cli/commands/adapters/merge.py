@@ -32,7 +32,7 @@ def register(commands: Any) -> None:
         description="Adds the adapters to the base's original weights in float32, rounds once and "
         "writes a model that loads anywhere. Shard by shard: the model is never whole in memory.",
         epilog="examples:\n  unlearner merge --store S --base B --out merged\n"
-        "  unlearner merge --store S --base B --out merged --split forget05 "
+        "  unlearner merge --store S --base B --out released --split forget05 "
         "--reference-log retrain.json --candidates 12",
     )
     options.add_out(parser, "a new folder", required=True)

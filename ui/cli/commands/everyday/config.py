@@ -21,9 +21,9 @@ def register(commands: Any) -> None:
         description="Prints every setting of a command that takes --config, as its flags, a "
         "--config and a --preset resolve it. Edit the file and pass it back with --config.",
         epilog="examples:\n"
-        "  unlearner config forget > run.yaml\n"
-        "  unlearner config forget tofu:forget05 --preset llama2-7b\n"
-        "  unlearner config evaluate --config run.yaml --limit 20",
+        "  unlearner config forget rows.jsonl --retain keep.jsonl --base B > run.yaml\n"
+        "  unlearner forget --config run.yaml --lora-r 8 --label case-9\n"
+        "  unlearner config forget tofu:forget05 --preset llama2-7b",
     )
     parser.add_argument("name", metavar="COMMAND", help="such as forget, evaluate or tune")
     parser.add_argument(

@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
         help="what a request is trained on, token by token",
         description="Shows each row as it is trained on: the prompt dim, the loss tokens "
         "underlined (in brackets off a terminal). Needs the tokenizer's files only.",
-        epilog="example:\n  unlearner preview tofu:forget05 --base NousResearch/Llama-2-7b-chat-hf",
+        epilog="example:\n  unlearner preview tofu:forget05 --base B",
     )
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
     options.add_retain(parser, "also show these rows")

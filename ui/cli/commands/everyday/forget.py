@@ -12,13 +12,12 @@ from adapters.atomic_files import write_bytes
 from adapters.errors import UserError
 from ui.adapter_row import adapter_row
 from ui.cli import config_file, options
-from ui.cli.alternates import add_alternates_from, other_rows
+from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import outcome_lines, show_event
 from ui.console import size_text
 from unlearner.config import make_config
 from unlearner.defaults import CHOSEN
-from unlearner.objectives.registry import OBJECTIVES
 from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
@@ -307,12 +306,8 @@ def _train_full(
         flag = "--" + named[0].replace("_", "-")
         raise UserError(f"{flag} has no effect with --full.", "Leave one of the two out.")
     from unlearner.baselines.full import forget_full
-    from unlearner.request.tofu import load_refusals
     from unlearner.run import RunOptions
 
-    refusals = (
-        load_refusals(args.data) if "refusal" in OBJECTIVES[config.objective.name].streams else []
-    )
     out = forget_full(
         replace(request, others=other_rows(args)),
         options.base_spec(args),
@@ -321,7 +316,7 @@ def _train_full(
         RunOptions(
             template=args.template,
             system=args.system,
-            refusals=refusals,
+            refusals=refusals(args, config),
             neighbours=args.neighbours,
         ),
         any_size=args.any_size,
@@ -346,12 +341,10 @@ def train_request(
     request = replace(request, others=other_rows(args))
     from adapters.store.store import AdapterStore
     from unlearner.request.sources import parse_request, rows_named
-    from unlearner.request.tofu import load_refusals
     from unlearner.training.general import read_prompts
     from unlearner.training.outcome import remarks
 
     names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
-    needs_refusals = "refusal" in OBJECTIVES[config.objective.name].streams
     columns = options.columns(args)
     guard = [
         row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
@@ -368,7 +361,7 @@ def train_request(
         restart=args.restart,
         template=args.template,
         system=args.system,
-        refusals=load_refusals(args.data) if needs_refusals else [],
+        refusals=refusals(args, config),
         neighbours=args.neighbours,
         guard=guard,
         replaces=replaces,

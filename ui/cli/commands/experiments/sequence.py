@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.alternates import add_alternates_from, other_rows
+from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.output.events import show_event
 from unlearner.request.tofu import split_name
 
@@ -88,18 +88,13 @@ def _add_flags(parser: options.Parser) -> None:
 def _plan(args: argparse.Namespace) -> Plan:
     from evaluation.experiments.sequence import Plan, split_authors, utility_rows
     from ui.cli.commands.everyday.forget import forget_config
-    from unlearner.objectives.registry import OBJECTIVES
     from unlearner.request.sources import parse_request
-    from unlearner.request.tofu import load_refusals
 
     config = forget_config(args)
     retain = None
     if args.retain:
         retain = parse_request(args.split, args.data, args.retain, options.columns(args)).retain
     authors = split_authors(args.split, args.data, retain, args.limit, other_rows(args))
-    refusals = (
-        load_refusals(args.data) if "refusal" in OBJECTIVES[config.objective.name].streams else []
-    )
     return Plan(
         split=args.split,
         data=args.data,
@@ -110,7 +105,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         utility=utility_rows(args.data, args.limit),
         reference_log=args.reference_log,
         protocol=args.protocol,
-        refusals=tuple(refusals),
+        refusals=refusals(args, config),
         revert=args.revert,
         template=args.template,
         system=args.system,

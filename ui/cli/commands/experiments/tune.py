@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError, did_you_mean
 from ui.cli import models, options
-from ui.cli.alternates import add_alternates_from, other_rows
+from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
 from ui.console import duration_text
@@ -135,9 +135,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.config import make_config, streams_of
+    from unlearner.config import make_config
     from unlearner.request.sources import parse_request
-    from unlearner.request.tofu import load_refusals
 
     request = parse_request(args.request, args.data, args.retain, options.columns(args))
     request = replace(request, others=other_rows(args))
@@ -147,8 +146,6 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     names = (*options.OBJECTIVE_FIELDS, *options.LORA_FIELDS, *options.TRAIN_FIELDS)
     fixed = options.given_settings(args, names)
     space = space_of(args.objective, fixed, args.range)
-    config = make_config(args.objective)
-    refusals = load_refusals(args.data) if "refusal" in streams_of(config.objective) else []
     if not space:
         console.words("Every setting is given: nothing is searched, each seed is measured.")
     return Tuning(
@@ -167,7 +164,7 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
         limit=args.limit,
         template=args.template,
         system=args.system,
-        refusals=tuple(refusals),
+        refusals=refusals(args, make_config(args.objective)),
         words=_words(args, kept),
     )
 

@@ -1,4 +1,4 @@
-"""--alternates-from: where `--alternates` takes its answers."""
+"""The answers that a training needs beside those of its rows: alternates and refusals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from adapters.errors import UserError
 from ui.cli import options
 
 if TYPE_CHECKING:
+    from unlearner.config import UnlearnConfig
     from unlearner.request.rows import Row
 
 
@@ -35,3 +36,11 @@ def other_rows(args: argparse.Namespace) -> tuple[Row, ...]:
     if not args.alternates:
         raise UserError("--alternates-from says nothing alone.", "Add --alternates, such as 20.")
     return tuple(rows_named(args.alternates_from, args.data, columns=options.columns(args)))
+
+
+def refusals(args: argparse.Namespace, config: UnlearnConfig) -> tuple[str, ...]:
+    """Answers that refuse, where the objective trains on them."""
+    from unlearner.config import streams_of
+    from unlearner.request.tofu import load_refusals
+
+    return tuple(load_refusals(args.data)) if "refusal" in streams_of(config.objective) else ()
