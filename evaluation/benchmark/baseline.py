@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.benchmark import flops
 from evaluation.benchmark.run import PAIRS, PLAIN_DECODE, Line, Workload
+from evaluation.benchmark.shapes import new_llama, with_lora
 from evaluation.inference.generation import BATCH_SIZE, Prompt, greedy
 from evaluation.inference.prefix_sharing import score_trees
 from evaluation.inference.scoring import evaluating
@@ -32,7 +33,7 @@ def measure(
 
     Args:
         work: see `load_workload`.
-        shape: one of `flops.SHAPES`; random weights.
+        shape: one of `shapes.SHAPES`; random weights.
         device: "cpu" or "cuda".
         load_in_4bit: nf4 projections.
         rank: of the LoRA.
@@ -47,22 +48,18 @@ def measure(
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
     dtype = "bfloat16" if cuda else "float32"
-    # A 4-bit model never has its full weights on the card: they would not fit a small one.
-    base = flops.new_llama(shape, "cpu" if load_in_4bit else device, dtype)
-    if load_in_4bit:
-        quantise(base, device)
-    model = flops.with_lora(base, rank)
+    model = with_lora(new_llama(shape, device, dtype, load_in_4bit=load_in_4bit), rank)
     forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
     questions = work.questions[:: max(1, len(work.questions) // 24)][: 24 if cuda else 8]
     score, answer = (sum(map(len, questions)), 4.0), (len(questions), 0.0)
-    ways: dict[str, tuple[tuple[int, float], Callable[[], None], Callable[[], None]]] = {
+    ways: dict[str, tuple[tuple[int, float], Callable[[], Any], Callable[[], Any]]] = {
         "training rows/s": (
             (2 * PAIRS, 4.0), lambda: _plain_step(model, forget, retain),
             lambda: _our_step(model, forget, retain),
         ),
         "scoring rows/s": (
             score, lambda: _plain_scores(model, questions),
-            lambda: _score_trees(model, questions),
+            lambda: score_trees(model, questions),
         ),
         "generation rows/s": (
             answer, lambda: _plain_answers(model, questions),
@@ -85,7 +82,7 @@ def measure(
 
 
 def _in_turns(
-    plain: Callable[[], None], ours: Callable[[], None], rows: float, seconds: float, model: Any
+    plain: Callable[[], Any], ours: Callable[[], Any], rows: float, seconds: float, model: Any
 ) -> tuple[list[float], list[int]]:
     """Best rows per second and peak bytes of both, in turns so that noise affects both."""
     import torch
@@ -139,13 +136,13 @@ def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]
 
 
 def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
-    from unlearner.objectives.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll, on_device
     from unlearner.objectives.sequence import simnpo
     from unlearner.tokens.packing import pack_attention, pack_rows
 
     model.train()
     device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in pack_rows([*forget, *retain]).items()}
+    batch = on_device(pack_rows([*forget, *retain]), device)
     with pack_attention(model):
         losses = answer_nll(model, batch)
         f, n = losses.nll[: len(forget)], losses.n[: len(forget)]
@@ -157,10 +154,6 @@ def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) 
 def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
     for texts in questions:
         _plain_nll(model, texts, flops.PLAIN_EVAL)
-
-
-def _score_trees(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    score_trees(model, questions)
 
 
 def _prompts(questions: Sequence[Sequence[Encoded]]) -> list[tuple[list[int], int]]:
@@ -190,33 +183,3 @@ def _our_answers(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
     for start in range(0, len(prompts), BATCH_SIZE):
         part = [Prompt(ids, budget) for ids, budget in prompts[start : start + BATCH_SIZE]]
         greedy(model.get_base_model(), part, (), 0)
-
-
-def quantise(model: Any, device: str = "cpu") -> None:
-    """Quantises the projections of a Llama on the CPU to nf4 in place, and moves it to `device`."""
-    import bitsandbytes as bnb
-    import torch
-
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in list(block.named_children()):
-                if not isinstance(linear, torch.nn.Linear):
-                    continue
-                four = bnb.nn.Linear4bit(
-                    linear.in_features,
-                    linear.out_features,
-                    bias=False,
-                    compute_dtype=linear.weight.dtype,
-                    compress_statistics=True,
-                    quant_type="nf4",
-                )
-                four.weight = bnb.nn.Params4bit(
-                    linear.weight.data.cpu(),
-                    requires_grad=False,
-                    quant_type="nf4",
-                    compress_statistics=True,
-                )
-                setattr(block, name, four.to(device))
-                if hasattr(four, "support_avx512bf16_for_cpu"):
-                    four.support_avx512bf16_for_cpu = False  # see adapters.base.load
-    model.to(device)

@@ -12,7 +12,8 @@ import torch
 
 from evaluation.benchmark import baseline as benchmark_ways
 from evaluation.benchmark import run as counting
-from evaluation.benchmark.run import Line, Workload, flops, load_workload
+from evaluation.benchmark import shapes
+from evaluation.benchmark.run import Line, Workload, load_workload
 
 SMALL = (32, 48, 2, 4, 1500)
 
@@ -25,7 +26,7 @@ def work() -> Workload:
 @pytest.fixture(scope="module")
 def lines(work: Workload) -> Iterator[list[Line]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(flops.SHAPES, "tiny", SMALL)
+        patch.setitem(shapes.SHAPES, "tiny", SMALL)
         yield counting.count(work, "tiny")
 
 
@@ -36,7 +37,7 @@ def _loaded_once(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
         return work if embedded else load_workload(data, tokenizer, *more)
 
     monkeypatch.setattr(counting, "load_workload", load)
-    monkeypatch.setitem(flops.SHAPES, "tiny", SMALL)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", SMALL)
 
 
 @pytest.fixture

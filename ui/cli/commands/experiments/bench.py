@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.benchmark.flops import SHAPES
+from evaluation.benchmark.shapes import SHAPES
 from ui.cli import options
+from ui.console import size_text
+from unlearner.memory.plan import CHECKPOINTING
 
 if TYPE_CHECKING:
     from evaluation.benchmark.run import Line
@@ -31,10 +33,12 @@ def register(commands: Any) -> None:
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
-        "times both on random weights, in turns. The 7B shape is timed only on a GPU.",
+        "times both on random weights, in turns. The 7B shape is timed only on a GPU. With --step "
+        "it takes one optimizer step instead and shows its memory beside the plan.",
         epilog="examples:\n  unlearner bench --shape small\n"
         "  unlearner bench --shape llama2-7b --count-only --data TOFU --tokenizer T\n"
-        "  unlearner bench --shape llama2-7b --load-in-4bit --cap-gb 24,8,6",
+        "  unlearner bench --shape llama2-7b --load-in-4bit --cap-gb 24,8,6\n"
+        "  unlearner bench --shape llama2-7b --load-in-4bit --step meta",
     )
     parser.add_argument(
         "--shape", choices=tuple(SHAPES), default="tiny", help="of the model (default: tiny)"
@@ -62,6 +66,26 @@ def register(commands: Any) -> None:
         default=[],
         help="GPU only: time again with the memory capped to these sizes, as on smaller cards",
     )
+    parser.add_argument(
+        "--step",
+        choices=("meta", "real"),
+        help="take one optimizer step with random weights and show peak memory and seconds beside "
+        "the plan: 'meta' needs no weights and runs anywhere, 'real' computes on this machine "
+        "(7B in 4 bit takes 6 GB)",
+    )
+    parser.add_argument(
+        "--layers", type=options.positive_int, metavar="N", help="of --step: only so many blocks"
+    )
+    parser.add_argument(
+        "--pairs", type=options.positive_int, default=8, metavar="N", help="of --step (8)"
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        choices=CHECKPOINTING,
+        default="all",
+        help="of --step: recompute every Nth block, all or none (all)",
+    )
+    parser.add_argument("--padded", action="store_true", help="of --step: padded rows, no packs")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as PNG or SVG")
     parser.set_defaults(run=run_bench)
 
@@ -74,6 +98,8 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     from evaluation.benchmark.run import count, load_workload
 
     work = load_workload(args.data, args.tokenizer, args.template, args.system)
+    if args.step is not None:
+        return _step(args, work, console)
     console.words(f"Counting {args.shape} on the rows of {work.source} ...")
     lines = count(work, args.shape, args.lora_r)
     notes: list[str] = []
@@ -91,6 +117,39 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
         _plot(lines, args.plot, args.shape, work.source)
         console.words(f"Wrote {args.plot}")
     console.result({"shape": args.shape, "rows": work.source, "notes": notes, "table": table})
+    return 0
+
+
+def _step(args: argparse.Namespace, work: Any, console: Console) -> int:
+    import torch
+
+    from evaluation.benchmark.step import run_step, setup_of
+
+    real = "cuda" if torch.cuda.is_available() else "cpu"
+    setup = setup_of(
+        work.forget,
+        work.retain,
+        args.shape,
+        pairs=args.pairs,
+        rank=args.lora_r,
+        checkpointing=args.gradient_checkpointing,
+        padded=args.padded,
+        layers=args.layers,
+        device=real if args.step == "real" else "meta",
+        load_in_4bit=args.load_in_4bit,
+        # CPUs without bf16 in hardware compute in it a hundred times slower.
+        dtype="float32" if args.step == "real" and real == "cpu" else "bfloat16",
+    )
+    cost = run_step(setup, console.words)
+    rows = [*setup.rows.forget, *setup.rows.retain]
+    tokens = sum(len(row.input_ids) for row in rows)
+    console.text(
+        f"One step of {args.shape} with {args.layers or SHAPES[args.shape][2]} layers, "
+        f"{args.pairs} pairs ({tokens} tokens), on {setup.device}: "
+        f"peak {size_text(cost.peak)}, plan {size_text(cost.low)} to {size_text(cost.high)}, "
+        f"{cost.seconds:.0f} s (building the model: {cost.build_seconds:.0f} s)"
+    )
+    console.result({"shape": args.shape, "tokens": tokens, **cost.to_json()})
     return 0
 
 
