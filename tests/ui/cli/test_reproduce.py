@@ -66,7 +66,7 @@ def test_every_line_of_the_7b_recipe_runs(
 ) -> None:
     monkeypatch.setitem(LLAMA2_7B.methods["*"], "num_train_epochs", 2)
     words = recipe_words(tofu, pair, tmp_path / "r")
-    words += ["--protocol", "tofu,simnpo", "--limit", "4", "--json"]
+    words += ["--protocol", "tofu,simnpo", "--limit", "2", "--json"]
     ran = run(*words, "--release", tmp_path / "released", "--gate")
     found = ran.json
     assert ran.code == 4, "random models miss every published figure"
