@@ -43,7 +43,7 @@ def test_counts_as_text_and_json(run: Any) -> None:
     assert first["ratio"] == pytest.approx(first["plain"] / first["ours"])
     text = run("bench", "--count-only")
     assert "at least" not in text.out  # the targets are the 7B shape's
-    assert "none known beforehand" in text.err
+    assert "the official full fine-tune" in text.err
 
 
 def test_flags_change_what_is_counted(run: Any) -> None:
