@@ -81,7 +81,7 @@ def test_a_card_without_an_attack_and_an_undecided_verdict_are_read(tmp_path: Pa
     card = {**ROBUST, "relearning": None, "sampling": None, "verdicts": [undecided]}
     found = gather_probes(None, (), [_write(tmp_path / "r.json", card)])
     assert (found.relearning, found.sampling) == ({}, {})
-    assert "undecided" in runs_page.verdicts_html(found)
+    assert "undecided" in runs_page.plots_html(runs.Runs([], {}, [], []), found)
 
 
 def test_a_state_measured_once_is_a_level_beside_every_curve() -> None:

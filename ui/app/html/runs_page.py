@@ -121,21 +121,11 @@ def _log_r_blocks(found: runs.Runs, chosen: Sequence[str]) -> list[Block]:
     return ["No run is chosen that holds its rows."] if found.log_r else []
 
 
-def verdicts_html(probes: Probes) -> str:
-    """The verdicts of the probes, each beside its threshold."""
-    return html_blocks(_verdict_blocks(probes))
-
-
 def _verdict_blocks(probes: Probes) -> list[Block]:
     rows = [
         {**verdict, "name": f"{verdict['of']}: {verdict['name']}"} for verdict in probes.verdicts
     ]
     return [verdict_table(rows)] if rows else []
-
-
-def table_html(found: runs.Runs) -> str:
-    """The table of all runs."""
-    return html_blocks([_run_table(found)] if found.table else [])
 
 
 def _run_table(found: runs.Runs) -> Table:
