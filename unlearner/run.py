@@ -35,6 +35,7 @@ from unlearner.request.past_requests import (
 from unlearner.request.rows import Request, Row
 from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
 from unlearner.tokens.prompts import (
+    NO_SYSTEM,
     Encoded,
     PromptFormat,
     Template,
@@ -476,11 +477,19 @@ def _digest(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
 
 
 def prompt_settings(run: Prepared) -> dict[str, Any]:
-    """What a manifest says of the prompts, and how many rows were cut (only where some were)."""
+    """What a manifest says of the prompts, and how many rows were cut (only where some were).
+
+    A store holds no text: of a system prompt, given or the template's own, it keeps a hash.
+    """
     cut = {name: n for name, n, _ in run.rows.cut}
+    prompt = run.fmt.to_json()
+    for name in ("system", "preamble"):
+        text = prompt[name]
+        if text is not None and text != NO_SYSTEM:
+            prompt[name] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return {
         "template": run.fmt.name,
-        "prompt": run.fmt.to_json(),
+        "prompt": prompt,
         **({"cut_rows": cut} if cut else {}),
     }
 

@@ -11,18 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unlearner.config import TARGET_MODULES
 from unlearner.tokens.prompts import Encoded
 
 if TYPE_CHECKING:
     import torch
 
-# (width, inner width, layers, heads, vocabulary)
-SHAPES: dict[str, tuple[int, int, int, int, int]] = {
-    "tiny": (64, 172, 2, 4, 32000),
-    "small": (256, 688, 4, 8, 32000),
-    "llama2-7b": (4096, 11008, 32, 32, 32000),
-}
 # Lengths to which the standard implementation pads: training, and teacher-forced evaluation.
 PLAIN_TRAIN, PLAIN_EVAL = 500, 200
 
@@ -33,38 +26,6 @@ class Counted:
 
     flops: int
     saved_bytes: int = 0
-
-
-def new_llama(shape: str, device: str = "meta", dtype: str = "bfloat16") -> Any:
-    """A Llama of the named shape with random (on meta: no) weights, built in this dtype."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    width, inner, layers, heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        attn_implementation="sdpa",
-        pad_token_id=0,
-    )
-    # Not built in float32 and then cast: that takes twice the memory of a bf16 model.
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-
-
-def with_lora(model: Any, rank: int) -> Any:
-    """The frozen model with a float32 LoRA of this rank on the seven projections."""
-    from peft import LoraConfig
-
-    from adapters.lora.peft_layers import wrap
-
-    model.requires_grad_(False)
-    shape = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGET_MODULES))
-    return wrap(model, "default", shape)
 
 
 @contextmanager
@@ -100,15 +61,12 @@ def training_step(
     model: Any, rows: Sequence[Encoded], *, packed: bool, checkpointing: str = "off"
 ) -> Counted:
     """Forward and backward of this project on `rows`, forget and retain: one pack, chunked head."""
-    from unlearner.objectives.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll, on_device
     from unlearner.tokens.packing import pack_attention, pack_rows
     from unlearner.tokens.prompts import pad_batch
 
     device = next(model.parameters()).device
-    batch = pack_rows(rows) if packed else pad_batch(rows, 0)
-    # On meta only the model's inputs: indices must have values.
-    inputs = ("input_ids", "position_ids", "attention_mask")
-    batch = {name: t.to(device) if name in inputs else t for name, t in batch.items()}
+    batch = on_device(pack_rows(rows) if packed else pad_batch(rows, 0), device)
     _checkpoint(model, checkpointing)
     with pack_attention(model), _counting(model) as counted:
         answer_nll(model, batch).per_token.sum().backward()

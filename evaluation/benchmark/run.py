@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.benchmark import flops
+from evaluation.benchmark.shapes import SHAPES, new_llama, with_lora
 from evaluation.inference.prefix_sharing import TREE_TOKENS, build_tree, packs_of
 from evaluation.inference.scoring import encode_answers
 from unlearner.config import make_config
@@ -129,14 +130,14 @@ def count(work: Workload, shape: str, rank: int = 16) -> list[Line]:
 
     Args:
         work: the rows.
-        shape: one of `flops.SHAPES`.
+        shape: one of `shapes.SHAPES`.
         rank: of the LoRA.
     """
-    full = flops.new_llama(shape)
+    full = new_llama(shape)
     plain_row, plain_text = flops.plain_training_row(full), flops.plain_scoring_row(full)
     # A missing paraphrase is scored again.
     plain = float(sum(max(len(texts), 5) for texts in work.questions) * plain_text.flops)
-    model = flops.with_lora(full, rank)
+    model = with_lora(full, rank)
     # The targets are those of the published model's shape.
     goal = 1.0 if shape == "llama2-7b" else 0.0
     sizes = [len(build_tree(texts).tokens) for texts in work.questions]
@@ -159,7 +160,7 @@ def _training(
     whole = flops.training_step(model, some, packed=True)
     again = flops.training_step(model, some, packed=True, checkpointing="all")
     plain = float(len(rows) * plain_row.flops)
-    layers = flops.SHAPES[shape][2]
+    layers = SHAPES[shape][2]
     saved = [part.saved_bytes / here / layers / 1e3 for part in (whole, again)]
     plain_saved = plain_row.saved_bytes / flops.PLAIN_TRAIN / layers / 1e3
     official = (

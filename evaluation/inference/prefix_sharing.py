@@ -266,7 +266,7 @@ def sharing_problem(model: Any, questions: Sequence[Sequence[Encoded]]) -> str |
 def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | None:
     import torch
 
-    from unlearner.objectives.likelihood import answer_nll
+    from unlearner.objectives.likelihood import answer_nll, on_device
     from unlearner.tokens.prompts import pad_batch
 
     longest = max(questions, key=lambda texts: max(len(text.input_ids) for text in texts))
@@ -289,7 +289,7 @@ def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | Non
     device = next(model.parameters()).device
     rows: list[float] = []
     for texts in compared:
-        batch = {name: tensor.to(device) for name, tensor in pad_batch(texts, 0).items()}
+        batch = on_device(pad_batch(texts, 0), device)
         rows += answer_nll(model, batch).per_token.tolist()
     differences = [
         (score.nll / score.n - row) / max(1.0, row) for score, row in zip(shared, rows, strict=True)

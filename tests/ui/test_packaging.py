@@ -103,7 +103,8 @@ def test_make_installs_once(clone: Path) -> None:
     first = make(clone, "test")
     assert "-m venv .venv" in first
     assert "--constraint constraints.txt --editable '.[test]'" in first
-    assert "-m pytest" in first
+    assert '-m "not slow"' in first
+    assert "-m pytest" in make(clone, "test-all")
     (clone / ".venv").mkdir()
     for stamp in (".created", ".installed-test", ".installed-gguf,quant", ".smollm2"):
         (clone / ".venv" / stamp).touch()

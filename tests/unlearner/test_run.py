@@ -147,6 +147,18 @@ def test_the_manifest_says_how_it_was_made(
     assert (on_disk["r"], on_disk["lora_alpha"]) == (4, 8)
 
 
+def test_a_system_prompt_is_kept_as_a_hash(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    """Most chat templates insert one of several words, and a store holds no text."""
+    options = RunOptions(system="You answer in one short sentence.")
+    adapter = unlearn(request_, base, quick(num_train_epochs=1), store, options)
+    prompt = adapter.manifest.train["prompt"]
+    assert prompt["system"].startswith("sha256:")
+    assert prompt["preamble"] == prompt["system"]
+    assert "short sentence" not in (adapter.path / "forget_manifest.json").read_text()
+
+
 def test_the_same_seed_gives_the_same_bytes(
     request_: Request, base: BaseSpec, quick: Config, tmp_path: Path
 ) -> None:

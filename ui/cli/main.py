@@ -26,7 +26,7 @@ from ui.cli.commands.everyday import (
     score,
     ui,
 )
-from ui.cli.commands.experiments import bench, finetune, reproduce, sequence, tune
+from ui.cli.commands.experiments import bench, finetune, gpu_check, reproduce, sequence, tune
 from ui.cli.config_file import apply_config, keep_beside
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
@@ -72,6 +72,7 @@ SECTIONS = {
         "sequence": sequence,
         "tune": tune,
         "bench": bench,
+        "gpu-check": gpu_check,
     },
 }
 FAILURE, INTERRUPTED = 1, 130

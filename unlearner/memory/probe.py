@@ -48,7 +48,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + int(torch.cuda.memory_reserved(device)) + CUDA_CONTEXT
-    return int(psutil.virtual_memory().available) + int(psutil.Process().memory_info().rss)
+    return int(psutil.virtual_memory().available) + resident_memory()
 
 
 def budget(device: torch.device, limit: int | None) -> int:
@@ -122,6 +122,11 @@ def peak(device: torch.device) -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return peak_memory()
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:

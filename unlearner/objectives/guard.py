@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from adapters.errors import StoreCorrupt
-from unlearner.objectives.likelihood import Answers, answer_logits, per_token, sum_by_row
+from unlearner.objectives.likelihood import (
+    Answers,
+    answer_logits,
+    on_device,
+    per_token,
+    sum_by_row,
+)
 from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
 if TYPE_CHECKING:
@@ -67,7 +73,7 @@ def teach(
         with torch.no_grad():
             for start in range(0, len(rows), batch):
                 part = rows[start : start + batch]
-                inputs = {k: v.to(device) for k, v in pad_batch(part, pad).items()}
+                inputs = on_device(pad_batch(part, pad), device)
                 found = answer_logits(model, inputs)
                 log_p = F.log_softmax(found.logits.float(), dim=-1)
                 best, tokens = log_p.topk(min(top, log_p.shape[-1]), dim=-1)

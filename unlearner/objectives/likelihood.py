@@ -63,9 +63,10 @@ class AnswerHidden(NamedTuple):
 
     def rows(self, start: int, stop: int) -> AnswerHidden:
         """Only rows `start` to `stop`, counted from 0 again."""
-        mine = (self.row >= start) & (self.row < stop)
+        mine = torch.nonzero((self.row >= start) & (self.row < stop)).squeeze(1)
+        there = mine.to(self.hidden.device)
         return AnswerHidden(
-            self.hidden[mine], self.targets[mine], self.row[mine] - start, self.n[start:stop]
+            self.hidden[there], self.targets[there], self.row[mine] - start, self.n[start:stop]
         )
 
 
@@ -93,8 +94,19 @@ class Scored(NamedTuple):
     n: Tensor
 
 
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch for a model on `device`.
+
+    Labels and where rows begin stay on the CPU: which positions are scored is found there, without
+    waiting for a GPU, and also where tensors have no values (the meta device).
+    """
+    here = ("labels", "row_of_token", "starts", "guard")
+    return {name: t if name in here else t.to(device) for name, t in batch.items()}
+
+
 def scored(batch: Mapping[str, Tensor]) -> Scored:
-    """The answer positions of a padded batch or of a pack."""
+    """The answer positions of a padded batch or of a pack; `row` stays where the labels are."""
+    device = batch["input_ids"].device
     if "row_of_token" in batch:
         labels, owner = batch["labels"][0, 1:], batch["row_of_token"][0, 1:]
         kept = torch.nonzero(labels != IGNORE).squeeze(1)
@@ -114,6 +126,9 @@ def scored(batch: Mapping[str, Tensor]) -> Scored:
         n_rows, row, targets = labels.shape[0], batch_row, labels[batch_row, column]
     n = torch.zeros(n_rows, dtype=torch.long, device=labels.device)
     n.index_add_(0, row, torch.ones_like(row))
+    kept, batch_row, position, targets, n = (
+        tensor.to(device) for tensor in (kept, batch_row, position, targets, n)
+    )
     return Scored(inputs, kept, batch_row, position, targets, row, n)
 
 
@@ -121,6 +136,8 @@ def _varlen_arguments(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """Where rows begin, under the names that attention for packed rows reads."""
     starts = batch["starts"].int()
     longest = int((starts[1:] - starts[:-1]).max())
+    if batch["input_ids"].is_cuda:  # its kernels read them there
+        starts = starts.to(batch["input_ids"].device)
     return {
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
@@ -327,7 +344,6 @@ def answer_nll(
 
 def sum_by_row(token: Tensor, at: AnswerHidden | AnswerLogits) -> AnswerNLL:
     """Values (targets,) summed over the answer of each row."""
-    # Where rows begin and what is scored may be known on the CPU alone (counting on meta tensors).
     row, n = at.row.to(token.device), at.n.to(token.device)
     total = torch.zeros(n.shape[0], dtype=torch.float32, device=token.device)
     return AnswerNLL(total.index_add(0, row, token), n)
@@ -345,10 +361,9 @@ def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool
     model.eval()
     try:
         with torch.no_grad():
-            packed = answer_nll(model, {k: v.to(first.device) for k, v in pack_rows(rows).items()})
+            packed = answer_nll(model, on_device(pack_rows(rows), first.device))
             alone = [
-                answer_nll(model, {k: v.to(first.device) for k, v in pad_batch([row], 0).items()})
-                for row in rows
+                answer_nll(model, on_device(pad_batch([row], 0), first.device)) for row in rows
             ]
     except (TypeError, ValueError, RuntimeError):
         # A model that takes no positions, or whose kernel knows no packs, cannot pack.

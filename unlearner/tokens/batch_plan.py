@@ -71,17 +71,12 @@ class Rows:
 
     def stream(self, name: str, pairs: Sequence[Pair]) -> list[Encoded]:
         """The rows of a stream for `pairs`: forget, retain, refusal, guard, alternate, general."""
-        if name == "forget":
-            return [self.forget[pair.forget] for pair in pairs]
-        if name == "retain":
-            return [self.retain[pair.retain] for pair in pairs]
-        if name == "guard":
-            return [self.guard[pair.guard] for pair in pairs]
-        if name == "general":
-            return [self.general[pair.general] for pair in pairs]
         if name == "alternate":
             return [self.alternates[pair.forget][pair.alternate] for pair in pairs]
-        return [self.refusals[pair.forget][pair.refusal] for pair in pairs]
+        if name == "refusal":
+            return [self.refusals[pair.forget][pair.refusal] for pair in pairs]
+        rows = getattr(self, name)
+        return [rows[getattr(pair, name)] for pair in pairs]
 
 
 def _draws(rng: np.random.Generator, n: int, count: int) -> Iterator[int]:

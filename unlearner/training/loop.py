@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adapters.errors import UserError
 from unlearner.config import TrainConfig
 from unlearner.memory.probe import Measured, measure_peak, peak_memory
+from unlearner.objectives.likelihood import on_device
 from unlearner.training import distributed
 from unlearner.training.checkpoint import (
     begin_checkpoint,
@@ -162,7 +163,7 @@ class TrainingLoop:
 
         Everything is as in training; weights and random numbers are put back.
         """
-        batch = self._on_device(self.task.heaviest_batch())
+        batch = on_device(self.task.heaviest_batch(), self.device)
         whole, self.model = self.model, self.bare  # without waiting for the other processes
 
         def accumulate() -> None:
@@ -218,7 +219,7 @@ class TrainingLoop:
             last = number == len(batches) - 1
             wait = isinstance(self.model, DistributedDataParallel) and not last
             with self.model.no_sync() if wait else nullcontext():  # type: ignore[operator]
-                terms = self.task.accumulate(self, self._on_device(batch))
+                terms = self.task.accumulate(self, on_device(batch, self.device))
             for name, value in terms.items():
                 totals[name] = totals[name] + value if name in totals else value
         self._scaler.unscale_(self._optimizer)
@@ -284,9 +285,6 @@ class TrainingLoop:
                 f"{len(still)} lora_B matrices did not move in the first step (e.g. {still[0]}): "
                 "the adapter does not train"
             )
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _log(self, terms: Mapping[str, float]) -> None:
         """One line in `metrics.jsonl`: losses, learning rate, seconds elapsed and left, memory."""

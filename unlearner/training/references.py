@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adapters.lora.stack import parents_only
-from unlearner.objectives.likelihood import answer_nll
+from unlearner.objectives.likelihood import answer_nll, on_device
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.tokens.batch_plan import Pair, Rows
 from unlearner.tokens.packing import pack_rows
@@ -87,7 +87,7 @@ def summed_nlls(
                 indices = order[start : start + BATCH]
                 part = [rows[i] for i in indices]
                 batch = pack_rows(part) if packed else pad_batch(part, pad)
-                scored = answer_nll(model, {k: v.to(device) for k, v in batch.items()})
+                scored = answer_nll(model, on_device(batch, device))
                 values[indices] = scored.nll.cpu()
     finally:
         model.train(was_training)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
-from evaluation.benchmark.baseline import measure, quantise
+from evaluation.benchmark import flops, shapes
+from evaluation.benchmark.baseline import measure
 from evaluation.benchmark.run import (
     Line,
     Workload,
     count,
-    flops,
     load_workload,
 )  # fmt: skip
 
@@ -34,8 +34,8 @@ def attention(length: int) -> int:
 
 def test_the_counter_sees_what_the_formula_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted on meta tensors of the 7B shape: within 0.1 % of 2 FLOPs per weight and token."""
-    monkeypatch.setitem(flops.SHAPES, "wide", (4096, 11008, LAYERS, 32, 32000))
-    full = flops.new_llama("wide")
+    monkeypatch.setitem(shapes.SHAPES, "wide", (4096, 11008, LAYERS, 32, 32000))
+    full = shapes.new_llama("wide")
     forward = 2 * (LINEAR + HEAD) * 200 + attention(200)
     assert flops.plain_scoring_row(full).flops == pytest.approx(forward, rel=1e-3)
     # Forward, gradients of inputs and of weights, and forward again: without the head, and without
@@ -48,7 +48,7 @@ def test_the_counter_sees_what_the_formula_says(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_the_whole_plan_follows_from_a_micro_batch(work: Workload) -> None:
     """FLOPs a token of four other micro-batches: within 1 % of the first."""
-    model = flops.with_lora(flops.new_llama("llama2-7b"), 16)
+    model = shapes.with_lora(shapes.new_llama("llama2-7b"), 16)
     found = []
     for start in (0, 40, 120):
         rows = work.forget[start : start + 8] + work.retain[start : start + 8]
@@ -78,7 +78,7 @@ def test_a_tokenizer_needs_rows_and_the_world_needs_nothing() -> None:
 
 @pytest.fixture
 def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(flops.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (32, 48, 2, 4, 1500))
     monkeypatch.setattr(flops, "PLAIN_TRAIN", 120)
     monkeypatch.setattr(flops, "PLAIN_EVAL", 100)
 
@@ -104,11 +104,12 @@ def test_random_weights_go_into_nf4() -> None:
     import torch
 
     torch.manual_seed(0)
-    model = flops.new_llama("tiny", "cpu", "float32")
+    model = shapes.new_llama("tiny", "cpu", "float32")
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        quantise(model)
+        for block in model.model.layers:
+            shapes.quantise_block(block)
         after = model(input_ids=ids).logits
     names = {type(m).__name__ for m in model.modules()}
     assert "Linear4bit" in names
@@ -125,7 +126,7 @@ def test_a_model_is_built_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 7B model built in float32 takes 27 GB before it is cast: no card of 24 GB holds it."""
     import torch
 
-    monkeypatch.setitem(flops.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", (32, 48, 2, 4, 1500))
     sizes: list[int] = []
     real = torch.nn.Parameter.__new__
 
@@ -134,6 +135,6 @@ def test_a_model_is_built_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(cls, data, *words, **named)
 
     monkeypatch.setattr(torch.nn.Parameter, "__new__", watch)
-    model = flops.new_llama("tiny", "cpu", "bfloat16")
+    model = shapes.new_llama("tiny", "cpu", "bfloat16")
     assert set(sizes) == {2}
     assert model.dtype == torch.bfloat16

@@ -77,7 +77,7 @@ def test_the_design_s_commands_are_there() -> None:
     assert first == {
         "quickstart", "doctor", "preview", "forget", "consolidate", "adapters", "merge",
         "evaluate", "score", "finetune", "reproduce", "ui", "bench", "report", "calibrate",
-        "sequence", "robustness", "ask", "tune", "config",
+        "sequence", "robustness", "ask", "tune", "config", "gpu-check",
     }  # fmt: skip
     verbs = {words.split()[1] for words in COMMANDS if words.startswith("adapters ")}
     assert verbs >= {

@@ -142,13 +142,12 @@ def out_of_memory(
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("attack", "error"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        (0.0, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        (0.5, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you")),
     ],
 )
-@pytest.mark.parametrize("attack", [0.0, 0.5])
 def test_memory_that_runs_out_leaves_a_checkpoint_from_which_smaller_steps_go_on(
     attack: float, error: Exception, request_: Request, base: BaseSpec, store: AdapterStore,
     quick: Config,

