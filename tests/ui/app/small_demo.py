@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
@@ -27,7 +26,8 @@ def main(place: Path) -> int:
         simnpo=_once(quickstart.SIMNPO),
         npo=_once(quickstart.NPO),
     )  # fmt: skip
-    quickstart.quickstart = functools.partial(quickstart.quickstart, settings=small)
+    whole = quickstart.quickstart
+    quickstart.quickstart = lambda out, on_progress, settings=None: whole(out, on_progress, small)
     return job.main(place)
 
 

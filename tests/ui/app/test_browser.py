@@ -14,6 +14,7 @@ import pytest
 from ui.cli.commands.everyday.ui import settings_of
 
 pytestmark = pytest.mark.browser
+PATIENCE = 180_000  # milliseconds; only a broken page waits so long
 SERIOUS = ("serious", "critical")
 NAMELESS = re.compile(
     r"^\s*- (button|textbox|checkbox|radio|combobox|slider|spinbutton|tab|link|listbox)"
@@ -128,7 +129,7 @@ def served(world: Path) -> Iterator[tuple[Any, str]]:
 def page(browser: Any, served: tuple[Any, str]) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     made = context.new_page()
-    made.set_default_timeout(60000)
+    made.set_default_timeout(PATIENCE)
     _open(made, served[1])
     yield made
     context.close()
@@ -342,7 +343,7 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any, monkeyp
     monkeypatch.setattr(sheet, "_batch", batch)
     page.get_by_role("button", name="Fill the sheet").click()
     page.wait_for_function(
-        "document.querySelector('#un-sheet-status').textContent.includes('25 of')", timeout=120000
+        "document.querySelector('#un-sheet-status').textContent.includes('25 of')"
     )
     groups = page.locator("#un-tally tbody th").all_inner_texts()
     assert groups == ["this author", "retain authors", "real authors", "world facts"]
@@ -472,7 +473,7 @@ def test_runs_draw_what_is_chosen_and_make_files(
     app.retain_log, app.robustness = logs / "llama2-7b_retain90_tofu.json", (beside,)
     try:
         _tab(page, "Runs")  # opening the tab reads anew
-        page.wait_for_selector("#un-log-r svg.un-plot", timeout=60000)
+        page.wait_for_selector("#un-log-r svg.un-plot")
         assert "llama2-7b_full: mean" in page.locator("#un-log-r").inner_text()
         page.wait_for_selector("#un-plots figcaption >> text=Relearning >> nth=0")
         assert page.locator("#un-plots svg text", has_text="front of those measured").count() == 1
@@ -485,13 +486,13 @@ def test_runs_draw_what_is_chosen_and_make_files(
         page.get_by_role("checkbox", name="llama2-7b_full").check()
         page.locator("#un-report").click()
         with page.expect_download() as download:
-            page.get_by_role("button", name="HTML report", exact=True).click(timeout=60000)
+            page.get_by_role("button", name="HTML report", exact=True).click()
         assert "Relearning" in Path(download.value.path()).read_text()
         page.locator("#un-pair").click()  # the first two logs are chosen
-        page.wait_for_selector("#un-logs-tally >> text=llama2-7b_retain90_npo", timeout=60000)
+        page.wait_for_selector("#un-logs-tally >> text=llama2-7b_retain90_npo")
         assert "to forget" in page.locator("#un-logs-tally tbody").inner_text()
         with page.expect_download() as download:
-            page.get_by_role("button", name="LLM Comparator JSON").last.click(timeout=60000)
+            page.get_by_role("button", name="LLM Comparator JSON").last.click()
         assert len(json.loads(Path(download.value.path()).read_text())["models"]) == 2
     finally:
         app.logs, app.retain_log, app.robustness = (), None, ()
@@ -509,7 +510,7 @@ def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: A
     page.wait_for_selector("#un-previewed u")
     assert "fits" in page.locator("#un-previewed").inner_text()
     page.locator("#un-start").click()
-    page.wait_for_selector("#un-jobs svg.un-plot", timeout=60000)
+    page.wait_for_selector("#un-jobs svg.un-plot")
     page.reload()
     page.wait_for_function("document.querySelector('#un-state')?.textContent == 'ready'")
     _tab(page, "New request")
@@ -518,7 +519,7 @@ def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: A
     assert view.status == "running"
     _pick(page, "#un-job", "forget pasted rows")
     page.locator("#un-cancel").click()
-    page.wait_for_selector("#un-jobs >> text=it is saved", timeout=30000)
+    page.wait_for_selector("#un-jobs >> text=it is saved")
     saved = app.jobs.view(view.name)
     assert saved.status == "saved"
     step = int(re.findall(r"step (\d+) of 20000", saved.outcome["text"])[0])
@@ -535,7 +536,7 @@ def test_a_finished_request_is_in_the_stack_and_off(page: Any, served: Any) -> N
     page.get_by_role("button", name="Settings").click()
     page.locator("#un-epochs input").fill("2")
     page.locator("#un-start").click()
-    page.wait_for_selector("section[aria-label='forget [removed]'] >> text=Done.", timeout=60000)
+    page.wait_for_selector("section[aria-label='forget [removed]'] >> text=Done.")
     new = [adapter for adapter in app.session.adapters() if adapter.slug not in before]
     page.locator("#un-stack").get_by_text(new[0].label).wait_for()  # offered at once, and off
     assert not page.get_by_label(new[0].label, exact=True).first.is_checked()
