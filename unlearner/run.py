@@ -582,6 +582,7 @@ def with_targets(shape: LoraShape, model: Any) -> LoraShape:
         check_coverage(model, shape.target_modules)
         return shape
     names = default_targets(model)
+    check_coverage(model, names)  # also that the files name these weights as the model does
     # A Llama's in the order in which the manifests of earlier versions have them.
     return replace(shape, target_modules=TARGET_MODULES if {*names} == {*TARGET_MODULES} else names)
 
