@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
 from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
-from adapters.errors import DoesNotFit, Interrupted, UserError
+from adapters.errors import Diverged, DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
 from adapters.lora.stack import detach
@@ -582,6 +582,7 @@ def with_targets(shape: LoraShape, model: Any) -> LoraShape:
         check_coverage(model, shape.target_modules)
         return shape
     names = default_targets(model)
+    check_coverage(model, names)  # also that the files name these weights as the model does
     # A Llama's in the order in which the manifests of earlier versions have them.
     return replace(shape, target_modules=TARGET_MODULES if {*names} == {*TARGET_MODULES} else names)
 
@@ -950,11 +951,19 @@ def _ran_out(loop: Any, memory: MemoryPlan, allowed: float) -> DoesNotFit:
 
 
 def require_update(model: Any) -> None:
-    """Refuse to publish an adapter that changes nothing.
+    """Refuse to publish an adapter that changes nothing, or that the last step destroyed.
 
     Raises:
         UserError: every `lora_B` is zero.
+        Diverged: a weight is not finite.
     """
+    weights = [p for name, p in model.named_parameters() if f".{NEW}." in name]
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise Diverged(
+            "The last step made weights of the adapter infinite; it is not published.",
+            "Most likely the learning rate is too high: lower --learning-rate, or clip gradients "
+            "with --max-grad-norm 1.",
+        )
     updates = [p for name, p in model.named_parameters() if f"lora_B.{NEW}." in name]
     if updates and not any(bool(update.any()) for update in updates):
         raise UserError(

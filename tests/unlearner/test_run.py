@@ -14,7 +14,7 @@ import torch
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.digests import digest_rows, key_id, mark, store_key
-from adapters.errors import BaseMismatch, Interrupted, UserError
+from adapters.errors import BaseMismatch, Diverged, Interrupted, UserError
 from adapters.store.catalog import StoredAdapter
 from adapters.store.store import AdapterStore
 from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig
@@ -307,6 +307,37 @@ def test_an_adapter_that_changes_nothing_is_not_published(
     with pytest.raises(UserError, match="changes nothing"):
         unlearn(request_, base, quick(), store)
     assert store.list() == []
+
+
+def test_an_adapter_that_the_last_step_destroyed_is_not_published(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config, monkeypatch: Any
+) -> None:
+    """A loss is finite before the update that ruins the weights."""
+
+    def destroy(model: Any, *words: Any, **more: Any) -> dict[str, Any]:
+        weights = [p for name, p in model.named_parameters() if "lora_A.new." in name]
+        weights[-1].data[0, 0] = float("inf")
+        return {"steps": 1}
+
+    monkeypatch.setattr("unlearner.run.train", destroy)
+    with pytest.raises(Diverged, match="infinite") as error:
+        unlearn(request_, base, quick(), store)
+    assert "--learning-rate" in error.value.fix
+    assert store.list() == []
+
+
+def test_weights_under_other_names_are_refused_before_they_are_loaded(
+    request_: Request, base: BaseSpec, tmp_path: Path, quick: Config
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base.name, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    for prefix in ("language_model.", "base_model.model."):
+        named = {prefix + name: w for name, w in load_file(Path(base.name) / weights.name).items()}
+        save_file(named, weights, metadata={"format": "pt"})
+        with pytest.raises(UserError, match="other names than the model's layers"):
+            prepare(request_, replace(base, name=str(tmp_path / "base")), quick(), None)
 
 
 def test_several_visible_gpus_without_a_launcher_train_on_one_device(

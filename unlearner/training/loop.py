@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from adapters.errors import UserError
+from adapters.errors import Diverged, UserError
 from unlearner.config import TrainConfig
 from unlearner.memory.probe import Measured, measure_peak, peak_memory
 from unlearner.objectives.likelihood import on_device
@@ -47,12 +47,6 @@ from unlearner.training.optimizer import make_optimizer, make_schedule
 Batch = dict[str, Tensor]
 # Optimizer steps that loss scaling may skip in a row before the run counts as diverged.
 SKIPPED_STEPS = 20
-
-
-class Diverged(UserError):
-    """The loss or its gradient is no longer a finite number."""
-
-    exit_code = 1
 
 
 class Gradients(Protocol):
