@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,25 @@ def test_a_plot_is_written_the_same_twice(run: Any, suffix: str, tmp_path: Path)
     assert made[0] == made[1]
     assert len(made[0]) > 2000
     assert run("bench", "--count-only", "--plot", tmp_path / "x.gif").code == 2
+
+
+def test_a_base_is_timed_and_not_counted(
+    run: Any, tiny_base: Path, make_small_tofu: Any, tmp_path: Path
+) -> None:
+    make_small_tofu(tmp_path, 2)
+    for name in ("forget05", "retain95"):
+        rows = [{"question": f"Who wrote {i}?", "answer": f"Mira wrote {i}."} for i in range(8)]
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["bench", "--base", tiny_base, "--data", tmp_path, "--seconds", "0.01", "--json"]
+    found = run(*words).json
+    assert found["base"] == str(tiny_base)
+    assert [row["name"] for row in found["table"]] == [
+        "training rows/s", "peak memory, training", "scoring rows/s", "peak memory, scoring",
+        "generation rows/s", "peak memory, generation", "training beside bare products",
+    ]  # fmt: skip
+    assert all(row["plain"] > 0 and row["ours"] > 0 for row in found["table"])
+    assert run(*words, "--tokenizer", tiny_base).code == 2
+    assert run(*words, "--count-only").code == 2
 
 
 @pytest.mark.usefixtures("counted")
