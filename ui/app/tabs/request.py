@@ -125,7 +125,7 @@ def request(app: App) -> RequestTab:
             min_width=180,
         )  # fmt: skip
     previewed = gr.HTML("", elem_id="un-previewed")
-    with gr.Accordion("All settings of this run", open=False, elem_id="un-settings"):
+    with gr.Accordion("This run as YAML", open=False, elem_id="un-settings"):
         yaml = gr.Code(
             "# Preview shows them.", language="yaml", interactive=False, show_label=False,
             max_lines=20,
