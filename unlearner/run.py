@@ -20,6 +20,7 @@ from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
 from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
+from unlearner import distributed
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
 from unlearner.defaults import CAUSES, suited
 from unlearner.request.alternates import alternate_answers
@@ -43,7 +44,6 @@ from unlearner.tokens.prompts import (
     pad_id,
     prompt_format,
 )
-from unlearner.training import distributed
 from unlearner.training.optimizer import check_names
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.states import ActiveAdapter
     from adapters.store.store import AdapterStore
+    from unlearner.interrupt import Progress
     from unlearner.memory.plan import BasePrecision, MemoryPlan
     from unlearner.objectives.guard import GuardRow
     from unlearner.training.early_stop import StopAt
-    from unlearner.training.interrupt import Progress
 
 # The name of the adapter in training.
 NEW = "new"
@@ -796,11 +796,11 @@ def train(
         Interrupted: stopped on request; a checkpoint is kept.
     """
     from adapters.environment import threads_for
+    from unlearner.interrupt import StopRequest
     from unlearner.memory.probe import budget, is_out_of_memory
     from unlearner.tokens.packing import pack_attention
     from unlearner.training.checkpoint import last_checkpoint
     from unlearner.training.early_stop import EarlyStop
-    from unlearner.training.interrupt import StopRequest
     from unlearner.training.loop import TrainingLoop
     from unlearner.training.unlearning import UnlearnTask
 

@@ -17,12 +17,12 @@ from adapters.digests import digest_rows, key_id, mark, store_key
 from adapters.errors import BaseMismatch, Diverged, Interrupted, UserError
 from adapters.store.catalog import StoredAdapter
 from adapters.store.store import AdapterStore
+from unlearner import distributed as ranks
 from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig
 from unlearner.memory.plan import read_shape
 from unlearner.request.rows import Request, Row
 from unlearner.run import RunOptions, plan, prepare, unlearn, with_targets
 from unlearner.tokens.prompts import prompt_format
-from unlearner.training import distributed as ranks
 
 Config = Callable[..., UnlearnConfig]
 WEIGHTS = "adapter_model.safetensors"

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from adapters.errors import Diverged, StoreCorrupt
+from unlearner import distributed
+from unlearner.interrupt import Progress
 from unlearner.tokens.packing import plain_attention
-from unlearner.training import distributed
-from unlearner.training.interrupt import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

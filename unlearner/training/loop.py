@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adapters.errors import Diverged, UserError
+from unlearner import distributed
 from unlearner.config import TrainConfig
+from unlearner.interrupt import Progress, StopRequest
 from unlearner.memory.probe import Measured, measure_peak, peak_memory
 from unlearner.objectives.likelihood import on_device
-from unlearner.training import distributed
 from unlearner.training.checkpoint import (
     begin_checkpoint,
     end_checkpoint,
@@ -41,7 +42,6 @@ from unlearner.training.checkpoint import (
     write_weights,
 )
 from unlearner.training.early_stop import EarlyStop
-from unlearner.training.interrupt import Progress, StopRequest
 from unlearner.training.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, Tensor]

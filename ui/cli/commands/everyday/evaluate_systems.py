@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from adapters.errors import UserError
 from ui.cli import models, options, own_rows
 from ui.cli.output import scoring
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from ui.console import Console
