@@ -176,7 +176,7 @@ class Session:
         """The keys of `askable`, each with its name for people; forgotten authors come first."""
         filed, names = self.filed(), self.names()
         requests = [
-            (f"Request to forget: {names[adapter.slug]}", f"filed: {adapter.label}")
+            (f"To forget: {names[adapter.slug]}", f"filed: {adapter.label}")
             for adapter in self.adapters()
             if adapter.slug in filed
         ]

@@ -57,7 +57,7 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
         page.wait_for_function("document.querySelector('#un-status').textContent.includes('Done:')")
         assert "2 adapters" in page.locator("#un-right h2").inner_text()
         asked = page.locator("#un-author input").input_value()
-        assert asked.startswith("Request to forget: request-1: ")  # with the author's name
+        assert asked.startswith("To forget: request-1: ")  # with the author's name
         filed = app.session.filed_stack()[-1][0]
         assert list(app.session.store().evals(filed)) == ["forget10-tofu"]  # type: ignore[union-attr]
         page.get_by_role("tab", name="Stack").click()
