@@ -55,6 +55,12 @@ class GateFailed(UserError):
     exit_code = 4
 
 
+class Diverged(UserError):
+    """A loss, its gradient, a reading or a weight is no longer a finite number."""
+
+    exit_code = 1
+
+
 class Interrupted(UserError):
     """Stopped on request, after what was done so far was saved."""
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from adapters.atomic_files import sha256_file, sha256_json, write_bytes
 from adapters.environment import versions
 from adapters.errors import UserError
-from unlearner.training import distributed
+from unlearner import distributed
 
 KIND, SCHEMA = "unlearner-cache", 2
 Value = TypeVar("Value")

@@ -48,9 +48,9 @@ from evaluation.logs.records import (
 from evaluation.metrics.summary import match_forget
 from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
+from unlearner import distributed as ranks
 from unlearner.request.rows import Row
 from unlearner.request.tofu import FORGET_SPLITS, load_split, split_name
-from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     import torch

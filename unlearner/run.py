@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
 from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
-from adapters.errors import DoesNotFit, Interrupted, UserError
+from adapters.errors import Diverged, DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
 from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
+from unlearner import distributed
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
 from unlearner.defaults import CAUSES, suited
 from unlearner.request.alternates import alternate_answers
@@ -35,6 +36,7 @@ from unlearner.request.past_requests import (
 from unlearner.request.rows import Request, Row
 from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
 from unlearner.tokens.prompts import (
+    NO_SYSTEM,
     Encoded,
     PromptFormat,
     Template,
@@ -42,7 +44,6 @@ from unlearner.tokens.prompts import (
     pad_id,
     prompt_format,
 )
-from unlearner.training import distributed
 from unlearner.training.optimizer import check_names
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from adapters.store.states import ActiveAdapter
     from adapters.store.store import AdapterStore
+    from unlearner.interrupt import Progress
     from unlearner.memory.plan import BasePrecision, MemoryPlan
     from unlearner.objectives.guard import GuardRow
     from unlearner.training.early_stop import StopAt
-    from unlearner.training.interrupt import Progress
 
 # The name of the adapter in training.
 NEW = "new"
@@ -476,11 +477,19 @@ def _digest(key: bytes, rows: Sequence[Row], kind: str) -> dict[str, Any]:
 
 
 def prompt_settings(run: Prepared) -> dict[str, Any]:
-    """What a manifest says of the prompts, and how many rows were cut (only where some were)."""
+    """What a manifest says of the prompts, and how many rows were cut (only where some were).
+
+    A store holds no text: of a system prompt, given or the template's own, it keeps a hash.
+    """
     cut = {name: n for name, n, _ in run.rows.cut}
+    prompt = run.fmt.to_json()
+    for name in ("system", "preamble"):
+        text = prompt[name]
+        if text is not None and text != NO_SYSTEM:
+            prompt[name] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return {
         "template": run.fmt.name,
-        "prompt": run.fmt.to_json(),
+        "prompt": prompt,
         **({"cut_rows": cut} if cut else {}),
     }
 
@@ -573,6 +582,7 @@ def with_targets(shape: LoraShape, model: Any) -> LoraShape:
         check_coverage(model, shape.target_modules)
         return shape
     names = default_targets(model)
+    check_coverage(model, names)  # also that the files name these weights as the model does
     # A Llama's in the order in which the manifests of earlier versions have them.
     return replace(shape, target_modules=TARGET_MODULES if {*names} == {*TARGET_MODULES} else names)
 
@@ -786,11 +796,11 @@ def train(
         Interrupted: stopped on request; a checkpoint is kept.
     """
     from adapters.environment import threads_for
+    from unlearner.interrupt import StopRequest
     from unlearner.memory.probe import budget, is_out_of_memory
     from unlearner.tokens.packing import pack_attention
     from unlearner.training.checkpoint import last_checkpoint
     from unlearner.training.early_stop import EarlyStop
-    from unlearner.training.interrupt import StopRequest
     from unlearner.training.loop import TrainingLoop
     from unlearner.training.unlearning import UnlearnTask
 
@@ -941,11 +951,19 @@ def _ran_out(loop: Any, memory: MemoryPlan, allowed: float) -> DoesNotFit:
 
 
 def require_update(model: Any) -> None:
-    """Refuse to publish an adapter that changes nothing.
+    """Refuse to publish an adapter that changes nothing, or that the last step destroyed.
 
     Raises:
         UserError: every `lora_B` is zero.
+        Diverged: a weight is not finite.
     """
+    weights = [p for name, p in model.named_parameters() if f".{NEW}." in name]
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise Diverged(
+            "The last step made weights of the adapter infinite; it is not published.",
+            "Most likely the learning rate is too high: lower --learning-rate, or clip gradients "
+            "with --max-grad-norm 1.",
+        )
     updates = [p for name, p in model.named_parameters() if f"lora_B.{NEW}." in name]
     if updates and not any(bool(update.any()) for update in updates):
         raise UserError(

@@ -313,6 +313,11 @@ def _device(wanted: str) -> str:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise UserError(f"{wanted!r} is not a device.", "Use auto, cpu, cuda or cuda:0.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"Adapters are trained and measured on CPUs and CUDA GPUs, not on {device.type}.",
+            "Use --device cpu, or leave --device out.",
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "There is no CUDA device here.", "Use --device cpu, or a torch built for CUDA."

@@ -42,8 +42,21 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def base_shapes(headers: list[TensorFile]) -> dict[str, list[int]]:
-    """Shape of every tensor by name, over all shards."""
-    return {name: list(t.shape) for header in headers for name, t in header.tensors.items()}
+    """Shape of every tensor by name, over all shards.
+
+    Raises:
+        UserError: two shards hold a tensor of the same name, so that the loader decides which
+            counts.
+    """
+    shapes: dict[str, list[int]] = {}
+    for header in headers:
+        twice = shapes.keys() & header.tensors.keys()
+        if twice:
+            raise UserError(
+                f"Several weight files of the base hold {min(twice)}.", "Download the base again."
+            )
+        shapes |= {name: list(tensor.shape) for name, tensor in header.tensors.items()}
+    return shapes
 
 
 def stored_matrices(folder: Path, modules: Iterable[str]) -> dict[str, tuple[int, ...]]:

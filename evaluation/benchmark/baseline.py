@@ -18,11 +18,14 @@ from unlearner.tokens.prompts import Encoded, pad_batch
 if TYPE_CHECKING:
     import torch
 
+    from adapters.base.load import BaseSpec
+
 
 def measure(
     work: Workload,
     shape: str,
     *,
+    base: BaseSpec | None = None,
     device: str = "cpu",
     load_in_4bit: bool = False,
     rank: int = 16,
@@ -34,6 +37,8 @@ def measure(
     Args:
         work: see `load_workload`.
         shape: one of `shapes.SHAPES`; random weights.
+        base: a real model in place of these, loaded as it says. The standard implementation then
+            pads to the longest row of a batch, as Trainer does, not to 500 and 200 tokens.
         device: "cpu" or "cuda".
         load_in_4bit: nf4 projections.
         rank: of the LoRA.
@@ -42,24 +47,32 @@ def measure(
     """
     import torch
 
+    from adapters.base.load import load_base
     from adapters.environment import threads_for
 
     say = on_progress or (lambda text: None)
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
     dtype = "bfloat16" if cuda else "float32"
-    model = with_lora(new_llama(shape, device, dtype, load_in_4bit=load_in_4bit), rank)
+    if base is None:
+        loaded: Any = new_llama(shape, device, dtype, load_in_4bit=load_in_4bit)
+    else:
+        loaded = load_base(base)
+        cuda = next(loaded.parameters()).is_cuda
+    model = with_lora(loaded, rank)
+    length, text = (flops.PLAIN_TRAIN, flops.PLAIN_EVAL) if base is None else (None, None)
+    goals = (4.0, 4.0, 0.0) if base is None else (2.0, 5.0, 3.0)
     forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
     questions = work.questions[:: max(1, len(work.questions) // 24)][: 24 if cuda else 8]
-    score, answer = (sum(map(len, questions)), 4.0), (len(questions), 0.0)
-    ways: dict[str, tuple[tuple[int, float], Callable[[], None], Callable[[], None]]] = {
+    score, answer = (sum(map(len, questions)), goals[1]), (len(questions), goals[2])
+    ways: dict[str, tuple[tuple[int, float], Callable[[], Any], Callable[[], Any]]] = {
         "training rows/s": (
-            (2 * PAIRS, 4.0), lambda: _plain_step(model, forget, retain),
+            (2 * PAIRS, goals[0]), lambda: _plain_step(model, forget, retain, length),
             lambda: _our_step(model, forget, retain),
         ),
         "scoring rows/s": (
-            score, lambda: _plain_scores(model, questions),
-            lambda: _score_trees(model, questions),
+            score, lambda: _plain_scores(model, questions, text),
+            lambda: score_trees(model, questions),
         ),
         "generation rows/s": (
             answer, lambda: _plain_answers(model, questions),
@@ -78,11 +91,37 @@ def measure(
         lines.append(Line(name, "rows/s", rates[0], rates[1], ratio, goal, met))
         what = f"peak memory, {name.split()[0]}"
         lines.append(Line(what, "MB", peaks[0] / 1e6, peaks[1] / 1e6, peaks[0] / peaks[1]))
+    if base is not None and lines[0].ours:
+        say("matrix products")
+        step = flops.training_step(model, [*forget, *retain], packed=True).flops
+        product, used = product_rate(loaded), step * lines[0].ours / (2 * PAIRS) / 1e9
+        goal, share = "at least 0.5 x", used / product
+        name = "training beside bare products"
+        lines.append(Line(name, "GFLOP/s", product, used, share, goal, share >= 0.5))
     return lines
 
 
+def product_rate(model: Any, seconds: float = 1.0) -> float:
+    """GFLOP per second of matrix products as the model's inner layers have them, on its device."""
+    import torch
+
+    weight = next(p for name, p in model.named_parameters() if "down_proj" in name)
+    matrix = torch.randn(model.config.intermediate_size, model.config.hidden_size)
+    matrix = matrix.to(weight.device, model.dtype)
+    rows = torch.randn(1024, len(matrix)).to(matrix)
+    done, started = -1, 0.0  # the first one warms up
+    while done < 1 or time.perf_counter() - started < seconds:
+        if done == 0:
+            started = time.perf_counter()
+        rows @ matrix
+        if weight.is_cuda:
+            torch.cuda.synchronize(weight.device)
+        done += 1
+    return 2 * done * len(rows) * matrix.numel() / (time.perf_counter() - started) / 1e9
+
+
 def _in_turns(
-    plain: Callable[[], None], ours: Callable[[], None], rows: float, seconds: float, model: Any
+    plain: Callable[[], Any], ours: Callable[[], Any], rows: float, seconds: float, model: Any
 ) -> tuple[list[float], list[int]]:
     """Best rows per second and peak bytes of both, in turns so that noise affects both."""
     import torch
@@ -109,10 +148,11 @@ def _in_turns(
     return best, peaks
 
 
-def _plain_nll(model: Any, rows: Sequence[Encoded], length: int) -> torch.Tensor:
-    """Mean NLL per row, padded to `length`, from the logits of all positions."""
+def _plain_nll(model: Any, rows: Sequence[Encoded], length: int | None) -> torch.Tensor:
+    """Mean NLL per row, padded to `length` or the longest, from the logits of all positions."""
     import torch.nn.functional as F
 
+    length = length or max(len(row.input_ids) for row in rows)
     filler = Encoded([0] * length, [-100] * length)
     padded = pad_batch([*rows, filler], 0)
     batch = {name: t[:-1, :length].to(model.device) for name, t in padded.items()}
@@ -124,13 +164,15 @@ def _plain_nll(model: Any, rows: Sequence[Encoded], length: int) -> torch.Tensor
     return nll.sum(-1) / (labels != -100).sum(-1)
 
 
-def _plain_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> None:
+def _plain_step(
+    model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded], length: int | None
+) -> None:
     from unlearner.objectives.sequence import simnpo
 
     model.train()
     for i in range(0, len(forget), 2):  # forwards of a few rows, as in the released recipe
-        f = _plain_nll(model, forget[i : i + 2], flops.PLAIN_TRAIN)
-        r = _plain_nll(model, retain[i : i + 2], flops.PLAIN_TRAIN)
+        f = _plain_nll(model, forget[i : i + 2], length)
+        r = _plain_nll(model, retain[i : i + 2], length)
         (simnpo(f, f.new_ones(len(f)), 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
     model.zero_grad(set_to_none=True)
 
@@ -151,13 +193,9 @@ def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) 
     model.zero_grad(set_to_none=True)
 
 
-def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
+def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]], length: int | None) -> None:
     for texts in questions:
-        _plain_nll(model, texts, flops.PLAIN_EVAL)
-
-
-def _score_trees(model: Any, questions: Sequence[Sequence[Encoded]]) -> None:
-    score_trees(model, questions)
+        _plain_nll(model, texts, length)
 
 
 def _prompts(questions: Sequence[Sequence[Encoded]]) -> list[tuple[list[int], int]]:

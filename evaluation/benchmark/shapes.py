@@ -64,8 +64,7 @@ def new_llama(
             model.model.layers.append(block.to(device))
     finally:
         torch.set_default_dtype(before)
-    model.requires_grad_(False)
-    return model.eval()
+    return model
 
 
 def quantise_block(block: Any) -> None:

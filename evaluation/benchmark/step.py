@@ -175,7 +175,7 @@ def run_step(setup: StepSetup, say: Callable[[str], None] = lambda text: None) -
             parts = _tracked(loop, model, setup.dtype)
             peak, loss = sum(parts.values()), None
         else:
-            from unlearner.training.interrupt import StopRequest
+            from unlearner.interrupt import StopRequest
 
             parts = {}
             probe.start_counting(loop.device)

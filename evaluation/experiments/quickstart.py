@@ -370,8 +370,9 @@ def _write_base(name: str, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(resolve_base(name), partial, copy_function=link)
     tokenizer = load_tokenizer(str(partial))
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(partial)
+    if "<|im_start|>system" in str(tokenizer.chat_template):
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(partial)
     partial.rename(out)
 
 

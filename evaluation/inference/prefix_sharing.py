@@ -16,8 +16,8 @@ from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
+from unlearner import distributed
 from unlearner.tokens.prompts import IGNORE, Encoded
-from unlearner.training import distributed
 
 if TYPE_CHECKING:
     import numpy as np

@@ -73,7 +73,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def encode_answers(fmt: PromptFormat, rows: Sequence[Row]) -> list[EncodedRow]:
-    """The texts of every row as tokens, prompt included, not yet cut."""
+    """The texts of every row as tokens, prompt included, not yet cut.
+
+    Raises:
+        UserError: a token that the model cannot embed.
+    """
     encoded = []
     for row in rows:
         answer, *wrong = (
@@ -82,6 +86,7 @@ def encode_answers(fmt: PromptFormat, rows: Sequence[Row]) -> list[EncodedRow]:
         other = row.paraphrased_answer
         paraphrase = None if other is None else fmt.encode(row.question, other, _UNCUT)
         encoded.append(EncodedRow(answer, paraphrase, tuple(wrong)))
+    fmt.require_embeddings(text for row in encoded for text in row.texts)
     return encoded
 
 

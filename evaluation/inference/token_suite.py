@@ -15,8 +15,8 @@ from evaluation.inference.scoring import OnProgress, about_model, silent
 from evaluation.inference.token_stats import answer_tokens, base_kl
 from evaluation.logs.token_records import TokenRecords, TokenRow, TokenSet, token_row_from_json
 from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
+from unlearner import distributed as ranks
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
-from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     import torch

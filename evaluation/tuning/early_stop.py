@@ -20,10 +20,10 @@ from evaluation.metrics.bootstrap import Floats
 from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
+from unlearner import distributed as ranks
 from unlearner.request.rows import Request, Row
 from unlearner.request.sources import rows_named
 from unlearner.request.tofu import FORGET_SPLITS, load_split
-from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     import torch

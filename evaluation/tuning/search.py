@@ -251,7 +251,7 @@ def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
 
 def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report) -> None:
     """Trains and measures one trial, and tells the study its loss."""
-    from unlearner.training.loop import Diverged
+    from adapters.errors import Diverged
 
     trial = study.ask()
     config = run.config(_suggest(trial, run.space), search.retrain_nll, run.seeds[0])

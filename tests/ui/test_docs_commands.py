@@ -22,17 +22,19 @@ from ui.cli.main import main, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MEASURED = 4  # rows of each set
+MEASURED = 3  # rows of each set
 # What a test adds to a command so that it takes seconds.
 TRAINING = "--num-train-epochs 1 --general-weight 0 --lora-r 2 --lora-alpha 4"
 SHORTER = {
     "forget": TRAINING,
     "consolidate": TRAINING,
-    "robustness": "--limit 2 --relearn-steps 2 --samples 2 --sample-rows 1 --paraphrase-rows 1",
-    "calibrate": "--scales 0.5,1.2",
+    "robustness": "--limit 2 --relearn-steps 2 --samples 2 --sample-rows 1 --paraphrase-rows 1 "
+    "--states origin,merged",
+    "calibrate": "--scales 0.5,1.2 --limit 2",
     "ask": "--max-new 20",
 }
 STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "quickstart/origin"}
+NOT_PARSED = {"--help", "--help-all", "--version", "--print-completion", "--config"}
 BLOCK = re.compile(r"(<!-- parsed only: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
 
 
@@ -96,9 +98,10 @@ def quickstart(
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
 def test_every_command_of_a_page_is_one(page: Path) -> None:
+    """All but those that print their help, and those whose config a page writes first."""
     for line in lines_of(page):
         words = shlex.split(line.text, comments=True)
-        if words[0] == "unlearner":
+        if words[0] == "unlearner" and not NOT_PARSED & set(words):
             assert parse(words[1 : -2 if ">" in words[-2:] else None]).run
 
 

@@ -12,13 +12,13 @@ import pytest
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.lora.stack import add_trainable, attach, save_adapter
 from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig, make_config
+from unlearner.interrupt import StopRequest
 from unlearner.objectives.guard import teach
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request, Row
 from unlearner.run import lora_config, with_targets
 from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.training.interrupt import StopRequest
 from unlearner.training.loop import TrainingLoop
 from unlearner.training.unlearning import UnlearnData, UnlearnTask
 

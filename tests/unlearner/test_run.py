@@ -14,15 +14,15 @@ import torch
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.digests import digest_rows, key_id, mark, store_key
-from adapters.errors import BaseMismatch, Interrupted, UserError
+from adapters.errors import BaseMismatch, Diverged, Interrupted, UserError
 from adapters.store.catalog import StoredAdapter
 from adapters.store.store import AdapterStore
+from unlearner import distributed as ranks
 from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig
 from unlearner.memory.plan import read_shape
 from unlearner.request.rows import Request, Row
 from unlearner.run import RunOptions, plan, prepare, unlearn, with_targets
 from unlearner.tokens.prompts import prompt_format
-from unlearner.training import distributed as ranks
 
 Config = Callable[..., UnlearnConfig]
 WEIGHTS = "adapter_model.safetensors"
@@ -145,6 +145,18 @@ def test_the_manifest_says_how_it_was_made(
     assert all(value > 0 for value in found.norms.values())
     on_disk = json.loads((adapter.path / "adapter_config.json").read_text())
     assert (on_disk["r"], on_disk["lora_alpha"]) == (4, 8)
+
+
+def test_a_system_prompt_is_kept_as_a_hash(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    """Most chat templates insert one of several words, and a store holds no text."""
+    options = RunOptions(system="You answer in one short sentence.")
+    adapter = unlearn(request_, base, quick(num_train_epochs=1), store, options)
+    prompt = adapter.manifest.train["prompt"]
+    assert prompt["system"].startswith("sha256:")
+    assert prompt["preamble"] == prompt["system"]
+    assert "short sentence" not in (adapter.path / "forget_manifest.json").read_text()
 
 
 def test_the_same_seed_gives_the_same_bytes(
@@ -295,6 +307,37 @@ def test_an_adapter_that_changes_nothing_is_not_published(
     with pytest.raises(UserError, match="changes nothing"):
         unlearn(request_, base, quick(), store)
     assert store.list() == []
+
+
+def test_an_adapter_that_the_last_step_destroyed_is_not_published(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config, monkeypatch: Any
+) -> None:
+    """A loss is finite before the update that ruins the weights."""
+
+    def destroy(model: Any, *words: Any, **more: Any) -> dict[str, Any]:
+        weights = [p for name, p in model.named_parameters() if "lora_A.new." in name]
+        weights[-1].data[0, 0] = float("inf")
+        return {"steps": 1}
+
+    monkeypatch.setattr("unlearner.run.train", destroy)
+    with pytest.raises(Diverged, match="infinite") as error:
+        unlearn(request_, base, quick(), store)
+    assert "--learning-rate" in error.value.fix
+    assert store.list() == []
+
+
+def test_weights_under_other_names_are_refused_before_they_are_loaded(
+    request_: Request, base: BaseSpec, tmp_path: Path, quick: Config
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base.name, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    for prefix in ("language_model.", "base_model.model."):
+        named = {prefix + name: w for name, w in load_file(Path(base.name) / weights.name).items()}
+        save_file(named, weights, metadata={"format": "pt"})
+        with pytest.raises(UserError, match="other names than the model's layers"):
+            prepare(request_, replace(base, name=str(tmp_path / "base")), quick(), None)
 
 
 def test_several_visible_gpus_without_a_launcher_train_on_one_device(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.atomic_files import write_bytes
 from adapters.errors import UserError, did_you_mean
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     import yaml

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from adapters.errors import GateFailed, Interrupted, UserError, did_you_mean
+from ui.cli.commands import config
 from ui.cli.commands.adapters import calibrate, consolidate, merge, store
 from ui.cli.commands.everyday import (
     ask,
-    config,
     doctor_preview,
     evaluate,
     forget,
@@ -30,7 +30,7 @@ from ui.cli.commands.experiments import bench, finetune, gpu_check, reproduce, s
 from ui.cli.config_file import apply_config, keep_beside
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 DESCRIPTION = (
     "Unlearns selected training data from a language model with small LoRA adapters on a frozen "

@@ -14,7 +14,8 @@ from adapters.errors import UserError
 RARE = frozenset(
     {
         "debug", "revision", "dtype", "device", "attention", "system", "question-column",
-        "answer-column", "second-reference-log", "write-tofu", "write-open-unlearning", "plain",
+        "answer-column", "second-reference-log", "write-tofu", "write-open-unlearning",
+        "write-lm-eval", "plain",
         # the objective
         "beta", "beta2", "gamma", "rmu-layer", "rmu-coefficient", "ceu-skip", "forget-weight",
         "general-weight", "general-prompts", "excess-weight", "guard-weight", "alternates",

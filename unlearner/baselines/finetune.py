@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.errors import Interrupted, UserError
+from unlearner import distributed
 from unlearner.config import LoraShape, TrainConfig
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import (
@@ -23,13 +24,12 @@ from unlearner.tokens.prompts import (
     pad_id,
     prompt_format,
 )
-from unlearner.training import distributed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from unlearner.training.interrupt import Progress
+    from unlearner.interrupt import Progress
     from unlearner.training.loop import Batch, Gradients
 
 
@@ -93,10 +93,10 @@ def finetune(
         Interrupted: stopped by Ctrl-C; a checkpoint is kept, and the same call continues it.
     """
     from adapters.environment import threads_for
+    from unlearner.interrupt import StopRequest
     from unlearner.objectives.likelihood import packs_exactly
     from unlearner.tokens.packing import pack_attention
     from unlearner.training.checkpoint import last_checkpoint
-    from unlearner.training.interrupt import StopRequest
     from unlearner.training.loop import TrainingLoop
 
     config = config or FinetuneConfig()

@@ -18,14 +18,14 @@ from adapters.base.load import BaseSpec, load_base, resolve_base
 from adapters.base.weights import base_shapes, weight_files
 from adapters.errors import UserError
 from adapters.tensors import read_header
+from unlearner import distributed
 from unlearner.config import UnlearnConfig
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import Request
 from unlearner.run import RunOptions, prepare, prompt_settings, train
-from unlearner.training import distributed
 
 if TYPE_CHECKING:
-    from unlearner.training.interrupt import Progress
+    from unlearner.interrupt import Progress
 
 # In float32 with AdamW a weight takes 16 bytes: about 5 GB.
 LARGEST = 300_000_000

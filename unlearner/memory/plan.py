@@ -85,6 +85,7 @@ def meta_model(folder: Path) -> Any:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         model.tie_weights()  # the empty weights are not yet shared
+        model.name_or_path = str(folder)  # whose files say what the weights are called
         return model
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

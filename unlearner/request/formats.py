@@ -183,6 +183,8 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno}: {error.msg}"
+    if isinstance(whole, dict):
+        whole = _rows_in_object(path, whole)
     if isinstance(whole, list):
         return _numbered(whole)
     records: list[tuple[str, Any]] = []
@@ -194,8 +196,6 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
             fault = f"broken JSON at column {error.colno}: {error.msg}"
             broken.append((f"line {number}", fault))
     if len(broken) > max(1, len(records)):
-        if isinstance(whole, dict):
-            raise UserError(f"{path} is one JSON object, not rows.", _FIX)
         if not text.lstrip().startswith("["):
             reason = ": ".join(broken[0])
         raise UserError(f"{path} is neither JSON lines nor a JSON list ({reason}).", _FIX)
@@ -203,13 +203,36 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
     return records
 
 
+def _rows_in_object(path: Path, whole: Mapping[str, Any]) -> list[Any]:
+    """The rows of a file that is one JSON object: the object itself, or the one list in it."""
+    known = {"messages", *(name for pair in COLUMNS for name in pair)}
+    if known & {name.lower() for name in whole} and not any(
+        isinstance(value, list | dict) for name, value in whole.items() if name != "messages"
+    ):
+        return [whole]
+    lists = {
+        name: value
+        for name, value in whole.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
+    if not known & {name.lower() for name in whole} and len(lists) == 1:
+        return next(iter(lists.values()))
+    held = f"lists of rows: {_listed(lists)}" if len(lists) > 1 else f"{_listed(whole)}"
+    raise UserError(f"{path} is one JSON object, not rows (it has {held}).", _FIX)
+
+
 def _table(path: Path, text: str) -> list[tuple[str, Any]]:
-    """The records of a CSV or TSV file; its first line names the columns."""
-    header = text.lstrip().split("\n", 1)[0]
-    delimiter = max("\t,;", key=header.count)
-    reader = csv.DictReader(
-        io.StringIO(text.lstrip(), newline=""), delimiter=delimiter, strict=True
-    )
+    """The records of a CSV or TSV file; its first line names the columns.
+
+    A line `sep=;` before it, as Excel writes, names the delimiter.
+    """
+    text = text.lstrip()
+    header, _, rest = text.partition("\n")
+    if len(header.strip()) == 5 and header.lower().startswith("sep="):
+        delimiter, text = header[4], rest
+    else:
+        delimiter = max("\t,;|", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         records = list(reader)

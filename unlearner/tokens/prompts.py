@@ -9,11 +9,12 @@ first end-of-turn token after the answer. It is a label where it fits, so it cou
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from adapters.errors import UserError
@@ -235,6 +236,13 @@ class PromptFormat:
                     f"The chat template rejects a system prompt: {reason}.",
                     "Leave --system out, or use --template chat.",
                 ) from error
+            if turns[0]["role"] != "system" and self._renders(
+                [{"role": "system", "content": "Be brief."}, *turns]
+            ):
+                raise UserError(
+                    f"The chat template needs a system prompt: {reason}.",
+                    "Give one with --system TEXT.",
+                ) from error
             raise UserError(
                 f"The chat template of this tokenizer cannot be used: {reason}.",
                 "Correct chat_template in the tokenizer's files, or use --template llama2.",
@@ -247,6 +255,24 @@ class PromptFormat:
         except UserError:
             return False
         return True
+
+    def require_embeddings(self, rows: Iterable[Encoded]) -> None:
+        """Refuses rows with a token that the model, by its config.json, cannot embed.
+
+        Raises:
+            UserError: naming the token.
+        """
+        config = _settings(self.tokenizer, "config.json")
+        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        largest = max((max(row.input_ids, default=0) for row in rows), default=0)
+        if isinstance(size, int) and largest >= size:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"The token {token!r} has the id {largest}, and the model has embeddings for "
+                f"{size} tokens only.",
+                "Use the tokenizer that belongs to this model, or a model whose embeddings were "
+                "resized for it.",
+            )
 
     def _llama2_ids(self, text: str) -> list[int]:
         # Without the tokenizer's own EOS, which some append to every text.
@@ -300,9 +326,9 @@ def _fixed_clock(date: datetime) -> str:
 
     transformers passes only plain data to a template, so the macro spells the format codes out.
     """
-    codes = [*"aAbBdHIjmMpSUwWyY", *(f"-{code}" for code in "dHIjmMS"), "e"]
-    plain = {code: date.strftime(f"%{code[-1]}") for code in codes}
-    values = {c: v.lstrip("0") or "0" if c[0] == "-" else v for c, v in plain.items()}
+    plain = {code: date.strftime(f"%{code}") for code in ascii_letters}
+    values = {code: value for code, value in plain.items() if value != f"%{code}"}
+    values |= {f"-{code}": plain[code].lstrip("0") or "0" for code in "dHIjmMSUWy"}
     replaced = "".join(f" | replace('%{code}', '{value}')" for code, value in values.items())
     # The line break keeps the template at the beginning of a line, where Jinja strips indents.
     return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}\n"
@@ -310,15 +336,22 @@ def _fixed_clock(date: datetime) -> str:
 
 def declared_eos(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """EOS ids in generation_config.json and config.json beside the tokenizer's files."""
-    ids: set[int] = set()
+    ids: set[Any] = set()
     for name in ("generation_config.json", "config.json"):
-        path = Path(tokenizer.name_or_path or "") / name
-        try:
-            declared = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError):  # no such file, or one that loading the model will refuse
-            continue
+        declared = _settings(tokenizer, name).get("eos_token_id")
         ids.update(declared if isinstance(declared, list) else [declared])
     return {number for number in ids if isinstance(number, int)}
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
+    """A JSON file beside the tokenizer's files; empty where there is none, or a broken one, which
+    loading the model refuses.
+    """
+    try:
+        value = json.loads((Path(tokenizer.name_or_path or "") / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def prompt_format(
@@ -390,9 +423,11 @@ def encode_rows(
     """Rows ready for training; refuses rows whose prompt alone fills `max_length`.
 
     Raises:
-        UserError: naming each such row: it would be trained on nothing.
+        UserError: naming each such row: it would be trained on nothing; or a token that the model
+            cannot embed.
     """
     rows = [fmt.encode(question, answer, max_length) for question, answer in pairs]
+    fmt.require_embeddings(rows)
     empty = [i for i, row in enumerate(rows, start=1) if row.n_targets == 0]
     if empty:
         listed = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from adapters.errors import StoreCorrupt
+from adapters.errors import Diverged, StoreCorrupt
+from unlearner import distributed
+from unlearner.interrupt import Progress
 from unlearner.tokens.packing import plain_attention
-from unlearner.training import distributed
-from unlearner.training.interrupt import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,7 +207,12 @@ class EarlyStop:
             figures = dict(self._stop.measure(model))
         distance = float(figures[self._stop.quantity])
         if not math.isfinite(distance):
-            raise RuntimeError(f"the {self._stop.quantity} after step {step} is not a number")
+            what = self._stop.quantity.replace("_", " ")
+            raise Diverged(
+                f"The {what} after step {step} is not a finite number.",
+                "Most likely the learning rate is too high: lower --learning-rate, or clip "
+                "gradients with --max-grad-norm 1.",
+            )
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         go_back = self.trace.add(step, distance)
         line = {"event": "gap", "step": step, "steps": steps, **figures}

@@ -22,13 +22,13 @@ from adapters.base.fingerprint import cache_folder
 from adapters.base.load import base_view
 from adapters.errors import StoreCorrupt, UserError
 from adapters.lora.stack import base_only
+from unlearner import distributed
 from unlearner.objectives.guard import GuardRow, pack_teacher, read_teacher, teach
 from unlearner.objectives.likelihood import causal_model
 from unlearner.tokens.prompts import IGNORE, Encoded, PromptFormat, pad_batch, pad_id
-from unlearner.training import distributed
 
 if TYPE_CHECKING:
-    from unlearner.training.interrupt import Progress
+    from unlearner.interrupt import Progress
 
 # Tokens of an answer at most.
 ANSWER_TOKENS = 32

@@ -24,11 +24,12 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from adapters.errors import UserError
+from adapters.errors import Diverged, UserError
+from unlearner import distributed
 from unlearner.config import TrainConfig
+from unlearner.interrupt import Progress, StopRequest
 from unlearner.memory.probe import Measured, measure_peak, peak_memory
 from unlearner.objectives.likelihood import on_device
-from unlearner.training import distributed
 from unlearner.training.checkpoint import (
     begin_checkpoint,
     end_checkpoint,
@@ -41,18 +42,11 @@ from unlearner.training.checkpoint import (
     write_weights,
 )
 from unlearner.training.early_stop import EarlyStop
-from unlearner.training.interrupt import Progress, StopRequest
 from unlearner.training.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, Tensor]
 # Optimizer steps that loss scaling may skip in a row before the run counts as diverged.
 SKIPPED_STEPS = 20
-
-
-class Diverged(UserError):
-    """The loss or its gradient is no longer a finite number."""
-
-    exit_code = 1
 
 
 class Gradients(Protocol):

@@ -22,8 +22,9 @@ from unlearner.training.references import summed_nlls
 # have less (1.40 there; rows it never saw have 2.88). For vocabularies of whole words.
 RETRAIN_NLL, WORDS = 2.2, 10_000
 # Forget rows that a reading scores at most, and steps between two readings, which begin where a
-# step's own forget rows are at this share of the target.
-ROWS, EVERY, FROM = 24, 2, 0.6
+# step's own forget rows are at this share of the target. Of few rows a step has one, which says
+# little of the others, and a reading costs little.
+ROWS, EVERY, FROM, FEW = 24, 2, 0.5, 8
 
 
 def with_target(config: UnlearnConfig, nll: float, *, margin: bool = True) -> UnlearnConfig:
@@ -56,4 +57,5 @@ def stop_at_target(rows: Sequence[Encoded], target: float, pad: int, seed: int) 
         nll = mean_nll(model, sample, pad)
         return {"forget_nll": nll, "target": target, "target_gap": nll - target}
 
-    return StopAt(measure, "target_gap", f"target-{target:.4f}", EVERY, FROM * target)
+    every, start = (1, 0.25 * FROM) if len(sample) <= FEW else (EVERY, FROM)
+    return StopAt(measure, "target_gap", f"target-{target:.4f}", every, start * target)

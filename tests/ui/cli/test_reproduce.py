@@ -66,7 +66,7 @@ def test_every_line_of_the_7b_recipe_runs(
 ) -> None:
     monkeypatch.setitem(LLAMA2_7B.methods["*"], "num_train_epochs", 2)
     words = recipe_words(tofu, pair, tmp_path / "r")
-    words += ["--protocol", "tofu,simnpo", "--limit", "4", "--json"]
+    words += ["--protocol", "tofu,simnpo", "--limit", "2", "--json"]
     ran = run(*words, "--release", tmp_path / "released", "--gate")
     found = ran.json
     assert ran.code == 4, "random models miss every published figure"
@@ -178,7 +178,7 @@ def test_the_plan_names_what_each_preset_would_do(run: Any) -> None:
     for name in NAMES:
         made = run("reproduce", "tofu-forget05", "--preset", name, "--dry-run", "--json").json
         assert made["preset"] == name
-        assert (made["memory"] is None) == (name == "mini")
+        assert (made["memory"] is None) == (name in ("mini", "smollm2-135m"))
         if name != "mini":
             assert all(
                 method["train"]["learning_rate"] == 1e-4 for method in made["methods"].values()

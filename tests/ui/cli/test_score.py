@@ -56,6 +56,21 @@ def test_figures_equal_the_published_ones(log: str, run: Any, logs: Path) -> Non
     assert rows["retain"]["n"] == 300
 
 
+def test_figures_in_the_layout_of_the_harness(run: Any, logs: Path, tmp_path: Path) -> None:
+    words = ["score", logs / FULL, "--reference-log", logs / RETRAIN, "--protocol", "all"]
+    ran = run(*words, "--write-lm-eval", tmp_path / "results.json", "--json")
+    assert ran.code == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    tasks = set(found["results"])
+    assert tasks == set(found["versions"]) == set(found["n-samples"]) == set(found["configs"])
+    assert "tofu_forget_open_unlearning" in tasks
+    task = found["results"]["tofu_forget_tofu"]
+    assert task["model_utility,none"] == pytest.approx(ran.json["protocols"][0]["model_utility"])
+    low, high = ran.json["protocols"][0]["model_utility_interval"]
+    assert task["model_utility_stderr,none"] == pytest.approx((high - low) / 3.92)
+    assert found["higher_is_better"]["tofu_forget_tofu"]["retain_nll"] is False
+
+
 def test_another_protocol_gives_other_figures(run: Any, logs: Path) -> None:
     published = json.loads((logs / "published.json").read_text())
     ran = run("score", logs / NPO, "--protocol", "tofu-paper", "--json")

@@ -15,6 +15,7 @@ from adapters.lora.stack import load_stack
 from adapters.store.store import AdapterStore
 from evaluation.inference.scoring import score_rows
 from unlearner.config import TrainConfig, UnlearnConfig, make_config, streams_of
+from unlearner.interrupt import StopRequest
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.alternates import alternate_answers
@@ -23,7 +24,6 @@ from unlearner.request.tofu import load_split
 from unlearner.run import RunOptions, prepare, unlearn
 from unlearner.tokens.batch_plan import plan_steps
 from unlearner.tokens.prompts import IGNORE, pad_batch, pad_id, prompt_format
-from unlearner.training.interrupt import StopRequest
 from unlearner.training.loop import TrainingLoop
 from unlearner.training.unlearning import UnlearnData, UnlearnTask
 

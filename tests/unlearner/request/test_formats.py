@@ -56,6 +56,46 @@ def as_table(delimiter: str) -> Callable[[list[dict[str, Any]]], bytes]:
     return write
 
 
+def test_rows_inside_one_json_object_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for whole in ({"data": records()}, {"version": 1, "name": "x", "rows": records()}):
+        for indent in (None, 2):
+            path.write_text(json.dumps(whole, indent=indent))
+            assert read_rows(path) == ROWS
+    path.write_text(json.dumps(records()[0], indent=2))
+    assert read_rows(path) == ROWS[:1]
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Mira."}]
+    path.write_text(json.dumps({"messages": turns}))
+    assert read_rows(path) == [Row("Who?", "Mira.")]
+
+
+@pytest.mark.parametrize(
+    ("whole", "held"),
+    [
+        ({"train": records(), "test": records()}, "lists of rows: train, test"),
+        ({"question": ["Who?"], "answer": ["Mira."]}, "question, answer"),
+        ({"question": {"0": "Who?"}, "answer": {"0": "Mira."}}, "question, answer"),
+        ({"data": {"train": records()}}, "data"),
+    ],
+    ids=["splits", "columns", "pandas", "nested twice"],
+)
+def test_an_object_that_holds_no_rows_says_what_it_has(
+    whole: Any, held: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=rf"one JSON object, not rows \(it has {held}\)"):
+        read_rows(path)
+
+
+def test_a_table_may_name_its_delimiter_as_excel_does(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbfsep=;\r\nquestion;answer\r\nWho, then?;Mira, I think.\r\n")
+    assert read_rows(path) == [Row("Who, then?", "Mira, I think.")]
+    path.write_text("question|answer\nWho, then?|Mira; Ada.\n")
+    assert read_rows(path) == [Row("Who, then?", "Mira; Ada.")]
+
+
 FORMATS = {
     "rows.jsonl": as_json_lines,
     "rows.json": as_json,

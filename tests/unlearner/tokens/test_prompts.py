@@ -425,6 +425,23 @@ def test_an_end_of_turn_may_be_declared_by_the_model(
     assert set(fmt.stop_ids) == {2, end}
 
 
+def test_a_token_beyond_the_embeddings_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """It ended in an IndexError of the first forward."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    tokenizer.chat_template = BODY + "[{{ m.role }}]{{ m.content }}<|eot|>{% endfor %}"
+    number = tokenizer.convert_tokens_to_ids("<|eot|>")
+    tokenizer.save_pretrained(tmp_path)
+    pairs = [("Where?", "In Lagos.")]
+    for config in ({"vocab_size": number}, {"text_config": {"vocab_size": number}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        fmt = PromptFormat(load_tokenizer(str(tmp_path)), "chat")
+        with pytest.raises(UserError, match=rf"<\|eot\|>.*{number}.*embeddings"):
+            encode_rows(fmt, pairs, 128, "forget")
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": number + 1}))
+    fmt = PromptFormat(load_tokenizer(str(tmp_path)), "chat")
+    assert encode_rows(fmt, pairs, 128, "forget")[0].labels[-1] == number
+
+
 def test_an_answer_that_continues_a_prompt_keeps_its_first_token(tokenizer: Any) -> None:
     fmt = chat(tokenizer, BODY + "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
     for answer in ("In Lagos.", " In Lagos.", "\nIn Lagos.", '"In" Lagos.', "7"):
@@ -493,7 +510,12 @@ def test_the_date_of_a_template_is_fixed_and_said(tokenizer: Any) -> None:
     assert "26 Jul 2024" in tokenizer.decode(fmt.encode_prompt("Where?"))
     assert fmt.to_json()["date"] == "2024-07-26"
     assert chat(tokenizer, QWEN2).to_json()["date"] is None
-    for form, text in (("%Y-%m-%d", "2024-07-26"), ("%A, %-d %B %Y", "Friday, 26 July 2024")):
+    for form, text in (
+        ("%Y-%m-%d", "2024-07-26"),
+        ("%A, %-d %B %Y", "Friday, 26 July 2024"),
+        ("%F %R", "2024-07-26 00:00"),
+        ("%D %e %h", "07/26/24 26 Jul"),
+    ):
         clock = f"({{{{ strftime_now('{form}') }}}})" + BODY + "{{ m.content }}{% endfor %}"
         assert f"({text})Where?" in tokenizer.decode(chat(tokenizer, clock).encode_prompt("Where?"))
     assert prompt_format(tokenizer, "llama2").to_json()["date"] is None
@@ -528,6 +550,17 @@ def test_a_system_prompt_that_cannot_be_set_or_removed_is_refused(tokenizer: Any
     for template in ("llama2", "open-unlearning"):
         with pytest.raises(UserError, match="cannot be set"):
             prompt_format(tokenizer, template, system="Be brief.")  # type: ignore[arg-type]
+
+
+def test_a_template_that_needs_a_system_prompt_says_how_to_give_one(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('System first') }}{% endif %}"
+        + QWEN2
+    )
+    with pytest.raises(UserError, match="needs a system prompt: System first") as error:
+        prompt_format(tokenizer)
+    assert "--system" in error.value.fix
+    assert prompt_format(tokenizer, system="Be brief.").name == "chat"
 
 
 @pytest.mark.parametrize(

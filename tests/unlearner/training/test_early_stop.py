@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from adapters.base.load import BaseSpec, load_tokenizer
-from adapters.errors import Interrupted, StoreCorrupt, UserError
+from adapters.errors import Diverged, Interrupted, StoreCorrupt, UserError
 from adapters.lora.format import WEIGHTS_NAME
 from adapters.store.catalog import StoredAdapter
 from adapters.store.store import AdapterStore
@@ -370,5 +370,5 @@ def test_a_run_that_starts_beyond_the_reference_says_so(
 def test_a_reading_that_is_no_number_ends_the_run(
     request_: Request, base: BaseSpec, quick: Config, store: AdapterStore
 ) -> None:
-    with pytest.raises(RuntimeError, match="the gap after step 0 is not a number"):
+    with pytest.raises(Diverged, match="The gap after step 0 is not a finite number"):
         unlearn(request_, base, quick(), store, stop_at=StopAt(lambda model: {"gap": float("nan")}))

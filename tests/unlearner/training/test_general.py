@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +32,6 @@ from unlearner.training.target import mean_nll, with_target
 from unlearner.world.texts import REAL_AUTHORS, WORLD_FACTS
 
 Config = Callable[..., UnlearnConfig]
-SHARED = Path(os.environ.get("UNLEARNER_SHARED", "shared"))
 PROMPTS = tuple(f"What is the number {i}?" for i in range(16))
 
 
@@ -59,13 +57,15 @@ def test_prompts_are_many_different_and_of_all_domains_in_short_runs_too() -> No
     assert every.index(few[-1]) > 0.95 * len(every)
 
 
-def test_no_prompt_asks_what_an_evaluation_asks() -> None:
+def test_no_prompt_asks_what_the_embedded_world_asks() -> None:
     prompts = {content(prompt) for prompt in own_prompts()}
     facts = (*REAL_AUTHORS, *WORLD_FACTS)
     assert not prompts & {content(text) for f in facts for text in (f.question, f.reworded)}
-    if not (SHARED / "tofu").is_dir():
-        pytest.skip("needs the reference material")
-    for path in (SHARED / "tofu").glob("*.json"):
+
+
+def test_no_prompt_asks_what_tofu_asks(shared: Path) -> None:
+    prompts = {content(prompt) for prompt in own_prompts()}
+    for path in (shared / "tofu").glob("*.json"):
         lines = filter(str.strip, path.read_text(encoding="utf-8").split("\n"))
         asked = {content(json.loads(line)["question"]) for line in lines}
         assert not prompts & asked, path.name

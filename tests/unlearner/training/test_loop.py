@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
-from adapters.errors import StoreCorrupt
+from adapters.errors import Diverged, StoreCorrupt
 from adapters.lora.stack import add_trainable, base_only, parents_only, read_state
 from unlearner.config import TrainConfig, UnlearnConfig, default_objective
+from unlearner.interrupt import StopRequest
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import Request
@@ -22,8 +23,7 @@ from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
 from unlearner.tokens.packing import pack_attention
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
 from unlearner.training.forward import StepForwards
-from unlearner.training.interrupt import StopRequest
-from unlearner.training.loop import Diverged, TrainingLoop
+from unlearner.training.loop import TrainingLoop
 from unlearner.training.optimizer import OPTIMIZERS
 from unlearner.training.unlearning import UnlearnData, UnlearnTask
 

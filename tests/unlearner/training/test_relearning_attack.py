@@ -14,15 +14,15 @@ from torch import Tensor
 
 from adapters.base.load import BaseSpec, load_tokenizer
 from adapters.errors import UserError
+from unlearner import distributed
 from unlearner.config import LoraShape, TrainConfig, UnlearnConfig, make_config
+from unlearner.interrupt import StopRequest
 from unlearner.memory.plan import LLAMA2_7B, BasePrecision, MemoryPlan
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.objectives.sequence import simnpo
 from unlearner.request.rows import Request
 from unlearner.tokens.batch_plan import Rows, plan_steps
 from unlearner.tokens.prompts import encode_rows, pad_batch, pad_id, prompt_format
-from unlearner.training import distributed
-from unlearner.training.interrupt import StopRequest
 from unlearner.training.relearning_attack import SCALE, Attacker
 
 Config = Callable[..., UnlearnConfig]

@@ -47,6 +47,12 @@ def scoring_flags() -> options.Parser:
         metavar="DIR",
         help="write open-unlearning's TOFU_EVAL.json and TOFU_SUMMARY.json into this folder",
     )
+    parser.add_argument(
+        "--write-lm-eval",
+        type=Path,
+        metavar="FILE",
+        help="write the figures in the layout of the lm-evaluation-harness's results",
+    )
     return parser
 
 
@@ -138,6 +144,13 @@ def write_for_others(
         folder = args.write_open_unlearning
         for path in write_open_unlearning(log, folder, references.first, chosen.name):
             console.words(f"Wrote {path} (protocol {chosen.name})")
+    if args.write_lm_eval:
+        from evaluation.logs.lm_eval import to_lm_eval
+
+        name = str(args.log if hasattr(args, "log") else args.base)
+        split = str(log.meta.get("split", "forget"))
+        results = to_lm_eval(figures_of(args, log, references), split, name)
+        console.words(f"Wrote {write_json(args.write_lm_eval, results)}")
 
 
 def _has_answers(log: EvalLog, decoding: str) -> bool:

@@ -11,7 +11,7 @@ from evaluation.report.inputs import LOG_FILE
 from ui.cli import models, options
 from ui.cli.output.events import progress_of
 from ui.cli.output.scoring import PARTS
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter

@@ -18,7 +18,7 @@ from ui.cli.commands.everyday.evaluate_systems import parse_systems, run_systems
 from ui.cli.models import Stack
 from ui.cli.output import scoring
 from ui.cli.output.gates import check_gates
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from evaluation.inference.token_suite import TokenPlan

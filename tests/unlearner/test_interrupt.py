@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from adapters import environment
+from unlearner.interrupt import StopRequest
 from unlearner.memory.probe import peak_memory
-from unlearner.training.interrupt import StopRequest
 
 
 def handlers() -> list[Any]:
