@@ -120,7 +120,7 @@ def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, 
     assert text.code == 0
     assert "stack" in text.out
     for words, said in (
-        (("--adapters", slug, "--scales", "x"), "not numbers"),
+        (("--adapters", slug, "--scales", "x"), "not a list of numbers"),
         (("--adapters", slug, "--scales", "1,2"), "2 numbers for 1"),
         (("--author", "Mira"), "one of the two"),
     ):
