@@ -538,8 +538,10 @@ def test_a_finished_request_is_in_the_stack_and_off(page: Any, served: Any) -> N
     page.locator("#un-start").click()
     page.wait_for_selector("section[aria-label='forget [removed]'] >> text=Done.")
     new = [adapter for adapter in app.session.adapters() if adapter.slug not in before]
-    page.locator("#un-stack").get_by_text(new[0].label).wait_for()  # offered at once, and off
-    assert not page.get_by_label(new[0].label, exact=True).first.is_checked()
+    name = app.session.names()[new[0].slug]
+    assert name.endswith(f": {author}")
+    page.locator("#un-stack").get_by_text(name).wait_for()  # offered at once, and off
+    assert not page.get_by_label(name, exact=True).first.is_checked()
     secret = app.session.library.authors[author][0].answer
     left_behind = [app.jobs.folder, app.session.store_path]
     for path in (p for folder in left_behind for p in folder.rglob("*") if p.is_file()):

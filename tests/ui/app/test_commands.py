@@ -45,7 +45,7 @@ def _is_session(args: Any, session: Session) -> None:
 def test_a_comparison_is_a_command(session: Session) -> None:
     args = _parsed(commands.ask(session, _frame('--who\'s "she"?', Sampling(0.7, 3, 50))))
     assert args.question == '--who\'s "she"?'
-    assert (args.adapters, args.scales) == (["r0001_ab", "r0002_cd"], "1,0.5")
+    assert (args.adapters, args.scales) == (["r0001_ab", "r0002_cd"], (1.0, 0.5))
     assert (args.temperature, args.seed, args.max_new) == (0.7, 3, 50)
     _is_session(args, session)
     plain = _parsed(commands.ask(session, Frame("Who?", Answer(""), Answer(""), ())))
@@ -65,7 +65,7 @@ def test_changes_of_the_stack_are_commands(session: Session, action: str) -> Non
     assert args.store == session.store_path
     assert args.verb == {"clear": "revert"}.get(action, action)
     if action == "activate":
-        assert (args.refs, args.scales, args.with_parents) == (["r0001_ab"], "0.5", True)
+        assert (args.refs, args.scales, args.with_parents) == (["r0001_ab"], (0.5,), True)
     if action == "revert":
         assert args.refs == ["r0001_ab"]
     if action == "clear":
@@ -120,7 +120,7 @@ def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, 
     assert text.code == 0
     assert "stack" in text.out
     for words, said in (
-        (("--adapters", slug, "--scales", "x"), "not numbers"),
+        (("--adapters", slug, "--scales", "x"), "not a list of numbers"),
         (("--adapters", slug, "--scales", "1,2"), "2 numbers for 1"),
         (("--author", "Mira"), "one of the two"),
     ):

@@ -108,7 +108,7 @@ def test_probes_of_two_owners_keep_their_names_apart(tmp_path: Path) -> None:
         ("[1]", "holds list, not an object"),
         ('{"kind": "unlearner-calibration", "schema": 1}', "is of kind 'unlearner-calibration'"),
         ('{"kind": "unlearner-robustness", "schema": 9}', "has schema 9"),
-        (None, "cannot be read"),
+        (None, "There is no card"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
