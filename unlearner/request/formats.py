@@ -203,19 +203,26 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
     return records
 
 
+def _is_chat(value: Any) -> bool:
+    """Whether it is the list of messages of a chat."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value
+    )
+
+
 def _rows_in_object(path: Path, whole: Mapping[str, Any]) -> list[Any]:
     """The rows of a file that is one JSON object: the object itself, or the one list in it."""
     known = {"messages", *(name for pair in COLUMNS for name in pair)}
-    if known & {name.lower() for name in whole} and not any(
-        isinstance(value, list | dict) for name, value in whole.items() if name != "messages"
-    ):
-        return [whole]
+    columns = [value for name, value in whole.items() if name.lower() in known]
     lists = {
         name: value
         for name, value in whole.items()
-        if isinstance(value, list) and value and isinstance(value[0], dict)
+        if isinstance(value, list) and value and isinstance(value[0], dict) and not _is_chat(value)
     }
-    if not known & {name.lower() for name in whole} and len(lists) == 1:
+    if columns and not lists:
+        if not any(isinstance(c, list | dict) and not _is_chat(c) for c in columns):
+            return [whole]
+    elif not columns and len(lists) == 1:
         return next(iter(lists.values()))
     held = f"lists of rows: {_listed(lists)}" if len(lists) > 1 else f"{_listed(whole)}"
     raise UserError(f"{path} is one JSON object, not rows (it has {held}).", _FIX)

@@ -211,24 +211,8 @@ class PromptFormat:
     def _render(
         self, turns: list[dict[str, str]], prompt: bool, date: datetime | None = None
     ) -> str:
-        today = date or self._date()
-        settings = {
-            "date_string": today.strftime("%d %b %Y"),
-            # Reasoning models answer at once: an answer of a forget set has no reasoning.
-            "enable_thinking": False,
-            "thinking": False,
-        }
         try:
-            template = self.tokenizer.get_chat_template()
-            if "strftime_now" in template:
-                template = _fixed_clock(today) + template
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **settings,
-            )
+            return self._apply(turns, prompt, date or self._date())
         except Exception as error:  # templates are programs: they raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             if turns[0]["role"] == "system" and self._renders(turns[1:]):
@@ -247,14 +231,30 @@ class PromptFormat:
                 f"The chat template of this tokenizer cannot be used: {reason}.",
                 "Correct chat_template in the tokenizer's files, or use --template llama2.",
             ) from error
-        return str(text)
 
     def _renders(self, turns: list[dict[str, str]]) -> bool:
         try:
-            self._render(turns, False)
-        except UserError:
+            self._apply(turns, False, self._date())
+        except Exception:  # whatever it is, the template cannot be used with these turns
             return False
         return True
+
+    def _apply(self, turns: list[dict[str, str]], prompt: bool, today: datetime) -> str:
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _fixed_clock(today) + template
+        return str(
+            self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                date_string=today.strftime("%d %b %Y"),
+                # Reasoning models answer at once: an answer of a forget set has no reasoning.
+                enable_thinking=False,
+                thinking=False,
+            )
+        )
 
     def require_embeddings(self, rows: Iterable[Encoded]) -> None:
         """Refuses rows with a token that the model, by its config.json, cannot embed.

@@ -53,7 +53,7 @@ def test_a_gguf_is_a_base_in_every_command(
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert merged
     out = tmp_path / "served"
-    words = ["--out", out, "--format", "llama.cpp", "--json"]
+    words = ["--out", out, "--format", "llama.cpp", "--base-name", file, "--json"]
     made = run("adapters", "export", adapter, *words, *store).json
     command = shlex.split(made["command"])
     config = Path(command[command.index("--base") + 1])
