@@ -273,7 +273,15 @@ def prepare(
         pairs = config.train.steps(len(rows.forget)) * config.train.batch_size(len(rows.forget))
         prompts = tuple(options.general or own_prompts(pairs))
         rows = replace(rows, general=placeholders(fmt, prompts))
-    unseen = _unseen(request, options, fmt, config) if target == "auto" else ()
+    unseen: Sequence[Encoded] = ()
+    if target == "auto":
+        try:
+            unseen = _unseen(request, options, fmt, config)
+        except UserError as error:
+            if options.target == "auto":
+                raise
+            # A target that nobody asked for is left out where it cannot be measured.
+            reasons["target"] = f"no target, all steps are taken: {_cause(error)}"
     notes += [
         f"{n} of {total} {name} rows are cut at {config.train.max_length} tokens: the end of their "
         "answers is not trained (raise --max-length)"
@@ -359,6 +367,11 @@ def _own_rows(
         if past.unknown
     ]
     return replace(request, retain=retain, others=others)
+
+
+def _cause(error: UserError) -> str:
+    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+    return cause.problem.rstrip(".")
 
 
 def _unseen(

@@ -555,6 +555,20 @@ def test_a_request_without_retain_rows(
         assert prepare(alone, base, config, store).rows.retain == []
 
 
+def test_only_a_target_that_was_asked_for_must_be_measurable(
+    base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    """No other row has another answer, so nothing shows what a model that never saw it says."""
+    request = Request(
+        "one", "jsonl", (Row("Who wrote it?", "Mira."),), (Row("Who sang it?", "Mira."),)
+    )
+    made = prepare(request, base, quick(), store, RunOptions(given=()))
+    assert made.unseen == ()
+    assert any("no target, all steps are taken" in reason for reason in plan(made)["notes"])
+    with pytest.raises(UserError, match="target cannot be measured"):
+        prepare(request, base, quick(), store, RunOptions(given=(), target="auto"))
+
+
 @pytest.mark.usefixtures("loads_nothing")
 @pytest.mark.parametrize(
     ("settings", "problem", "hint"),
