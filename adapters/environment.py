@@ -108,6 +108,20 @@ def free_memory() -> None:
 
 
 @contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients inside; the model's mode is put back afterwards."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def threads_for(model: torch.nn.Module) -> Iterator[None]:
     """Inside: one torch thread where the model is small and on the CPU."""
     import torch

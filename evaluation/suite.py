@@ -15,16 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.environment import threads_for
+from adapters.environment import evaluating, threads_for
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
 from evaluation.inference.generation import (
     BATCH_SIZE,
-    Draft,
     generate_answers,
     known_start,
     passes_of,
-    stop_tokens,
 )
 from evaluation.inference.prefix_sharing import sharing_problem
 from evaluation.inference.scoring import (
@@ -34,7 +32,6 @@ from evaluation.inference.scoring import (
     about_model,
     cut_texts,
     encode_answers,
-    evaluating,
     longest_text,
     score_rows,
     silent,
@@ -51,6 +48,7 @@ from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
 from unlearner import distributed as ranks
 from unlearner.request.rows import Row
 from unlearner.request.tofu import FORGET_SPLITS, load_split, split_name
+from unlearner.tokens.decoding import Draft, stop_tokens
 
 if TYPE_CHECKING:
     import torch

@@ -234,7 +234,7 @@ def prepare(
         BaseMismatch: the store belongs to another base.
     """
     from unlearner.memory.plan import meta_model
-    from unlearner.training.general import own_prompts, placeholders
+    from unlearner.training.general import longest_rows, own_prompts
     from unlearner.training.target import with_target
 
     options = options or RunOptions()
@@ -272,7 +272,7 @@ def prepare(
     if config.objective.general_weight:
         pairs = config.train.steps(len(rows.forget)) * config.train.batch_size(len(rows.forget))
         prompts = tuple(options.general or own_prompts(pairs))
-        rows = replace(rows, general=placeholders(fmt, prompts))
+        rows = replace(rows, general=longest_rows(fmt, prompts))
     unseen: Sequence[Encoded] = ()
     if target == "auto":
         try:

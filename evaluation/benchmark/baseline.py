@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import evaluating
 from evaluation.benchmark import flops
 from evaluation.benchmark.run import PAIRS, PLAIN_DECODE, Line, Workload
 from evaluation.benchmark.shapes import new_llama, with_lora
-from evaluation.inference.generation import BATCH_SIZE, Prompt, greedy
+from evaluation.inference.generation import BATCH_SIZE
 from evaluation.inference.prefix_sharing import score_trees
-from evaluation.inference.scoring import evaluating
+from unlearner.tokens.decoding import Prompt, greedy
 from unlearner.tokens.prompts import Encoded, pad_batch
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from evaluation.inference.scoring import evaluating
+from adapters.environment import evaluating
 from evaluation.protocols import Decoding
+from unlearner.tokens.decoding import Draft, Prompt, answer_end, greedy, stop_tokens
 from unlearner.tokens.prompts import Encoded, pad_batch, pad_id
 
 if TYPE_CHECKING:
@@ -20,25 +20,6 @@ if TYPE_CHECKING:
     from unlearner.tokens.prompts import PromptFormat
 
 BATCH_SIZE = 64
-# Rows that ended leave the batch when they are this share of it.
-LEAVE = 0.1
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Tokens that greedy decoding is known to begin with, and how many there may be in all."""
-
-    tokens: tuple[int, ...] = ()
-    expected: int = 0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as tokens, its answer's budget in tokens, and how the answer is known to begin."""
-
-    ids: list[int]
-    budget: int
-    draft: Draft = Draft()
 
 
 def generate_answers(
@@ -126,7 +107,7 @@ def generate_tokens(
     pad = pad_id(fmt.tokenizer)
     # The known tokens within the budget, up to one that ends the answer.
     begun = [
-        list(prompt.draft.tokens[: _end(prompt.draft.tokens, stops) + 1][: prompt.budget])
+        list(prompt.draft.tokens[: answer_end(prompt.draft.tokens, stops) + 1][: prompt.budget])
         for prompt in prompts
     ]
     left = [
@@ -134,7 +115,7 @@ def generate_tokens(
         for prompt, known in zip(prompts, begun, strict=True)
     ]
     answers = {
-        i: known[: _end(known, stops)]
+        i: known[: answer_end(known, stops)]
         for i, known in enumerate(begun)
         if left[i].budget <= 0 or (known and known[-1] in stops)
     }
@@ -155,7 +136,7 @@ def generate_tokens(
             else:
                 new = _sampled(generator, fmt, batch, draw, stops)
             finished = {
-                i: begun[i] + tokens[: _end(tokens, stops)][: left[i].budget]
+                i: begun[i] + tokens[: answer_end(tokens, stops)][: left[i].budget]
                 for i, tokens in zip(indices, new, strict=True)
             }
             answers |= finished
@@ -180,23 +161,6 @@ def known_start(fmt: PromptFormat, question: str, answer: Encoded, agreed: int |
     return Draft(tuple(answer.input_ids[first : first + agreed]), answer.n_targets)
 
 
-def _end(tokens: Sequence[int], stops: Sequence[int]) -> int:
-    """Index of the first stop token; the number of tokens where there is none."""
-    return next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
-
-
-def stop_tokens(model: Any, fmt: PromptFormat) -> list[int]:
-    """Ids that end an answer: EOS, the template's end of turn, the model's own list."""
-    own = [
-        getattr(config, "eos_token_id", None)
-        for config in (getattr(model, "generation_config", None), getattr(model, "config", None))
-    ]
-    flat: set[int] = set(fmt.stop_ids)
-    for ids in own:
-        flat.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return sorted(flat)
-
-
 @contextmanager
 def _own_config(model: Any) -> Iterator[Any]:
     """The transformers model under any adapters, with an empty generation config.
@@ -213,58 +177,6 @@ def _own_config(model: Any) -> Iterator[Any]:
         yield plain
     finally:
         plain.generation_config = config
-
-
-def greedy(
-    model: Any, prompts: Sequence[Prompt], stops: Sequence[int], pad: int
-) -> list[list[int]]:
-    """Greedy new tokens of a batch in evaluation mode, what ends an answer included.
-
-    Transformers' `generate` keeps every row until the last one ends. Here rows that ended leave the
-    batch, and the cache, as soon as they are a share of it that is worth the copy.
-    """
-    import torch
-
-    batch = pad_batch([Encoded(prompt.ids, prompt.ids) for prompt in prompts], pad, left=True)
-    mask = batch["attention_mask"].to(model.device)
-    ids = batch["input_ids"].to(model.device)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    rows = list(range(len(prompts)))
-    answers: list[list[int]] = [[] for _ in prompts]
-    ended = set(stops)
-    cache: Any = None
-    while rows:
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = out.past_key_values
-        best = out.logits[:, -1].float().argmax(-1)
-        for row, token in zip(rows, best.tolist(), strict=True):
-            if not _is_over(answers[row], prompts[row].budget, ended):
-                answers[row].append(token)
-        alive = [
-            i for i, r in enumerate(rows) if not _is_over(answers[r], prompts[r].budget, ended)
-        ]
-        if not alive:
-            break
-        if len(rows) - len(alive) >= max(1, LEAVE * len(rows)):
-            remaining = torch.tensor(alive, device=model.device)
-            cache.batch_select_indices(remaining)
-            mask, positions, best = mask[remaining], positions[remaining], best[remaining]
-            rows = [rows[i] for i in alive]
-        ids = best.unsqueeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return answers
-
-
-def _is_over(tokens: Sequence[int], budget: int, stops: set[int]) -> bool:
-    return len(tokens) >= budget or bool(tokens and tokens[-1] in stops)
 
 
 def _sampled(

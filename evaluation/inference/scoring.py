@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import evaluating
 from adapters.errors import UserError
 from evaluation.inference.prefix_sharing import score_trees, sharing_problem
 from evaluation.logs.records import AnswerScore, RowRecord
@@ -56,20 +56,6 @@ def about_model(model: Any, fmt: PromptFormat) -> dict[str, Any]:
         "dtype": str(getattr(model, "dtype", first.dtype)).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients inside; the model's mode is put back afterwards."""
-    import torch
-
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def encode_answers(fmt: PromptFormat, rows: Sequence[Row]) -> list[EncodedRow]:

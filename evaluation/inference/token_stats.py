@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from adapters.environment import evaluating
 from evaluation.inference.prefix_sharing import token_nll
-from evaluation.inference.scoring import BATCH_TOKENS, batches_of, evaluating
+from evaluation.inference.scoring import BATCH_TOKENS, batches_of
 from unlearner.tokens.prompts import IGNORE, pad_batch
 
 if TYPE_CHECKING:

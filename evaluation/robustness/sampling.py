@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import evaluating
 from evaluation.inference import generation
-from evaluation.inference.scoring import evaluating
 from evaluation.metrics.text import rouge_recall
+from unlearner.tokens import decoding
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +135,7 @@ def _draw(
 
     if budget <= 0:
         return
-    stops = set(generation.stop_tokens(model, fmt))
+    stops = set(decoding.stop_tokens(model, fmt))
     ids = torch.tensor([prompt], device=model.device)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     cache, rows = out.past_key_values, list(range(len(answers)))
@@ -150,7 +151,7 @@ def _draw(
         alive = [i for i, row in enumerate(rows) if not ended[row]]
         if not alive or position == budget - 1:
             return
-        if len(rows) - len(alive) >= max(1, generation.LEAVE * len(rows)):
+        if len(rows) - len(alive) >= max(1, decoding.LEAVE * len(rows)):
             remaining = torch.tensor(alive, device=model.device)
             cache.batch_select_indices(remaining)
             rows, tokens = [rows[i] for i in alive], tokens[remaining]

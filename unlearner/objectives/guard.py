@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from adapters.environment import evaluating
 from adapters.errors import StoreCorrupt
 from unlearner.objectives.likelihood import (
     Answers,
@@ -65,26 +66,20 @@ def teach(
         top: how many tokens of a position are kept (the whole vocabulary makes the KL exact).
         batch: rows of one forward.
     """
-    was_training = model.training
     device = next(model.parameters()).device
     taught: list[GuardRow] = []
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(rows), batch):
-                part = rows[start : start + batch]
-                inputs = on_device(pad_batch(part, pad), device)
-                found = answer_logits(model, inputs)
-                log_p = F.log_softmax(found.logits.float(), dim=-1)
-                best, tokens = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
-                rest = _log_rest(best)
-                target = log_p.gather(-1, found.targets.unsqueeze(-1)).squeeze(-1)
-                for i, row in enumerate(part):
-                    mine = found.row == i
-                    values = (one[mine].cpu() for one in (tokens, best, rest, target))
-                    taught.append(GuardRow(row, *values))
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            found = answer_logits(model, on_device(pad_batch(part, pad), device))
+            log_p = F.log_softmax(found.logits.float(), dim=-1)
+            best, tokens = log_p.topk(min(top, log_p.shape[-1]), dim=-1)
+            rest = _log_rest(best)
+            target = log_p.gather(-1, found.targets.unsqueeze(-1)).squeeze(-1)
+            for i, row in enumerate(part):
+                mine = found.row == i
+                values = (one[mine].cpu() for one in (tokens, best, rest, target))
+                taught.append(GuardRow(row, *values))
     return taught
 
 

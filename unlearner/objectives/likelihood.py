@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from adapters.environment import evaluating
 from unlearner.tokens.packing import PACK_ATTENTION, pack_rows
 from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
@@ -357,10 +358,8 @@ def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool
         rows: two or more, of different lengths.
     """
     first = next(model.parameters())
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             packed = answer_nll(model, on_device(pack_rows(rows), first.device))
             alone = [
                 answer_nll(model, on_device(pad_batch([row], 0), first.device)) for row in rows
@@ -370,8 +369,6 @@ def packs_exactly(model: torch.nn.Module, rows: Sequence[Encoded]) -> tuple[bool
         if first.is_cuda and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return False, float("inf")
-    finally:
-        model.train(was_training)
     single = torch.stack([one.per_token[0] for one in alone])
     gap = float((packed.per_token - single).abs().max())
     allowed = TOLERANCE.get(getattr(model, "dtype", first.dtype), COARSE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapters.environment import evaluating
 from adapters.lora.stack import parents_only
 from unlearner.objectives.hidden import block_states, steered_layer
 from unlearner.objectives.likelihood import (
@@ -177,10 +178,5 @@ class StepForwards:
     def _reference(self, stream: str, read: Callable[[Any, Mapping[str, Tensor]], Any]) -> Any:
         part = part_of_batch(self._batch, *self._span(stream))
         model = self._bare if self._frozen is None else self._frozen
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), parents_only(model, self._parents):
-                return read(model, part)
-        finally:
-            model.train(was_training)
+        with evaluating(model), parents_only(model, self._parents):
+            return read(model, part)

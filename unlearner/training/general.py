@@ -15,17 +15,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from adapters.atomic_files import write_bytes
 from adapters.base.fingerprint import cache_folder
 from adapters.base.load import base_view
+from adapters.environment import evaluating
 from adapters.errors import StoreCorrupt, UserError
 from adapters.lora.stack import base_only
 from unlearner import distributed
 from unlearner.objectives.guard import GuardRow, pack_teacher, read_teacher, teach
 from unlearner.objectives.likelihood import causal_model
-from unlearner.tokens.prompts import IGNORE, Encoded, PromptFormat, pad_batch, pad_id
+from unlearner.tokens.decoding import Prompt, greedy, stop_tokens
+from unlearner.tokens.prompts import IGNORE, Encoded, PromptFormat, pad_id
 
 if TYPE_CHECKING:
     from unlearner.interrupt import Progress
@@ -69,7 +69,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def placeholders(fmt: PromptFormat, prompts: Sequence[str]) -> list[Encoded]:
+def longest_rows(fmt: PromptFormat, prompts: Sequence[str]) -> list[Encoded]:
     """The prompts with answers of the greatest length, for plans made before the base is loaded."""
     rows = []
     for prompt in prompts:
@@ -125,41 +125,17 @@ def taught_prompts(
 
 def _answered(model: Any, fmt: PromptFormat, prompts: Sequence[str]) -> list[Encoded]:
     """The prompts with greedy answers of at most `ANSWER_TOKENS` tokens."""
-    from transformers import GenerationConfig
-
     causal, pad = causal_model(model), pad_id(fmt.tokenizer)
-    device = next(model.parameters()).device
-    greedy = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=ANSWER_TOKENS,
-        eos_token_id=list(fmt.stop_ids),
-        pad_token_id=pad,
-    )
+    stops = stop_tokens(causal, fmt)
     encoded = [fmt.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     rows: dict[int, Encoded] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            asked = [Encoded(encoded[i], [IGNORE] * len(encoded[i])) for i in chosen]
-            batch = pad_batch(asked, pad, left=True)
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                out = causal.generate(**inputs, generation_config=greedy)
-            for i, tokens in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
-                answer = _until_stop(tokens.tolist(), fmt.stop_ids)
-                prompt = encoded[i]
-                rows[i] = Encoded([*prompt, *answer], [*[IGNORE] * len(prompt), *answer])
-    finally:
-        model.train(was_training)
+            indices = order[start : start + BATCH]
+            batch = [Prompt(encoded[i], ANSWER_TOKENS) for i in indices]
+            answers = greedy(causal, batch, stops, pad)
+            for i, answer in zip(indices, answers, strict=True):
+                labels = [*[IGNORE] * len(encoded[i]), *answer]
+                rows[i] = Encoded([*encoded[i], *answer], labels)
     return [rows[i] for i in range(len(encoded))]
-
-
-def _until_stop(tokens: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """The tokens of an answer with the one that ends it."""
-    end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
-    return list(tokens[: end + 1])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adapters.environment import evaluating
 from adapters.lora.stack import parents_only
 from unlearner.objectives.likelihood import answer_nll, on_device
 from unlearner.objectives.registry import OBJECTIVES
@@ -79,16 +80,11 @@ def summed_nlls(
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     values = torch.zeros(len(rows), dtype=torch.float32)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(order), BATCH):
-                indices = order[start : start + BATCH]
-                part = [rows[i] for i in indices]
-                batch = pack_rows(part) if packed else pad_batch(part, pad)
-                scored = answer_nll(model, on_device(batch, device))
-                values[indices] = scored.nll.cpu()
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(order), BATCH):
+            indices = order[start : start + BATCH]
+            part = [rows[i] for i in indices]
+            batch = pack_rows(part) if packed else pad_batch(part, pad)
+            scored = answer_nll(model, on_device(batch, device))
+            values[indices] = scored.nll.cpu()
     return values

@@ -98,11 +98,11 @@ def test_draws_that_ended_leave_and_the_others_go_on(
     tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With half of the vocabulary ending an answer most draws are short, none holds a stop."""
-    from evaluation.inference import generation
+    from unlearner.tokens import decoding
 
     model, fmt = tiny
     stops = list(range(0, 400, 2))
-    monkeypatch.setattr(generation, "stop_tokens", lambda *_: stops)
+    monkeypatch.setattr(decoding, "stop_tokens", lambda *_: stops)
     texts = draw_answers(model, fmt, QUESTIONS[0], Draws(32, max_total=60))
     lengths = {len(text) for text in texts}
     assert len(texts) == 32

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from evaluation.inference.generation import Prompt, _Draw, stop_tokens
+from evaluation.inference.generation import _Draw
 from evaluation.protocols import Decoding
+from unlearner.tokens.decoding import Prompt, stop_tokens
 
 if TYPE_CHECKING:
     import torch
