@@ -34,7 +34,7 @@ from unlearner.request.past_requests import (
     without_rows_of,
 )
 from unlearner.request.rows import Request, Row
-from unlearner.tokens.batch_plan import Pair, Rows, plan_steps
+from unlearner.tokens.batch_plan import Rows, plan_of
 from unlearner.tokens.prompts import (
     NO_SYSTEM,
     Encoded,
@@ -273,20 +273,26 @@ def prepare(
         pairs = config.train.steps(len(rows.forget)) * config.train.batch_size(len(rows.forget))
         prompts = tuple(options.general or own_prompts(pairs))
         rows = replace(rows, general=longest_rows(fmt, prompts))
-    unseen: Sequence[Encoded] = ()
-    if target == "auto":
+    unseen = [(row.question, row.answer) for row in options.unseen] if target == "auto" else []
+    if target == "auto" and not unseen:
         try:
-            unseen = _unseen(request, options, fmt, config)
+            unseen = _alternates(request)
         except UserError as error:
             if options.target == "auto":
-                raise
+                raise UserError(
+                    f"The target cannot be measured: {error.problem}",
+                    "Give rows that the base never saw with --unseen ROWS, or a number with "
+                    "--target.",
+                ) from error
             # A target that nobody asked for is left out where it cannot be measured.
-            reasons["target"] = f"no target, all steps are taken: {_cause(error)}"
+            del reasons["target"]
+            notes.append(f"no target, all steps are taken: {error.problem.rstrip('.')}")
     notes += [
         f"{n} of {total} {name} rows are cut at {config.train.max_length} tokens: the end of their "
         "answers is not trained (raise --max-length)"
         for name, n, total in rows.cut
     ]
+    encoded_unseen = tuple(encode_rows(fmt, unseen, config.train.max_length, "unseen"))
     marks = [mark(key, row.question) for row in request.rows]
     digests = {
         "forget": {
@@ -309,7 +315,7 @@ def prepare(
         "guard": _digest(key, options.guard, "guard")["digest"],
         "replaces": replaced,
         "general": prompts,
-        "unseen": [row.input_ids for row in unseen],
+        "unseen": [row.input_ids for row in encoded_unseen],
     }
     text = json.dumps(depends_on, sort_keys=True)
     return Prepared(
@@ -325,7 +331,7 @@ def prepare(
         f"run-{hashlib.sha256(text.encode()).hexdigest()[:16]}",
         replaced,
         tuple(notes),
-        unseen,
+        encoded_unseen,
         prompts,
         reasons,
     )
@@ -369,30 +375,14 @@ def _own_rows(
     return replace(request, retain=retain, others=others)
 
 
-def _cause(error: UserError) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-    return cause.problem.rstrip(".")
-
-
-def _unseen(
-    request: Request, options: RunOptions, fmt: PromptFormat, config: UnlearnConfig
-) -> list[Encoded]:
-    """Rows of the same kind as the request that the base never saw.
+def _alternates(request: Request) -> list[tuple[str, str]]:
+    """The forget questions with another answer each: rows that the base never saw.
 
     Raises:
-        UserError: none are given, and there is no other answer for some forget question.
+        UserError: there is no other answer for some question.
     """
-    pairs = [(row.question, row.answer) for row in options.unseen]
-    if not pairs:
-        try:
-            answers = alternate_answers(request.rows, request.others or request.retain, 1)
-        except UserError as error:
-            raise UserError(
-                f"The target cannot be measured: {error.problem}",
-                "Give rows that the base never saw with --unseen ROWS, or a number with --target.",
-            ) from error
-        pairs = [(row.question, one) for row, (one,) in zip(request.rows, answers, strict=True)]
-    return encode_rows(fmt, pairs, config.train.max_length, "unseen")
+    answers = alternate_answers(request.rows, request.others or request.retain, 1)
+    return [(row.question, answer) for row, (answer,) in zip(request.rows, answers, strict=True)]
 
 
 def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]) -> None:
@@ -705,7 +695,7 @@ def _summary(
         rows.forget,
         rows.retain,
         [teacher.row for teacher in held_out] or rows.general,
-        _pairs(run),
+        plan_of(rows, run.config.train),
         run.config.train.seed,
         general_held_out=bool(held_out),
     )
@@ -883,24 +873,10 @@ def _training_data(
     from unlearner.training.unlearning import UnlearnData
 
     rows, parents = run.rows, tuple(parent.slug for parent in run.parents)
-    pairs = _pairs(run)
+    pairs = plan_of(rows, run.config.train)
     pad, name = pad_id(run.fmt.tokenizer), run.config.objective.name
     references = reference_nlls(model, rows, pairs, name, parents, pad=pad, packed=packed)
     return UnlearnData(rows, pairs, pad, packed, teachers, general, references, parents, frozen)
-
-
-def _pairs(run: Prepared) -> list[list[Pair]]:
-    """The pairs of every step."""
-    rows = run.rows
-    return plan_steps(
-        len(rows.forget),
-        len(rows.retain),
-        len(rows.refusals[0]) if rows.refusals else 0,
-        run.config.train,
-        len(rows.guard),
-        len(rows.alternates[0]) if rows.alternates else 0,
-        len(rows.general),
-    )
 
 
 def _can_pack(model: Any, rows: Rows, report: Progress) -> bool:

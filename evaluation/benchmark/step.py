@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.benchmark.shapes import SHAPES, new_llama
 from unlearner.config import TARGET_MODULES, LoraShape, UnlearnConfig, make_config
 from unlearner.memory.plan import BasePrecision, MemoryPlan, llama_shape
-from unlearner.tokens.batch_plan import Rows, plan_steps
+from unlearner.tokens.batch_plan import Rows, plan_of
 from unlearner.tokens.prompts import Encoded
 
 if TYPE_CHECKING:
@@ -152,11 +152,6 @@ def run_step(setup: StepSetup, say: Callable[[str], None] = lambda text: None) -
         model = add_trainable(base, "new", lora_config(setup.config.lora), [])
     built = time.perf_counter() - start
     rows, train = setup.rows, setup.config.train
-    refusals = len(rows.refusals[0]) if rows.refusals else 0
-    alternates = len(rows.alternates[0]) if rows.alternates else 0
-    steps = plan_steps(
-        len(rows.forget), len(rows.retain), refusals, train, len(rows.guard), alternates
-    )
     packed = not train.padded
     events: list[dict[str, Any]] = []
     meta = setup.device == "meta"
@@ -166,7 +161,7 @@ def run_step(setup: StepSetup, say: Callable[[str], None] = lambda text: None) -
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unlearner-")))
         if packed:
             stack.enter_context(pack_attention(model))
-        data = UnlearnData(rows, steps, 0, packed, setup.guard)
+        data = UnlearnData(rows, plan_of(rows, train), 0, packed, setup.guard)
         task = UnlearnTask(model, data, setup.config)
         stack.callback(task.remove)
         loop = TrainingLoop(model, task, train, work, report=events.append)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.environment import evaluating
+from unlearner.tokens.batch_plan import TAUGHT
 from unlearner.tokens.packing import PACK_ATTENTION, pack_rows
 from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
@@ -98,10 +99,10 @@ class Scored(NamedTuple):
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch for a model on `device`.
 
-    Labels and where rows begin stay on the CPU: which positions are scored is found there, without
-    waiting for a GPU, and also where tensors have no values (the meta device).
+    Labels, where rows begin and which teachers they have stay on the CPU: what is scored is found
+    there, without waiting for a GPU, and also where tensors have no values (the meta device).
     """
-    here = ("labels", "row_of_token", "starts", "guard")
+    here = ("labels", "row_of_token", "starts", *TAUGHT)
     return {name: t if name in here else t.to(device) for name, t in batch.items()}
 
 

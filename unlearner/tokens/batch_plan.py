@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from unlearner.config import TrainConfig
 
 
+# Streams that are held to recorded answers; a batch names the teacher of each pair by its index.
+TAUGHT = ("guard", "general")
+
+
 class Pair(NamedTuple):
     """Indices of a forget row, the retain row it meets, the refusal it would get, a guard row,
     which of its alternate answers, and a general prompt.
@@ -86,6 +90,19 @@ def _draws(rng: np.random.Generator, n: int, count: int) -> Iterator[int]:
         for index in rng.permutation(n)[:left]:
             yield int(index)
         left -= n
+
+
+def plan_of(rows: Rows, config: TrainConfig) -> list[list[Pair]]:
+    """The pairs of every optimizer step of a run on `rows`, see `plan_steps`."""
+    return plan_steps(
+        len(rows.forget),
+        len(rows.retain),
+        len(rows.refusals[0]) if rows.refusals else 0,
+        config,
+        len(rows.guard),
+        len(rows.alternates[0]) if rows.alternates else 0,
+        len(rows.general),
+    )
 
 
 def plan_steps(

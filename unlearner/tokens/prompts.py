@@ -256,14 +256,19 @@ class PromptFormat:
             )
         )
 
+    @cached_property
+    def _embedded(self) -> Any:
+        """How many tokens the model embeds, None where its config.json does not say."""
+        config = _settings(self.tokenizer, "config.json")
+        return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
     def require_embeddings(self, rows: Iterable[Encoded]) -> None:
         """Refuses rows with a token that the model, by its config.json, cannot embed.
 
         Raises:
             UserError: naming the token.
         """
-        config = _settings(self.tokenizer, "config.json")
-        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        size = self._embedded
         largest = max((max(row.input_ids, default=0) for row in rows), default=0)
         if isinstance(size, int) and largest >= size:
             token = self.tokenizer.convert_ids_to_tokens(largest)

@@ -20,6 +20,7 @@ from unlearner.objectives.likelihood import (
     per_token,
 )
 from unlearner.objectives.sequence import AnswerTokens, token_kl
+from unlearner.tokens.batch_plan import TAUGHT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +56,7 @@ def of_streams(
     size = rows_of_batch(batch) // len(streams)
     start = streams.index(wanted[0]) * size
     rows = part_of_batch(batch, start, start + len(wanted) * size)
-    by_pair = [n for n in batch if n in ("guard", "general") or n.startswith(REFERENCE.format(""))]
+    by_pair = [n for n in batch if n in TAUGHT or n.startswith(REFERENCE.format(""))]
     return rows | {name: batch[name] for name in by_pair}
 
 

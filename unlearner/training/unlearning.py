@@ -20,7 +20,7 @@ from unlearner.objectives.guard import GuardRow, guard_kl, moved_nll
 from unlearner.objectives.hidden import freeze_above, steered_layer
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.objectives.sequence import alternate_term
-from unlearner.tokens.batch_plan import Pair, Rows, micro_batches
+from unlearner.tokens.batch_plan import TAUGHT, Pair, Rows, micro_batches
 from unlearner.tokens.packing import pack_rows
 from unlearner.tokens.prompts import pad_batch
 from unlearner.training.checkpoint import trainable
@@ -89,8 +89,7 @@ class UnlearnTask:
         self.steps = len(data.plan)
         self._bare, self._data, self._objective = model, data, objective
         self._seed = config.train.seed
-        more = {"guard": data.guard, "general": data.general}
-        self._teachers = {name: rows for name, rows in more.items() if rows}
+        self._teachers = {name: rows for name in TAUGHT if (rows := getattr(data, name))}
         self._streams = (*streams_of(objective), *self._teachers)
         self._pairs = len(data.plan[0])
         self._attacker = Attacker(model, config.train) if objective.attack_weight > 0 else None
