@@ -156,8 +156,8 @@ class _Bench:
     def _spec(self, dtype: str, four: bool = False, attention: str = "auto") -> BaseSpec:
         from adapters.base.load import BaseSpec
 
-        if four and importlib.util.find_spec("bitsandbytes") is None:
-            raise LeftOut("bitsandbytes is not installed")
+        if four:
+            _require_bitsandbytes()
         return BaseSpec(
             str(self._base),
             dtype=dtype,  # type: ignore[arg-type]
@@ -314,11 +314,11 @@ class _Bench:
     def _step(self, shape: str, pairs: int, checkpointing: str) -> str:
         from adapters.environment import free_memory
         from evaluation.benchmark.run import load_workload
+        from evaluation.benchmark.shapes import dtype_on
         from evaluation.benchmark.step import run_step, setup_of
         from unlearner.memory.probe import size_text
 
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise LeftOut("bitsandbytes is not installed")
+        _require_bitsandbytes()
         work = load_workload(None, None)
         free_memory()
         setup = setup_of(
@@ -328,7 +328,7 @@ class _Bench:
             pairs=pairs,
             checkpointing=checkpointing,
             device=self.device,
-            dtype="float32" if self.device == "cpu" else "bfloat16",
+            dtype=dtype_on(self.device),
         )
         cost = run_step(setup)
         plan = f"{size_text(cost.low)} to {size_text(cost.high)}"
@@ -342,6 +342,11 @@ def _losses(events: list[dict[str, Any]]) -> list[float]:
     losses = [event["forget_loss"] for event in events]
     _require(all(math.isfinite(loss) for loss in losses), "a loss is not finite")
     return losses
+
+
+def _require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LeftOut("bitsandbytes is not installed")
 
 
 def _require(holds: bool, problem: str) -> None:

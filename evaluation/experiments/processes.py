@@ -32,6 +32,11 @@ class Job:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+def threads_each(processes: int) -> int:
+    """Torch threads of each of so many processes that share this machine's cores."""
+    return max(1, (os.cpu_count() or 2) // processes)
+
+
 def side_by_side(jobs: Sequence[Job], report: Report, threads: int = 1) -> dict[str, Any]:
     """The result of every job by name; all run at once, with so many torch threads each.
 

@@ -9,6 +9,7 @@ of an earlier run with the same settings and versions.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,7 +24,7 @@ from adapters.base.load import BaseSpec
 from adapters.errors import UserError
 from evaluation.cache import key_of
 from evaluation.experiments.presets import Taught
-from evaluation.experiments.processes import Job, side_by_side
+from evaluation.experiments.processes import Job, side_by_side, threads_each
 from evaluation.experiments.systems import (
     Measured,
     Report,
@@ -139,8 +140,8 @@ def quickstart(
     run.claim_folder()
     run.stage("world", "Writing the embedded world of fictitious authors")
     world = run.write_world()
-    how = "from random weights" if settings.taught is None else f"{settings.taught.base}"
-    run.stage("models", f"Training Origin and Retrain, {how}, side by side")
+    start = "random weights" if settings.taught is None else settings.taught.base
+    run.stage("models", f"Training Origin and Retrain from {start}, side by side")
     run.train_models(world)
     run.stage("forget", "Measuring both, filing two forget requests with SimNPO and with NPO")
     run.measure_and_forget(world)
@@ -267,7 +268,7 @@ class _Run:
 
     def _threads(self) -> int:
         """Torch threads of each of two processes: tiny models are fastest with one."""
-        return 1 if self.settings.taught is None else max(1, (os.cpu_count() or 2) // 2)
+        return 1 if self.settings.taught is None else threads_each(2)
 
     def measure_and_forget(self, world: World) -> None:
         """Two processes: one measures Origin and runs SimNPO, the other Retrain and NPO."""
@@ -359,12 +360,11 @@ def _write_base(name: str, out: Path) -> None:
     from adapters.base.load import load_tokenizer, resolve_base
 
     def link(source: str, target: str) -> None:
-        try:
-            if not source.endswith(".safetensors"):
-                raise OSError
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+        if source.endswith(".safetensors"):
+            with contextlib.suppress(OSError):  # another file system, or none with links
+                os.link(source, target)
+                return
+        shutil.copyfile(source, target)
 
     partial = out.with_name(f".{out.name}")
     shutil.rmtree(partial, ignore_errors=True)

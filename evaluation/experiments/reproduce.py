@@ -6,7 +6,6 @@ Every stage writes its files under `out`, so the same command continues after an
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from evaluation.experiments.presets import (
     against_published,
     published_rows,
 )
-from evaluation.experiments.processes import Job, side_by_side
+from evaluation.experiments.processes import Job, side_by_side, threads_each
 from evaluation.experiments.small_rows import known_rows, small_rows, write_rows
 from evaluation.experiments.systems import (
     Measured,
@@ -291,7 +290,7 @@ def _taught_pair(run: Reproduction, taught: Taught, report: Report) -> tuple[str
         how: dict[str, Any] = {"base": spec, "rows": source, "out": out}
         jobs.append(Job(name, teach, how | {"config": taught.recipe, "lora": taught.lora}))
     if jobs:
-        side_by_side(jobs, report, threads=max(1, (os.cpu_count() or 2) // len(jobs)))
+        side_by_side(jobs, report, threads_each(len(jobs)))
     return folders["origin"], folders.get("retrain")
 
 

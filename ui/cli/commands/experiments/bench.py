@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.benchmark.shapes import SHAPES
+from evaluation.benchmark.shapes import SHAPES, dtype_on
 from ui.cli import options
 from ui.console import size_text
 from unlearner.memory.plan import CHECKPOINTING
@@ -141,6 +141,7 @@ def _step(args: argparse.Namespace, work: Any, console: Console) -> int:
     from evaluation.benchmark.step import run_step, setup_of
 
     real = "cuda" if torch.cuda.is_available() else "cpu"
+    device = real if args.step == "real" else "meta"
     setup = setup_of(
         work.forget,
         work.retain,
@@ -150,10 +151,9 @@ def _step(args: argparse.Namespace, work: Any, console: Console) -> int:
         checkpointing=args.gradient_checkpointing,
         padded=args.padded,
         layers=args.layers,
-        device=real if args.step == "real" else "meta",
+        device=device,
         load_in_4bit=args.load_in_4bit,
-        # CPUs without bf16 in hardware compute in it a hundred times slower.
-        dtype="float32" if args.step == "real" and real == "cpu" else "bfloat16",
+        dtype=dtype_on(device),
     )
     cost = run_step(setup, console.words)
     rows = [*setup.rows.forget, *setup.rows.retain]
