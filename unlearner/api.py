@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import unlearner.request.rows as rows_
-from adapters.atomic_files import write_bytes
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base
 from adapters.base.load import Attention, BaseSpec, Dtype, load_tokenizer, resolve_base
 from adapters.base.load import load_base as load_model
 from adapters.errors import UserError, did_you_mean
 from adapters.lora.stack import detach, load_stack
 from adapters.store.store import AdapterStore
+from unlearner import distributed
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, make_config, streams_of
 from unlearner.request.formats import HUB_PREFIX, Columns, rows_of
 from unlearner.request.rows import Row
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
     from unlearner.run import RunOptions
 
-SETTINGS_FILE = "run.yaml"
 RowsLike = str | Path | Iterable[Any]
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 
@@ -409,7 +408,8 @@ def forget(
         stored = unlearn(
             request, base.spec, settings, opened, options, model=base.model, on_progress=report
         )
-    _keep_settings(request, base, options, stored)
+    if distributed.rank() == 0:
+        _keep_settings(request, base, options, stored, opened)
     return ForgetAdapter(stored.slug, opened)
 
 
@@ -418,6 +418,7 @@ def _keep_settings(
     base: Base,
     options: RunOptions,
     stored: StoredAdapter,
+    store: AdapterStore,
 ) -> None:
     """Write the settings beside the adapter, as `unlearner forget --config` reads them.
 
@@ -448,8 +449,7 @@ def _keep_settings(
         "on_stack": bool(manifest.parents),
     }
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    (stored.path / "evals").mkdir(exist_ok=True)
-    write_bytes(stored.path / "evals" / SETTINGS_FILE, f"# Settings of forget()\n{text}".encode())
+    store.keep_settings(stored.slug, f"# Settings of forget()\n{text}")
 
 
 @contextmanager

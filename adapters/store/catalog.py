@@ -16,6 +16,8 @@ from adapters.store.states import StoreState
 
 MANIFEST_NAME = "forget_manifest.json"
 EVALS_NAME = "evals"
+# The settings of the run that made an adapter or a result, as `--config` takes them.
+SETTINGS_NAME = "run.yaml"
 
 
 @dataclass(frozen=True)

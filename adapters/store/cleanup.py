@@ -28,6 +28,7 @@ from adapters.lora.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store.catalog import (
     EVALS_NAME,
     MANIFEST_NAME,
+    SETTINGS_NAME,
     Catalog,
     StoredAdapter,
     manifest_base,
@@ -104,17 +105,29 @@ def write_eval(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
         raise UserError(
             f"The result {name} has {count} values.", "Attach the summary, not the rows."
         )
-    evals = folder / EVALS_NAME
+    evals = _evals_folder(folder)
     path, number = evals / f"{name}.json", 1
     while path.exists():
         number += 1
         path = evals / f"{name}-{number}.json"
+    write_json(path, dict(result))
+    return path
+
+
+def write_settings(folder: Path, text: str) -> Path:
+    """The file of the adapter's settings, now holding `text`."""
+    path = _evals_folder(folder) / SETTINGS_NAME
+    write_bytes(path, text.encode())
+    return path
+
+
+def _evals_folder(folder: Path) -> Path:
+    evals = folder / EVALS_NAME
     try:
         evals.mkdir(exist_ok=True)
     except OSError as error:
         raise disk_error(error, evals) from error
-    write_json(path, dict(result))
-    return path
+    return evals
 
 
 def export_adapter(adapter: StoredAdapter, out: Path) -> Path:

@@ -241,6 +241,10 @@ class AdapterStore:
             self.journal.commit(state, "evaluate", [slug], status=status, file=path.name)
             return path
 
+    def keep_settings(self, ref: str, text: str) -> Path:
+        """The file beside the adapter with the settings of the run that made it, as YAML."""
+        return cleanup.write_settings(self.get(ref).path, text)
+
     def evals(self, ref: str) -> dict[str, dict[str, Any]]:
         """Results attached to the adapter, by name."""
         folder = self.get(ref).path / EVALS_NAME

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from ui.cli.parser import Parser
 
-FILE = "run.yaml"
 # Flags of one call, which are no settings of a run.
 OF_ONE_CALL = {"help", "help_all", "config", "json", "debug", "dry_run", "resume", "restart"}
 _NULL, _BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
@@ -287,5 +286,7 @@ def keep_beside(args: argparse.Namespace) -> None:
         return
     if parser.words == ["merge"]:
         return
+    from adapters.store.catalog import SETTINGS_NAME
+
     if isinstance(out, Path) and out.is_dir() and not getattr(args, "dry_run", False):
-        write_bytes(out / FILE, resolved(parser, args).encode())
+        write_bytes(out / SETTINGS_NAME, resolved(parser, args).encode())

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters.atomic_files import write_bytes
 from adapters.errors import UserError
 from ui.adapter_row import adapter_row
 from ui.cli import config_file, options
@@ -22,6 +21,7 @@ from unlearner.defaults import CHOSEN
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
+    from adapters.store.store import AdapterStore
     from ui.console import Console
     from unlearner.config import UnlearnConfig
     from unlearner.request.rows import Request
@@ -379,16 +379,17 @@ def train_request(
         made = plan(prepare(request, base, config, store, run_options), args.memory_limit)
         _print_plan(made, console)
         return 3 if made["fits"] is False else 0
+    opened = AdapterStore.open(path, create=True)
     adapter = unlearn(
         request,
         base,
         config,
-        AdapterStore.open(path, create=True),
+        opened,
         run_options,
         stop_at=stop_at,
         on_progress=lambda event: show_event(event, console),
     )
-    _keep_settings(args, adapter)
+    _keep_settings(args, adapter, opened)
     console.text(adapter.slug)
     manifest = adapter.manifest
     outcome = manifest.train["outcome"]
@@ -406,7 +407,9 @@ def train_request(
     return 0
 
 
-def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter) -> None:
+def _keep_settings(
+    args: argparse.Namespace, adapter: StoredAdapter, store: AdapterStore
+) -> None:
     """Write the settings of the run beside the adapter, without the name of an author.
 
     What was chosen for its rows and model is in the manifest; what it was chosen by is left out.
@@ -423,8 +426,7 @@ def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter) -> None:
         changes["reference_log"] = None
     else:
         changes["target"] = None
-    path = adapter.path / "evals" / config_file.FILE
-    write_bytes(path, config_file.resolved(args.parser, args, changes).encode())
+    store.keep_settings(adapter.slug, config_file.resolved(args.parser, args, changes))
 
 
 def _without_names(text: Any) -> Any:
