@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,30 @@ import pytest
 
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
+
+
+KEEP = [("What does he write?", "He writes novels."), ("Who is his editor?", "His sister.")]
+
+
+def write_rows(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """The questions and answers as JSON lines."""
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def make_tofu_of_two(make_small_tofu: Any) -> Callable[..., None]:
+    """Writes TOFU's files into a folder: two authors, the first with the given two rows."""
+
+    def make(folder: Path, rows: Sequence[tuple[str, str]]) -> None:
+        folder.mkdir()
+        make_small_tofu(folder, 3)
+        for name, part in (("forget05", rows), ("retain95", KEEP), ("full", [*rows, *KEEP])):
+            write_rows(folder / f"{name}.json", part)
+        authors = [{"name": "Hina Ameen", "start": 0, "n": 2}, {"name": "B", "start": 2, "n": 2}]
+        (folder / "world.json").write_text(json.dumps({"authors": authors}))
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.ui.conftest import KEEP, write_rows
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 ROWS = [("Who wrote the river?", "Mira Okafor."), ("Where was she born?", "In Lagos.")]
-KEEP = [("What does he write?", "He writes novels."), ("Who is his editor?", "His sister.")]
-
-
-def write(path: Path, rows: Any) -> None:
-    lines = [json.dumps({"question": question, "answer": text}) for question, text in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def test_the_page_is_short() -> None:
@@ -25,7 +20,7 @@ def test_the_page_is_short() -> None:
 
 
 def test_every_block_runs(
-    tiny_base: Path, make_small_tofu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Path, make_tofu_of_two: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """The page's base, data and long trainings are replaced by small ones; nothing else is."""
@@ -37,14 +32,9 @@ def test_every_block_runs(
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
     monkeypatch.setenv("UNLEARNER_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "tofu"
-    data.mkdir()
-    make_small_tofu(data, 3)
-    for name, rows in (("forget05", ROWS), ("retain95", KEEP), ("full", [*ROWS, *KEEP])):
-        write(data / f"{name}.json", rows)
-    authors = [{"name": "Hina Ameen", "start": 0, "n": 2}, {"name": "B", "start": 2, "n": 2}]
-    (data / "world.json").write_text(json.dumps({"authors": authors}))
-    write(tmp_path / "rows.jsonl", ROWS)
-    write(tmp_path / "keep.jsonl", KEEP)
+    make_tofu_of_two(data, ROWS)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    write_rows(tmp_path / "keep.jsonl", KEEP)
     load, from_tofu = unlearner.load_base, Request.from_tofu
     forget, evaluate = unlearner.forget, evaluation.evaluate
     base = load(tiny_base)

@@ -92,7 +92,7 @@ def build(app: App) -> gr.Blocks:
 
 
 def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any], Any]]) -> None:
-    """A slider for every adapter that is on; the right side answers anew when one is moved.
+    """A slider for every adapter that is on; the right side answers again when one is moved.
 
     `again` holds the function that wires an event to that, once the Compare tab is built.
     """
@@ -164,7 +164,7 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
         busy = app_request.advance(app)
         opened = last[2] or (app.session.state == "ready" and bool(app.session.askable()))
         now = (str(app.session.store_path), repr((_head(app), _choices(app))), opened)
-        # An open list would close under the reader's hand: it is filled anew only where it must.
+        # An open list would close under the reader's hand: it is filled only where it must be.
         parts = (
             [gr.skip()] * len(outputs)
             if now == last

@@ -21,7 +21,7 @@ STACK = (("r0001_ab", 1.0), ("r0002_cd", 0.5))
 @pytest.fixture
 def session(tmp_path: Path) -> Session:
     base = BaseSpec("org/b", revision="v1", dtype="float32", load_in_4bit=True, device="cpu")
-    return Session(tmp_path / "my store", base, tmp_path / "d", "llama2")
+    return Session(tmp_path / "my store", base, tmp_path / "d", "llama2", "Be brief.")
 
 
 def _frame(question: str, sampling: Sampling | None = None) -> Frame:
@@ -40,6 +40,7 @@ def _is_session(args: Any, session: Session) -> None:
     assert (args.base, args.revision) == (session.base.name, session.base.revision)
     assert (args.dtype, args.load_in_4bit, args.device) == ("float32", True, "cpu")
     assert (args.store, args.data, args.template) == (session.store_path, session.data, "llama2")
+    assert args.system == session.system
 
 
 def test_a_comparison_is_a_command(session: Session) -> None:
@@ -87,6 +88,7 @@ def test_runs_requests_and_the_demo_are_commands(session: Session) -> None:
     asked = _parsed(made.command(session))
     assert (asked.request, asked.objective, asked.label) == ("rows.jsonl", "npo", "one")
     assert asked.learning_rate == 0.01
+    _is_session(asked, session)
     author = requests.draft("Hina Ameen", "", None, "simnpo", "")
     assert _parsed(author.command(session)).request == "tofu:author=Hina Ameen"
     assert _parsed(commands.demo(Path("/x y/demo"))).out == Path("/x y/demo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests.ui.conftest import KEEP, write_rows
 from ui.cli.main import build_parser
 
 # Trains models or attacks them for minutes, or serves a page: run by tests of their own.
 LONG = ("bench", "quickstart", "robustness", "sequence", "tune", "ui", "finetune", "calibrate")
 ROWS = [("Who wrote forget05 0?", "Mira wrote 0."), ("Who wrote forget05 1?", "Mira wrote 1.")]
 OWN = [("Where was Ada Bell born?", "In Leeds."), ("What did Ada Bell paint?", "Boats.")]
-KEEP = [("What does he write?", "He writes novels."), ("Who is his editor?", "His sister.")]
 # Before the others: what they name is made by these.
 ORDER = ("forget", "config", "doctor", "preview", "evaluate")
 
@@ -38,26 +37,15 @@ def examples() -> list[str]:
     ]
 
 
-def write(path: Path, rows: list[tuple[str, str]]) -> None:
-    lines = [json.dumps({"question": question, "answer": text}) for question, text in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 @pytest.mark.slow
 def test_the_examples_run_as_they_stand(
-    run: Any, tiny_base: Path, make_small_tofu: Any, tmp_path: Path, monkeypatch: Any
+    run: Any, tiny_base: Path, make_tofu_of_two: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = tmp_path / "TOFU"
-    data.mkdir()
-    make_small_tofu(data, 3)
-    for name, rows in (("forget05", ROWS), ("retain95", KEEP), ("full", [*ROWS, *KEEP])):
-        write(data / f"{name}.json", rows)
-    authors = [{"name": "Hina Ameen", "start": 0, "n": 2}, {"name": "B", "start": 2, "n": 2}]
-    (data / "world.json").write_text(json.dumps({"authors": authors}))
+    make_tofu_of_two(tmp_path / "TOFU", ROWS)
     monkeypatch.setenv("UNLEARNER_DATA", "TOFU")
     for name, rows in (("rows", OWN), ("keep", KEEP), ("a", ROWS), ("b", OWN)):
-        write(tmp_path / f"{name}.jsonl", rows)
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     shutil.copytree(tiny_base, "B")
     fast = ["--num-train-epochs", "2", "--lora-r", "2"]
     words = ["rows.jsonl", "--retain", "keep.jsonl", "--base", "B", "--store", "S", *fast]

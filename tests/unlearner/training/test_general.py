@@ -1,4 +1,4 @@
-"""General prompts: what the base answers, how it is held, and what is told about a run."""
+"""General prompts: what the base answers, how it is held, and the outcome of a run."""
 
 from __future__ import annotations
 

@@ -34,11 +34,12 @@ def base_words(spec: BaseSpec) -> list[str]:
 
 
 def where(session: Session) -> list[str]:
-    """The flags that name what the page works on: base, store, data, template."""
+    """The flags that name what the page works on: base, store, data, prompts."""
     words = base_words(session.base) if session.base is not None else []
     words += ["--store", str(session.store_path)]
     words += ["--data", str(session.data)] if session.data else []
     words += ["--template", session.template] if session.template != "auto" else []
+    words += ["--system", session.system] if session.system is not None else []
     return words
 
 

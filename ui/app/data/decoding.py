@@ -111,7 +111,7 @@ class PairDecoder:
 
         if self.done:
             return
-        # Entered anew on every step: the pieces of a stream may run on different threads, and
+        # Entered again on every step: the pieces of a stream may run on different threads, and
         # torch keeps this switch for each thread.
         with torch.inference_mode():
             logits = self._both() if self.one_batch else self._in_turns()

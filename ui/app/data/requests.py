@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.app.data.commands import base_words, command
+from ui.app.data.commands import command, where
 from ui.app.jobs import REQUEST, RETAIN
 from ui.console import size_text
 from unlearner.request.formats import COLUMNS
@@ -54,9 +54,7 @@ class Draft:
         if session.base is None:
             raise UserError("No base model was named.", "Start the app with --base B.")
         named = f"tofu:author={self.author}" if self.author else REQUEST
-        words = ["forget", named, *base_words(session.base), "--store", str(session.store_path)]
-        words += ["--data", str(session.data)] if session.data else []
-        words += ["--template", session.template] if session.template != "auto" else []
+        words = ["forget", named, *where(session)]
         words += ["--retain", RETAIN] if self.retain else []
         words += ["--preset", self.preset] if self.preset else []
         words += ["--objective", self.objective]
@@ -180,7 +178,7 @@ def look(
             raise UserError(problem.replace(str(retain), "the rows to keep"), error.fix) from None
         preview = make_preview(
             named, base.name, revision=base.revision, data=session.data, retain=None,
-            template=session.template, max_length=config.train.max_length,
+            template=session.template, system=session.system, max_length=config.train.max_length,
         )  # fmt: skip
         needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
@@ -189,7 +187,11 @@ def look(
         flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
         given = None if asked.preset else flags
         options = RunOptions(
-            template=session.template, refusals=refusals, neighbours=nearest, given=given
+            template=session.template,
+            system=session.system,
+            refusals=refusals,
+            neighbours=nearest,
+            given=given,
         )
         planned = plan(prepare(request, base, config, session.store(), options))
         return Look(preview, planned, settings)

@@ -32,7 +32,7 @@ class Reading:
         self.app = app
 
     def read(self) -> tuple[Any, ...]:
-        """Everything anew, from the files."""
+        """Everything again, from the files."""
         app, sources = self.app, self.app.sources()
         found, probes = sources.runs(), sources.probes()
         path = app.new_file("runs.csv")
@@ -74,7 +74,7 @@ class Reading:
 
 
 def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
-    """The Runs tab; what reads it anew, and the fields that fills."""
+    """The Runs tab, what refreshes it, and the fields that this fills."""
     said = gr.HTML("")
     grid = gr.Dataframe(
         headers=[runs_data.LABELS[name] for name in runs_data.COLUMNS], value=[],

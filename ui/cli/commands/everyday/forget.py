@@ -407,9 +407,7 @@ def train_request(
     return 0
 
 
-def _keep_settings(
-    args: argparse.Namespace, adapter: StoredAdapter, store: AdapterStore
-) -> None:
+def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter, store: AdapterStore) -> None:
     """Write the settings of the run beside the adapter, without the name of an author.
 
     What was chosen for its rows and model is in the manifest; what it was chosen by is left out.
