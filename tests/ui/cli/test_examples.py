@@ -13,7 +13,17 @@ from tests.ui.conftest import KEEP, write_rows
 from ui.cli.main import build_parser
 
 # Trains models or attacks them for minutes, or serves a page: run by tests of their own.
-LONG = ("bench", "quickstart", "robustness", "sequence", "tune", "ui", "finetune", "calibrate")
+LONG = (
+    "bench",
+    "gpu-check",
+    "quickstart",
+    "robustness",
+    "sequence",
+    "tune",
+    "ui",
+    "finetune",
+    "calibrate",
+)
 ROWS = [("Who wrote forget05 0?", "Mira wrote 0."), ("Who wrote forget05 1?", "Mira wrote 1.")]
 OWN = [("Where was Ada Bell born?", "In Leeds."), ("What did Ada Bell paint?", "Boats.")]
 # Before the others: what they name is made by these.
