@@ -186,9 +186,8 @@ def _check_command(argv: Sequence[str], leaves: dict[str, Parser]) -> None:
             f"`unlearner {argv[0]}` needs a command.", f"Choose one of {', '.join(second)}."
         )
     if argv[1] not in second:
-        hint = (
-            f"It is `unlearner {argv[1]}`." if argv[1] in first else did_you_mean(argv[1], second)
-        )
+        outside = any(argv[1] in modules for modules in SECTIONS.values())
+        hint = f"It is `unlearner {argv[1]}`." if outside else did_you_mean(argv[1], second)
         raise UserError(f"`unlearner {argv[0]}` has no command '{argv[1]}'.", hint)
 
 

@@ -38,6 +38,7 @@ CASES = [
     ("", "adapters", "`unlearner adapters` needs a command", "list"),
     ("", "adapters lst", "no command 'lst'", "'list'"),
     ("", "adapters revrt x", "no command 'revrt'", "'revert'"),
+    ("", "adapters calibrate r0001", "no command 'calibrate'", "It is `unlearner calibrate`"),
     ("", "score", "required: LOG", "unlearner score --help"),
     ("", "score x.json --protcol tofu", "no option --protcol", "'--protocol'"),
     ("", "score x.json y.json", "no further argument 'y.json'", "score --help"),
