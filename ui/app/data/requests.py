@@ -130,7 +130,11 @@ def _with_header(text: str) -> str:
     """Pasted text; two columns of a spreadsheet without their names get these."""
     first = text.strip().split("\n", 1)[0]
     cells = [cell.strip().casefold() for cell in first.split("\t")]
-    if len(cells) != 2 or first.startswith(("{", "[")) or tuple(cells) in COLUMNS:
+    if (
+        len(cells) != 2
+        or first.startswith(("{", "["))
+        or {tuple(cells), tuple(cells[::-1])} & {*COLUMNS}
+    ):
         return text
     return f"question\tanswer\n{text.strip()}"
 
