@@ -27,7 +27,7 @@ from ui.cli.commands.everyday import (
     ui,
 )
 from ui.cli.commands.experiments import bench, finetune, gpu_check, reproduce, sequence, tune
-from ui.cli.config_file import apply_config, keep_beside
+from ui.cli.config_file import apply_config, keep_beside, lines_named
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
 from unlearner import distributed as ranks
@@ -241,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(args: argparse.Namespace, console: Console) -> int:
     """Runs the parsed command; its settings are kept beside what it wrote."""
     try:
-        code: int = args.run(args, console)
+        with lines_named(getattr(args, "config_lines", None)):
+            code: int = args.run(args, console)
     except GateFailed:  # raised once everything is written
         keep_beside(args)
         raise

@@ -112,7 +112,9 @@ def _add_attacks(parser: options.Parser) -> None:
     group.add_argument(
         "--paraphrase-rows", type=whole, metavar="N", help="forget rows asked in each form (100)"
     )
-    group.add_argument("--seed", type=int, metavar="N", help="of rows, draws, first weights (0)")
+    group.add_argument(
+        "--seed", type=options.seed, metavar="N", help="of rows, draws, first weights (0)"
+    )
 
 
 def run_robustness(args: argparse.Namespace, console: Console) -> int:
