@@ -45,7 +45,7 @@ TALLIED = {
     "states it:": "knows",
     "facts:": "fact_recall",
     "ROUGE-L:": "rouge_l_recall",
-    "P:": "answer_prob",
+    "probability:": "answer_prob",
 }
 
 

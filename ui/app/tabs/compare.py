@@ -63,10 +63,10 @@ class _Fields(NamedTuple):
 def _answers() -> _Fields:
     """Both answers, their figures, the last comparison and its command."""
     status = gr.HTML(_status("Ask something."), elem_id="un-status")
-    with gr.Row(equal_height=True):
-        with gr.Column(min_width=300):
+    with gr.Row(equal_height=True, elem_id="un-both"):
+        with gr.Column(min_width=0):
             left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
-        with gr.Column(min_width=300):
+        with gr.Column(min_width=0):
             right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
     scores = gr.HTML("", elem_id="un-figures")
     with gr.Accordion("How the verdict is found", open=False):
@@ -137,10 +137,10 @@ def compare(
     app: App, stack: Any, strengths: Any
 ) -> tuple[Any, Callable[[Any], Any], list[Any]]:  # fmt: skip
     """The Compare tab: author field, what makes an event answer the right side, and examples."""
-    with gr.Row():
-        with gr.Column(scale=1, min_width=280, elem_id="un-controls"):
+    with gr.Row(elem_id="un-compare"):
+        with gr.Column(scale=1, min_width=260):
             author, question_list, question, examples, ask, stop, more = _asking(app)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_id="un-answers"):
             fields = _answers()
     asking = _Asking(app)
 
@@ -196,8 +196,9 @@ def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
 
 
 def _status(text: str, question: str = "") -> str:
+    asked = f'<h2 class="un-asked">{views.esc(question)}</h2>' if question else ""
     return (
-        f'<p class="un-foot" role="status" aria-live="polite" '
+        f'{asked}<p class="un-foot" role="status" aria-live="polite" '
         f'data-question="{views.esc(question)}">{views.esc(text)}</p>'
     )
 

@@ -44,11 +44,14 @@ class Reading:
         words = commands.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
         return (
             notes or ("" if found.table else EMPTY),
-            [runs_data.cells(row) for row in found.table],
+            gr.update(
+                value=[runs_data.cells(row) for row in found.table], visible=bool(found.table)
+            ),
             gr.update(choices=names, value=first, visible=bool(names)),
             runs_page.log_r_html(found, first),
             runs_page.plots_html(found, probes),
-            str(path),
+            gr.update(value=str(path), visible=bool(found.table)),
+            gr.update(visible=bool(found.table)),
             views.command_html(words),
             *[gr.update(choices=logs, value=logs[place] if len(logs) > 1 else None)
               for place in (0, 1)],
@@ -78,7 +81,7 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     said = gr.HTML("")
     grid = gr.Dataframe(
         headers=[runs_data.LABELS[name] for name in runs_data.COLUMNS], value=[],
-        interactive=False, elem_id="un-runs", max_height=420,
+        interactive=False, elem_id="un-runs", max_height=420, visible=False,
         label="Evaluations, measured before; nothing is computed here",
     )  # fmt: skip
     chosen = gr.CheckboxGroup(
@@ -104,7 +107,7 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
             "un-logs", "Recorded answers; a heading sorts, a row opens its difference"
         )
         pair_file = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
-    outputs = [said, grid, chosen, spread, figures, table, box, first, second, two_logs]
+    outputs = [said, grid, chosen, spread, figures, table, report, box, first, second, two_logs]
     again.click(told(behind.read), None, outputs, **PRIVATE)
     page.load(told(behind.read), None, outputs, show_progress="hidden", **PRIVATE)
     chosen.input(told(behind.draw), chosen, spread, show_progress="hidden", **PRIVATE)

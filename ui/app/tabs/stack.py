@@ -66,7 +66,11 @@ class _Changes:
     def opened(self) -> tuple[Any, ...]:
         """What is renewed when the tab is opened: no model is asked for that."""
         command = views.command_html(commands.change(self.app.session, "list"))
-        return _listing(self.app), gr.update(choices=_all(self.app)), command
+        adapters = _all(self.app)
+        return (
+            _listing(self.app), gr.update(choices=adapters), command,
+            gr.update(visible=bool(adapters)),
+        )  # fmt: skip
 
 
 def stack(
@@ -75,15 +79,16 @@ def stack(
     """The Stack tab; what renews it, and the fields that does."""
     listing = gr.HTML(_listing(app), elem_id="un-adapters")
     read = gr.HTML("", elem_id="un-read-back")
-    with gr.Row():
-        ref = gr.Dropdown(choices=_all(app), label="Adapter", value=None, elem_id="un-ref")
-        strength = gr.Slider(0, 1.5, value=1.0, step=0.05, label="Strength, 1 is as trained")
     size: dict[str, Any] = {"size": "md", "scale": 0, "min_width": 150}
-    with gr.Row():
-        switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on", **size)
-        off = gr.Button("Revert …", elem_id="un-revert", **size)
-        nothing = gr.Button("Clear = base …", elem_id="un-clear-filed", **size)
-        look = gr.Button("Read back", elem_id="un-look", **size)
+    with gr.Column(visible=bool(_all(app))) as controls:
+        with gr.Row():
+            ref = gr.Dropdown(choices=_all(app), label="Adapter", value=None, elem_id="un-ref")
+            strength = gr.Slider(0, 1.5, value=1.0, step=0.05, label="Strength, 1 is as trained")
+        with gr.Row():
+            switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on", **size)
+            off = gr.Button("Revert …", elem_id="un-revert", **size)
+            nothing = gr.Button("Clear = base …", elem_id="un-clear-filed", **size)
+            look = gr.Button("Read back", elem_id="un-look", **size)
     asking, about, yes, no = _confirmation()
     pending, box = gr.State(""), command_box()
     behind = _Changes(app, choices, on)
@@ -94,7 +99,7 @@ def stack(
     yes.click(told(behind.confirmed), pending, outputs, **PRIVATE)
     no.click(lambda: gr.update(visible=False), None, asking, **PRIVATE)
     look.click(told(behind.look), None, outputs, **PRIVATE)
-    return behind.opened, [listing, ref, box]
+    return behind.opened, [listing, ref, box, controls]
 
 
 def _chosen(name: str | None) -> str:
