@@ -23,17 +23,27 @@ document.addEventListener("keydown", (event) => {
   if (stop && !stop.disabled) stop.click();
 });
 
-// A click is answered before the server has heard of it, and is brought into view on a phone.
-const ANSWERS = [
-  ["#un-ask, #un-examples button", "#un-status p", "Asking …"],
-  ["#un-fill", "#un-sheet-status p", "Asking …"],
+// A question is taken before the server has heard of it. On a phone the answer is above the
+// button: it is brought into view.
+const ASKS = [
+  ["#un-ask, #un-examples button", "#un-status p"],
+  ["#un-fill", "#un-sheet-status p"],
+  ["#un-stack input, #un-clear", "#un-status p[data-question]:not([data-question=''])"],
 ];
+const BUSY = /^(Answering|Waiting|Scoring)/;
+function asking(status) {
+  if (!status || BUSY.test(status.textContent)) return;
+  status.textContent = "Asking …";
+  if (status.getBoundingClientRect().top < 0) status.scrollIntoView({ block: "start" });
+}
 document.addEventListener("click", (event) => {
-  for (const [buttons, place, words] of ANSWERS) {
-    const status = event.target.closest(buttons) && document.querySelector(place);
-    if (!status) continue;
-    status.textContent = words;
-    if (status.getBoundingClientRect().top < 0) status.scrollIntoView({ block: "start" });
+  for (const [asked, status] of ASKS) {
+    if (event.target.closest(asked)) asking(document.querySelector(status));
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && event.target.closest("#un-question")) {
+    asking(document.querySelector("#un-status p"));
   }
 });
 

@@ -20,7 +20,8 @@ def page_css() -> str:
 
 def page_head() -> str:
     """What the page does by itself, as a script of its head."""
-    return f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>"
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    return f'<script type="module">{script}</script>'
 
 
 def theme() -> Any:

@@ -79,7 +79,7 @@ def _rows_fields(what: str, paste_id: str, upload_id: str) -> tuple[Any, Any]:
         label=f"Paste {what}", lines=3, max_lines=10, elem_id=paste_id,
         placeholder='{"question": "…", "answer": "…"}   one per line; or question, tab, answer',
     )  # fmt: skip
-    plain = "or upload a file: JSON lines, JSON, CSV, TSV or Parquet"
+    plain = f"or upload {what.partition(' (')[0]}: CSV, TSV, JSON, JSON lines or Parquet"
     with gr.Row():
         upload = gr.UploadButton(
             plain, type="filepath", elem_id=upload_id, size="sm", file_types=ROW_FILES

@@ -10,7 +10,7 @@ import gradio as gr
 from ui.app.data import commands
 from ui.app.data import sheet as sheet_data
 from ui.app.html import views
-from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, told
+from ui.app.tabs.pages import PRIVATE, TABLE_BUTTONS, command_box, comparator_file, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
@@ -68,7 +68,7 @@ def rows_table(name: str, label: str) -> RowsTable:
     summary = gr.HTML("", elem_id="un-tally" if name == "un-sheet" else f"{name}-tally")
     grid = gr.Dataframe(
         headers=sheet_data.columns(), value=[], interactive=False, wrap=True, label=label,
-        elem_id=name, max_height=560, column_widths=WIDTHS, visible=False,
+        elem_id=name, max_height=560, column_widths=WIDTHS, visible=False, buttons=TABLE_BUTTONS,
     )  # fmt: skip
     with gr.Row(elem_classes="un-pair"):
         with gr.Column(min_width=0):
@@ -116,9 +116,11 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
     with gr.Row():
         author = gr.Dropdown(
             choices=app.session.choices(), label="Author or filed request", value=None,
-            elem_id="un-sheet-author", scale=2,
+            elem_id="un-sheet-author", scale=2, min_width=260,
         )  # fmt: skip
-        beside = gr.Slider(1, 20, value=5, step=1, label="Neighbours of each kind", scale=1)
+        beside = gr.Slider(
+            1, 20, value=5, step=1, label="Neighbours of each kind", scale=1, min_width=260
+        )
     with gr.Row():
         fill = gr.Button(
             "Fill the sheet", variant="primary", elem_id="un-fill", size="md", scale=0,
