@@ -292,6 +292,9 @@ def prepare(
         "answers is not trained (raise --max-length)"
         for name, n, total in rows.cut
     ]
+    for name, encoded in (("forget", rows.forget), ("retain", rows.retain)):
+        if n := fmt.unknown(encoded):
+            notes.append(f"{n} of {len(encoded)} {name} rows {fmt.about_unknown}")
     encoded_unseen = tuple(encode_rows(fmt, unseen, config.train.max_length, "unseen"))
     marks = [mark(key, row.question) for row in request.rows]
     digests = {

@@ -208,5 +208,6 @@ def free_memory(session: Session) -> int:
 
     spec = session.base
     if torch.cuda.is_available() and (spec is None or spec.device != "cpu"):
-        return int(torch.cuda.mem_get_info()[0]) + session.gpu_bytes
+        device = spec.device if spec is not None and spec.device.startswith("cuda") else "cuda"
+        return int(torch.cuda.mem_get_info(device)[0]) + session.gpu_bytes
     return int(psutil.virtual_memory().available)
