@@ -186,9 +186,10 @@ def _check_command(argv: Sequence[str], leaves: dict[str, Parser]) -> None:
             f"`unlearner {argv[0]}` needs a command.", f"Choose one of {', '.join(second)}."
         )
     if argv[1] not in second:
-        raise UserError(
-            f"`unlearner {argv[0]}` has no command '{argv[1]}'.", did_you_mean(argv[1], second)
+        hint = (
+            f"It is `unlearner {argv[1]}`." if argv[1] in first else did_you_mean(argv[1], second)
         )
+        raise UserError(f"`unlearner {argv[0]}` has no command '{argv[1]}'.", hint)
 
 
 def _command_words(argv: Sequence[str], leaves: dict[str, Parser]) -> str:

@@ -305,10 +305,13 @@ def scales_by_ref(args: argparse.Namespace, refs: Sequence[str] | None) -> dict[
     return dict(zip(refs, args.scales, strict=True))
 
 
-def add_batch_size(flags: Flags) -> None:
-    """--batch-size."""
+def add_questions_per_batch(flags: Flags) -> None:
+    """--questions-per-batch."""
     flags.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="questions answered at once"
+        "--questions-per-batch",
+        type=positive_int,
+        metavar="N",
+        help="questions answered at once; reduce it when out of memory",
     )
 
 
