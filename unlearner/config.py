@@ -52,7 +52,7 @@ class ObjectiveConfig:
         attack_gamma: SimNPO's margin in that term.
         general_weight: w_g, on the KL from the base on neutral prompts that it answered itself
             (see `unlearner.training.general`); 0 = off.
-        target: mean NLL of the forget rows in nats per token at which the run stops, that of rows
+        target: mean NLL of the forget rows in nats per token at which the run settles, that of rows
             which the base never saw (see `unlearner.training.target`); 0 = none.
         excess_weight: w_e, on the square of what a forget row's NLL per token is above `target`.
     """
