@@ -702,11 +702,11 @@ def _summary(
         run.config.train.seed,
         general_held_out=bool(held_out),
     )
-    report({"event": "note", "text": "measuring rows before the run"})
+    report({"event": "note", "text": "measuring rows before training"})
     before = measured(model, watched, pad)
 
     def after() -> dict[str, Any]:
-        report({"event": "note", "text": "measuring them after the run"})
+        report({"event": "note", "text": "measuring the same rows after training"})
         figures = measured(model, watched, pad)
         return {"outcome": outcome(before, figures, watched)}
 

@@ -174,7 +174,10 @@ class EarlyStop:
         distance = self.trace.readings[-1][1]
         if not ended and step == steps and distance < 0:
             what = "target" if self._stop.quantity == "target_gap" else "reference"
-            text = f"the {what} was not reached: the run ends at {distance:+.3f}, under-forgotten"
+            text = (
+                f"the {what} was not reached: too little is forgotten at the end, by "
+                f"{-distance:.3f} nats per token"
+            )
             self._report({"event": "note", "text": text})
         return ended
 

@@ -164,7 +164,7 @@ def test_readings_do_not_disturb_the_training(
     assert weights(with_) == weights(without)
     assert [step for step, _ in gaps(events)] == [0, 2, 4, 5]  # also after the last step
     (note,) = (e["text"] for e in events if e["event"] == "note")
-    assert note.startswith("the reference was not reached: the run ends at -")
+    assert note.startswith("the reference was not reached: too little is forgotten at the end")
     train = with_.manifest.train
     assert (train["stopped_at_step"], train["kept_step"], train["gap_every"]) == (None, 5, 2)
     assert train["gap"] == gaps(events)[-1][1]
