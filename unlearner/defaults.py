@@ -103,6 +103,6 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
     finds_target = config.objective.name in TARGETED and not {"target", "gamma"} & set(given)
     if finds_target:
         reasons["target"] = (
-            "target auto: the forgotten answers are to end as unlikely as rows that the base never saw"
+            "target auto: forgotten answers are to end as unlikely as rows that the base never saw"
         )
     return Suited(suits, finds_target, reasons)
