@@ -50,7 +50,7 @@ document.addEventListener("keydown", (event) => {
 // Columns of the tables are as wide as the reader pulls them: by the edge of a heading, or by
 // Alt with an arrow key on it. gradio sets widths in line, so rules in a style sheet overrule them.
 const TABLES = "#un-sheet, #un-runs, #un-logs";
-const NARROWEST = 48;
+const NARROWEST = 48, EDGE = 8;  // pixels
 const rules = document.head.appendChild(document.createElement("style"));
 const widths = {};  // by the table's id and the column's number
 function setWidth(heading, width) {
@@ -72,9 +72,12 @@ function setWidth(heading, width) {
 function headingAt(event) {
   return event.target.closest?.(`:is(${TABLES}) th[role=columnheader]`);
 }
+function atEdge(heading, event) {
+  return heading.getBoundingClientRect().right - event.clientX <= EDGE;
+}
 document.addEventListener("pointerdown", (event) => {
   const heading = headingAt(event);
-  if (!heading || heading.getBoundingClientRect().right - event.clientX > 8) return;
+  if (!heading || !atEdge(heading, event)) return;
   event.preventDefault();
   event.stopPropagation();
   const start = event.clientX - heading.offsetWidth;
@@ -86,18 +89,37 @@ document.addEventListener("pointerdown", (event) => {
     document.documentElement.classList.remove("un-resizing");
   }, { once: true });
 }, true);
-// The click that ends a pull must not sort the column.
+
+// A heading sorts by its column: up, then down. gradio has that in the menu of the heading only,
+// whose items are: ascending, descending, clear.
+async function choose(heading, pick) {
+  heading.querySelector(".cell-menu-button").click();
+  await new Promise(requestAnimationFrame);
+  pick([...document.querySelectorAll(".cell-menu [role=menuitem]")])?.click();
+  await new Promise(requestAnimationFrame);
+}
+async function sort(heading) {
+  const table = heading.closest(TABLES);
+  const down = heading.ariaSort === "ascending";
+  for (const each of table.querySelectorAll("th[aria-sort]")) {
+    await choose(each, (items) => items[2]);
+    each.ariaSort = null;
+  }
+  await choose(heading, (items) => items[down ? 1 : 0]);
+  heading.ariaSort = down ? "descending" : "ascending";
+}
 document.addEventListener("click", (event) => {
   const heading = headingAt(event);
-  if (heading && heading.getBoundingClientRect().right - event.clientX <= 8 && event.detail) {
-    event.stopPropagation();
-  }
+  if (!heading || event.target.closest("button")) return;
+  if (atEdge(heading, event)) event.stopPropagation();  // the end of a pull
+  else sort(heading);
 }, true);
 document.addEventListener("keydown", (event) => {
   const step = { ArrowLeft: -16, ArrowRight: 16 }[event.key];
   const heading = headingAt(event);
-  if (!heading || !step || !event.altKey) return;
+  if (!heading || !(event.key === "Enter" || (step && event.altKey))) return;
   event.preventDefault();
   event.stopPropagation();
-  setWidth(heading, heading.offsetWidth + step);
+  if (event.key === "Enter") sort(heading);
+  else setWidth(heading, heading.offsetWidth + step);
 }, true);
