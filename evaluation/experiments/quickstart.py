@@ -83,6 +83,7 @@ class Quickstart:
         shape, recipe, background_rows: of those.
         simnpo, npo: settings of the two objectives.
         given: names of those that are not chosen for the request and the model; None for all.
+        strangers: rows about authors whom no model met, for alternate answers.
     """
 
     seed: int = 0
@@ -94,6 +95,20 @@ class Quickstart:
     simnpo: UnlearnConfig = SIMNPO
     npo: UnlearnConfig = NPO
     given: tuple[str, ...] | None = None
+    strangers: int = 0
+
+
+# What SmolLM2 differs in from what `forget` chooses: 32 steps instead of about 62, for time, at a
+# higher rate; and answers about authors nobody met (see `Quickstart.strangers`), without which the
+# truth ratio still prefers the forgotten facts. Chosen on another seed of the world (11).
+CHAT_TRAINING: dict[str, Any] = {
+    "alternates": 8,
+    "alternate_weight": 1.0,
+    "learning_rate": 1.5e-3,
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 1,
+}
 
 
 def smollm2(seed: int = 0) -> Quickstart:
@@ -110,9 +125,10 @@ def smollm2(seed: int = 0) -> Quickstart:
             "rewordings": 0,
         },
         taught=replace(taught, recipe=replace(taught.recipe, num_train_epochs=6)),
-        simnpo=make_config("simnpo"),
-        npo=make_config("npo"),
-        given=(),
+        simnpo=make_config("simnpo", **CHAT_TRAINING),
+        npo=make_config("npo", **CHAT_TRAINING),
+        given=tuple(CHAT_TRAINING),
+        strangers=200,
     )
 
 
@@ -140,9 +156,13 @@ def quickstart(
     run.stage("world", "Writing the embedded world of fictitious authors")
     world = run.write_world()
     start = "random weights" if settings.taught is None else settings.taught.base
-    run.stage("models", f"Training Origin and Retrain from {start}, side by side")
+    run.stage(
+        "models", f"Training Origin and Retrain from {start}, side by side; measuring Retrain"
+    )
     run.train_models(world)
-    run.stage("forget", "Measuring both, filing two forget requests with SimNPO and with NPO")
+    text = "Measuring Origin, filing two forget requests with SimNPO and with NPO"
+    until = ", until they are as unlikely as under Retrain" if settings.given is not None else ""
+    run.stage("forget", text + until)
     run.measure_and_forget(world)
     run.stage("revert", "Reverting the second request and merging the stack")
     revert = run.revert(world)
@@ -286,7 +306,8 @@ class _Run:
 
     def measure_and_forget(self, world: World) -> None:
         """Two processes: one measures Origin and runs SimNPO, the other runs NPO."""
-        requests = world_requests(world)
+        strangers = tuple(world.background(self.settings.strangers))
+        requests = [replace(r, others=strangers) for r in world_requests(world)]
         given = self.settings.given
         how = RunOptions()
         if given is not None:
