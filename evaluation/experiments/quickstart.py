@@ -157,7 +157,7 @@ def quickstart(
     world = run.write_world()
     start = "random weights" if settings.taught is None else settings.taught.base
     run.stage(
-        "models", f"Training Origin and Retrain from {start}, side by side; measuring Retrain"
+        "models", f"Training Origin and Retrain from {start}, measuring Retrain"
     )
     run.train_models(world)
     text = "Measuring Origin, filing two forget requests with SimNPO and with NPO"
