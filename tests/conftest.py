@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,13 @@ TEXTS = [
     'What genre does she write? "Silent Rivers" is a crime novel, and her best known book.',
     "In which year did he win the prize? He won the Golden Pen in 1998, to everyone's surprise.",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_old_is_collected() -> None:
+    """Libraries and earlier modules hold a million objects: no collection walks them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def shared_or_skip() -> Path:
@@ -133,15 +141,28 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="session")
 def shorten_answers() -> Any:
-    """`shorten_answers(monkeypatch)`: a random model never ends its answers; 24 tokens do."""
+    """`shorten_answers(monkeypatch)`: a random model never ends its answers; 12 tokens do."""
 
     def shorten(patch: pytest.MonkeyPatch) -> None:
         from evaluation.protocols import Decoding
 
         whole = Decoding.budget
-        patch.setattr(Decoding, "budget", lambda self, prompt: min(24, whole(self, prompt)))
+        patch.setattr(Decoding, "budget", lambda self, prompt: min(12, whole(self, prompt)))
 
     return shorten
+
+
+@pytest.fixture(scope="session")
+def ask_less() -> Any:
+    """`ask_less(monkeypatch)`: runs hold 8 general prompts of 8 tokens instead of 80 of 32."""
+
+    def ask(patch: pytest.MonkeyPatch) -> None:
+        from unlearner.training import general
+
+        patch.setattr(general, "FEWEST", general.HELD_OUT)
+        patch.setattr(general, "ANSWER_TOKENS", 8)
+
+    return ask
 
 
 @pytest.fixture(scope="session")

@@ -190,9 +190,13 @@ class Session:
         filed, authors = self.filed(), self.library.authors
         forgotten = next(iter(filed.values())).rows if filed else next(iter(authors.values()), ())
         rows = [("To be forgotten" if filed else "An author", row) for row in forgotten[1:2]]
-        for kind, names in (("Kept author", NEIGHBOURS[:1]), ("Real fact", NEIGHBOURS[1:])):
+        away = {row.question for row in forgotten}
+        for kind, names in (
+            ("Kept author" if filed else "Another author", NEIGHBOURS[:1]),
+            ("Real fact", NEIGHBOURS[1:]),
+        ):
             kept = [row for name in names for row in self.library.neighbours.get(name, ())]
-            rows += [(kind, row) for row in kept[:1]]
+            rows += [(kind, row) for row in kept if row.question not in away][:1]
         return rows
 
     def filed_stack(self) -> tuple[tuple[str, float], ...]:

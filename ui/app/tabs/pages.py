@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ui.app.data.sheet import SheetRow
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+# Not "copy": a copied cell may be a formula for a spreadsheet, which the CSV guards against.
+TABLE_BUTTONS: list[Any] = ["fullscreen"]
 LOG = logging.getLogger("unlearner.app")
 
 

@@ -61,7 +61,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=options.positive_number,
         default=6.0,
         metavar="S",
         help="each implementation runs this long (6)",
