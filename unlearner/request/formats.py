@@ -102,8 +102,14 @@ def read_rows(
     if data.startswith(b"PAR1"):
         records: list[tuple[str, Any]] = _parquet(path, data)
     else:
+        if data.startswith(b"PK\x03\x04"):
+            raise UserError(
+                f"{path} is a zip archive or a workbook.", "Unpack it, or save the sheet as CSV."
+            )
+        # Excel saves "Unicode text" as UTF-16.
+        coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         try:
-            text = data.decode("utf-8-sig")
+            text = data.decode(coding)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path} is not UTF-8 text ({error.reason}).", "Save it as UTF-8."
@@ -193,6 +199,7 @@ def _parquet(path: Path, data: bytes) -> list[tuple[str, Any]]:
 
 def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> list[tuple[str, Any]]:
     """The records of a text file; what is wrong with single lines goes to `problems`."""
+    text = text.replace("\n\ufeff", "\n")  # files that were put behind one another
     # Not str.splitlines: it also splits at U+2028 and form feeds, which may stand inside a string.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     named_json = {".json", ".jsonl"} & set(path.suffixes)
@@ -204,7 +211,7 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
     whole: Any = None
     reason = ""
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno}: {error.msg}"
     if isinstance(whole, dict):
@@ -215,7 +222,7 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
     broken: list[tuple[str, str]] = []
     for number, line in lines:
         try:
-            records.append((f"line {number}", json.loads(line)))
+            records.append((f"line {number}", json.loads(line, object_pairs_hook=_once)))
         except json.JSONDecodeError as error:
             fault = f"broken JSON at column {error.colno}: {error.msg}"
             broken.append((f"line {number}", fault))
@@ -225,6 +232,20 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
         raise UserError(f"{path} is neither JSON lines nor a JSON list ({reason}).", _FIX)
     problems += broken
     return records
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text; json itself would take the last of two values of one name."""
+    _refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    twice = [name for i, name in enumerate(names) if name and name in names[:i]]
+    if twice:
+        raise UserError(
+            f"The rows have the column {twice[0]!r} twice.", "Remove or rename one of the two."
+        )
 
 
 def _is_chat(value: Any) -> bool:
@@ -265,9 +286,16 @@ def _table(path: Path, text: str) -> list[tuple[str, Any]]:
         delimiter, text = header[4], rest
     else:
         delimiter = max("\t,;|", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        # "question, answer": the space belongs to the delimiter in every line.
+        skipinitialspace=f"{delimiter} " in header,
+    )
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        _refuse_twice(reader.fieldnames)
         records = list(reader)
     except csv.Error as error:
         raise UserError(f"{path} is no table: line {reader.line_num}: {error}.", _FIX) from error

@@ -97,6 +97,41 @@ def test_a_table_may_name_its_delimiter_as_excel_does(tmp_path: Path) -> None:
     assert read_rows(path) == [Row("Who, then?", "Mira; Ada.")]
 
 
+LINE = json.dumps({"question": "Q?", "answer": "A."})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "question\tanswer\r\nQ?\tA.\r\nR?\tB.\r\n".encode("utf-16"),
+        gzip.compress(b"\xef\xbb\xbfquestion\tanswer\nQ?\tA.\nR?\tB.\n"),
+        b"question, answer\nQ?, A.\nR?, B.\n",
+        b'question, answer\n"Q?", "A."\n"R?", "B."\n',
+        f"\ufeff{LINE}\n\ufeff{LINE.replace('Q?', 'R?').replace('A.', 'B.')}\n".encode(),
+    ],
+    ids=["UTF-16", "gzip of TSV with BOM", "spaces", "spaces before quotes", "two files as one"],
+)
+def test_rows_are_read_as_programs_write_them(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(data)
+    assert read_rows(path) == [Row("Q?", "A."), Row("R?", "B.")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"question,answer,answer\nQ?,A.,B.\n",
+        b'{"question": "Q?", "answer": "A.", "answer": "B."}\n' * 2,
+        b'[{"question": "Q?", "answer": "A.", "answer": "B."}]',
+    ],
+)
+def test_a_column_that_is_there_twice_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="the column 'answer' twice"):
+        read_rows(path)
+
+
 FORMATS = {
     "rows.jsonl": as_json_lines,
     "rows.json": as_json,
@@ -331,6 +366,7 @@ def test_a_broken_name_of_a_hub_data_set_is_refused(name: str) -> None:
         gzip.compress(b"a,b\n1,2\n", mtime=0)[:-6],
         b"\x1f\x8bnothing",
         b"PAR1 and no more",
+        b"PK\x03\x04 a workbook",
         b'question,answer\n"open,1\n' * 2,
     ],
 )
