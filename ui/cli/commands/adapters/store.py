@@ -28,6 +28,10 @@ REVERSIBLE = (
 )
 
 
+# Figures of an evaluation that `show` prints.
+SHOWN = ("forget_quality", "model_utility", "forget_answer_prob", "retain_answer_prob")
+
+
 def register(commands: Any) -> None:
     """Adds `adapters` with its commands."""
     parent = commands.add_parser(
@@ -117,10 +121,10 @@ def run_show(args: argparse.Namespace, console: Console) -> int:
     for line in outcome_lines(manifest["train"].get("outcome", {})):
         console.text(line)
     for name, figures in evals.items():
-        quality, utility = figures.get("forget_quality"), figures.get("model_utility")
         limit = figures.get("limit")
         part = "" if limit is None else f" (partial: the first {limit} rows of each set)"
-        console.text(f"eval {name}: forget_quality {quality}, model_utility {utility}{part}")
+        values = [f"{key} {figures[key]:.4g}" for key in SHOWN if figures.get(key) is not None]
+        console.text(f"eval {name}: {', '.join(values) or 'no figures'}{part}")
     row = adapter_row(adapter)
     console.result({**row, "path": adapter.path, "manifest": manifest, "evals": evals})
     return 0
@@ -255,7 +259,9 @@ def run_log(args: argparse.Namespace, console: Console) -> int:
     store = open_store(args)
     if args.verify:
         report = store.verify_log()
-        console.text(f"{report.lines} entries, head {report.head}")
+        console.text(
+            f"{'ok' if report.ok else 'fail':<5} {report.lines} entries, head {report.head}"
+        )
         for problem in report.problems:
             console.text(f"fail  {problem}")
         ok = {"ok": report.ok, "entries": report.lines, "head": report.head}
