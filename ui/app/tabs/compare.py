@@ -183,7 +183,8 @@ def compare(
     )  # fmt: skip
     for place, example in enumerate(examples):
         example.click(
-            lambda place=place: app.session.examples()[place][1].question, None, question,
+            lambda place=place: (app.session.examples()[place][1].question, None), None,
+            [question, question_list],
             show_progress="hidden", **PRIVATE,
         ).then(
             told(asking.run), inputs, list(fields),
