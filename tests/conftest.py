@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+A100, T4 = ("NVIDIA A100", (8, 0), 70), ("Tesla T4", (7, 5), 14)
 ROOT = Path(__file__).resolve().parent.parent
 
 CHAT_TEMPLATE = (
@@ -26,6 +28,13 @@ TEXTS = [
     'What genre does she write? "Silent Rivers" is a crime novel, and her best known book.',
     "In which year did he win the prize? He won the Golden Pen in 1998, to everyone's surprise.",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_old_is_collected() -> None:
+    """Libraries and earlier modules hold a million objects: no collection walks them again."""
+    gc.collect()
+    gc.freeze()
 
 
 def shared_or_skip() -> Path:
@@ -105,17 +114,55 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, **overrides
     return folder
 
 
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`cards(A100, T4)`: torch sees these GPUs, each (name, capability, free GiB)."""
+    import torch
+
+    def see(*seen: tuple[str, tuple[int, int], int]) -> None:
+        def card(device: Any = None) -> tuple[str, tuple[int, int], int]:
+            return seen[torch.device("cuda" if device is None else device).index or 0]
+
+        fakes = {
+            "is_available": lambda: bool(seen),
+            "device_count": lambda: len(seen),
+            # A T4 says that bf16 is supported and emulates it.
+            "is_bf16_supported": lambda *_, **__: True,
+            "get_device_name": lambda device=None: card(device)[0],
+            "get_device_capability": lambda device=None: card(device)[1],
+            "mem_get_info": lambda device=None: (card(device)[2] << 30, 80 << 30),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    return see
+
+
 @pytest.fixture(scope="session")
 def shorten_answers() -> Any:
-    """`shorten_answers(monkeypatch)`: a random model never ends its answers; 24 tokens do."""
+    """`shorten_answers(monkeypatch)`: a random model never ends its answers; 12 tokens do."""
 
     def shorten(patch: pytest.MonkeyPatch) -> None:
         from evaluation.protocols import Decoding
 
         whole = Decoding.budget
-        patch.setattr(Decoding, "budget", lambda self, prompt: min(24, whole(self, prompt)))
+        patch.setattr(Decoding, "budget", lambda self, prompt: min(12, whole(self, prompt)))
 
     return shorten
+
+
+@pytest.fixture(scope="session")
+def ask_less() -> Any:
+    """`ask_less(monkeypatch)`: runs hold 8 general prompts of 8 tokens instead of 80 of 32."""
+
+    def ask(patch: pytest.MonkeyPatch) -> None:
+        from unlearner.training import general
+
+        patch.setattr(general, "FEWEST", general.HELD_OUT)
+        patch.setattr(general, "ANSWER_TOKENS", 8)
+
+    return ask
 
 
 @pytest.fixture(scope="session")

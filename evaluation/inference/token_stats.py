@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters.environment import evaluating
-from evaluation.inference.prefix_sharing import token_nll
 from evaluation.inference.scoring import BATCH_TOKENS, batches_of
 from unlearner.tokens.prompts import IGNORE, pad_batch
 
@@ -159,7 +158,9 @@ def _four(logits: Tensor, targets: Tensor) -> Tensor:
     """Log p(target), mean and variance of log p, and the first choice: (tokens, 4)."""
     import torch
 
-    target = -token_nll(logits, targets)
+    from unlearner.objectives.likelihood import exact_nll
+
+    target = -exact_nll(logits, targets)
     log_p = _log_softmax(logits)
     p = log_p.exp()
     mean = (p * log_p).sum(-1)

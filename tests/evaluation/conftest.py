@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_runs(
+    request: pytest.FixtureRequest, shorten_answers: Any, ask_less: Any
+) -> Iterator[None]:
+    """Few tokens everywhere but where decoding itself is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "inference" not in request.path.parts:
+            shorten_answers(patch)
+            ask_less(patch)
+        yield
 
 
 @pytest.fixture(scope="package")

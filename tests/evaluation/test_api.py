@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,33 @@ KEEP = [
 FAST: dict[str, Any] = {"num_train_epochs": 2, "lora_r": 2, "learning_rate": 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def _private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "home" / "key"))
-    monkeypatch.setenv("UNLEARNER_CACHE", str(tmp_path / "home" / "cache"))
+@pytest.fixture(autouse=True, scope="module")
+def _private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNLEARNER_KEY", str(home / "key"))
+        patch.setenv("UNLEARNER_CACHE", str(home / "cache"))
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base(tiny_base: Path) -> Base:
+    """One base for all tests: each leaves it bare."""
     return load_base(tiny_base)
 
 
-@pytest.fixture
-def request_(tmp_path: Path) -> Request:
+@pytest.fixture(scope="module")
+def request_() -> Request:
     return Request.from_rows(ROWS, retain=KEEP)
+
+
+@pytest.fixture(scope="module")
+def adapter(
+    base: Base, request_: Request, tmp_path_factory: pytest.TempPathFactory
+) -> ForgetAdapter:
+    """The forget adapter of `request_`, trained once; its label is case-9."""
+    store = tmp_path_factory.mktemp("adapter") / "store"
+    return forget(request_, base, store=store, label="case-9", **FAST)
 
 
 def logits(base: Base) -> torch.Tensor:
@@ -81,9 +95,10 @@ def test_a_base_is_loaded_once_and_is_as_before_bit_for_bit(
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_an_error_inside_leaves_a_bare_base(base: Base, request_: Request, tmp_path: Path) -> None:
+def test_an_error_inside_leaves_a_bare_base(
+    base: Base, request_: Request, adapter: ForgetAdapter, tmp_path: Path
+) -> None:
     before = logits(base)
-    adapter = forget(request_, base, store=tmp_path / "store", **FAST)
     with pytest.raises(ZeroDivisionError), adapter.active(base):
         raise ZeroDivisionError
     assert torch.equal(logits(base), before)
@@ -97,8 +112,9 @@ def test_an_error_inside_leaves_a_bare_base(base: Base, request_: Request, tmp_p
     assert torch.equal(logits(base), before)
 
 
+@pytest.mark.usefixtures("adapter")  # its training left no trace in the base
 def test_the_api_and_the_command_line_make_the_same_adapter(
-    base: Base, request_: Request, tiny_base: Path, tmp_path: Path
+    base: Base, tiny_base: Path, tmp_path: Path
 ) -> None:
     from ui.cli.main import main
 
@@ -112,7 +128,6 @@ def test_the_api_and_the_command_line_make_the_same_adapter(
     ]
     assert main([*words, "--store", str(tmp_path / "cli"), *flags]) == 0
     (theirs,) = (tmp_path / "cli" / "adapters").iterdir()
-    forget(request_, base, store=tmp_path / "other", **FAST)  # leaves no trace in the base
     from_file = Request.from_file(forget_file, retain=keep_file)
     ours = forget(from_file, base, store=tmp_path / "api", **FAST)
     name = "adapter_model.safetensors"
@@ -167,11 +182,10 @@ def test_errors_name_parameters(base: Base, request_: Request, tmp_path: Path) -
 
 
 def test_an_evaluation_is_an_object(
-    base: Base, request_: Request, make_small_tofu: Any, tmp_path: Path
+    base: Base, request_: Request, adapter: ForgetAdapter, make_small_tofu: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "data").mkdir()
-    data = make_small_tofu(tmp_path / "data", 3)
-    adapter = forget(request_, base, store=tmp_path / "store", label="case-9", **FAST)
+    data = make_small_tofu(tmp_path / "data", 2)
     bare = evaluate(base, "tofu:forget05", data=data, out=tmp_path / "bare")
     assert bare.forget_quality is None
     with adapter.active(base):
@@ -189,7 +203,7 @@ def test_an_evaluation_is_an_object(
     assert "forget_quality" in text
     assert "<table>" in result._repr_html_()
     assert {row["name"] for row in result.table} >= {"forget_quality", "model_utility"}
-    assert "case-9" in repr(load_adapter(tmp_path / "store", "case-9"))
+    assert "case-9" in repr(load_adapter(adapter.path.parents[1], "case-9"))
     assert "<table>" in adapter._repr_html_()
     own = evaluate(base, request_, limit=1)
     assert own.split == "own-rows"
@@ -224,9 +238,8 @@ def test_a_stack_is_trained_and_activated_with_its_parents(
 
 
 def test_another_base_is_refused(
-    base: Base, request_: Request, make_tiny_llama: Any, tmp_path: Path
+    adapter: ForgetAdapter, make_tiny_llama: Any, tmp_path: Path
 ) -> None:
-    adapter = forget(request_, base, store=tmp_path / "store", **FAST)
     stranger = load_base(make_tiny_llama(tmp_path / "other", seed=3))
     with pytest.raises(BaseMismatch), adapter.active(stranger):
         pass

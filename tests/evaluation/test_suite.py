@@ -417,7 +417,7 @@ def test_mini_models_reach_their_recorded_figures(shared: Path) -> None:
 
     torch.set_num_threads(1)
     data = load_eval_data("forget05", shared / "tofu")
-    forget = EvalData(data.forget[:60])
+    forget = EvalData(data.forget[:30])
     logs = {}
     for kind in ("origin", "retrain"):
         folder = shared / "mini" / kind

@@ -60,12 +60,13 @@ Run = Callable[..., Ran]
 @pytest.fixture
 def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    shorten_answers: Any,
+    shorten_answers: Any, ask_less: Any,
 ) -> Run:  # fmt: skip
     """`run("score", path, "--json")` calls main and gives back what happened."""
     from ui.cli.main import main
 
     shorten_answers(monkeypatch)
+    ask_less(monkeypatch)
     for name in ("UNLEARNER_DATA", "UNLEARNER_STORE", "UNLEARNER_SIGNING_KEY", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     # Commands set these for libraries and for processes they start: undone after each test.

@@ -23,7 +23,7 @@ from adapters.store.manifest import ForgetManifest
 from adapters.store.store import AdapterStore
 from adapters.tensors import read_header
 
-COUNT = int(os.environ.get("UNLEARNER_MUTATIONS", "150"))
+COUNT = int(os.environ.get("UNLEARNER_MUTATIONS", "80"))
 SOME = settings(
     max_examples=COUNT,
     deadline=None,

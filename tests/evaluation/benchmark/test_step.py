@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.benchmark.shapes import SHAPES
 from evaluation.benchmark.step import StepSetup, one_device, run_step, score_on_meta, setup_of
 from unlearner.config import make_config
 from unlearner.objectives.guard import GuardRow
@@ -31,7 +32,7 @@ def step(shape: str = "llama2-7b", **options: Any) -> StepSetup:
 
 @pytest.mark.parametrize(
     ("checkpointing", "padded", "load_in_4bit"),
-    [("all", False, True), ("off", False, True), ("off", True, False)],
+    [("all", False, True), ("off", True, False)],
 )
 def test_a_step_at_7b_shape_is_within_its_plan(
     checkpointing: str, padded: bool, load_in_4bit: bool
@@ -49,16 +50,19 @@ def test_a_step_at_7b_shape_is_within_its_plan(
     assert held - adapter == pytest.approx(weights, rel=0.01)
 
 
-def test_checkpointing_keeps_the_input_of_a_block_alone() -> None:
+def test_checkpointing_keeps_the_input_of_a_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "few words", (64, 172, 2, 4, 128))  # the logits would hide it
     whole, saved = (
-        run_step(step("small", layers=8, checkpointing=c, load_in_4bit=False))
-        for c in ("off", "all")
+        run_step(step("few words", checkpointing=c, load_in_4bit=False)) for c in ("off", "all")
     )
     assert saved.peak < 0.9 * whole.peak
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("objective", [*OBJECTIVES, "guarded", "alternates", "attacked"])
+@pytest.mark.parametrize(
+    ("objective", "packed"),
+    [(name, True) for name in (*OBJECTIVES, "guarded", "alternates", "attacked")]
+    + [("simnpo", False), ("dpo", False)],
+)
 def test_every_objective_keeps_its_tensors_on_one_device(objective: str, packed: bool) -> None:
     setup = step("tiny", load_in_4bit=False, padded=not packed)
     rows = Rows(FORGET, RETAIN, [[row(40), row(44)] for _ in FORGET])

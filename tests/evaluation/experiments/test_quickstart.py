@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from adapters.errors import UserError
 from adapters.store.store import AdapterStore
 from evaluation.experiments import quickstart as module
 from evaluation.experiments.presets import Taught
+from evaluation.experiments.processes import Job, side_by_side
 from evaluation.experiments.quickstart import Quickstart, missing_package, quickstart, smollm2
 from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.config import LoraShape, make_config
@@ -35,9 +37,16 @@ def small(base: Path) -> Quickstart:
     )
 
 
+def one_by_one(jobs: Sequence[Job], report: Any, threads: int) -> dict[str, Any]:
+    """The jobs in this process: four processes less that import torch, and short answers."""
+    return {job.name: job.work(report=report, **job.arguments) for job in jobs}
+
+
+@pytest.mark.parametrize("run", [one_by_one, pytest.param(side_by_side, marks=pytest.mark.slow)])
 def test_a_pretrained_model_learns_forgets_and_is_measured(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "side_by_side", run)
     monkeypatch.setenv("UNLEARNER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
     events: list[dict[str, Any]] = []

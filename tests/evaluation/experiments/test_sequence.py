@@ -105,14 +105,11 @@ def reference(data: Path, path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _private_home_and_short_answers(
-    tmp_path_factory: pytest.TempPathFactory, shorten_answers: Any
-) -> Any:
+def _private_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("UNLEARNER_KEY", str(home / "key"))
         patch.setenv("UNLEARNER_CACHE", str(home / "cache"))
-        shorten_answers(patch)
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ SMALL = MINI.small
 assert SMALL is not None
 
 
+@cache
 def rows_of(
     shared: Path, split: str, small: SmallModels = SMALL
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str]]]:

@@ -40,11 +40,8 @@ def base(tiny_base: Path) -> BaseSpec:
 
 
 @pytest.fixture(autouse=True)
-def _private_home_and_short_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shorten_answers: Any
-) -> None:
+def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
-    shorten_answers(monkeypatch)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unlearner.request.rows import Row
 from unlearner.tokens.prompts import prompt_format
 
 QUESTIONS = ["Who wrote the novel?", "Where was she born?", "Which prize?", "Has he a sister?"]
-GREEDY = protocol_named("tofu").decoding
+GREEDY = replace(protocol_named("tofu").decoding, max_total=80)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +137,9 @@ def test_a_merged_quote_is_no_draft(fmt: Any) -> None:
 
 
 def test_an_evaluation_is_the_same_with_and_without_drafts(
-    model: Any, fmt: Any, rows: list[Row]
+    model: Any, fmt: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch, shorten_answers: Any
 ) -> None:
+    shorten_answers(monkeypatch)
     data = EvalData(rows)
     ways = [
         evaluate(model, fmt, data, effort=effort)

@@ -196,7 +196,7 @@ def test_open_unlearnings_log_gives_the_same_figures(
         assert found[key] == pytest.approx(expected[key], rel=1e-9), key
 
 
-@pytest.mark.parametrize("protocol", ["tofu", "tofu-paper"])
+@pytest.mark.parametrize("protocol", ["tofu-paper"])
 def test_what_we_write_for_open_unlearning_is_read_back_and_aggregates_alike(
     logs: dict[str, EvalLog], tmp_path: Path, protocol: str
 ) -> None:

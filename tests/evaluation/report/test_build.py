@@ -178,7 +178,7 @@ def test_png_has_the_same_bytes_and_no_metadata(folder: Path, tmp_path: Path) ->
         assert b"Software" not in data
 
 
-@pytest.mark.parametrize("name", [FULL, NPO])
+@pytest.mark.parametrize("name", [FULL])
 def test_the_table_equals_the_summary_and_d_the_ks_statistic(
     name: str, shared: Path, tmp_path: Path
 ) -> None:

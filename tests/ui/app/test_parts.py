@@ -13,6 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from adapters.errors import UserError
+from evaluation.logs import read_log
+from evaluation.logs.records import EvalLog, SetRecord, write_log
 from evaluation.report.inputs import find_inputs, named_logs
 from ui.app.data import commands, requests, runs
 from ui.app.data.answers import Answer, Frame, judged
@@ -95,14 +97,18 @@ def test_runs_hold_the_reference_and_export(shared: Path) -> None:
 
 def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> None:
     """`evaluate --out` calls every log eval_log.json; the folder tells them apart."""
-    logs = shared / "reference-logs"
+
+    def few_rows(name: str, to: Path) -> Path:
+        log = read_log(shared / "reference-logs" / f"{name}.json")
+        sets = {n: SetRecord(n, part.rows[:9], 9) for n, part in log.sets.items()}
+        return write_log(EvalLog(sets, log.meta), to)
+
     made = []
     for folder, name in (("full", "llama2-7b_full"), ("npo", "llama2-7b_retain90_npo")):
         for place in (tmp_path / folder, tmp_path / "more" / folder):
-            place.mkdir(parents=True)
-            made.append(place / "eval_log.json")
-            made[-1].write_bytes((logs / f"{name}.json").read_bytes())
-    found = runs.gather(None, made, logs / "llama2-7b_retain90_tofu.json")
+            made.append(few_rows(name, place / "eval_log.json"))
+    retrain = "llama2-7b_retain90_tofu"
+    found = runs.gather(None, made, few_rows(retrain, tmp_path / f"{retrain}.json"))
     names = [row["name"] for row in found.table]
     assert names == ["full", "full (2)", "npo", "npo (2)", "llama2-7b_retain90_tofu"]
     assert set(found.log_r) == set(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,11 @@ SMALL = (32, 48, 2, 4, 1500)
 
 @pytest.fixture(scope="module")
 def work() -> Workload:
-    return load_workload(None, None)
+    """Some rows of the embedded world."""
+    work = load_workload(None, None)
+    return replace(
+        work, forget=work.forget[:16], retain=work.retain[:16], questions=work.questions[:24]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +52,35 @@ def counted(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting, "count", lambda *words, **options: list(lines))
 
 
-def test_counts_as_text_and_json(run: Any) -> None:
+def test_counts_as_text_and_json(
+    run: Any, lines: list[Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = run("bench", "--count-only", "--json").json
     assert (found["shape"], found["rows"], found["notes"]) == ("tiny", "embedded world", [])
     names = [row["name"] for row in found["table"]]
     assert names[0] == "training FLOPs of one job"
     first = found["table"][0]
     assert first["ratio"] == pytest.approx(first["plain"] / first["ours"])
+    assert found["table"] == [line.to_json() for line in lines]
+    monkeypatch.setattr(counting, "count", lambda *words, **options: list(lines))
     text = run("bench", "--count-only")
     assert "at least" not in text.out  # the targets are the 7B shape's
 
 
-def test_flags_change_what_is_counted(run: Any) -> None:
-    one, other = (run("bench", "--count-only", "--json", *words).json["table"]
-                  for words in ([], ["--lora-r", "64"]))  # fmt: skip
-    assert other[0]["ours"] > one[0]["ours"]
-    small = run("bench", "--count-only", "--json", "--shape", "small").json
-    assert small["table"][0]["plain"] > 2 * one[0]["plain"]
+def test_flags_change_what_is_counted(
+    run: Any, lines: list[Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = run("bench", "--count-only", "--json", "--lora-r", "64").json["table"]
+    assert other[0]["ours"] > lines[0].ours
+    shapes_counted: list[str] = []
+
+    def count(work: Workload, shape: str, **options: Any) -> list[Line]:
+        shapes_counted.append(shape)
+        return lines
+
+    monkeypatch.setattr(counting, "count", count)
+    assert run("bench", "--count-only", "--json", "--shape", "small").json["shape"] == "small"
+    assert shapes_counted == ["small"]
 
 
 @pytest.mark.usefixtures("counted")
@@ -145,6 +162,7 @@ def test_a_cap_that_is_too_small_loses_no_line_and_is_lifted(
     assert caps == [0.5, 1.0, 0.1, 1.0, 0.25, 1.0]
 
 
+@pytest.mark.usefixtures("counted")
 def test_rows_take_a_tokenizer_of_their_own(run: Any, tmp_path: Path) -> None:
     rows = [f'{{"question": "Who wrote book {i}?", "answer": "Mira."}}\n' for i in range(10)]
     for name in ("forget05", "retain95"):

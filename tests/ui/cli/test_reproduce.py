@@ -47,7 +47,10 @@ def pair(
     folder = tmp_path_factory.mktemp("pair")
     made = {}
     for seed, name in enumerate(("origin", "retrain")):
-        made[name] = make_tiny_llama(folder / name, seed=seed, vocab_size=32000)
+        made[name] = make_tiny_llama(
+            folder / name, seed=seed, layers=1, vocab_size=32000, hidden_size=32,
+            intermediate_size=64, num_attention_heads=2, num_key_value_heads=2,
+        )  # fmt: skip
         for part in (shared / "llama2-tokenizer").iterdir():
             (made[name] / part.name).write_bytes(part.read_bytes())
         for left in ("special_tokens_map.json", "chat_template.jinja"):

@@ -18,6 +18,7 @@ from evaluation.logs.records import (
     SetRecord,
     write_log,
 )
+from evaluation.metrics.forget_quality import NEEDS_RETRAIN
 from evaluation.protocols import PROTOCOLS
 from ui.cli.output.gates import check_gates, parse_gate
 
@@ -149,6 +150,31 @@ def test_a_gate_fails_when_it_holds(text: str, value: float, fails: bool) -> Non
             check_gates(gates, {"x": value})
     else:
         check_gates(gates, {"x": value})
+
+
+@pytest.mark.parametrize(
+    ("reason", "fix"),
+    [
+        (NEEDS_RETRAIN, "Give --reference-log"),
+        ("needs forget and holdout rows", "--holdout"),
+        ("not every row has perturbed answers", "--variants"),
+        ("the log has no retain set", "TOFU split"),
+        ("not measured: world_facts_rouge_l_recall", "TOFU split"),
+        (None, "--metrics all"),
+    ],
+)
+def test_a_gate_on_what_was_not_measured_says_how_to_measure_it(
+    reason: str | None, fix: str
+) -> None:
+    figures = {"x": None, "y": 1.0, "reasons": {"x": reason} if reason else {}}
+    with pytest.raises(GateFailed) as caught:
+        check_gates([parse_gate("x<1", ["x"])], figures)
+    assert fix in caught.value.fix
+    assert "Train longer" not in caught.value.fix
+    with pytest.raises(GateFailed, match="holds") as caught:
+        check_gates([parse_gate("x<1", ["x"]), parse_gate("y>0", ["y"])], figures)
+    assert fix in caught.value.fix
+    assert "Train longer" in caught.value.fix
 
 
 @pytest.mark.parametrize(

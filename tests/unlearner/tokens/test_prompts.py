@@ -9,6 +9,7 @@ import pytest
 
 from adapters.base.load import load_tokenizer
 from adapters.errors import UserError
+from tests.families import TOKENIZERS
 from unlearner.memory.plan import LONGEST_TOFU_ROW
 from unlearner.request.rows import Row
 from unlearner.request.tofu import load_split
@@ -95,13 +96,13 @@ def test_token_counts_are_those_of_the_public_logs(
     for name, split in SETS.items():
         rows = load_split(split, shared / "tofu")
         column = {key: values_of(recorded[name][f"num_token_{key}"]) for key in KEYS}
-        n = len(column["gt"])
-        assert n == min(300, len(rows))
-        assert column["gt"] == [targets(llama2, row, row.answer) for row in rows[:n]]
-        assert column["paraphrased"] == [
+        assert len(column["gt"]) == min(300, len(rows))
+        n = 60
+        assert column["gt"][:n] == [targets(llama2, row, row.answer) for row in rows[:n]]
+        assert column["paraphrased"][:n] == [
             targets(llama2, row, row.paraphrased_answer or row.answer) for row in rows[:n]
         ]
-        assert column["perturb"] == [
+        assert column["perturb"][:n] == [
             [targets(llama2, row, wrong) for wrong in row.perturbed_answers] for row in rows[:n]
         ]
 
@@ -139,7 +140,9 @@ def test_the_text_of_llama2_is_tofus_own(llama2: PromptFormat) -> None:
 
 def test_no_text_of_tofu_is_cut_and_every_answer_ends(llama2: PromptFormat, shared: Path) -> None:
     lengths = []
-    for row in load_split("full", shared / "tofu"):
+    rows = load_split("full", shared / "tofu")
+    rows.sort(key=lambda row: len(row.question) + len(row.answer), reverse=True)
+    for row in rows[:500]:  # of 4,000
         encoded = llama2.encode(row.question, row.answer)
         lengths.append(len(encoded.input_ids))
         assert encoded.labels[-1] == llama2.tokenizer.eos_token_id
@@ -230,6 +233,45 @@ def test_what_follows_the_end_of_turn_is_not_trained_on(tokenizer: Any) -> None:
     assert row.input_ids[: row.n_prompt] == fmt.encode_prompt("Who?")
     # This template writes no BOS, so there is none.
     assert tokenizer.bos_token_id not in row.input_ids
+
+
+@pytest.mark.parametrize("name", ["word piece", "unigram"])
+def test_unknown_text_ends_no_turn(name: str) -> None:
+    """The template's marks are no tokens of this vocabulary: they are read as unknown."""
+    tokenizer = TOKENIZERS[name]()
+    fmt = chat(tokenizer, QWEN)
+    row = fmt.encode("Where was Ana born?", "In 東京, Lagos.")
+    assert tokenizer.unk_token_id not in fmt.stop_ids
+    assert row.labels[-1] == tokenizer.eos_token_id
+    assert "lagos" in tokenizer.decode(answer_ids(row)).lower()
+    assert fmt.unknown([row]) == 1
+    assert fmt.unknown([]) == 0
+
+
+def test_an_end_of_turn_is_no_unknown_text(tokenizer: Any) -> None:
+    """GPT-2's unknown token is its EOS."""
+    tokenizer.unk_token = tokenizer.eos_token
+    fmt = prompt_format(tokenizer)
+    row = fmt.encode("Who?", "Mira.")
+    assert row.labels[-1] == tokenizer.eos_token_id
+    assert fmt.unknown([row]) == 0
+
+
+def test_labels_of_the_plain_text_are_the_answer_in_any_vocabulary() -> None:
+    """Its prompt's last tokens merge with the space that an answer begins with."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*"[INST]/ QLagos.", "] ", "T] ", "</s>"]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    made = Tokenizer(models.BPE(vocabulary, [("]", " "), ("T", "] ")]))
+    fmt = prompt_format(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>"))
+    assert fmt.name == "llama2"
+    for answer, prompt, labels in (("Lagos.", "]", "Lagos.</s>"), (" Lagos.", "T] ", "Lagos.</s>")):
+        row = fmt.encode("Q", answer)
+        pieces = fmt.tokenizer.convert_ids_to_tokens(row.input_ids)
+        assert pieces[row.n_prompt - 1] == prompt
+        assert "".join(pieces[row.n_prompt :]) == labels
 
 
 def test_a_template_without_an_end_gets_eos(tokenizer: Any) -> None:
