@@ -24,7 +24,7 @@ from ui.app.tabs import request as app_request
 from ui.app.tabs import runs as app_runs
 from ui.app.tabs import sheet as app_sheet
 from ui.app.tabs import stack as app_stack
-from ui.app.tabs.pages import PRIVATE, told
+from ui.app.tabs.pages import PRIVATE, QUIET, note, told
 
 if TYPE_CHECKING:
     from ui.app.session import Session
@@ -114,7 +114,7 @@ def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any],
                 noted = slider.change(
                     lambda kept, value, slug=slug: {**(kept or {}), slug: value},
                     [strengths, slider], strengths,
-                    **PRIVATE, show_progress="hidden", trigger_mode="always_last",
+                    **QUIET, trigger_mode="always_last",
                 )  # fmt: skip
                 again[0](noted.then)
 
@@ -147,8 +147,8 @@ def _live(app: App, page: gr.Blocks) -> None:
             request = app_request.request(app)
     wire(stack.input)
     wire(clear.click(lambda: [], outputs=stack, **PRIVATE).then)
-    stack_tab.select(told(show_stack), None, stack_outputs, show_progress="hidden", **PRIVATE)
-    runs_tab.select(told(read_runs), None, runs_outputs, show_progress="hidden", **PRIVATE)
+    stack_tab.select(told(show_stack), None, stack_outputs, **QUIET)
+    runs_tab.select(told(read_runs), None, runs_outputs, **QUIET)
     authors = [compare, sheet_author, request.author]
     _keep_fresh(app, page, [head, stack, *authors, *examples], (request, first))
     page.unload(_forget_stops(app))
@@ -183,12 +183,11 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
 
     every = [*outputs, *request.outputs, *first.outputs, timer, seen]
     both = {"inputs": [outputs[1], seen], "outputs": every}
-    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-    timer.tick(told(look), **both, **quiet)
-    page.load(told(look), **both, **quiet)
+    timer.tick(told(look), **both, **QUIET)
+    page.load(told(look), **both, **QUIET)
     wake = {"fn": lambda: gr.Timer(active=True), "inputs": None, "outputs": timer}
     for begun in (*request.started, *first.started):
-        begun.then(**wake, **quiet)
+        begun.then(**wake, **QUIET)
 
 
 def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> list[Any]:
@@ -252,13 +251,11 @@ def _head(app: App) -> str:
         "failed": f"not loaded: {session.problem}",
         "no base": "no model: start with --base B",
     }[session.state]
-    note = (
-        f'<p class="un-note">{views.esc(session.library.note)}</p>' if session.library.note else ""
-    )
+    problem = note(session.library.note) if session.library.note else ""
     return (
         f'<header class="un-head"><h1>unlearner</h1><p>{views.esc(Path(base).name)}, store '
         f'{views.esc(session.store_path)}</p><p role="status" id="un-state">{views.esc(state)}</p>'
-        f"</header>{note}"
+        f"</header>{problem}"
     )
 
 

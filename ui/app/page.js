@@ -57,7 +57,9 @@ function setWidth(heading, width) {
   const table = heading.closest(TABLES);
   const columns = widths[table.id] ??= {};
   const headings = [...table.querySelectorAll("th[role=columnheader]")];
-  for (const each of headings) columns[each.ariaColIndex] ??= each.offsetWidth;
+  for (const each of headings) {
+    columns[each.ariaColIndex] ??= Math.ceil(each.getBoundingClientRect().width);
+  }
   columns[heading.ariaColIndex] = Math.max(NARROWEST, Math.round(width));
   rules.textContent = Object.entries(widths).map(([id, found]) => {
     const total = Object.values(found).reduce((sum, each) => sum + each, 0);

@@ -231,7 +231,7 @@ class Session:
         self, question: str, stack: Stack, sampling: Sampling,
         stop: threading.Event | None = None, keep: Frame | None = None,
     ) -> Iterator[Frame]:  # fmt: skip
-        """The comparison as it grows: a frame a token, then one with the scores.
+        """The comparison as it grows: a frame per token, then one with the scores.
 
         `stop` ends both answers within a token; what was said so far stays. `keep` is an earlier
         comparison: where its base answered the same question in the same way to its end, that
@@ -299,7 +299,7 @@ class Session:
     def teacher_forced(self, rows: Sequence[Row]) -> list[tuple[float, float | None]]:
         """Answer probability and truth ratio R of each row, with what is active now.
 
-        R = P(wrong answers) / P(paraphrased answer), geometric means a token; None without wrong
+        R = P(wrong answers) / P(paraphrased answer), geometric means per token; None without wrong
         answers. Below 1 the model prefers the right answer.
         """
         import math

@@ -365,7 +365,7 @@ def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, s
     ]
     assert "adapters activate" in page.locator(".un-command code:visible").inner_text()
     page.locator("#un-revert").click()
-    page.wait_for_selector("text=It is switched off, exactly")
+    page.wait_for_selector("text=exactly as without it")
     assert app.session.filed_stack()  # only asked so far
     page.get_by_role("button", name="Yes, switch off").click()
     page.wait_for_selector("#un-read-back >> text=no adapter is active")

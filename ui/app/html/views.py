@@ -81,7 +81,7 @@ def answer_card(
         )
     foot = ""
     if answer is not None and answer.tokens:
-        rate = f", {answer.rate:.0f} tokens/s" if answer.rate else ""
+        rate = f", {answer.rate:.2g} tokens/s" if answer.rate else ""
         foot = f"{answer.tokens} tokens in {answer.seconds:.2f} s{rate}"
     text = body or '<span class="un-quiet">No answer yet.</span>'
     return (
@@ -158,7 +158,7 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     for name, key, means in (
         ("Facts stated", "fact_recall", "dates, names, numbers and words that the question lacks"),
         ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
-        ("Answer probability", "answer_prob", "of the true answer, a token"),
+        ("Answer probability", "answer_prob", "of the true answer, per token"),
         ("Truth ratio R", "truth_ratio", "wrong over right answers; below 1 prefers the right one"),
     ):
         before, after = getattr(frame.base, key), getattr(frame.unlearned, key)

@@ -13,7 +13,7 @@ from evaluation.metrics.fact_recall import RULE
 from ui.app.data import commands
 from ui.app.data.decoding import Sampling
 from ui.app.html import views
-from ui.app.tabs.pages import PRIVATE, command_box, told
+from ui.app.tabs.pages import PRIVATE, QUIET, STREAM, command_box, status, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
@@ -63,7 +63,7 @@ class _Fields(NamedTuple):
 
 def _answers() -> _Fields:
     """Both answers, their figures, the last comparison and its command."""
-    status = gr.HTML(_status("Ask something."), elem_id="un-status")
+    state = gr.HTML(status("Ask something."), elem_id="un-status")
     with gr.Row(equal_height=True, elem_id="un-both"):
         with gr.Column(min_width=0):
             left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
@@ -72,7 +72,7 @@ def _answers() -> _Fields:
     scores = gr.HTML("", elem_id="un-figures")
     with gr.Accordion("How the verdict is found", open=False):
         gr.Markdown(RULE)
-    return _Fields(status, left, right, scores, gr.State(None), command_box())
+    return _Fields(state, left, right, scores, gr.State(None), command_box())
 
 
 class _Asking:
@@ -165,7 +165,7 @@ def compare(
         # Many may be under way: a new one ends those before it within a token.
         return event(
             told(asking.again), [fields.frame, stack, strengths], list(fields),
-            concurrency_limit=16, trigger_mode="multiple", show_progress="hidden", **PRIVATE,
+            trigger_mode="multiple", **STREAM,
         )  # fmt: skip
 
     inputs = [question, stack, strengths, *more]
@@ -174,20 +174,20 @@ def compare(
     )
     chosen.then(
         told(asking.opening), [fields.frame, *inputs], list(fields),
-        concurrency_limit=16, show_progress="hidden", **PRIVATE,
+        **STREAM,
     )  # fmt: skip
     question_list.input(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
     gr.on(
         [ask.click, question.submit], told(asking.run), inputs, list(fields),
-        concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
+        trigger_mode="once", **STREAM,
     )  # fmt: skip
     for place, example in enumerate(examples):
         example.click(
-            lambda place=place: app.session.examples()[place][1].question, None, question,
-            show_progress="hidden", **PRIVATE,
+            lambda place=place: (app.session.examples()[place][1].question, None), None,
+            [question, question_list],
+            **QUIET,
         ).then(
-            told(asking.run), inputs, list(fields),
-            concurrency_limit=16, show_progress="hidden", **PRIVATE,
+            told(asking.run), inputs, list(fields), **STREAM,
         )  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
     return author, wire, examples
@@ -203,7 +203,7 @@ def _pictures(app: App, frames: Iterator[Frame], last: Frame | None = None) -> A
             if frame.stage == last_stage and now - shown < FRAME_SECONDS:
                 continue
             shown, last_stage = now, frame.stage
-            yield (_status(_stage(frame), frame.question), *views.frame_cards(frame, names, last),
+            yield (status(_stage(frame), frame.question), *views.frame_cards(frame, names, last),
                    views.scores_table(frame), frame,
                    views.command_html(commands.ask(app.session, frame)))  # fmt: skip
     except Exception:
@@ -211,17 +211,9 @@ def _pictures(app: App, frames: Iterator[Frame], last: Frame | None = None) -> A
         raise
 
 
-def _status(text: str, question: str = "") -> str:
-    asked = f'<h2 class="un-asked">{views.esc(question)}</h2>' if question else ""
-    return (
-        f'{asked}<p class="un-foot" role="status" aria-live="polite" '
-        f'data-question="{views.esc(question)}">{views.esc(text)}</p>'
-    )
-
-
 def _only_status(text: str, question: str) -> tuple[Any, ...]:
     """What the page shows before the first token, or where there is none."""
-    return (_status(text, question), *[gr.skip()] * (len(_Fields._fields) - 1))
+    return (status(text, question), *[gr.skip()] * (len(_Fields._fields) - 1))
 
 
 def _stage(frame: Frame) -> str:

@@ -12,7 +12,15 @@ from adapters.errors import UserError
 from ui.app.data import commands
 from ui.app.data import runs as runs_data
 from ui.app.html import runs_page, views
-from ui.app.tabs.pages import PRIVATE, TABLE_BUTTONS, command_box, comparator_file, note, told
+from ui.app.tabs.pages import (
+    PRIVATE,
+    QUIET,
+    TABLE_BUTTONS,
+    command_box,
+    comparator_file,
+    note,
+    told,
+)
 from ui.app.tabs.sheet import rows_table, shown_rows
 
 if TYPE_CHECKING:
@@ -114,8 +122,8 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
         pair_file = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
     outputs = [said, grid, chosen, spread, figures, table, report, box, first, second, two_logs]
     again.click(told(behind.read), None, outputs, **PRIVATE)
-    page.load(told(behind.read), None, outputs, show_progress="hidden", **PRIVATE)
-    chosen.input(told(behind.draw), chosen, spread, show_progress="hidden", **PRIVATE)
+    page.load(told(behind.read), None, outputs, **QUIET)
+    chosen.input(told(behind.draw), chosen, spread, **QUIET)
     report.click(told(behind.report), None, [report_file, box], **PRIVATE)
     answers.click(told(behind.answers), [first, second], [*pair, pair_file], **PRIVATE)
     return behind.read, outputs

@@ -10,7 +10,15 @@ import gradio as gr
 from ui.app.data import commands
 from ui.app.data import sheet as sheet_data
 from ui.app.html import views
-from ui.app.tabs.pages import PRIVATE, TABLE_BUTTONS, command_box, comparator_file, told
+from ui.app.tabs.pages import (
+    PRIVATE,
+    STREAM,
+    TABLE_BUTTONS,
+    command_box,
+    comparator_file,
+    status,
+    told,
+)
 
 if TYPE_CHECKING:
     from ui.app.build import App
@@ -41,7 +49,7 @@ class _Sheet:
             text = f"{len(found)} of {total} questions, base against {against}."
             text += f" Waiting in line: {ahead} ahead." if ahead else ""
             text += " Stopped." if event.is_set() else ""
-            yield _status(text), *shown_rows(found), words
+            yield status(text), *shown_rows(found), words
 
     def _names(self, stack: Sequence[tuple[str, float]]) -> str:
         names = self.app.session.names()
@@ -107,10 +115,6 @@ def _open_row(found: tuple[list[Any], tuple[str, str]], event: gr.SelectData) ->
     return cards[0], cards[1]
 
 
-def _status(text: str) -> str:
-    return f'<p class="un-foot" role="status">{views.esc(text)}</p>'
-
-
 def sheet(app: App, stack: Any, strengths: Any) -> Any:
     """The Author sheet; its author field."""
     with gr.Row():
@@ -129,13 +133,13 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
         stop = gr.Button(
             "Stop the sheet (Esc)", elem_id="un-sheet-stop", size="md", scale=0, min_width=190
         )
-    status = gr.HTML(_status("Nothing is measured yet."), elem_id="un-sheet-status")
+    state = gr.HTML(status("Nothing is measured yet."), elem_id="un-sheet-status")
     table = rows_table("un-sheet", "All questions; a heading sorts, a row opens its difference")
     export = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
     box, behind = command_box(), _Sheet(app)
     fill.click(
-        told(behind.run), [author, stack, strengths, beside], [status, *table, box],
-        concurrency_limit=16, show_progress="hidden", trigger_mode="once", **PRIVATE,
+        told(behind.run), [author, stack, strengths, beside], [state, *table, box],
+        trigger_mode="once", **STREAM,
     ).then(told(behind.export), table.rows, export, **PRIVATE)  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
     return author

@@ -41,8 +41,9 @@ class _Changes:
     def ask(self, name: str | None) -> tuple[Any, ...]:
         """The question before one is switched off."""
         text = (
-            f"Switch {self.app.session.names()[_chosen(name)]} off? Exactly; its files stay, and "
-            "it can be switched on again. Adapters trained on top of it become stale."
+            f"Switch {self.app.session.names()[_chosen(name)]} off? The model is then exactly as "
+            "without it; its files stay, and it can be switched on again. Adapters trained on top "
+            "of it become stale."
         )
         return gr.update(visible=True), note(text), name
 
