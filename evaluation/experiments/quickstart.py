@@ -156,9 +156,7 @@ def quickstart(
     run.stage("world", "Writing the embedded world of fictitious authors")
     world = run.write_world()
     start = "random weights" if settings.taught is None else settings.taught.base
-    run.stage(
-        "models", f"Training Origin and Retrain from {start}, measuring Retrain"
-    )
+    run.stage("models", f"Training Origin and Retrain from {start}, measuring Retrain")
     run.train_models(world)
     text = "Measuring Origin, filing two forget requests with SimNPO and with NPO"
     until = ", until they are as unlikely as under Retrain" if settings.given is not None else ""
