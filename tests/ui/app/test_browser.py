@@ -683,7 +683,8 @@ def test_five_tasks_are_done_by_labels_alone(
     page.get_by_label("request-1").first.check()
     _tab(page, "Author sheet")
     button("button", name="Fill the sheet").click()
-    page.get_by_text(re.compile(r"Of the \d+ answers .*, base states \d+ and stack \d+")).wait_for()
+    stated = re.compile(r"Answers that state the facts .*: base \d+ of \d+, stack \d+ of")
+    page.get_by_text(stated).wait_for()
     page.get_by_text(re.compile(r"(\d+) of \1 questions")).wait_for()
 
     _tab(page, "Stack")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -149,6 +150,8 @@ def test_a_tally_counts_forgotten_beside_kept() -> None:
         ("kept", 1, 1),
     ]
     assert lines[0]["unlearned_rouge_l_recall"] is None  # not measured is not 0
+    shown = views.tally_table(lines, ("base", "stack"))
+    assert "Answers that state the facts (to forget): base 1 of 1, stack 0 of 1." in shown
 
 
 def test_frames_say_what_the_model_reported() -> None:
@@ -156,6 +159,14 @@ def test_frames_say_what_the_model_reported() -> None:
     cards = views.frame_cards(frame, {"r0001_aa": "request-1"})
     assert "read back from the model: request-1 × 0.5" in cards[1]
     assert '<mark class="un-diff">c</mark>' in cards[1]
+    whole = dataclasses.replace(
+        frame, unlearned=Answer("<i>", word="wrong", fact_recall=0.25), stack=(("r0001_aa", 1.0),)
+    )
+    after = views.frame_cards(frame, {"r0001_aa": "request-1"}, whole)[1]
+    assert "Before, request-1 × 1: wrong, facts stated 0.250</summary>&lt;i&gt;" in after
+    assert "Before" not in "".join(views.frame_cards(whole, None, whole))
+    bare = views.frame_cards(dataclasses.replace(frame, stack=()), {"r0001_aa": "request-1"})
+    assert "no adapter is active; tick one above" in bare[1]
     assert "not in the data" in views.scores_table(frame)
     assert "<table>" not in views.scores_table(frame)
 

@@ -209,9 +209,13 @@ def tally_table(
                 row[f"{title} {name}"] = value if isinstance(value, int) else fixed(value, 2)
         rows.append(row)
     first = lines[0]
+    stated = [
+        f"{esc(name)} {first[key]} of {first['n']}"
+        for name, key in zip(names, ("base_knows", "unlearned_knows"), strict=True)
+    ]
     summary = (
-        f'<p class="un-truth">Of the {first["n"]} answers ({esc(first["group"])}), {esc(names[0])} '
-        f"states {first['base_knows']} and {esc(names[1])} {first['unlearned_knows']}.</p>"
+        f'<p class="un-truth">Answers that state the facts ({esc(first["group"])}): '
+        f"{', '.join(stated)}.</p>"
     )
     return summary + table(rows, "Forgotten and kept")
 

@@ -132,6 +132,8 @@ class _Asking:
             return
         event = self.app.stop_of(request)
         if event.wait(SETTLE_SECONDS):
+            if not self.app.superseded(request, event):  # Esc, before it began
+                yield _only_status("Stopped.", last.question)
             return
         yield _only_status("Asking …", last.question)
         frames = self.right_frames(last, chosen, kept, request, event)
