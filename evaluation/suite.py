@@ -185,6 +185,9 @@ def evaluate(
     }
     if any(cut.values()):
         about["cut_rows"] = {name: count for name, count in cut.items() if count}
+    unknown = {name: fmt.unknown(row.answer for row in each) for name, each in encoded.items()}
+    if any(unknown.values()):
+        about["unknown_rows"] = {name: count for name, count in unknown.items() if count}
     return EvalLog(sets, about | dict(meta or {}))
 
 

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+A100, T4 = ("NVIDIA A100", (8, 0), 70), ("Tesla T4", (7, 5), 14)
 ROOT = Path(__file__).resolve().parent.parent
 
 CHAT_TEMPLATE = (
@@ -111,6 +112,31 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, **overrides
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`cards(A100, T4)`: torch sees these GPUs, each (name, capability, free GiB)."""
+    import torch
+
+    def see(*seen: tuple[str, tuple[int, int], int]) -> None:
+        def card(device: Any = None) -> tuple[str, tuple[int, int], int]:
+            return seen[torch.device("cuda" if device is None else device).index or 0]
+
+        fakes = {
+            "is_available": lambda: bool(seen),
+            "device_count": lambda: len(seen),
+            # A T4 says that bf16 is supported and emulates it.
+            "is_bf16_supported": lambda *_, **__: True,
+            "get_device_name": lambda device=None: card(device)[0],
+            "get_device_capability": lambda device=None: card(device)[1],
+            "mem_get_info": lambda device=None: (card(device)[2] << 30, 80 << 30),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    return see
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,10 @@ def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
 
 @pytest.mark.parametrize(
     ("index", "pages"),
-    [(ROOT / "docs" / "index.md", GUIDES), (ROOT / "docs" / "results" / "index.md", RESULTS)],
+    [
+        (ROOT / "docs" / "index.md", [*GUIDES, ROOT / "docs" / "first-request.ipynb"]),
+        (ROOT / "docs" / "results" / "index.md", RESULTS),
+    ],
     ids=["guides", "results"],
 )
 def test_an_index_lists_every_page_of_its_folder(index: Path, pages: list[Path]) -> None:

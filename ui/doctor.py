@@ -18,6 +18,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from adapters.base.load import computes_in_bf16, dtype_on
 from ui.console import size_text
 
 Status = Literal["ok", "warn", "fail"]
@@ -41,6 +42,7 @@ class Finding:
 
 NOT_TRIED = "; not tried (--full)"
 BF16_CAPABILITY = 8.0  # of CUDA; below, bf16 is emulated
+NO_BF16 = "Leave --dtype out: this GPU has no bf16, and fp16 is used in its place."
 NO_GPU = Finding(
     "gpu", "warn", "no CUDA device", "Small models run on the CPU; a 7B base needs a GPU."
 )
@@ -180,7 +182,7 @@ def _gpu_driver() -> Finding:
     name, free, total, capability = cells
     detail = f"{name}, {free} of {total} free{NOT_TRIED}"
     if float(capability) < BF16_CAPABILITY:
-        return Finding("gpu", "warn", detail, "Use --dtype float32: this GPU has no bf16.")
+        return Finding("gpu", "warn", detail, NO_BF16)
     return Finding("gpu", "ok", detail)
 
 
@@ -201,11 +203,14 @@ def _gpu() -> Finding:
         return NO_GPU
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = "bf16" if native else "no bf16"
-    detail = f"{name}, {bf16}, {size_text(free)} of {size_text(total)} free"
-    if bf16 != "bf16":
-        return Finding("gpu", "warn", detail, "Use --dtype float32: this GPU has no bf16.")
+    native = computes_in_bf16()
+    more = torch.cuda.device_count() - 1
+    detail = (
+        f"{name}, {'bf16' if native else 'no bf16'}, {size_text(free)} of {size_text(total)} free"
+        + (f", and {more} more" if more else "")
+    )
+    if not native:
+        return Finding("gpu", "warn", detail, NO_BF16)
     return Finding("gpu", "ok", detail)
 
 
@@ -244,7 +249,7 @@ def _four_bit_error(torch: Any, bnb: Any, device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 64, generator=generator)
     x = torch.randn(4, 64, generator=generator)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype_on("auto", device)
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=dtype)
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     with torch.no_grad():

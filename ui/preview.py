@@ -67,6 +67,16 @@ class Preview:
         """Rows that lost their end to `max_length`."""
         return [row for row in (*self.forget, *self.retain) if row.encoded.cut]
 
+    @property
+    def unknown(self) -> int:
+        """How many rows hold text that the vocabulary lacks."""
+        return self.fmt.unknown(row.encoded for row in (*self.forget, *self.retain))
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, retain rows included."""
+        return len(self.forget) + len(self.retain)
+
     def to_json(self) -> dict[str, Any]:
         """All rows under `table`."""
         return {
@@ -75,6 +85,7 @@ class Preview:
             "n_forget": len(self.forget),
             "n_retain": len(self.retain),
             "n_cut": len(self.cut),
+            "n_unknown": self.unknown,
             "table": [row.to_json() for row in (*self.forget, *self.retain)],
         }
 

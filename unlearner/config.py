@@ -52,7 +52,7 @@ class ObjectiveConfig:
         attack_gamma: SimNPO's margin in that term.
         general_weight: w_g, on the KL from the base on neutral prompts that it answered itself
             (see `unlearner.training.general`); 0 = off.
-        target: mean NLL of the forget rows in nats per token at which the run stops, that of rows
+        target: mean NLL of the forget rows in nats per token at which the run settles, that of rows
             which the base never saw (see `unlearner.training.target`); 0 = none.
         excess_weight: w_e, on the square of what a forget row's NLL per token is above `target`.
     """
@@ -267,6 +267,7 @@ def _problems(config: UnlearnConfig) -> list[str]:
             or "forget" in known[objective.name].streams,
             f"target needs forget answers, which {objective.name} does not train on",
         ),
+        (0 <= train.seed < 2**32, f"seed {train.seed} is not in [0, 2^32)"),
         (train.weight_decay >= 0, f"weight_decay {train.weight_decay} is below 0"),
         (
             re.fullmatch(CHECKPOINTING, train.gradient_checkpointing) is not None,
@@ -274,9 +275,9 @@ def _problems(config: UnlearnConfig) -> list[str]:
             "number from 2",
         ),
         (train.max_grad_norm >= 0, f"max_grad_norm {train.max_grad_norm} is below 0"),
-        (
-            min(train.per_device_train_batch_size, train.gradient_accumulation_steps) >= 1,
-            "per_device_train_batch_size and gradient_accumulation_steps must be at least 1",
+        *(
+            (getattr(train, name) >= 1, f"{name} {getattr(train, name)} is below 1")
+            for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
         ),
     ]
     numbers = {**asdict(objective), **asdict(lora), **asdict(train)}

@@ -49,6 +49,10 @@ class Suited:
     reasons: Mapping[str, str]
 
 
+def _millions(weights: int) -> str:
+    return "fewer than one million" if weights < 1e6 else f"{weights / 1e6:,.1f} million"
+
+
 def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: int) -> Suited:
     """`config` with the settings that are not `given` chosen for the request and the model.
 
@@ -78,7 +82,7 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
         train["learning_rate"] = SMALL_RATE
         reasons["learning_rate"] = (
             f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, "
-            f"this one has {weights / 1e6:,.1f} million"
+            f"this one has {_millions(weights)}"
         )
     if config.objective.name == "simnpo" and weights < SMALL:
         for name, value in SMALL_SIMNPO.items():
@@ -98,5 +102,7 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
     )
     finds_target = config.objective.name in TARGETED and not {"target", "gamma"} & set(given)
     if finds_target:
-        reasons["target"] = "target auto: the run stops where rows that the base never saw are"
+        reasons["target"] = (
+            "target auto: forgotten answers are to end as unlikely as rows that the base never saw"
+        )
     return Suited(suits, finds_target, reasons)

@@ -87,7 +87,7 @@ class RunOptions:
             default what is free.
         given: names of the settings that the user gave; all others are chosen for the request and
             the model (`unlearner.defaults`). None: the settings are used as they are.
-        target: the mean NLL of the forget rows at which the run stops (`training.target`): a
+        target: the mean NLL of the forget rows at which the run settles (`training.target`): a
             number, or "auto" to measure it on the model; 0 for none. None: that of the settings.
         unseen: rows of the same kind that the base never saw, for "auto"; by default alternate
             answers to the forget questions.
@@ -292,6 +292,9 @@ def prepare(
         "answers is not trained (raise --max-length)"
         for name, n, total in rows.cut
     ]
+    for name, encoded in (("forget", rows.forget), ("retain", rows.retain)):
+        if n := fmt.unknown(encoded):
+            notes.append(f"{n} of {len(encoded)} {name} rows {fmt.about_unknown}")
     encoded_unseen = tuple(encode_rows(fmt, unseen, config.train.max_length, "unseen"))
     marks = [mark(key, row.question) for row in request.rows]
     digests = {
@@ -699,11 +702,11 @@ def _summary(
         run.config.train.seed,
         general_held_out=bool(held_out),
     )
-    report({"event": "note", "text": "measuring rows before the run"})
+    report({"event": "note", "text": "measuring rows before training"})
     before = measured(model, watched, pad)
 
     def after() -> dict[str, Any]:
-        report({"event": "note", "text": "measuring them after the run"})
+        report({"event": "note", "text": "measuring the same rows after training"})
         figures = measured(model, watched, pad)
         return {"outcome": outcome(before, figures, watched)}
 

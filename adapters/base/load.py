@@ -89,7 +89,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """The base's tokenizer, checked on a probe prompt.
 
     Raises UserError when it drops the BOS token that its files promise (a folder with only
-    `tokenizer.model` can load so, silently) or when decode(encode(prompt)) is not the prompt.
+    `tokenizer.model` can load so, silently) or when decode(encode(prompt)) is not the prompt; of a
+    WordPiece vocabulary, which keeps neither case nor spaces, when the words are not the same.
     """
     from transformers import AutoTokenizer
 
@@ -106,7 +107,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     _check_bos(tokenizer, folder, name)
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if back.strip() != PROBE:
+    if back.strip() != PROBE and not _same_words(tokenizer, back):
         raise UserError(
             f"The tokenizer of {name!r} does not give a prompt back: {PROBE!r} became {back!r}.",
             "Use the tokenizer.json that belongs to this model.",
@@ -129,7 +130,7 @@ def load_base(spec: BaseSpec, *, int8: bool = False) -> PreTrainedModel:
     folder = resolve_base(spec.name, spec.revision)
     config = _check_config(folder, spec)
     device = _device(spec.device)
-    dtype = _dtype(spec.dtype, device)
+    dtype = dtype_on(spec.dtype, device)
     options: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,
@@ -157,6 +158,37 @@ def computes_in_bf16(device: str = "cuda") -> bool:
     if torch.version.hip is not None:
         return True
     return bool(torch.cuda.get_device_capability(torch.device(device))[0] >= 8)
+
+
+def auto_dtype(device: str) -> str:
+    """What the dtype `auto` is there: bf16 or fp16 on a GPU, by its hardware, float32 elsewhere."""
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bfloat16" if computes_in_bf16(device) else "float16"
+
+
+def dtype_on(wanted: Dtype, device: str) -> torch.dtype:
+    """The dtype that `wanted` means there.
+
+    Raises:
+        UserError: fp16 on a CPU, bf16 on a GPU that would emulate it.
+    """
+    import torch
+
+    if wanted not in get_args(Dtype):
+        raise UserError(
+            f"{wanted!r} is not a dtype for a base.", f"Use one of {', '.join(get_args(Dtype))}."
+        )
+    on_gpu = device.startswith("cuda")
+    if wanted == "float16" and not on_gpu:
+        raise UserError("float16 needs a GPU.", "Use float32, or bfloat16 to save memory.")
+    if wanted == "bfloat16" and on_gpu and not computes_in_bf16(device):
+        raise UserError(
+            f"The GPU {device} has no bfloat16 in hardware: it would be emulated, very slowly.",
+            "Leave --dtype out to use float16, or use --dtype float32.",
+        )
+    dtype: torch.dtype = getattr(torch, auto_dtype(device) if wanted == "auto" else wanted)
+    return dtype
 
 
 def base_view(model: PreTrainedModel) -> dict[str, Any]:
@@ -214,6 +246,12 @@ def _expects_bos(tokenizer: Any, folder: Path) -> bool:
         and part.get("single", [{}])[0].get("SpecialToken", {}).get("id") == bos
         for part in parts
     )
+
+
+def _same_words(tokenizer: Any, back: str) -> bool:
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in (back, PROBE)]
+    return type(model).__name__ == "WordPiece" and words[0] == words[1]
 
 
 def _check_bos(tokenizer: Any, folder: Path, name: str) -> None:
@@ -305,10 +343,11 @@ def _check_loading(loading: Any, name: str) -> None:
 def _device(wanted: str) -> str:
     import torch
 
-    # A launcher of several processes gives each its own card.
-    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if wanted == "auto":
-        return local if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        # A launcher of several processes gives each its own card.
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -319,6 +358,12 @@ def _device(wanted: str) -> str:
             "Use --device cpu, or leave --device out.",
         )
     if device.type == "cuda" and not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if hidden is not None and not hidden.replace("-1", "").strip():
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={hidden!r} hides every CUDA device.",
+                "Use --device cpu, or unset CUDA_VISIBLE_DEVICES.",
+            )
         raise UserError(
             "There is no CUDA device here.", "Use --device cpu, or a torch built for CUDA."
         )
@@ -328,24 +373,7 @@ def _device(wanted: str) -> str:
             f"There is no {wanted}: {count} CUDA device{' is' if count == 1 else 's are'} visible.",
             "Count from cuda:0; CUDA_VISIBLE_DEVICES says which are visible.",
         )
-    return local if wanted == "cuda" else wanted
-
-
-def _dtype(wanted: Dtype, device: str) -> torch.dtype:
-    import torch
-
-    if wanted == "auto":
-        if not device.startswith("cuda"):
-            return torch.float32
-        return torch.bfloat16 if computes_in_bf16(device) else torch.float16
-    if wanted not in get_args(Dtype):
-        raise UserError(
-            f"{wanted!r} is not a dtype for a base.", f"Use one of {', '.join(get_args(Dtype))}."
-        )
-    if wanted == "float16" and not device.startswith("cuda"):
-        raise UserError("float16 needs a GPU.", "Use float32, or bfloat16 to save memory.")
-    dtype: torch.dtype = getattr(torch, wanted)
-    return dtype
+    return wanted
 
 
 def _dtype_name(dtype: Any) -> str:

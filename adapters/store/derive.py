@@ -24,7 +24,7 @@ def combine(
     scales: Mapping[str, float] | None = None,
     *,
     rank: int | None = None,
-    request_id: str = "",
+    label: str = "",
 ) -> StoredAdapter:
     """The sum of adapters (the active stack by default) as one new adapter, status ready.
 
@@ -47,7 +47,8 @@ def combine(
         concatenated = cat_adapters(folders, Path(scratch) / "cat")
         factored = factor_adapter(concatenated, Path(scratch) / "factored", rank)
         manifest = ForgetManifest(
-            request_id=request_id or f"combined-{slugs[0][:5]}-{slugs[-1][:5]}",
+            request_id=f"combined-{slugs[0][:5]}-{slugs[-1][:5]}",
+            label=label,
             policy="derived",
             base=manifests[0].base,
             parents=tuple(parents),

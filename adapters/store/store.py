@@ -278,12 +278,12 @@ class AdapterStore:
         scales: Mapping[str, float] | None = None,
         *,
         rank: int | None = None,
-        request_id: str = "",
+        label: str = "",
     ) -> StoredAdapter:
         """The sum of adapters (the stack by default) as one new adapter that supersedes them."""
         from adapters.store.derive import combine
 
-        return combine(self, refs, scales, rank=rank, request_id=request_id)
+        return combine(self, refs, scales, rank=rank, label=label)
 
     def gc(self, dry_run: bool = False) -> GcReport:
         """What was (or would be) deleted: superseded adapters nobody needs, leftovers, trash."""

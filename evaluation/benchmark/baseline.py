@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapters.environment import evaluating
 from evaluation.benchmark import flops
 from evaluation.benchmark.run import PAIRS, PLAIN_DECODE, Line, Workload
-from evaluation.benchmark.shapes import dtype_on, new_llama, with_lora
+from evaluation.benchmark.shapes import new_llama, with_lora
 from evaluation.inference.generation import BATCH_SIZE
 from evaluation.inference.prefix_sharing import score_trees
 from unlearner.tokens.decoding import Prompt, greedy
@@ -48,14 +48,14 @@ def measure(
     """
     import torch
 
-    from adapters.base.load import load_base
+    from adapters.base.load import auto_dtype, load_base
     from adapters.environment import threads_for
 
     say = on_progress or (lambda text: None)
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
     if base is None:
-        loaded: Any = new_llama(shape, device, dtype_on(device), load_in_4bit=load_in_4bit)
+        loaded: Any = new_llama(shape, device, auto_dtype(device), load_in_4bit=load_in_4bit)
     else:
         loaded = load_base(base)
         cuda = next(loaded.parameters()).is_cuda

@@ -111,19 +111,20 @@ class _Bench:
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
         """Name and function of every check."""
-        for dtype, four in (("bfloat16", False), ("bfloat16", True)):
+        short = {"bfloat16": "bf16", "float16": "fp16"}[self._half]
+        for four in (False, True):
             for padded, checkpointing in product((False, True), ("off", "all")):
                 name = (
-                    f"simnpo, {'nf4' if four else 'bf16'}, {'padded' if padded else 'packed'}, "
+                    f"simnpo, {'nf4' if four else short}, {'padded' if padded else 'packed'}, "
                     f"checkpointing {checkpointing}"
                 )
-                yield name, self._training("simnpo", dtype, four, padded, checkpointing)
+                yield name, self._training("simnpo", four, padded, checkpointing)
         for objective in ("npo", "kl"):
-            yield f"{objective}, bf16, packed", self._training(objective, "bfloat16")
-        yield "simnpo on a stack with guard, bf16", self._guarded
-        yield "resume after step 2, bf16", self._resumed
+            yield f"{objective}, {short}, packed", self._training(objective)
+        yield f"simnpo on a stack with guard, {short}", self._guarded
+        yield f"resume after step 2, {short}", self._resumed
         for attention in ("sdpa", "flash_attention_2"):
-            yield f"evaluation, bf16, {attention}", lambda a=attention: self._evaluated(a)  # type: ignore[misc]
+            yield f"evaluation, {short}, {attention}", lambda a=attention: self._evaluated(a)  # type: ignore[misc]
         shape = "tiny" if self.small else "llama2-7b"
         for pairs, checkpointing in ((8, "all"), (2, "off")):
             yield (
@@ -132,6 +133,13 @@ class _Bench:
             )
 
     # What is trained
+
+    @cached_property
+    def _half(self) -> str:
+        """bf16, which a CPU can compute in too, or fp16 on a card that would emulate bf16."""
+        from adapters.base.load import auto_dtype
+
+        return auto_dtype(self.device) if self.device.startswith("cuda") else "bfloat16"
 
     @cached_property
     def _rows(self) -> list[Row]:
@@ -227,13 +235,12 @@ class _Bench:
     def _training(
         self,
         objective: str,
-        dtype: str,
         four: bool = False,
         padded: bool = False,
         checkpointing: str = "off",
     ) -> Callable[[], str]:
         def check() -> str:
-            spec = self._spec(dtype, four)
+            spec = self._spec(self._half, four)
             steps, adapter = self._train(
                 objective, spec, padded=padded, gradient_checkpointing=checkpointing
             )
@@ -251,7 +258,7 @@ class _Bench:
     def _guarded(self) -> str:
         from unlearner.run import RunOptions
 
-        store, spec = self._new_store(), self._spec("bfloat16")
+        store, spec = self._new_store(), self._spec(self._half)
         _, first = self._train("simnpo", spec, store)
         store.activate([first.slug])
         options = RunOptions(on_stack=True, guard=self._request(0).rows)
@@ -269,7 +276,7 @@ class _Bench:
         from adapters.lora.format import WEIGHTS_NAME
         from unlearner.run import RunOptions
 
-        spec, store = self._spec("bfloat16"), self._new_store()
+        spec, store = self._spec(self._half), self._new_store()
         _, whole = self._train("simnpo", spec)
 
         def stop(step: int, steps: int, model: Any) -> None:
@@ -306,15 +313,15 @@ class _Bench:
 
         with torch.no_grad():
             exact = scores(self._spec("float32", attention="eager"), False)
-            found = scores(self._spec("bfloat16", attention=attention), True)
+            found = scores(self._spec(self._half, attention=attention), True)
         gap = max(abs(a - b) for a, b in zip(exact, found, strict=True))
         _require(gap < NLL_TOLERANCE, f"NLLs are {gap:.2g} nats per token off float32")
         return f"NLLs within {gap:.1g} nats per token of float32"
 
     def _step(self, shape: str, pairs: int, checkpointing: str) -> str:
+        from adapters.base.load import auto_dtype
         from adapters.environment import free_memory
         from evaluation.benchmark.run import load_workload
-        from evaluation.benchmark.shapes import dtype_on
         from evaluation.benchmark.step import run_step, setup_of
         from unlearner.memory.probe import size_text
 
@@ -328,7 +335,7 @@ class _Bench:
             pairs=pairs,
             checkpointing=checkpointing,
             device=self.device,
-            dtype=dtype_on(self.device),
+            dtype=auto_dtype(self.device),
         )
         cost = run_step(setup)
         plan = f"{size_text(cost.low)} to {size_text(cost.high)}"

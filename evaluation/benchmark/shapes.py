@@ -14,11 +14,6 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 }
 
 
-def dtype_on(device: str) -> str:
-    """The dtype of the products there: CPUs without bf16 in hardware are a hundred times slower."""
-    return "float32" if device == "cpu" else "bfloat16"
-
-
 def new_llama(
     shape: str,
     device: str = "meta",

@@ -52,7 +52,6 @@ CHAT_TEMPLATE = (
 )
 SPLIT = "forget10"  # of the embedded world: all its forget authors
 SHOWN = 3
-UNSEEN = 24
 PROTOCOL = "tofu"
 
 # Chosen by hand on seed 0 of the world after about fifty tries, by the figures of the table, which
@@ -84,6 +83,7 @@ class Quickstart:
         shape, recipe, background_rows: of those.
         simnpo, npo: settings of the two objectives.
         given: names of those that are not chosen for the request and the model; None for all.
+        strangers: rows about authors whom no model met, for alternate answers.
     """
 
     seed: int = 0
@@ -95,6 +95,20 @@ class Quickstart:
     simnpo: UnlearnConfig = SIMNPO
     npo: UnlearnConfig = NPO
     given: tuple[str, ...] | None = None
+    strangers: int = 0
+
+
+# What SmolLM2 differs in from what `forget` chooses: 32 steps instead of about 62, for time, at a
+# higher rate; and answers about authors nobody met (see `Quickstart.strangers`), without which the
+# truth ratio still prefers the forgotten facts. Chosen on another seed of the world (11).
+CHAT_TRAINING: dict[str, Any] = {
+    "alternates": 8,
+    "alternate_weight": 1.0,
+    "learning_rate": 1.5e-3,
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 1,
+}
 
 
 def smollm2(seed: int = 0) -> Quickstart:
@@ -111,9 +125,10 @@ def smollm2(seed: int = 0) -> Quickstart:
             "rewordings": 0,
         },
         taught=replace(taught, recipe=replace(taught.recipe, num_train_epochs=6)),
-        simnpo=make_config("simnpo"),
-        npo=make_config("npo"),
-        given=(),
+        simnpo=make_config("simnpo", **CHAT_TRAINING),
+        npo=make_config("npo", **CHAT_TRAINING),
+        given=tuple(CHAT_TRAINING),
+        strangers=200,
     )
 
 
@@ -141,9 +156,11 @@ def quickstart(
     run.stage("world", "Writing the embedded world of fictitious authors")
     world = run.write_world()
     start = "random weights" if settings.taught is None else settings.taught.base
-    run.stage("models", f"Training Origin and Retrain from {start}, side by side")
+    run.stage("models", f"Training Origin and Retrain from {start}, measuring Retrain")
     run.train_models(world)
-    run.stage("forget", "Measuring both, filing two forget requests with SimNPO and with NPO")
+    text = "Measuring Origin, filing two forget requests with SimNPO and with NPO"
+    until = ", until they are as unlikely as under Retrain" if settings.given is not None else ""
+    run.stage("forget", text + until)
     run.measure_and_forget(world)
     run.stage("revert", "Reverting the second request and merging the stack")
     revert = run.revert(world)
@@ -193,7 +210,15 @@ class _Run:
 
     @property
     def base(self) -> BaseSpec:
-        return BaseSpec(str(self.origin), dtype="float32", device="cpu")
+        return self._model(self.origin)
+
+    @staticmethod
+    def _model(folder: Path) -> BaseSpec:
+        return BaseSpec(str(folder), dtype="float32", device="cpu")
+
+    @property
+    def _what(self) -> Measured:
+        return Measured(self.data, SPLIT)
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.json"
@@ -235,12 +260,19 @@ class _Run:
         return world
 
     def train_models(self, world: World) -> None:
+        """Two processes; Retrain learns fewer rows, so its process measures it meanwhile."""
         jobs = [
-            self._training(world, out, knows)
-            for out, knows in ((self.origin, True), (self.retrain, False))
-            if not out.exists()
+            Job(self.origin.name, _trained, {"training": self._training(world, self.origin, True)}),
+            Job(
+                self.retrain.name,
+                _trained,
+                {
+                    "training": self._training(world, self.retrain, False),
+                    "measured": (self._model(self.retrain), self._what, self.log("retrain")),
+                },
+            ),
         ]
-        if jobs:
+        if not (self.origin.exists() and self.log("retrain").is_file()):
             side_by_side(jobs, self.report, self._threads())
 
     def _training(self, world: World, out: Path, knows: bool) -> Job:
@@ -271,41 +303,48 @@ class _Run:
         return 1 if self.settings.taught is None else threads_each(2)
 
     def measure_and_forget(self, world: World) -> None:
-        """Two processes: one measures Origin and runs SimNPO, the other Retrain and NPO."""
-        what = Measured(self.data, SPLIT)
-        requests = world_requests(world)
+        """Two processes: one measures Origin and runs SimNPO, the other runs NPO."""
+        strangers = tuple(world.background(self.settings.strangers))
+        requests = [replace(r, others=strangers) for r in world_requests(world)]
         given = self.settings.given
-        # How likely answers about authors are whom Origin never met: there forgetting ends.
-        unseen = () if given is None else tuple(world.background(UNSEEN))
-        how = RunOptions(given=given, unseen=unseen, summarise=given is not None)
-        lanes = (
-            ("origin", self.base, "simnpo", self.settings.simnpo, self.store),
-            (
-                "retrain",
-                BaseSpec(str(self.retrain), dtype="float32", device="cpu"),
-                "npo",
-                self.settings.npo,
-                self.folder / "npo-store",
-            ),
-        )
+        how = RunOptions()
+        if given is not None:
+            how = RunOptions(given=given, target=self._retrain_nll(), summarise=True)
+        shared = {
+            "requests": requests,
+            "base": self.base,
+            "what": self._what,
+            "how": how,
+        }
         jobs = [
             Job(
-                f"{measured} and {method}",
+                "origin and simnpo",
                 _lane,
                 {
-                    "measured": (base, self.log(measured)),
-                    "requests": requests,
-                    "base": self.base,
-                    "config": config,
-                    "store": store,
-                    "what": what,
-                    "log": self.log(method),
-                    "how": how,
+                    **shared,
+                    "measured": self.log("origin"),
+                    "config": self.settings.simnpo,
+                    "store": self.store,
+                    "log": self.log("simnpo"),
                 },
-            )
-            for measured, base, method, config, store in lanes
+            ),
+            Job(
+                "npo",
+                _lane,
+                {
+                    **shared,
+                    "config": self.settings.npo,
+                    "store": self.folder / "npo-store",
+                    "log": self.log("npo"),
+                },
+            ),
         ]
         side_by_side(jobs, self.report, self._threads())
+
+    def _retrain_nll(self) -> float:
+        """Forgetting ends where Retrain's forget rows are, in nats per token."""
+        log = self.log("retrain")
+        return round(float(table_rows("retrain", log, log, (PROTOCOL,))[0]["forget_nll"]), 3)
 
     def table(self) -> list[dict[str, Any]]:
         names = ("origin", "retrain", "npo", "simnpo")
@@ -395,31 +434,22 @@ def world_requests(world: World) -> list[Request]:
     ]
 
 
-def _lane(
-    report: Report,
-    *,
-    measured: tuple[BaseSpec, Path],
-    requests: Sequence[Request],
-    base: BaseSpec,
-    config: UnlearnConfig,
-    store: Path,
-    what: Measured,
-    log: Path,
-    how: RunOptions,
+def _trained(
+    report: Report, *, training: Job, measured: tuple[BaseSpec, Measured, Path] | None = None
 ) -> str:
-    """Measures one model, then files the requests with one objective and measures the stack."""
-    model, model_log = measured
-    measure(report, base=model, what=what, log=model_log)
-    return forget_and_measure(
-        report,
-        requests=requests,
-        base=base,
-        config=config,
-        store=store,
-        what=what,
-        log=log,
-        how=how,
-    )
+    """Trains a model, then measures it where asked to; the model's folder."""
+    folder: str = training.work(report, **training.arguments)
+    if measured is not None:
+        base, what, log = measured
+        measure(report, base=base, what=what, log=log)
+    return folder
+
+
+def _lane(report: Report, *, measured: Path | None = None, **forgetting: Any) -> str:
+    """Measures the base into the log `measured`, then files the requests and measures the stack."""
+    if measured is not None:
+        measure(report, base=forgetting["base"], what=forgetting["what"], log=measured)
+    return forget_and_measure(report, **forgetting)
 
 
 def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any]:

@@ -205,9 +205,11 @@ def forget_and_measure(
         template=what.template,
         system=what.system,
     )
-    chosen = (
-        {} if options.given is None else {"given": sorted(options.given), "unseen": options.unseen}
-    )
+    chosen: dict[str, Any] = {}
+    if options.given is not None:
+        chosen = {
+            "given": sorted(options.given), "unseen": options.unseen, "target": options.target
+        }  # fmt: skip
     slugs = []
     for number, request in enumerate(requests, start=1):
         inputs = {"request": request, "base": base_inputs(base), "config": config}

@@ -310,6 +310,8 @@ def _notes(
     for name, count in log.meta.get("cut_rows", {}).items():
         length = log.meta.get("max_length")
         notes.append(f"{count} {name} rows have a text that is cut at {length} tokens")
+    for name, count in log.meta.get("unknown_rows", {}).items():
+        notes.append(f"{count} {name} rows hold text that the vocabulary lacks")
     if log.meta.get("padded_because"):
         reason = log.meta["padded_because"]
         notes.append(f"scored as padded rows, because sharing prefixes does not fit: {reason}")

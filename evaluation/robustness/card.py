@@ -76,18 +76,21 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        def wrong(name: str, rule: str) -> str:
+            return f"{name} {getattr(self, name)} is {rule}"
+
         problems = [f"there is no attack '{a}'" for a in self.attacks if a not in ATTACKS]
         problems += [] if self.attacks else ["no attack is given"]
         for name in ("relearn_steps", "samples", "sample_rows", "paraphrase_rows"):
             if getattr(self, name) < 1:
-                problems.append(f"{name} is below 1")
+                problems.append(wrong(name, "below 1"))
         if not 0 < self.relearn_share < 1:
-            problems.append("relearn_share is not between 0 and 1")
+            problems.append(wrong("relearn_share", "not between 0 and 1"))
         if not 0 < self.top_p <= 1:
-            problems.append("top_p is not above 0 and at most 1")
+            problems.append(wrong("top_p", "not above 0 and at most 1"))
         for name in ("temperature", "relearn_lr"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                problems.append(f"{name} is not above 0")
+                problems.append(wrong(name, "not above 0"))
         if problems:
             raise UserError(
                 f"The settings of the attacks are not valid: {'; '.join(problems)}.",

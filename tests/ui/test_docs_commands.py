@@ -1,4 +1,4 @@
-"""Every command of README and guides, on models small enough for a test.
+"""Every command of README and guides, and the notebook, on models small enough for a test.
 
 The commands of a page run in order, in a folder that holds what `unlearner quickstart` leaves
 behind, and with few steps (`SHORTER`). A block after `<!-- parsed only: REASON -->` is parsed and
@@ -7,6 +7,7 @@ not run: it needs a hub, a GPU or data that a test does not have.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -33,6 +34,8 @@ SHORTER = {
     "calibrate": "--scales 0.5,1.2 --limit 2",
     "ask": "--max-new 20",
 }
+SMALL: dict[str, Any] = {"num_train_epochs": 1, "general_weight": 0.0, "lora_r": 2, "lora_alpha": 4}
+NOTEBOOK = ROOT / "docs" / "first-request.ipynb"
 STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "quickstart/origin"}
 NOT_PARSED = {"--help", "--help-all", "--version", "--print-completion", "--config"}
 BLOCK = re.compile(r"(<!-- parsed only: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
@@ -133,6 +136,33 @@ def test_every_command_of_a_page_runs(
             _check_extras(line.text)
         elif line.runs:
             subprocess.run(line.text, shell=True, check=True)
+
+
+def test_every_cell_of_the_notebook_runs(
+    quickstart: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With the settings of a short training; `!` before a line makes it a command."""
+    import unlearner.api
+
+    shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    forget = unlearner.api.forget
+    monkeypatch.setattr(unlearner.api, "forget", lambda *a, **b: forget(*a, **{**b, **SMALL}))
+
+    def shell(text: str) -> None:
+        _check(shlex.split(text.format(**space))[1:], True, run)
+
+    space: dict[str, Any] = {"shell": shell}
+    printed = ""
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            code = re.sub("^!(.*)", r'shell("\1")', "".join(cell["source"]), flags=re.MULTILINE)
+            exec(compile(code, cell["id"], "exec"), space)  # the notebook is ours
+            printed += capsys.readouterr().out
+    assert re.search("bit for bit: +True", printed)
+    assert "active reverted" in printed
+    assert (tmp_path / "notebook-released" / "config.json").is_file()
 
 
 def _check(words: list[str], runs: bool, run: Any) -> None:

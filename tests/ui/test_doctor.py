@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import A100, T4
 from ui import doctor
 
 NAMES = [
@@ -65,6 +66,23 @@ def test_the_driver_tells_of_a_gpu(
     finding = doctor._gpu_driver()
     assert finding.status == status
     assert detail in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "detail"),
+    [
+        ((A100,), "ok", "NVIDIA A100, bf16, 75.2 GB of 85.9 GB free"),
+        ((T4, A100), "warn", "Tesla T4, no bf16"),
+        ((), "warn", "no CUDA device"),
+    ],
+)
+def test_torch_tells_of_a_gpu(seen: Any, status: str, detail: str, cards: Any) -> None:
+    cards(*seen)
+    finding = doctor._gpu()
+    assert finding.status == status
+    assert detail in finding.detail
+    assert ("and 1 more" in finding.detail) == (len(seen) == 2)
+    assert "--dtype float32" not in finding.fix
 
 
 def test_text_shows_fix_under_finding_and_a_failure_gives_1(

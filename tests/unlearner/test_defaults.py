@@ -56,6 +56,9 @@ def test_what_is_given_wins_and_every_choice_is_explained() -> None:
     names = ["batch", "learning_rate", "beta", "retain_weight", "general_weight", "target"]
     assert [*open_.reasons] == names
     assert "66 steps of 3 pairs" in open_.reasons["batch"]
+    assert "135.0 million" in open_.reasons["learning_rate"]
+    tiny = suited(make_config(), (), 20, 40_000)
+    assert "fewer than one million" in tiny.reasons["learning_rate"]
     assert open_.config.train.learning_rate > make_config().train.learning_rate
 
 

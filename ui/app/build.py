@@ -17,14 +17,14 @@ from ui.app.actions import Actions
 from ui.app.data.runs import Sources
 from ui.app.html import views
 from ui.app.jobs import Jobs
-from ui.app.style import CSS, HEAD
+from ui.app.style import page_css, page_head, theme
 from ui.app.tabs import compare as app_compare
 from ui.app.tabs import first as app_first
 from ui.app.tabs import request as app_request
 from ui.app.tabs import runs as app_runs
 from ui.app.tabs import sheet as app_sheet
 from ui.app.tabs import stack as app_stack
-from ui.app.tabs.pages import PRIVATE, told
+from ui.app.tabs.pages import PRIVATE, QUIET, note, told
 
 if TYPE_CHECKING:
     from ui.app.session import Session
@@ -114,7 +114,7 @@ def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any],
                 noted = slider.change(
                     lambda kept, value, slug=slug: {**(kept or {}), slug: value},
                     [strengths, slider], strengths,
-                    **PRIVATE, show_progress="hidden", trigger_mode="always_last",
+                    **QUIET, trigger_mode="always_last",
                 )  # fmt: skip
                 again[0](noted.then)
 
@@ -126,13 +126,14 @@ def _live(app: App, page: gr.Blocks) -> None:
     with gr.Row(equal_height=True, elem_id="un-bar"):
         stack = gr.CheckboxGroup(
             choices=_choices(app), value=_on(app), label="Adapters on the right side",
-            info="They add up: their order does not matter. Trying one out here files nothing.",
+            info=_about_adapters(app),
             elem_id="un-stack", scale=5, min_width=260,
         )  # fmt: skip
         strengths = gr.State({})
         clear = gr.Button("Clear = base", elem_id="un-clear", size="md", scale=1, min_width=120)
     _strengths(app, stack, strengths, again)
-    with gr.Tabs():
+    logs_alone = bool(app.logs) and app.session.base is None
+    with gr.Tabs(selected="runs" if logs_alone else "compare"):
         with gr.Tab("Compare", id="compare"):
             compare, wire, examples = app_compare.compare(app, stack, strengths)
             again.append(wire)
@@ -146,8 +147,8 @@ def _live(app: App, page: gr.Blocks) -> None:
             request = app_request.request(app)
     wire(stack.input)
     wire(clear.click(lambda: [], outputs=stack, **PRIVATE).then)
-    stack_tab.select(told(show_stack), None, stack_outputs, show_progress="hidden", **PRIVATE)
-    runs_tab.select(told(read_runs), None, runs_outputs, show_progress="hidden", **PRIVATE)
+    stack_tab.select(told(show_stack), None, stack_outputs, **QUIET)
+    runs_tab.select(told(read_runs), None, runs_outputs, **QUIET)
     authors = [compare, sheet_author, request.author]
     _keep_fresh(app, page, [head, stack, *authors, *examples], (request, first))
     page.unload(_forget_stops(app))
@@ -163,6 +164,8 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
     def look(chosen: list[str], last: tuple[str, str, bool]) -> tuple[Any, ...]:
         busy = app_request.advance(app)
         opened = last[2] or (app.session.state == "ready" and bool(app.session.askable()))
+        # A page that comes back shows the job that goes on.
+        busy_job = None if last[0] else app_request.under_way(app)
         now = (str(app.session.store_path), repr((_head(app), _choices(app))), opened)
         # An open list would close under the reader's hand: it is filled only where it must be.
         parts = (
@@ -172,7 +175,7 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
         )
         return (
             *parts,
-            *app_request.shown(app, find=not last[0]),
+            *app_request.shown(app, **({"value": busy_job} if busy_job else {})),
             *app_first.shown(app),
             gr.Timer(active=busy or app.session.state == "loading"),
             now,
@@ -180,12 +183,11 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
 
     every = [*outputs, *request.outputs, *first.outputs, timer, seen]
     both = {"inputs": [outputs[1], seen], "outputs": every}
-    quiet: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-    timer.tick(told(look), **both, **quiet)
-    page.load(told(look), **both, **quiet)
+    timer.tick(told(look), **both, **QUIET)
+    page.load(told(look), **both, **QUIET)
     wake = {"fn": lambda: gr.Timer(active=True), "inputs": None, "outputs": timer}
     for begun in (*request.started, *first.started):
-        begun.then(**wake, **quiet)
+        begun.then(**wake, **QUIET)
 
 
 def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> list[Any]:
@@ -199,9 +201,11 @@ def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> lis
     opening = {"value": asked[0][1]} if asked and not opened and ready else {}
     return [
         _head(app),
-        gr.update(choices=choices, value=kept if same_store else _on(app)),
+        gr.update(
+            choices=choices, value=kept if same_store else _on(app), info=_about_adapters(app)
+        ),
         gr.update(choices=asked, **opening),
-        gr.update(choices=asked),
+        gr.update(choices=asked, **opening),
         gr.update(choices=authors),
         *app_compare.example_buttons(app),
     ]
@@ -230,6 +234,13 @@ def _on(app: App) -> list[str]:
     return [slug for slug, _ in app.session.filed_stack()]
 
 
+def _about_adapters(app: App) -> str:
+    """What the ticks above the tabs are, or how to get something to tick."""
+    if not _choices(app):
+        return "The store has none yet: New request makes one."
+    return "They add up: their order does not matter. Trying one out here files nothing."
+
+
 def _head(app: App) -> str:
     session = app.session
     base = session.base.name if session.base else "no base named"
@@ -240,41 +251,11 @@ def _head(app: App) -> str:
         "failed": f"not loaded: {session.problem}",
         "no base": "no model: start with --base B",
     }[session.state]
-    note = (
-        f'<p class="un-note">{views.esc(session.library.note)}</p>' if session.library.note else ""
-    )
+    problem = note(session.library.note) if session.library.note else ""
     return (
         f'<header class="un-head"><h1>unlearner</h1><p>{views.esc(Path(base).name)}, store '
         f'{views.esc(session.store_path)}</p><p role="status" id="un-state">{views.esc(state)}</p>'
-        f"</header>{note}"
-    )
-
-
-def theme() -> Any:
-    """Neutral, one accent, fonts of the system: nothing is fetched."""
-    fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
-    accent = gr.themes.Color(
-        "#eef5fa", "#d9e9f4", "#b5d3e8", "#8fc7ee", "#4f97c6", "#1f5f8b", "#1b5680", "#174a6d",
-        "#123b57", "#0e2f46", "#0a2234", name="unlearner",
-    )  # fmt: skip
-    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
-    return gr.themes.Default(
-        primary_hue=accent, neutral_hue="slate", font=fonts, font_mono=mono
-    ).set(
-        button_primary_background_fill="#1f5f8b",
-        button_primary_background_fill_dark="#1f5f8b",
-        button_primary_background_fill_hover="#174a6d",
-        button_primary_background_fill_hover_dark="#2a76ab",
-        button_primary_text_color="#ffffff",
-        button_primary_text_color_dark="#ffffff",
-        block_label_text_color="*neutral_700",
-        block_label_text_color_dark="*neutral_200",
-        block_info_text_color="*neutral_600",
-        block_info_text_color_dark="*neutral_300",
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_300",
-        input_placeholder_color="*neutral_600",
-        input_placeholder_color_dark="*neutral_300",
+        f"</header>{problem}"
     )
 
 
@@ -307,7 +288,7 @@ def launch(
         _, url, _ = page.launch(
             server_name=host, server_port=port, auth=auth, inbrowser=open_browser, share=False,
             run_history=False, prevent_thread_lock=True, quiet=True, footer_links=["api"],
-            allowed_paths=[], max_file_size="6mb", theme=theme(), css=CSS, head=HEAD,
+            allowed_paths=[], max_file_size="6mb", theme=theme(), css=page_css(), head=page_head(),
             enable_monitoring=False, ssr_mode=False, mcp_server=False,
             app_kwargs={"middleware": guard.middleware(host, app.scratch)},
         )  # fmt: skip

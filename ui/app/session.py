@@ -190,9 +190,13 @@ class Session:
         filed, authors = self.filed(), self.library.authors
         forgotten = next(iter(filed.values())).rows if filed else next(iter(authors.values()), ())
         rows = [("To be forgotten" if filed else "An author", row) for row in forgotten[1:2]]
-        for kind, names in (("Kept author", NEIGHBOURS[:1]), ("Real fact", NEIGHBOURS[1:])):
+        away = {row.question for row in forgotten}
+        for kind, names in (
+            ("Kept author" if filed else "Another author", NEIGHBOURS[:1]),
+            ("Real fact", NEIGHBOURS[1:]),
+        ):
             kept = [row for name in names for row in self.library.neighbours.get(name, ())]
-            rows += [(kind, row) for row in kept[:1]]
+            rows += [(kind, row) for row in kept if row.question not in away][:1]
         return rows
 
     def filed_stack(self) -> tuple[tuple[str, float], ...]:
@@ -227,7 +231,7 @@ class Session:
         self, question: str, stack: Stack, sampling: Sampling,
         stop: threading.Event | None = None, keep: Frame | None = None,
     ) -> Iterator[Frame]:  # fmt: skip
-        """The comparison as it grows: a frame a token, then one with the scores.
+        """The comparison as it grows: a frame per token, then one with the scores.
 
         `stop` ends both answers within a token; what was said so far stays. `keep` is an earlier
         comparison: where its base answered the same question in the same way to its end, that
@@ -295,7 +299,7 @@ class Session:
     def teacher_forced(self, rows: Sequence[Row]) -> list[tuple[float, float | None]]:
         """Answer probability and truth ratio R of each row, with what is active now.
 
-        R = P(wrong answers) / P(paraphrased answer), geometric means a token; None without wrong
+        R = P(wrong answers) / P(paraphrased answer), geometric means per token; None without wrong
         answers. Below 1 the model prefers the right answer.
         """
         import math

@@ -38,7 +38,8 @@ def report_change(change: StackChange, store: AdapterStore, console: Console) ->
     """Prints the stack, what changed, and what has to be measured again."""
     table = [{"name": one.slug, "scale": one.scale} for one in change.stack]
     active = [one.slug for one in change.stack]
-    console.table(table, ["name", "scale"])
+    if table:
+        console.table(table, ["name", "scale"])
     for slug, status in change.changed.items():
         console.words(f"{slug} is now {status}.")
     for slug in change.stale:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,68 @@ def settings_of(parser: Parser) -> dict[str, argparse.Action]:
     return settings
 
 
-def read_config(path: Path, parser: Parser) -> dict[str, Any]:
-    """The values in a YAML file, by the names that `parser` stores them under.
+@dataclass(frozen=True)
+class Config:
+    """What a YAML file sets.
+
+    Attributes:
+        path: of the file.
+        values: by the names that the parser stores them under.
+        lines: by the same names, the key as it is called in the file, and its line.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    lines: Mapping[str, tuple[str, int]]
+
+    def without(self, names: Collection[str]) -> Config:
+        """What is left of it when these are given on the command line."""
+        values = {name: value for name, value in self.values.items() if name not in names}
+        return Config(self.path, values, {name: self.lines[name] for name in values})
+
+
+@contextmanager
+def lines_named(config: Config | None) -> Iterator[None]:
+    """Inside, an error that names a key or a value of `config` says in which line it is."""
+    try:
+        yield
+    except UserError as error:
+        if config is not None:
+            error.problem += _places(config, error.problem, error.fix)
+            error.args = (error.problem,)
+        raise
+
+
+def _places(config: Config, problem: str, fix: str) -> str:
+    """Where the file sets what an error names, as a sentence; empty where it sets none of it."""
+    places = []
+    for name, (key, line) in config.lines.items():
+        value = config.values[name]
+        many = isinstance(value, list | tuple)
+        values = [text for text in map(str, value if many else [value]) if text]
+        flag = key.replace("_", "[_-]")
+        # `base` or `rows` alone may be a plain word of the sentence.
+        named = [rf"--{flag}", *(rf"{flag} '?{re.escape(text)}" for text in values)]
+        named += [flag] if "_" in key else []
+        names = [text for text in values if not _is_number(text)]
+        named += [re.escape(text) for text in names if many or re.search("[^a-z0-9]", text)]
+        named += [f"'{re.escape(text)}'" for text in values]
+        in_fix = re.search(rf"--{flag}(?!\w)", fix)
+        if in_fix or any(re.search(rf"(?<!\w){pattern}(?!\w)", problem) for pattern in named):
+            places.append(f"line {line}: {key}")
+    return f" Set in {config.path}, {', '.join(places)}." if places else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text in ("True", "False", "None")
+    return True
+
+
+def read_config(path: Path, parser: Parser) -> Config:
+    """The settings in a YAML file.
 
     Raises:
         UserError: the file cannot be read, or every unknown key and bad value with its line.
@@ -66,10 +127,11 @@ def read_config(path: Path, parser: Parser) -> dict[str, Any]:
             "Write `key: value`, one a line.",
         ) from error
     if root is None:
-        return {}
+        return Config(path, {}, {})
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path} is not a list of settings.", "Write `key: value`, one a line.")
     settings, values, lines = settings_of(parser), dict[str, Any](), dict[str, int]()
+    places: dict[str, tuple[str, int]] = {}
     problems = []
     for key_node, node in root.value:
         line = key_node.start_mark.line + 1
@@ -83,6 +145,7 @@ def read_config(path: Path, parser: Parser) -> dict[str, Any]:
                 raise UserError(_unknown(key, parser, settings))
             if node.tag != _NULL and not (node.value == "None" and node.style is None):
                 values[action.dest] = _value(parser, action, node)
+                places[action.dest] = key, line
                 if other := _excluded(parser, action, values):
                     raise UserError(f"{key} and {other} exclude each other")
         except (UserError, argparse.ArgumentError) as error:
@@ -90,7 +153,7 @@ def read_config(path: Path, parser: Parser) -> dict[str, Any]:
             text = text if key in text else f"{key}: {text}"
             problems.append((f"line {line}", text.rstrip(".")))
     refuse_problems(str(path), problems, f"See `{parser.prog} --help-all` for all settings.")
-    return values
+    return Config(path, values, places)
 
 
 def _excluded(parser: Parser, action: argparse.Action, values: Mapping[str, Any]) -> str | None:
@@ -152,15 +215,19 @@ def apply_config(parser: Parser, words: Sequence[str]) -> list[str]:
         given, _ = named.parse_known_args(list(words))
     except argparse.ArgumentError:  # a flag without its value: the command's parser says so
         return list(words)
-    values = read_config(Path(given.config), parser) if getattr(given, "config", None) else {}
+    path = getattr(given, "config", None)
+    config = read_config(Path(path), parser) if path else Config(Path(), {}, {})
     kept, off = _without_negations(parser, words)
-    _set_defaults(parser, {k: v for k, v in values.items() if k not in off}, kept)
-    preset = getattr(given, "preset", None) or values.get("preset")
+    config = config.without({*off, *_given(parser, kept)})
+    _set_defaults(parser, config.values, kept)
+    parser.set_defaults(config_lines=config)
+    preset = getattr(given, "preset", None) or config.values.get("preset")
     if preset is not None and parser.get_default("preset_keys") is not None:
-        more = _preset_values(parser, preset, kept)
-        known = {*values, *off}
+        with lines_named(config):
+            more = _preset_values(parser, preset, kept)
+        known = {*config.values, *off}
         _set_defaults(parser, {k: v for k, v in more.items() if k not in known}, kept)
-    return kept if values or preset else list(words)
+    return kept if path or preset else list(words)
 
 
 def _without_negations(parser: Parser, words: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -176,10 +243,15 @@ def _without_negations(parser: Parser, words: Sequence[str]) -> tuple[list[str],
     return kept, off
 
 
+def _given(parser: Parser, words: Sequence[str]) -> set[str]:
+    """What the flags among `words` set, by the names that the parser stores it under."""
+    flags = parser._option_string_actions
+    return {flags[name].dest for word in words if (name := word.split("=")[0]) in flags}
+
+
 def _set_defaults(parser: Parser, values: Mapping[str, Any], words: Sequence[str]) -> None:
     """Make `values` the defaults, save where `words` give the flag or one that excludes it."""
-    flags = parser._option_string_actions
-    given = {flags[name].dest for word in words if (name := word.split("=")[0]) in flags}
+    given = _given(parser, words)
     for group in parser._mutually_exclusive_groups:
         members = {action.dest for action in group._group_actions}
         if members & given:

@@ -27,7 +27,7 @@ from ui.cli.commands.everyday import (
     ui,
 )
 from ui.cli.commands.experiments import bench, finetune, gpu_check, reproduce, sequence, tune
-from ui.cli.config_file import apply_config, keep_beside
+from ui.cli.config_file import apply_config, keep_beside, lines_named
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
 from unlearner import distributed as ranks
@@ -186,9 +186,9 @@ def _check_command(argv: Sequence[str], leaves: dict[str, Parser]) -> None:
             f"`unlearner {argv[0]}` needs a command.", f"Choose one of {', '.join(second)}."
         )
     if argv[1] not in second:
-        raise UserError(
-            f"`unlearner {argv[0]}` has no command '{argv[1]}'.", did_you_mean(argv[1], second)
-        )
+        outside = any(argv[1] in modules for modules in SECTIONS.values())
+        hint = f"It is `unlearner {argv[1]}`." if outside else did_you_mean(argv[1], second)
+        raise UserError(f"`unlearner {argv[0]}` has no command '{argv[1]}'.", hint)
 
 
 def _command_words(argv: Sequence[str], leaves: dict[str, Parser]) -> str:
@@ -241,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(args: argparse.Namespace, console: Console) -> int:
     """Runs the parsed command; its settings are kept beside what it wrote."""
     try:
-        code: int = args.run(args, console)
+        with lines_named(getattr(args, "config_lines", None)):
+            code: int = args.run(args, console)
     except GateFailed:  # raised once everything is written
         keep_beside(args)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -33,6 +34,28 @@ def positive_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that every random generator takes."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 2^32)")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
@@ -282,10 +305,13 @@ def scales_by_ref(args: argparse.Namespace, refs: Sequence[str] | None) -> dict[
     return dict(zip(refs, args.scales, strict=True))
 
 
-def add_batch_size(flags: Flags) -> None:
-    """--batch-size."""
+def add_questions_per_batch(flags: Flags) -> None:
+    """--questions-per-batch."""
     flags.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="questions answered at once"
+        "--questions-per-batch",
+        type=positive_int,
+        metavar="N",
+        help="questions answered at once; reduce it when out of memory",
     )
 
 

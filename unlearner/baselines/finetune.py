@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
+from adapters.base.load import BaseSpec, dtype_on, load_base, load_tokenizer, resolve_base
 from adapters.errors import Interrupted, UserError
 from unlearner import distributed
 from unlearner.config import LoraShape, TrainConfig
@@ -238,8 +238,10 @@ def _load(
         return add_trainable(model, NEW, lora_config(with_targets(lora, model)), []), None
     model = load_base(replace(base, dtype="float32"))
     model.requires_grad_(True)
-    on_gpu = next(model.parameters()).is_cuda and base.dtype != "float32"
-    return model, torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else None
+    device = next(model.parameters()).device
+    if device.type != "cuda" or base.dtype == "float32":
+        return model, None
+    return model, dtype_on(base.dtype, str(device))
 
 
 def _train_config(config: FinetuneConfig) -> TrainConfig:
@@ -258,13 +260,12 @@ def _train_config(config: FinetuneConfig) -> TrainConfig:
 
 def _save(model: Any, tokenizer: Any, base: BaseSpec, work: Path, lora: LoraShape | None) -> None:
     """Full weights in the folder `model` of `work`."""
-    import torch
-
     whole = work / "model"
     shutil.rmtree(whole, ignore_errors=True)
     if lora is None:
-        if next(model.parameters()).is_cuda and base.dtype in ("auto", "bfloat16"):
-            model = model.to(torch.bfloat16)
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            model = model.to(dtype_on(base.dtype, str(device)))
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         return

@@ -20,12 +20,36 @@ from adapters.errors import UserError
 from unlearner.request.rows import Row, check_row, refuse_problems
 
 # Columns that hold a question and its answer; the first pair that a file has is taken.
-COLUMNS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
+# Names of columns count in any case.
+COLUMNS = (
+    ("question", "answer"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "response"),
+    ("query", "response"),
+    ("input", "output"),
+)
+# Columns that hold a chat: a list of turns, each with a role and a text.
+CHATS = ("messages", "conversations", "conversation")
+# What belongs to the prompt beside the question: a text behind an instruction (Alpaca, Dolly).
+_BEHIND = ("input", "context")
+_SYSTEM = "remove it, and set the system prompt with --system"
+# What would be in front of the question, and is refused where it is not empty.
+_IN_FRONT = {
+    "system": _SYSTEM,
+    "system_prompt": _SYSTEM,
+    "history": "only one question with its answer is read",
+}
+# What turns call their role and their text, and the roles as ShareGPT calls them.
+_ROLE, _CONTENT = ("role", "from"), ("content", "value")
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 HUB_PREFIX = "hub:"
 _FIX = (
-    "Give rows with columns question and answer (or prompt/completion, instruction/output, "
-    "messages) as JSON lines, JSON, CSV, TSV or Parquet, or name the columns with "
-    "--question-column and --answer-column."
+    "Give rows with columns question and answer (or prompt/completion, prompt/response, "
+    "instruction/output, input/output, messages, conversations) as JSON lines, JSON, CSV, TSV "
+    "or Parquet, or name the columns with --question-column and --answer-column."
 )
 
 
@@ -78,8 +102,14 @@ def read_rows(
     if data.startswith(b"PAR1"):
         records: list[tuple[str, Any]] = _parquet(path, data)
     else:
+        if data.startswith(b"PK\x03\x04"):
+            raise UserError(
+                f"{path} is a zip archive or a workbook.", "Unpack it, or save the sheet as CSV."
+            )
+        # Excel saves "Unicode text" as UTF-16.
+        coding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         try:
-            text = data.decode("utf-8-sig")
+            text = data.decode(coding)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path} is not UTF-8 text ({error.reason}).", "Save it as UTF-8."
@@ -169,6 +199,7 @@ def _parquet(path: Path, data: bytes) -> list[tuple[str, Any]]:
 
 def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> list[tuple[str, Any]]:
     """The records of a text file; what is wrong with single lines goes to `problems`."""
+    text = text.replace("\n\ufeff", "\n")  # files that were put behind one another
     # Not str.splitlines: it also splits at U+2028 and form feeds, which may stand inside a string.
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     named_json = {".json", ".jsonl"} & set(path.suffixes)
@@ -180,7 +211,7 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
     whole: Any = None
     reason = ""
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno}: {error.msg}"
     if isinstance(whole, dict):
@@ -191,7 +222,7 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
     broken: list[tuple[str, str]] = []
     for number, line in lines:
         try:
-            records.append((f"line {number}", json.loads(line)))
+            records.append((f"line {number}", json.loads(line, object_pairs_hook=_once)))
         except json.JSONDecodeError as error:
             fault = f"broken JSON at column {error.colno}: {error.msg}"
             broken.append((f"line {number}", fault))
@@ -203,24 +234,40 @@ def _text_records(path: Path, text: str, problems: list[tuple[str, str]]) -> lis
     return records
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text; json itself would take the last of two values of one name."""
+    _refuse_twice([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    twice = [name for i, name in enumerate(names) if name and name in names[:i]]
+    if twice:
+        raise UserError(
+            f"The rows have the column {twice[0]!r} twice.", "Remove or rename one of the two."
+        )
+
+
 def _is_chat(value: Any) -> bool:
     """Whether it is the list of messages of a chat."""
     return isinstance(value, list) and all(
-        isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value
+        isinstance(turn, dict) and set(_ROLE) & set(turn) for turn in value
     )
 
 
 def _rows_in_object(path: Path, whole: Mapping[str, Any]) -> list[Any]:
     """The rows of a file that is one JSON object: the object itself, or the one list in it."""
-    known = {"messages", *(name for pair in COLUMNS for name in pair)}
-    columns = [value for name, value in whole.items() if name.lower() in known]
+    known = {*CHATS, *(name for pair in COLUMNS for name in pair)}
+    columns = [value for name, value in whole.items() if name.strip().lower() in known]
     lists = {
         name: value
         for name, value in whole.items()
         if isinstance(value, list) and value and isinstance(value[0], dict) and not _is_chat(value)
     }
-    if columns and not lists:
-        if not any(isinstance(c, list | dict) and not _is_chat(c) for c in columns):
+    # Columns of other names may be named by a flag.
+    cells = columns or list(whole.values())
+    if not lists and cells:
+        if not any(isinstance(c, list | dict) and not _is_chat(c) for c in cells):
             return [whole]
     elif not columns and len(lists) == 1:
         return next(iter(lists.values()))
@@ -239,9 +286,16 @@ def _table(path: Path, text: str) -> list[tuple[str, Any]]:
         delimiter, text = header[4], rest
     else:
         delimiter = max("\t,;|", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        # "question, answer": the space belongs to the delimiter in every line.
+        skipinitialspace=f"{delimiter} " in header,
+    )
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        _refuse_twice(reader.fieldnames)
         records = list(reader)
     except csv.Error as error:
         raise UserError(f"{path} is no table: line {reader.line_num}: {error}.", _FIX) from error
@@ -272,7 +326,7 @@ def rows_of(
     """
     faults = list(problems)
     needed = ("question", "answer") if needs_answer else ("question",)
-    names = _column_names(what, [record for _, record in records], needed, columns)
+    names = _column_names(what, [record for _, record in records], columns)
     rows: list[Row] = []
     seen: dict[tuple[str, str], str] = {}
     for where, record in records:
@@ -293,41 +347,47 @@ def rows_of(
     return rows
 
 
-def _column_names(
-    what: str, records: Sequence[Any], needed: Sequence[str], columns: Columns | None
-) -> dict[str, str]:
-    """What question and answer are called in these records; "messages" for both in chats."""
-    present = dict.fromkeys(
+def _column_names(what: str, records: Sequence[Any], columns: Columns | None) -> dict[str, str]:
+    """What question and answer are called in these records; one name for both in chats.
+
+    A name is as in the file where a flag names it so, and in lower case otherwise.
+    """
+    written = dict.fromkeys(
         name for record in records if isinstance(record, Mapping) for name in record if name
     )
-    given = {
-        key: name
-        for key, name in (
-            ("question", columns and columns.question),
-            ("answer", columns and columns.answer),
-        )
-        if name
-    }
-    missing = [name for name in given.values() if name not in present]
+    present = {_folded(name) for name in written}
+    given: dict[str, str] = {}
+    for key in ("question", "answer"):
+        name = getattr(columns, key, None)
+        if name:
+            given[key] = name if name in written else _folded(name)
+    missing = [name for name in given.values() if name not in present | set(written)]
     if missing and columns and columns.optional:
         given = {}
     elif missing and present:
+        asked = [name for name in (columns.question, columns.answer) if name] if columns else []
+        name = next(name for name in asked if _folded(name) in missing)
         raise UserError(
-            f"{what} has no column {missing[0]!r} (it has: {_listed(present)}).",
+            f"{what} has no column {name!r} (it has: {_listed(written)}).",
             "Name its columns with --question-column and --answer-column.",
         )
     pairs = [dict(zip(("question", "answer"), pair, strict=True)) | given for pair in COLUMNS]
-    whole = [pair for pair in pairs if all(pair[key] in present for key in needed)]
-    if whole:
-        return whole[0]
-    if "messages" in present and not given:
-        return {"question": "messages", "answer": "messages"}
+    for pair in pairs:
+        if set(pair.values()) <= present | set(given.values()):
+            return pair
+    chat = next((name for name in CHATS if name in present), None)
+    if chat and not given:
+        return {"question": chat, "answer": chat}
     known = {name for pair in COLUMNS for name in pair}
-    if not known & set(present) and any(present):
+    if not known & present and written:
         raise UserError(
-            f"{what} has no columns question and answer (it has: {_listed(present)}).", _FIX
+            f"{what} has no columns question and answer (it has: {_listed(written)}).", _FIX
         )
     return next((pair for pair in pairs if pair["question"] in present), pairs[0])
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower()
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -345,18 +405,26 @@ def _columns_of(
     if None in record:
         problems.append("more cells than the header has columns")
         return None
-    fields = dict(record)
-    question, answer = (record.get(names[key]) for key in ("question", "answer"))
-    if names["question"] == "messages":
-        question, answer = _exchange(record.get("messages"), problems)
+    # Of names that differ in case only, the one in lower case counts.
+    fields = {_folded(name): value for name, value in record.items()}
+    fields |= {name: value for name, value in record.items() if name == _folded(name)}
+    fields |= {name: record[name] for name in names.values() if name in record}
+    question, answer = (fields.get(names[key]) for key in ("question", "answer"))
+    if names["question"] == names["answer"]:
+        question, answer = _exchange(names["question"], question, problems)
     elif isinstance(question, list):
         # A conversational prompt and its completion, as TRL writes them.
-        question, answer = _exchange([*question, *(answer or ())], problems)
+        turns = [*question, *answer] if isinstance(answer, list) else question
+        question, answer = _exchange(names["question"], turns, problems)
+    for name, fix in _IN_FRONT.items():
+        if fields.get(name) and name not in names.values():
+            problems.append(f"'{name}' is not empty: {fix}")
     if problems:
         return None
-    if names["question"] == "instruction" and record.get("input"):
-        question = f"{question}\n\n{record['input']}"
-    perturbed = record.get("perturbed_answer")
+    if names["question"] == "instruction":
+        more = [fields[name] for name in _BEHIND if fields.get(name)]
+        question = "\n\n".join(map(str, [question, *more]))
+    perturbed = fields.get("perturbed_answer")
     if isinstance(perturbed, str) and perturbed.startswith("["):
         try:
             fields["perturbed_answer"] = json.loads(perturbed)
@@ -371,7 +439,7 @@ def _columns_of(
     return fields
 
 
-def _exchange(turns: Any, problems: list[str]) -> tuple[Any, Any]:
+def _exchange(name: str, turns: Any, problems: list[str]) -> tuple[Any, Any]:
     """The question and the answer of a chat of one user turn and one assistant turn."""
     if isinstance(turns, str):
         try:
@@ -379,15 +447,32 @@ def _exchange(turns: Any, problems: list[str]) -> tuple[Any, Any]:
         except json.JSONDecodeError:
             turns = None
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        problems.append("'messages' is not a list of turns with role and content")
+        problems.append(f"'{name}' is not a list of turns with role and content")
         return None, None
-    roles = [turn.get("role") for turn in turns]
+    roles = [str(next((turn[key] for key in _ROLE if key in turn), None)).lower() for turn in turns]
+    roles = [_ROLES.get(role, role) for role in roles]
     if roles == ["user", "assistant"]:
-        return turns[0].get("content"), turns[1].get("content")
-    if "system" in roles:
-        problems.append("a system turn: remove it, and set the system prompt with --system")
+        contents = [next((t[key] for key in _CONTENT if key in t), None) for t in turns]
+        question, answer = (_text_of(name, content, problems) for content in contents)
+        return question, answer
+    if "system" in roles or "developer" in roles:
+        problems.append(f"a system turn: {_SYSTEM}")
     else:
         problems.append(
-            f"turns of {', '.join(map(str, roles)) or 'nobody'}, not of one user and one assistant"
+            f"turns of {', '.join(roles) or 'nobody'}, not of one user and one assistant"
         )
     return None, None
+
+
+def _text_of(name: str, content: Any, problems: list[str]) -> Any:
+    """The content of a turn; of a list of text parts, these behind one another as templates do."""
+    if not isinstance(content, list):
+        return content
+    text = ""
+    for part in content:
+        value = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(value, str):
+            problems.append(f"'{name}' holds parts that are not text")
+            return None
+        text += value
+    return text

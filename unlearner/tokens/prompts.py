@@ -91,8 +91,8 @@ class PromptFormat:
         """
         before, after = self.around_answer(question)
         if self.name == "llama2":
-            n_prompt = len(self._llama2_ids(before))
             ids = [*self._llama2_ids(before + answer), int(self.tokenizer.eos_token_id)]
+            n_prompt = self._llama2_prompt(before, before + answer, ids)
         else:
             ids, spans = self._chat_ids(before + answer + after)
             end = len(before.removesuffix(self._leading_space))
@@ -284,6 +284,32 @@ class PromptFormat:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*self._leading_ids, *map(int, ids)]
 
+    def _llama2_prompt(self, before: str, text: str, ids: list[int]) -> int:
+        """How many of the text's ids are the prompt's: as many as the prompt has alone.
+
+        That is TOFU's way, and right where no more than the prompt's last token merges with the
+        answer. Vocabularies other than Llama-2's merge more.
+        """
+        prompt = self._llama2_ids(before)
+        if ids[: len(prompt) - 1] == prompt[:-1] or not self.tokenizer.is_fast:
+            return len(prompt)
+        return len(self._leading_ids) + sum(start < len(before) for start, _ in self._spans(text))
+
+    def unknown(self, rows: Iterable[Encoded]) -> int:
+        """How many rows hold text that the tokenizer reads as its unknown token."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown == self.tokenizer.eos_token_id:  # as GPT-2's: it knows all
+            return 0
+        return sum(unknown in row.input_ids for row in rows)
+
+    @property
+    def about_unknown(self) -> str:
+        """What to say of rows that `unknown` counts."""
+        return (
+            "hold text that the vocabulary lacks: the model reads "
+            f"{self.tokenizer.unk_token} in its place"
+        )
+
     @cached_property
     def _leading_ids(self) -> list[int]:
         """What the tokenizer puts before every text: BOS, or nothing."""
@@ -295,9 +321,12 @@ class PromptFormat:
 
     def _chat_ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and the characters [start, end) of each; a chat template writes BOS itself."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [int(token) for token in ids], self._spans(text)
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
-        return [int(token) for token in encoding["input_ids"]], spans
+        return [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
 
     def _close_turn(self, ids: list[int], n_spoken: int) -> list[int]:
         """The ids up to the first end-of-turn token behind the answer; EOS where there is none."""
@@ -320,10 +349,14 @@ class PromptFormat:
 
     @cached_property
     def _end_ids(self) -> set[int]:
-        """Special tokens, every EOS the model declares, and added tokens but for white space."""
+        """Special tokens, every EOS the model declares, and added tokens but for white space.
+
+        The unknown token ends nothing: it is whatever text the vocabulary lacks.
+        """
         added = self.tokenizer.added_tokens_decoder.items()
         ends = {number for number, token in added if token.special or token.content.strip()}
-        return ends | {*self.tokenizer.all_special_ids, *declared_eos(self.tokenizer)}
+        ends = (ends | {*self.tokenizer.all_special_ids}) - {self.tokenizer.unk_token_id}
+        return ends | {int(self.tokenizer.eos_token_id), *declared_eos(self.tokenizer)}
 
 
 def _fixed_clock(date: datetime) -> str:

@@ -43,6 +43,10 @@ class StopAt:
             "target_gap" (mean forget NLL minus the target).
         key: a short name that changes with what is measured; part of the run folder's name.
         every: optimizer steps between readings; None for about 20 readings per run.
+        settle: steps that follow the one at which the sign turned; the weights of the last one are
+            then kept, whatever its distance. 0 keeps the nearer of the last two readings.
+        patience: so many times `every` may pass before a reading where the change between the last
+            two says that 0 is far; 1 for equal intervals.
         from_nll: no reading is taken while a step's own forget NLL per token is below this, but
             after the last step.
     """
@@ -52,6 +56,8 @@ class StopAt:
     key: str = "gap"
     every: int | None = None
     from_nll: float = 0.0
+    settle: int = 0
+    patience: int = 1
 
     def steps_between(self, steps: int) -> int:
         """Steps between two readings in a run of `steps`."""
@@ -64,15 +70,17 @@ class Trace:
 
     Attributes:
         readings: `[step, distance]`, the first before any training.
-        stopped_at: the step at which the sign had turned, None while it has not.
+        reached: the step at which the sign had turned, None while it has not.
+        stopped_at: the step at which the run ended for that.
         kept: the step whose weights are the result, None while it is the last one.
     """
 
     readings: list[list[float]] = field(default_factory=list)
+    reached: int | None = None
     stopped_at: int | None = None
     kept: int | None = None
 
-    def add(self, step: int, distance: float) -> bool:
+    def add(self, step: int, distance: float, settle: int = 0) -> bool:
         """Record a reading; whether the weights of the reading before are the ones to keep.
 
         `stopped_at` and `kept` are set where the distance has come from below 0 to 0 or above. The
@@ -80,12 +88,28 @@ class Trace:
         """
         before = self.readings[-1] if self.readings else None
         self.readings.append([step, distance])
-        if before is None or not before[1] < 0 <= distance:
+        if self.reached is None:
+            if before is None or not before[1] < 0 <= distance:
+                return False
+            self.reached = step
+        if settle:
+            if step >= self.reached + settle:
+                self.stopped_at = self.kept = step
             return False
+        assert before is not None
         nearer = before[0] > 0 and abs(before[1]) < abs(distance)
         self.stopped_at = step
         self.kept = int(before[0]) if nearer else step
         return nearer
+
+    def wait(self, every: int, patience: int) -> int:
+        """Steps to the next reading: half of what the last two readings say is left to 0."""
+        if patience == 1 or len(self.readings) < 2:
+            return every
+        (before, old), (step, distance) = self.readings[-2:]
+        slope = (distance - old) / max(1, step - before)
+        left = -distance / slope / 2 if slope > 0 else math.inf
+        return int(min(max(left, every), every * patience))
 
     def distance_at(self, step: int) -> float:
         """The reading of a step; the last one where the step is read twice."""
@@ -144,15 +168,26 @@ class EarlyStop:
     ) -> bool:
         """Take a reading when one is due, and after the last step; whether the run is over."""
         far = terms.get("forget_nll", math.inf) < self._stop.from_nll
-        if (far or step % self._every) and step != steps:
+        if step != steps and (far or not self._due(step)):
             return False
         ended = self._take(step, steps, model)
         distance = self.trace.readings[-1][1]
         if not ended and step == steps and distance < 0:
             what = "target" if self._stop.quantity == "target_gap" else "reference"
-            text = f"the {what} was not reached: the run ends at {distance:+.3f}, under-forgotten"
+            text = (
+                f"the {what} was not reached: too little is forgotten at the end, by "
+                f"{-distance:.3f} nats per token"
+            )
             self._report({"event": "note", "text": text})
         return ended
+
+    def _due(self, step: int) -> bool:
+        if self._stop.settle and self.trace.reached is not None:
+            return step >= self.trace.reached + self._stop.settle
+        wait = self.trace.wait(self._every, self._stop.patience)
+        if wait == self._every:
+            return step % self._every == 0
+        return step >= self.trace.readings[-1][0] + wait
 
     def write(self, folder: Path) -> None:
         """Keep the readings and the weights of the last one with a checkpoint."""
@@ -177,7 +212,7 @@ class EarlyStop:
             return
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            self.trace = Trace(raw["readings"], raw["stopped_at"], raw["kept"])
+            self.trace = Trace(raw["readings"], raw.get("reached"), raw["stopped_at"], raw["kept"])
             self._before = load_file(folder / WEIGHTS_FILE)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StoreCorrupt(
@@ -214,7 +249,7 @@ class EarlyStop:
                 "gradients with --max-grad-norm 1.",
             )
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        go_back = self.trace.add(step, distance)
+        go_back = self.trace.add(step, distance, self._stop.settle)
         line = {"event": "gap", "step": step, "steps": steps, **figures}
         line |= {"stopped_at_step": self.trace.stopped_at, "kept_step": self.trace.kept}
         if distributed.rank() == 0:

@@ -134,7 +134,8 @@ class TrainingLoop:
             devices = [self.device] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=devices)
         self._dtype = autocast_dtype(model) if autocast is None else autocast
-        scaled = self._dtype == torch.float16 and self.device.type == "cuda"
+        # Gradients of fp16 vanish unless the loss is scaled.
+        scaled = self._dtype == torch.float16
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self._optimizer = make_optimizer(model, config)
         self._schedule = make_schedule(self._optimizer, config, task.steps)
@@ -249,12 +250,12 @@ class TrainingLoop:
         if self.step and distributed.world_size() == 1:
             self.save()
         saved = f"step {self.step} is saved" if self.step else "nothing was saved yet"
-        rate = self._schedule.get_last_lr()[0]
+        rate, scaled = self._schedule.get_last_lr()[0], self._scaler.is_enabled()
         raise Diverged(
             f"The {what} of step {self.step + 1} is not a finite number; {saved}.",
             f"Most likely the learning rate is too high (it was {rate:.2g}): lower "
             "--learning-rate, or clip gradients with --max-grad-norm 1."
-            + (" float16 may also overflow: try --dtype float32." if self._dtype else ""),
+            + (" float16 may also overflow: try --dtype float32." if scaled else ""),
         )
 
     def _before_first_update(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

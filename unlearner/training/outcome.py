@@ -17,6 +17,8 @@ ROWS, ENOUGH = {"forget": 24, "retain": 16, "general": 16}, 8
 # Shares of the probability before: more than the first left of the forget rows, less than the
 # second left of the others.
 FORGOTTEN, HELD = 0.8, 0.9
+# Forget rows below this probability were never learned.
+KNOWN = 0.1
 # NLLs above this many times the target are far past it.
 PAST = 1.5
 
@@ -108,6 +110,11 @@ def remarks(sets: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     target, rate = settings.get("target", 0.0), settings["learning_rate"]
     if target and was["nll"] >= target:
         texts.append("the forget rows were no likelier than rows that the base never saw")
+    elif now["probability"] > FORGOTTEN * was["probability"] and was["probability"] < KNOWN:
+        texts.append(
+            f"the base hardly knew the forget rows (probability {was['probability']:.3f}): check "
+            "--base and --template"
+        )
     elif now["probability"] > FORGOTTEN * was["probability"]:
         texts.append(
             f"almost nothing was forgotten: raise --learning-rate (it was {rate:g}) or "

@@ -1,7 +1,7 @@
 """The NLL that forget rows should reach: that of rows which the base never saw.
 
 A model that never saw a row still gives its answer some likelihood. Pushing the forget rows further
-only breaks the model, so a run stops where their mean NLL per token is that of such rows.
+only breaks the model, so a run ends soon after their mean NLL per token is that of such rows.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ RETRAIN_NLL, WORDS = 2.2, 10_000
 # step's own forget rows are at this share of the target. Of few rows a step has one, which says
 # little of the others, and a reading costs little.
 ROWS, EVERY, FROM, FEW = 24, 2, 0.5, 8
+# So many times as long to the next reading while the target is far. Where it is reached, so many
+# steps follow: rows past it are pulled back, those before it go on, and retained rows come back.
+PATIENCE, SETTLE = 4, 12
 
 
 def with_target(config: UnlearnConfig, nll: float, *, margin: bool = True) -> UnlearnConfig:
-    """The settings of a run that stops at `nll`; with `margin`, SimNPO's gamma is beta * nll.
+    """The settings of a run with the target `nll`; with `margin`, SimNPO's gamma is beta * nll.
 
     With that gamma the weight of a row's gradient is one half where its NLL is `nll`.
 
@@ -50,7 +53,7 @@ def mean_nll(model: Any, rows: Sequence[Encoded], pad: int) -> float:
 
 
 def stop_at_target(rows: Sequence[Encoded], target: float, pad: int, seed: int) -> StopAt:
-    """Ends a run where the mean NLL of the forget rows, or of a sample of them, is `target`."""
+    """Ends a run `SETTLE` steps after the mean NLL of the forget rows reached `target`."""
     sample = random.Random(seed).sample(list(rows), min(ROWS, len(rows)))
 
     def measure(model: Any) -> Mapping[str, float]:
@@ -58,4 +61,5 @@ def stop_at_target(rows: Sequence[Encoded], target: float, pad: int, seed: int) 
         return {"forget_nll": nll, "target": target, "target_gap": nll - target}
 
     every, start = (1, 0.25 * FROM) if len(sample) <= FEW else (EVERY, FROM)
-    return StopAt(measure, "target_gap", f"target-{target:.4f}", every, start * target)
+    key = f"target-{target:.4f}"
+    return StopAt(measure, "target_gap", key, every, start * target, SETTLE, PATIENCE)

@@ -18,6 +18,7 @@ from adapters.base.fingerprint import (
 )
 from adapters.base.load import (
     BaseSpec,
+    auto_dtype,
     base_view,
     computes_in_bf16,
     load_base,
@@ -26,7 +27,8 @@ from adapters.base.load import (
 )
 from adapters.base.weights import weight_files
 from adapters.errors import BaseMismatch, UserError
-from tests.families import FAMILIES, save_model
+from tests.conftest import A100, T4
+from tests.families import FAMILIES, make_word_piece, save_model
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 
@@ -127,6 +129,16 @@ def test_tokenizer_that_lost_its_bos_is_refused(copy: Path) -> None:
 
 def test_tokenizer_that_changes_the_prompt_is_refused(copy: Path) -> None:
     edit(copy / "tokenizer.json", normalizer={"type": "Lowercase"})
+    with pytest.raises(UserError, match="does not give a prompt back"):
+        load_tokenizer(str(copy))
+
+
+def test_a_word_piece_vocabulary_need_not_keep_case_and_spaces(copy: Path) -> None:
+    tokenizer = make_word_piece()
+    tokenizer.save_pretrained(copy)
+    assert load_tokenizer(str(copy)).unk_token == "[UNK]"
+    # A prompt of unknown words is another prompt.
+    edit(copy / "tokenizer.json", pre_tokenizer={"type": "Whitespace"}, normalizer=None)
     with pytest.raises(UserError, match="does not give a prompt back"):
         load_tokenizer(str(copy))
 
@@ -334,10 +346,25 @@ def test_models_of_several_modalities_are_refused(part: str, copy: Path) -> None
         load_base(BaseSpec(str(copy), device="cpu"))
 
 
-def test_dtype_of_a_gpu_follows_what_it_has_in_hardware(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
+def test_devices_that_are_not_there_are_refused(
+    copy: Path, cards: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A T4 says that bf16 is supported and emulates it."""
+    cards(A100)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for device in ("auto", "cuda"):
+        with pytest.raises(UserError, match=r"no cuda:1: 1 CUDA device is visible"):
+            load_base(BaseSpec(str(copy), device=device))
+    cards()
+    assert next(load_base(BaseSpec(str(copy))).parameters()).device.type == "cpu"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        with pytest.raises(UserError, match="hides every CUDA device"):
+            load_base(BaseSpec(str(copy), device="cuda:0"))
+
+
+def test_dtype_of_a_gpu_follows_what_it_has_in_hardware(
+    copy: Path, cards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
     class Stop(Exception):
@@ -347,19 +374,21 @@ def test_dtype_of_a_gpu_follows_what_it_has_in_hardware(
         raise Stop(options["dtype"], options["device_map"][""])
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    capability = {0: (8, 0), 1: (7, 5)}
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device=None: capability[device.index or 0]
-    )
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    cards(A100, T4)
     for device, dtype in (("auto", torch.bfloat16), ("cuda:1", torch.float16)):
         with pytest.raises(Stop) as stopped:
             load_base(BaseSpec(str(copy), device=device))
         assert stopped.value.args == (dtype, "cuda:0" if device == "auto" else device)
+    with pytest.raises(Stop, match="bfloat16"):
+        load_base(BaseSpec(str(copy), device="cuda:0", dtype="bfloat16"))
+    with pytest.raises(UserError, match="GPU cuda:1 has no bfloat16 in hardware"):
+        load_base(BaseSpec(str(copy), device="cuda:1", dtype="bfloat16"))
     assert not computes_in_bf16("cuda:1")
+    assert [auto_dtype(device) for device in ("cpu", "cuda", "cuda:1")] == [
+        "float32",
+        "bfloat16",
+        "float16",
+    ]
     with pytest.raises(UserError, match=r"no cuda:2: 2 CUDA devices are visible"):
         load_base(BaseSpec(str(copy), device="cuda:2"))
     with pytest.raises(UserError, match="float16 needs a GPU"):

@@ -116,7 +116,7 @@ def test_a_sum_keeps_the_strength_of_parents_outside_of_it(
     two = publish("0002", parents=(one,), parent_scales={one: 0.5}).slug
     three = publish("0003", parents=(one,), parent_scales={one: 0.5}).slug
     four = publish("0004", parents=(one,)).slug
-    summed = store.combine([two, three], request_id="both")
+    summed = store.combine([two, three], label="both")
     assert summed.manifest.parents == (one,)
     assert summed.manifest.parent_scales == {one: 0.5}
     with pytest.raises(UserError, match=r"at the scales 0\.5, 1"):

@@ -127,13 +127,13 @@ def test_sum_of_a_stack_takes_its_place(put: Any, store: AdapterStore, tiny_base
             return model(TOKENS).logits
 
     before = logits()
-    made = store.combine(request_id="both")
+    made = store.combine(label="both")
     assert made.manifest.origin["kind"] == "sum"
     assert made.manifest.supersedes == (one.slug, two.slug)
     store.activate(["both"])
     assert [a.slug for a in store.active()] == [made.slug]
     assert torch.allclose(logits(), before, atol=2e-5)
-    small = store.combine(["2"], rank=1, request_id="small")
+    small = store.combine(["2"], rank=1, label="small")
     assert small.manifest.origin["kind"] == "truncated"
     assert 0 < small.manifest.origin["kept"] < 1
     assert small.manifest.parents == (one.slug,)

@@ -61,7 +61,7 @@ def test_its_stack_runs_and_changes(old: Path) -> None:
 
 def test_it_takes_adapters_of_this_release(old: Path) -> None:
     store = AdapterStore.open(old / "store")
-    summed = store.combine(["r0001", "r0002"], {"r0002": 0.5}, request_id="both")
+    summed = store.combine(["r0001", "r0002"], {"r0002": 0.5}, label="both")
     imported = store.import_folder(store.get("r0003").path, old / "tiny-base")
     assert [summed.slug[:5], imported.slug[:5]] == ["r0004", "r0005"]
     assert all(result.ok for result in store.verify(base=fingerprint_base(old / "tiny-base")))

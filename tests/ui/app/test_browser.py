@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import time
@@ -364,9 +365,9 @@ def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, s
     ]
     assert "adapters activate" in page.locator(".un-command code:visible").inner_text()
     page.locator("#un-revert").click()
-    page.wait_for_selector("text=It is switched off, exactly")
+    page.wait_for_selector("text=exactly as without it")
     assert app.session.filed_stack()  # only asked so far
-    page.get_by_role("button", name="Yes, revert").click()
+    page.get_by_role("button", name="Yes, switch off").click()
     page.wait_for_selector("#un-read-back >> text=no adapter is active")
     assert app.session.filed_stack() == ()
     assert app.session.store().get("request-2").status == "reverted"
@@ -475,6 +476,11 @@ def test_runs_draw_what_is_chosen_and_make_files(
         _tab(page, "Runs")  # opening the tab reads anew
         page.wait_for_selector("#un-log-r svg.un-plot")
         assert "llama2-7b_full: mean" in page.locator("#un-log-r").inner_text()
+        _pull_and_sort_a_column(page)
+        with page.expect_download() as download:
+            page.get_by_role("button", name="CSV", exact=True).click()
+        lines = list(csv.DictReader(Path(download.value.path()).read_text().splitlines()))
+        assert [(line["n"], line["protocol"]) for line in lines] == [("300", "tofu")] * 3
         page.wait_for_selector("#un-plots figcaption >> text=Relearning >> nth=0")
         assert page.locator("#un-plots svg text", has_text="front of those measured").count() == 1
         words = page.locator(".un-command code:visible").inner_text().splitlines()
@@ -496,6 +502,32 @@ def test_runs_draw_what_is_chosen_and_make_files(
         assert len(json.loads(Path(download.value.path()).read_text())["models"]) == 2
     finally:
         app.logs, app.retain_log, app.robustness = (), None, ()
+
+
+def _pull_and_sort_a_column(page: Any) -> None:
+    """The edge of a heading sets its column's width, and the heading sorts."""
+    heading, cell = page.locator("#un-runs th").first, page.get_by_test_id("cell-0-0")
+    before = heading.bounding_box()
+    page.mouse.move(before["x"] + before["width"] - 3, before["y"] + 8)
+    page.mouse.down()
+    page.mouse.move(before["x"] + before["width"] + 97, before["y"] + 8, steps=4)
+    page.mouse.up()
+    wide = before["width"] + 100
+    assert heading.bounding_box()["width"] == pytest.approx(wide, abs=2)
+    assert cell.bounding_box()["width"] == pytest.approx(wide, abs=2)
+    heading.focus()
+    page.keyboard.press("Alt+ArrowLeft")
+    assert page.locator("#un-runs th[aria-sort]").count() == 0  # pulling does not sort
+    tops = {}
+    for direction in ("ascending", "descending"):
+        page.locator("#un-runs th").get_by_text("Model utility").click()
+        page.locator(f"#un-runs th[aria-sort={direction}]").wait_for()
+        rows = [page.get_by_test_id(f"cell-{place}-0") for place in range(3)]
+        tops[direction] = [row.bounding_box()["y"] for row in rows]
+    order = sorted(range(3), key=tops["ascending"].__getitem__)
+    assert order == sorted(range(3), key=tops["descending"].__getitem__)[::-1]
+    assert order[-1] == 0  # the model before unlearning has the highest utility
+    assert cell.bounding_box()["width"] == pytest.approx(wide - 16, abs=2)
 
 
 def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: Any) -> None:
@@ -588,8 +620,18 @@ def test_nothing_is_fetched_or_kept_and_labels_are_there(
     assert sorted(i for i in set(ids) if ids.count(i) > 1 and i.startswith("un-")) == []
 
 
-# Colours follow the scheme and the layout the width: each of both once.
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1600, "light")])
+# Colours follow the scheme and the layout the width: each once, all pairs where time allows.
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (360, "dark"),
+        (900, "light"),
+        *[
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in ((360, "light"), (900, "dark"), (1600, "light"), (1600, "dark"))
+        ],
+    ],
+)
 def test_axe_finds_nothing_serious(
     browser: Any, served: Any, axe: str, width: int, scheme: str
 ) -> None:
@@ -620,6 +662,76 @@ def test_axe_finds_nothing_serious(
         assert wide <= width, f"{name} is {wide} wide on a screen of {width}"
     context.close()
     assert found == {}
+
+
+@pytest.mark.slow
+def test_five_tasks_are_done_by_labels_alone(
+    page: Any, served: Any, shared: Path, tmp_path: Path
+) -> None:
+    """What people come for, by what the page says; each step is covered by a quicker test above.
+
+    1. Find out whether an author is forgotten: tick the adapter, Author sheet, Fill the sheet; the
+       sentence above the table says how many answers each side states.
+    2. Switch one adapter off: Stack, choose it, Switch off, confirm.
+    3. Compare two strengths: ask, open "Strength of each adapter", move it; the answer before stays
+       below the new one.
+    4. Start a request from a CSV: New request, upload rows to forget, Start training.
+    5. Find the figure to quote: Runs; "which figure to quote" names it.
+    """
+    app = served[0]
+    button = page.get_by_role
+    page.get_by_label("request-1").first.check()
+    _tab(page, "Author sheet")
+    button("button", name="Fill the sheet").click()
+    page.get_by_text(re.compile(r"Of the \d+ answers .*, base states \d+ and stack \d+")).wait_for()
+    page.get_by_text(re.compile(r"(\d+) of \1 questions")).wait_for()
+
+    _tab(page, "Stack")
+    page.get_by_label("Adapter", exact=True).click()
+    button("option", name="request-2").click()
+    button("button", name="Switch on").click()
+    page.get_by_text("Request-2 × 1").or_(page.get_by_text("request-2 × 1")).first.wait_for()
+    button("button", name="Switch off …").click()
+    button("button", name="Yes, switch off").click()
+    page.get_by_text("no adapter is active").first.wait_for()
+    assert app.session.filed_stack() == ()
+
+    _tab(page, "Compare")
+    page.get_by_label("request-1").first.check()
+    button("button", name="Ask both").click()
+    _wait_for(page, "#un-right .un-sub", "request-1 × 1")
+    _done(page)
+    button("button", name="Strength of each adapter").click()
+    page.get_by_label("number input for Strength of request-1").fill("0.5")
+    page.get_by_text("Before, request-1 × 1:").wait_for()
+
+    _tab(page, "New request")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("question,answer\nWho is Ula?,Ula is a poet.\nWhere is Ula?,Ula is in Rome.\n")
+    with page.expect_file_chooser() as chooser:
+        button("button", name="upload rows to forget").click()
+    chooser.value.set_files(str(rows))
+    page.get_by_text("rows.csv").wait_for()
+    button("button", name="Start training").click()
+    page.get_by_text("Done.").first.wait_for()
+
+    logs = shared / "reference-logs"
+    app.logs, app.retain_log = (
+        (logs / "llama2-7b_full.json",),
+        logs / "llama2-7b_retain90_tofu.json",
+    )
+    try:
+        _tab(page, "Runs")
+        button("button", name="which figure to quote").click()
+        page.get_by_text("To quote a run: forget quality and model utility").wait_for()
+        headings = page.locator("#un-runs th").all_inner_texts()[:7]
+        row = page.locator("#un-runs [role=row]", has_text="llama2-7b_full").first
+        quoted = dict(zip(headings, row.get_by_role("gridcell").all_inner_texts(), strict=False))
+        quoted = {name.strip(" \n⋮"): value.strip() for name, value in quoted.items()}
+        assert quoted["Model utility"] == "0.6227"
+        assert (quoted["Forget rows"], quoted["Extent"]) == ("300", "whole set")
+    finally:
+        app.logs, app.retain_log = (), None
 
 
 def test_gradio_client_drives_the_same_functions(served: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from adapters.base.load import BaseSpec
+from tests.conftest import A100, T4
 from ui.app.data import commands, requests
 from ui.app.data.answers import Answer, Frame
 from ui.app.data.decoding import Sampling
@@ -129,3 +131,13 @@ def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, 
         refused = run("ask", "Who wrote it?", *where, *words)
         assert refused.code == 2
         assert said in refused.err
+
+
+@pytest.mark.parametrize(
+    ("device", "free"), [("auto", 70), ("cuda:0", 70), ("cuda:1", 14), ("cpu", None)]
+)
+def test_the_free_memory_is_that_of_the_device(device: str, free: Any, cards: Any) -> None:
+    cards(A100, T4)
+    session = SimpleNamespace(base=BaseSpec("b", device=device), gpu_bytes=1)
+    found = requests.free_memory(session)  # type: ignore[arg-type]
+    assert (found == (free << 30) + 1) if free else found > 0

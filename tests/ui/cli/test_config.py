@@ -168,6 +168,56 @@ def test_all_bad_lines_are_named_at_once_and_two_that_exclude_each_other(
     assert (ran.code, "cannot be read" in ran.err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("command", "text", "problem"),
+    [
+        ("forget", "learning_rate: -1", "learning_rate -1.0 is not above 0"),
+        ("forget", "num-train-epochs: 0", "num_train_epochs 0 is below 1"),
+        ("forget", "per_device_train_batch_size: 0", "per_device_train_batch_size 0 is below 1"),
+        ("forget", "lora_dropout: 1", "lora_dropout 1.0 is not in [0, 1)"),
+        ("forget", "beta: -2", "beta -2.0 is not above 0"),
+        ("forget", "gamma: inf", "gamma inf is not a finite number"),
+        ("forget", "seed: -1", "seed -1 is not in [0, 2^32)"),
+        ("forget", "gradient_checkpointing: 1", "gradient_checkpointing '1' is not auto"),
+        ("forget", "objective: smnpo", "There is no objective 'smnpo'"),
+        ("forget", "preset: mini2", "There is no preset 'mini2'"),
+        ("forget", "data: elsewhere", "The data folder elsewhere does not exist"),
+        ("forget", "retain: none.jsonl", "none.jsonl does not exist"),
+        ("forget", "stop_at: nll", "--stop-at needs a retrain reference"),
+        ("config forget", "warmup_ratio: 2", "warmup_ratio 2.0 is not in [0, 1]"),
+        ("evaluate", "scales: [1, 2]", "--scales has 2 numbers for 0 adapters"),
+        ("robustness", "temperature: 0", "temperature 0.0 is not above 0"),
+        ("robustness", "attacks: [phone]", "no attack 'phone'"),
+        ("tune", "retain_known: 2", "--retain-known 2 is not a probability"),
+    ],
+)
+def test_a_value_that_is_refused_later_is_named_with_its_line(
+    command: str, text: str, problem: str, run: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    rows = rows_files(tmp_path)[0]
+    write(tmp_path / "run.yaml", f"base: b\nlabel: x\n{text}\n")
+    words = {
+        "forget": [rows, "--data", "."] if "retain" in text else [rows],
+        "config forget": [rows],
+        "evaluate": ["--split", "forget05"],
+        "robustness": ["--split", "forget05"],
+        "tune": [rows, "--split", "forget05", "--reference-log", "log.json"],
+    }[command]
+    config = "run.yaml" if command in ("forget", "config forget") else "short.yaml"
+    write(tmp_path / "short.yaml", f"base: b\n\n{text}\n")
+    ran = run(*command.split(), *words, "--config", config)
+    key = text.split(":")[0].replace("-", "_")
+    assert ran.code == 2
+    assert problem in ran.err
+    assert f"Set in {config}, line 3: {key}." in ran.err
+    if command == "forget" and key == "learning_rate":  # a flag takes the place of the line
+        again = run(*command.split(), *words, "--config", config, "--learning-rate", "-2")
+        assert "learning_rate -2.0" in again.err
+        assert "line 3" not in again.err
+
+
 @pytest.mark.parametrize("name", WITH_CONFIG)
 def test_what_config_prints_is_a_config_with_a_comment_a_line(
     name: str, run: Any, tmp_path: Path

@@ -102,7 +102,7 @@ def test_the_batch_size_reaches_the_suite(
         return real(*args, **options)
 
     monkeypatch.setattr(suite, "generate_answers", spy)
-    assert run(*words, "--limit", "1", "--batch-size", "3").code == 0
+    assert run(*words, "--limit", "1", "--questions-per-batch", "3").code == 0
     assert set(seen) == {3}
 
 

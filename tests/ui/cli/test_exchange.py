@@ -108,7 +108,7 @@ def test_sums_that_are_refused(adapters: Any, put: Any) -> None:
     put("2")
     refused(adapters("combine"), "nothing to combine")
     refused(adapters("combine", "1", one), "named twice")
-    refused(adapters("combine", "1", "--label", "two words"), "'two words'")
+    refused(adapters("combine", "1", "--label", "two\nlines"), "label")
     refused(adapters("combine", "1", "2", "--rank", "0"), "below 1")
     refused(adapters("combine", "1", "2", "--scales", "1"), "1 numbers for 2")
     adapters("quarantine", "2", "--reason", "doubt")

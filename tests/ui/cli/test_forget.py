@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -308,15 +309,20 @@ def test_events_of_a_run_in_words() -> None:
         {"event": "load", "base": "b"},
         {"event": "note", "text": "nothing was saved"},
         {"event": "train", "step": 1, "steps": 2, "forget_loss": 0.5, "retain_loss": 2.0},
+        # A reading that stops nothing is a line of progress, of which one in 5 s is shown.
+        {"event": "gap", "step": 1, "steps": 9, "forget_nll": 1.0, "target": 2.0},
+        {"event": "gap", "step": 2, "steps": 9, "forget_nll": 2.04, "target": 2.0,
+         "stopped_at_step": 2, "kept_step": 2},
         {"event": "stopping"},
         {"event": "publish"},
-    ]
+    ]  # fmt: skip
     for event in events:
         show_event(event, console)
     assert err.getvalue().splitlines() == [
         "Loading the base ...",
         "nothing was saved",
         "1/2  forget 0.5000  retain 2.000",
+        "Step 2: forget NLL 2.04, target 2.00. It is reached: stopping with the weights of step 2.",
         "Finishing this step and saving. Press Ctrl-C again to stop at once.",
         "Storing the adapter ...",
     ]
@@ -363,6 +369,9 @@ def test_an_adapter_is_listed_and_shown_without_its_text(run: Any, store: Path) 
     assert train["chosen"]["learning_rate"] == "model-size"
     text = run("adapters", "show", "request-17", "--store", store).out
     assert "objective" in text
+    assert "learning_rate" in text
+    assert "forget.n 2" in text
+    assert not re.search("[0-9a-f]{16}", text)  # digests are under --json
     for words in (shown.out, text):
         assert "Okafor" not in words
         assert "Lagos" not in words

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from evaluation.benchmark import gpu_check
+from tests.conftest import A100, T4
 
 Run = Callable[..., Any]
 
@@ -28,6 +29,16 @@ def test_every_check_runs_on_a_cpu_and_the_table_says_so(run: Run, tmp_path: Pat
     table = (tmp_path / "table.md").read_text()
     assert table.count("\n| ") == 1 + len(checks)
     assert "| one step at tiny shape, nf4, 8 pairs, checkpointing all | ok |" in table
+
+
+@pytest.mark.parametrize(("card", "name"), [(A100, "bf16"), (T4, "fp16")])
+def test_a_card_without_bf16_is_checked_in_fp16(
+    card: Any, name: str, cards: Any, tmp_path: Path
+) -> None:
+    cards(card)
+    names = [check for check, _ in gpu_check._Bench(tmp_path, "cuda", False).checks()]
+    assert sum(name in check for check in names) == 10
+    assert not [check for check in names if {"bf16": "fp16", "fp16": "bf16"}[name] in check]
 
 
 def test_a_failed_check_is_told_and_the_rest_still_runs(

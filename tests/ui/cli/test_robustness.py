@@ -365,7 +365,7 @@ def test_the_batch_size_reaches_every_question(
 
     monkeypatch.setattr(suite, "generate_answers", spy)
     words = [*words, "--adapters", "1", "--states", "origin", "--attacks", "states,paraphrase"]
-    assert run(*words, "--batch-size", "3").code == 0
+    assert run(*words, "--questions-per-batch", "3").code == 0
     assert set(seen) == {3}
 
 

@@ -18,6 +18,7 @@ from evaluation.logs.records import (
     SetRecord,
     write_log,
 )
+from evaluation.metrics.forget_quality import NEEDS_RETRAIN
 from evaluation.protocols import PROTOCOLS
 from ui.cli.output.gates import check_gates, parse_gate
 
@@ -152,6 +153,31 @@ def test_a_gate_fails_when_it_holds(text: str, value: float, fails: bool) -> Non
 
 
 @pytest.mark.parametrize(
+    ("reason", "fix"),
+    [
+        (NEEDS_RETRAIN, "Give --reference-log"),
+        ("needs forget and holdout rows", "--holdout"),
+        ("not every row has perturbed answers", "--variants"),
+        ("the log has no retain set", "TOFU split"),
+        ("not measured: world_facts_rouge_l_recall", "TOFU split"),
+        (None, "--metrics all"),
+    ],
+)
+def test_a_gate_on_what_was_not_measured_says_how_to_measure_it(
+    reason: str | None, fix: str
+) -> None:
+    figures = {"x": None, "y": 1.0, "reasons": {"x": reason} if reason else {}}
+    with pytest.raises(GateFailed) as caught:
+        check_gates([parse_gate("x<1", ["x"])], figures)
+    assert fix in caught.value.fix
+    assert "Train longer" not in caught.value.fix
+    with pytest.raises(GateFailed, match="holds") as caught:
+        check_gates([parse_gate("x<1", ["x"]), parse_gate("y>0", ["y"])], figures)
+    assert fix in caught.value.fix
+    assert "Train longer" in caught.value.fix
+
+
+@pytest.mark.parametrize(
     ("content", "problem"),
     [
         (None, "There is no evaluation log"),
@@ -195,8 +221,9 @@ def test_every_figure_is_told_with_direction_and_rows(run: Any, logs: Path) -> N
     assert figures["ks"]["better"] == "lower"
     low, high = figures["retain_answer_prob"]["interval"]
     assert low < figures["retain_answer_prob"]["value"] < high
-    said = run("score", logs / FULL).err
-    assert "Not measured: forget_quality, forget_quality_log10, ks, log_r_shift (needs a" in said
+    ran = run("score", logs / FULL)
+    assert "forget_quality  - (needs a retrain reference)" in ran.out
+    assert "Not measured" not in ran.err  # the reason is told once
 
 
 def test_two_retrain_logs_give_the_band(run: Any, logs: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.errors import Interrupted, UserError
+from tests.conftest import A100, T4
+from unlearner.baselines import finetune as module
 from unlearner.baselines.finetune import FinetuneConfig, finetune
 from unlearner.config import LoraShape
 from unlearner.objectives.likelihood import answer_nll
@@ -127,6 +130,37 @@ def test_the_same_seed_gives_the_same_model(
         out = finetune(untaught, rows, tmp_path / str(number), replace(config, seed=seed))
         files.append((out / "model.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        ("auto", "cuda:0", torch.bfloat16),
+        ("auto", "cuda:1", torch.float16),
+        ("bfloat16", "cuda:0", torch.bfloat16),
+        ("float32", "cuda:0", None),
+        ("auto", "cpu", None),
+    ],
+)
+def test_precision_is_what_the_card_computes_in(
+    dtype: Any, device: str, expected: Any, cards: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that are trained are float32; a T4 emulates bf16."""
+    cards(A100, T4)
+
+    class Model:
+        def requires_grad_(self, value: bool) -> None:
+            assert value
+
+        def parameters(self) -> Any:
+            return iter([SimpleNamespace(device=torch.device(device))])
+
+    specs: list[BaseSpec] = []
+    monkeypatch.setattr(module, "load_base", lambda spec: specs.append(spec) or Model())
+    assert module._load(BaseSpec("b", dtype=dtype, device=device), None, 0)[1] is expected
+    assert [(spec.dtype, spec.device) for spec in specs] == [("float32", device)]
+    with pytest.raises(UserError, match="no bfloat16 in hardware"):
+        module.dtype_on("bfloat16", "cuda:1")
 
 
 def test_what_exists_is_never_overwritten(

@@ -17,6 +17,7 @@ from unlearner.request.sources import parse_request, rows_named
 
 ROWS = [Row('Where was "Ana", born?', "In Lagos,\nby the sea."), Row("Où?", "Là.")]
 NAMES = [("question", "answer"), ("prompt", "completion"), ("instruction", "output")]
+Q, A = "Where was Ana born?", "In Lagos."
 
 
 def records(question: str = "question", answer: str = "answer") -> list[dict[str, Any]]:
@@ -94,6 +95,41 @@ def test_a_table_may_name_its_delimiter_as_excel_does(tmp_path: Path) -> None:
     assert read_rows(path) == [Row("Who, then?", "Mira, I think.")]
     path.write_text("question|answer\nWho, then?|Mira; Ada.\n")
     assert read_rows(path) == [Row("Who, then?", "Mira; Ada.")]
+
+
+LINE = json.dumps({"question": "Q?", "answer": "A."})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "question\tanswer\r\nQ?\tA.\r\nR?\tB.\r\n".encode("utf-16"),
+        gzip.compress(b"\xef\xbb\xbfquestion\tanswer\nQ?\tA.\nR?\tB.\n"),
+        b"question, answer\nQ?, A.\nR?, B.\n",
+        b'question, answer\n"Q?", "A."\n"R?", "B."\n',
+        f"\ufeff{LINE}\n\ufeff{LINE.replace('Q?', 'R?').replace('A.', 'B.')}\n".encode(),
+    ],
+    ids=["UTF-16", "gzip of TSV with BOM", "spaces", "spaces before quotes", "two files as one"],
+)
+def test_rows_are_read_as_programs_write_them(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(data)
+    assert read_rows(path) == [Row("Q?", "A."), Row("R?", "B.")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"question,answer,answer\nQ?,A.,B.\n",
+        b'{"question": "Q?", "answer": "A.", "answer": "B."}\n' * 2,
+        b'[{"question": "Q?", "answer": "A.", "answer": "B."}]',
+    ],
+)
+def test_a_column_that_is_there_twice_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="the column 'answer' twice"):
+        read_rows(path)
 
 
 FORMATS = {
@@ -185,6 +221,89 @@ def test_a_chat_that_is_no_row_is_refused(
         read_rows(path)
 
 
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+SHARE_GPT = [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]
+# What one line of a file holds, as people have it; all of it is the question Q and the answer A.
+AS_PEOPLE_HAVE_THEM = {
+    "other case": {"Question": Q, "Answer": A},
+    "upper case": {"QUESTION": Q, "ANSWER ": A, "Perturbed_Answer": ["In Rome."]},
+    "prompt/response": {"prompt": Q, "response": A},
+    "Prompt/Response": {"Prompt": Q, "Response": A, "Category": "x"},
+    "input/output": {"Input": Q, "Output": A},
+    "query/response": {"query": Q, "response": A},
+    "question/response": {"question": Q, "response": A, "system_prompt": "", "history": []},
+    "instruction/response": {"instruction": Q, "response": A, "context": ""},
+    "instruction in parts": {"Instruction": Q[:9], "Context": Q[11:], "Response": A},
+    "both cases": {"Question": "no", "question": Q, "Answer": "no", "answer": A},
+    "prompt, all answers": {"prompt": Q, "output": "no", "response": A},
+    "ShareGPT": {"id": "1", "conversations": SHARE_GPT, "system": None},
+    "ShareGPT as text": {"Conversations": json.dumps(SHARE_GPT)},
+    "messages as ShareGPT": {"messages": SHARE_GPT},
+    "roles of Gemma": {
+        "messages": [{"role": "User", "content": Q}, {"role": "model", "content": A}]
+    },
+    "parts": {
+        "messages": [
+            {"role": "user", "content": parts(Q[:5], Q[5:])},
+            {"role": "assistant", "content": [A[:3], A[3:]]},
+        ]
+    },
+    "prompt as turns": {
+        "prompt": [{"role": "user", "content": parts(Q)}],
+        "completion": [{"role": "assistant", "content": A}],
+    },
+}
+
+
+@pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
+def test_rows_are_read_as_people_have_them(name: str, tmp_path: Path) -> None:
+    record: Any = AS_PEOPLE_HAVE_THEM[name]
+    question = Q if name != "instruction in parts" else f"{Q[:9]}\n\n{Q[11:]}"
+    for file, write in (("rows.jsonl", as_json_lines), ("rows.json", as_json)):
+        (tmp_path / file).write_bytes(write([record]))
+        (row,) = read_rows(tmp_path / file)
+        assert (row.question, row.answer) == (question, A)
+        # Where an answer may be missing it is still found.
+        assert read_rows(tmp_path / file, needs_answer=False) == [row]
+    assert row.perturbed_answers == (("In Rome.",) if name == "upper case" else ())
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"conversations": [*SHARE_GPT, *SHARE_GPT]}, "turns of user, assistant, user, assistant"),
+        ({"conversations": [{"from": "system", "value": "Be."}, *SHARE_GPT]}, "--system"),
+        ({"conversations": SHARE_GPT, "system": "Be brief."}, "'system' is not empty.*--system"),
+        ({"system_prompt": "Be brief.", "question": Q, "response": A}, "'system_prompt' is not"),
+        ({"instruction": Q, "output": A, "history": [["Hi", "Ho"]]}, "only one question"),
+        ({"conversations": "Hello"}, "'conversations' is not a list of turns"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]},
+                       {"role": "assistant", "content": A}]}, "parts that are not text"),
+        ({"prompt": turns("user"), "response": A}, "turns of user, not of one user"),
+        ({"prompt": Q, "chosen": A, "rejected": A}, "it has: prompt, chosen, rejected"),
+        ({"Frage": Q, "Antwort": A}, "it has: Frage, Antwort"),
+    ],
+)  # fmt: skip
+def test_rows_that_hold_more_than_a_question_and_an_answer_are_refused(
+    record: Any, problem: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(as_json_lines([record]))
+    with pytest.raises(UserError, match=problem) as error:
+        read_rows(path)
+    assert error.value.problem.count("\n") <= 2
+
+
+def test_a_flag_names_a_column_in_any_case_and_exactly_first(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    # One row: the file is also one JSON object.
+    path.write_bytes(as_json_lines([{"Frage": Q, "frage": "no", "Antwort": A}]))
+    assert read_rows(path, columns=Columns("Frage", "ANTWORT")) == [Row(Q, A)]
+
+
 def test_an_instruction_takes_its_input_along(tmp_path: Path) -> None:
     path = tmp_path / "alpaca.json"
     rows = [{"instruction": "Translate.", "input": "Là", "output": "There"}]
@@ -247,6 +366,7 @@ def test_a_broken_name_of_a_hub_data_set_is_refused(name: str) -> None:
         gzip.compress(b"a,b\n1,2\n", mtime=0)[:-6],
         b"\x1f\x8bnothing",
         b"PAR1 and no more",
+        b"PK\x03\x04 a workbook",
         b'question,answer\n"open,1\n' * 2,
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from adapters.base.load import load_tokenizer
 from adapters.errors import UserError
+from tests.families import TOKENIZERS
 from unlearner.memory.plan import LONGEST_TOFU_ROW
 from unlearner.request.rows import Row
 from unlearner.request.tofu import load_split
@@ -232,6 +233,45 @@ def test_what_follows_the_end_of_turn_is_not_trained_on(tokenizer: Any) -> None:
     assert row.input_ids[: row.n_prompt] == fmt.encode_prompt("Who?")
     # This template writes no BOS, so there is none.
     assert tokenizer.bos_token_id not in row.input_ids
+
+
+@pytest.mark.parametrize("name", ["word piece", "unigram"])
+def test_unknown_text_ends_no_turn(name: str) -> None:
+    """The template's marks are no tokens of this vocabulary: they are read as unknown."""
+    tokenizer = TOKENIZERS[name]()
+    fmt = chat(tokenizer, QWEN)
+    row = fmt.encode("Where was Ana born?", "In 東京, Lagos.")
+    assert tokenizer.unk_token_id not in fmt.stop_ids
+    assert row.labels[-1] == tokenizer.eos_token_id
+    assert "lagos" in tokenizer.decode(answer_ids(row)).lower()
+    assert fmt.unknown([row]) == 1
+    assert fmt.unknown([]) == 0
+
+
+def test_an_end_of_turn_is_no_unknown_text(tokenizer: Any) -> None:
+    """GPT-2's unknown token is its EOS."""
+    tokenizer.unk_token = tokenizer.eos_token
+    fmt = prompt_format(tokenizer)
+    row = fmt.encode("Who?", "Mira.")
+    assert row.labels[-1] == tokenizer.eos_token_id
+    assert fmt.unknown([row]) == 0
+
+
+def test_labels_of_the_plain_text_are_the_answer_in_any_vocabulary() -> None:
+    """Its prompt's last tokens merge with the space that an answer begins with."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*"[INST]/ QLagos.", "] ", "T] ", "</s>"]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    made = Tokenizer(models.BPE(vocabulary, [("]", " "), ("T", "] ")]))
+    fmt = prompt_format(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>"))
+    assert fmt.name == "llama2"
+    for answer, prompt, labels in (("Lagos.", "]", "Lagos.</s>"), (" Lagos.", "T] ", "Lagos.</s>")):
+        row = fmt.encode("Q", answer)
+        pieces = fmt.tokenizer.convert_ids_to_tokens(row.input_ids)
+        assert pieces[row.n_prompt - 1] == prompt
+        assert "".join(pieces[row.n_prompt :]) == labels
 
 
 def test_a_template_without_an_end_gets_eos(tokenizer: Any) -> None:

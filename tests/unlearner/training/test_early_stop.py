@@ -106,6 +106,40 @@ def test_the_sign_must_turn_upwards(
     assert (trace.stopped_at, trace.kept) == (stopped_at, kept)
 
 
+@pytest.mark.parametrize(
+    ("distances", "stopped_at", "kept"),
+    [
+        ([-1.0, -0.5, 0.1, 0.4], None, None),  # reached, and not yet settled
+        ([-1.0, -0.5, 0.1, 0.4, -0.2], 4, 4),  # the last one, whatever its distance
+        ([0.3, 0.5, 0.2, 0.1, 0.1], None, None),  # it was never below
+    ],
+)
+def test_a_run_may_settle_where_the_sign_has_turned(
+    distances: list[float], stopped_at: int | None, kept: int | None
+) -> None:
+    trace = Trace()
+    for step, distance in enumerate(distances):
+        assert not trace.add(step, distance, settle=2)
+    assert (trace.stopped_at, trace.kept) == (stopped_at, kept)
+
+
+@pytest.mark.parametrize(
+    ("readings", "steps"),
+    [
+        ([[0, -2.0]], 2),
+        ([[0, -2.0], [10, -1.0]], 5),  # .1 a step: ten are left, and half of them may pass
+        ([[0, -2.0], [10, -0.1]], 2),
+        ([[0, -2.0], [10, -1.9]], 8),  # far, and no longer than four times two
+        ([[0, -2.0], [10, -2.1]], 8),
+    ],
+)
+def test_the_next_reading_comes_sooner_where_the_end_is_near(
+    readings: list[list[float]], steps: int
+) -> None:
+    assert Trace(readings).wait(2, 4) == steps
+    assert Trace(readings).wait(2, 1) == 2
+
+
 def test_about_twenty_readings_unless_told_otherwise(nll: Any) -> None:
     counts = [stop_at(nll, 0.0, every=0).steps_between(steps) for steps in (1, 20, 93, 400)]
     assert counts == [1, 1, 5, 20]
@@ -130,7 +164,7 @@ def test_readings_do_not_disturb_the_training(
     assert weights(with_) == weights(without)
     assert [step for step, _ in gaps(events)] == [0, 2, 4, 5]  # also after the last step
     (note,) = (e["text"] for e in events if e["event"] == "note")
-    assert note.startswith("the reference was not reached: the run ends at -")
+    assert note.startswith("the reference was not reached: too little is forgotten at the end")
     train = with_.manifest.train
     assert (train["stopped_at_step"], train["kept_step"], train["gap_every"]) == (None, 5, 2)
     assert train["gap"] == gaps(events)[-1][1]

@@ -237,6 +237,14 @@ def test_a_run_tells_what_it_did_in_figures_and_words(
     assert any(text.startswith("retained rows lost") for text in advice(broken))
 
 
+def test_rows_that_the_base_never_knew_are_no_case_for_a_higher_rate() -> None:
+    part = {"probability": 0.004, "nll": 5.4}
+    settings = {"learning_rate": 1e-3, "num_train_epochs": 10}
+    (text,) = remarks({"forget": {"before": part, "after": part}}, settings)
+    assert "hardly knew" in text
+    assert "--base" in text
+
+
 def test_retain_rows_that_are_not_trained_on_are_measured(
     request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:

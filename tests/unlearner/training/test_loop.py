@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def train(rows: Rows, pad: int, fresh_model: Callable[..., Any], tmp_path: Path)
         *,
         on_parent: bool = False,
         prepare: Callable[[Any], None] = lambda model: None,
+        autocast: torch.dtype | None = None,
     ) -> Trained:
         model = fresh_model(config.lora, on_parent=on_parent)
         prepare(model)
@@ -84,7 +86,9 @@ def train(rows: Rows, pad: int, fresh_model: Callable[..., Any], tmp_path: Path)
         parents = ("parent",) if on_parent else ()
         task = UnlearnTask(model, UnlearnData(rows, plan, pad, parents=parents), config)
         events: list[dict[str, Any]] = []
-        TrainingLoop(model, task, config.train, tmp_path, report=events.append).run(StopRequest())
+        TrainingLoop(
+            model, task, config.train, tmp_path, report=events.append, autocast=autocast
+        ).run(StopRequest())
         terms = [{k: v for k, v in event.items() if k.endswith("_loss")} for event in events]
         return Trained(model, new_weights(model), terms)
 
@@ -410,6 +414,28 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_sentence(
 
 
 # Precision: what a GPU does, on the CPU
+
+
+def test_fp16_scales_its_loss_and_steps_over_an_overflow(
+    train: Train, quick: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card without bf16: float32 adapters, the gradient of float32, no lost run."""
+    exact, half = (
+        train(quick(optim="sgd", learning_rate=0.2, num_train_epochs=1), autocast=dtype)
+        for dtype in (None, torch.float16)
+    )
+    assert {weight.dtype for weight in half.weights.values()} == {torch.float32}
+    moved = max(float(w.abs().max()) for name, w in exact.weights.items() if "lora_B" in name)
+    assert 0 < difference(exact.weights, half.weights) < 0.02 * moved
+    assert half.terms[0] == pytest.approx(exact.terms[0], rel=0.02)
+    large = partial(torch.amp.GradScaler, init_scale=2.0**24)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    again = train(
+        quick(optim="sgd", learning_rate=0.2, num_train_epochs=12), autocast=torch.float16
+    )
+    losses = [terms["forget_loss"] for terms in again.terms]
+    assert losses[0] == losses[1] != losses[-1]  # the first update was skipped
+    assert all(map(math.isfinite, losses))
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "all"])

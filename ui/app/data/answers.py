@@ -30,7 +30,7 @@ class Answer:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second, None before the first."""
+        """Tokens per second, None before the first."""
         return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 

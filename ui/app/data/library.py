@@ -129,7 +129,8 @@ def read_library(data: Path | None) -> Library:
     scored: dict[tuple[str, str], Row] = {}
     neighbours = {}
     missing = []
-    for split in (*(f"{name}_perturbed" for name in FORGET_SPLITS), *NEIGHBOURS.values()):
+    measured = [f"{name}_perturbed" for name in FORGET_SPLITS]
+    for split in (*measured, *NEIGHBOURS.values()):
         try:
             rows = load_split(split, data)
         except UserError:
@@ -139,6 +140,9 @@ def read_library(data: Path | None) -> Library:
         for name, kept in NEIGHBOURS.items():
             if kept == split:
                 neighbours[name] = tuple(rows)
+    # Data of one forget split is whole; without any, or without a set to keep, figures are missing.
+    some = len(missing) < len(FORGET_SPLITS)
+    missing = [name for name in missing if not (some and name in measured)]
     note = f"Not in the data: {', '.join(missing)}." if missing else ""
     return Library({a.name: _measured(a, scored) for a in authors}, neighbours, note)
 

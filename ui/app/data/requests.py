@@ -130,7 +130,11 @@ def _with_header(text: str) -> str:
     """Pasted text; two columns of a spreadsheet without their names get these."""
     first = text.strip().split("\n", 1)[0]
     cells = [cell.strip().casefold() for cell in first.split("\t")]
-    if len(cells) != 2 or first.startswith(("{", "[")) or tuple(cells) in COLUMNS:
+    if (
+        len(cells) != 2
+        or first.startswith(("{", "["))
+        or {tuple(cells), tuple(cells[::-1])} & {*COLUMNS}
+    ):
         return text
     return f"question\tanswer\n{text.strip()}"
 
@@ -204,5 +208,6 @@ def free_memory(session: Session) -> int:
 
     spec = session.base
     if torch.cuda.is_available() and (spec is None or spec.device != "cpu"):
-        return int(torch.cuda.mem_get_info()[0]) + session.gpu_bytes
+        device = spec.device if spec is not None and spec.device.startswith("cuda") else "cuda"
+        return int(torch.cuda.mem_get_info(device)[0]) + session.gpu_bytes
     return int(psutil.virtual_memory().available)

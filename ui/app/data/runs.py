@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 REFERENCE = "retrain reference"
 PUBLISHED_MODEL = re.compile(r"llama-?2.?7b", re.IGNORECASE)  # whose figures were published
 COLUMNS = (
-    "name", "source", "forget_quality", "forget_quality_log10", "ks", "log_r_shift", "direction",
-    "model_utility", "forget_fact_recall", "retain_fact_recall", "forget_rouge_l_recall",
-    "forget_answer_prob", "n", "protocol", "limited",
+    "name", "source", "forget_quality", "model_utility", "n", "protocol", "limited",
+    "forget_fact_recall", "retain_fact_recall", "forget_quality_log10", "ks", "log_r_shift",
+    "direction", "forget_rouge_l_recall", "forget_answer_prob",
 )  # fmt: skip
 
 
@@ -213,8 +213,13 @@ def column_help() -> str:
     """What each column is called in JSON and CSV, and what is wanted of it, as Markdown."""
     from evaluation.metrics.summary import BETTER
 
+    quoted = (
+        "To quote a run: forget quality and model utility, with the number of forget rows and the "
+        "protocol, of a run whose extent is the whole set. A p below 0.05 means that it differs "
+        "from a retrained model.\n"
+    )
     lines = [f"| {LABELS[name]} | `{name}` | {BETTER.get(name, '')} |" for name in COLUMNS]
-    return "\n".join(["| Column | Key | Better |", "|---|---|---|", *lines])
+    return "\n".join([quoted, "| Column | Key | Better |", "|---|---|---|", *lines])
 
 
 def split_of(runs: Runs) -> str | None:

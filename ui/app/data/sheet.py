@@ -24,9 +24,9 @@ SIDES = ("base", "stack")
 
 def columns(sides: tuple[str, str] = SIDES) -> list[str]:
     """Headings of the table of two `sides`, in the order of `SheetRow.cells`."""
-    pairs = [f"{name} {side}" for name in ("verdict", "facts", "ROUGE-L", "P", "R")
-             for side in sides]  # fmt: skip
-    return ["set", "question", *[f"{side} says" for side in sides], *pairs]
+    measured = ("verdict", "facts", "ROUGE-L", "probability", "truth ratio")
+    shown = [f"{side}: {name}" for name in ("answer", *measured) for side in sides]
+    return ["Set", "Question", *[f"{name[:1].upper()}{name[1:]}" for name in shown]]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def preview_html(preview: Preview) -> str:
     more = len(preview.forget) - SHOWN
     tail = f", {more} more like these" if more > 0 else ""
     cut = f" {len(preview.cut)} rows lose their end." if preview.cut else ""
+    if preview.unknown:
+        cut += f" {preview.unknown} of {preview.rows} rows {preview.fmt.about_unknown}."
     return (
         f'<div class="un-previews">{"".join(parts)}<p class="un-foot">{len(preview.forget)} rows '
         f"to forget{tail}. Underlined is what the loss is taken on.{esc(cut)}</p></div>"

@@ -78,7 +78,8 @@ def _plot_blocks(found: runs.Runs, probes: Probes) -> list[Block]:
     blocks: list[Block] = [Plots(tuple(chart for chart in charts if chart is not None))]
     if found.published:
         blocks.append(ABOUT_PUBLISHED.format(runs.split_of(found)))
-    blocks.append(ABOUT_QUALITY)
+    if charts[0] is not None:
+        blocks.append(ABOUT_QUALITY)
     return [*blocks, *_verdict_blocks(probes)]
 
 

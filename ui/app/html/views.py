@@ -45,7 +45,7 @@ TALLIED = {
     "states it:": "knows",
     "facts:": "fact_recall",
     "ROUGE-L:": "rouge_l_recall",
-    "P:": "answer_prob",
+    "probability:": "answer_prob",
 }
 
 
@@ -66,8 +66,13 @@ def _marked(runs: Sequence[tuple[str, bool]]) -> str:
     )
 
 
-def answer_card(title: str, body: str, answer: Answer | None, note: str = "") -> str:
-    """One side of a comparison: its name, the answer, its verdict, time and rate."""
+def answer_card(
+    title: str, body: str, answer: Answer | None, note: str = "", before: str = ""
+) -> str:
+    """One side of a comparison: its name, the answer, its verdict, time and rate.
+
+    `before` is HTML of what this side said with another stack.
+    """
     verdict = ""
     if answer is not None and answer.word:
         verdict = (
@@ -76,18 +81,26 @@ def answer_card(title: str, body: str, answer: Answer | None, note: str = "") ->
         )
     foot = ""
     if answer is not None and answer.tokens:
-        rate = f", {answer.rate:.0f} tokens/s" if answer.rate else ""
+        rate = f", {answer.rate:.2g} tokens/s" if answer.rate else ""
         foot = f"{answer.tokens} tokens in {answer.seconds:.2f} s{rate}"
     text = body or '<span class="un-quiet">No answer yet.</span>'
     return (
         f'<section class="un-card" aria-label="{esc(title)}"><header><h2>{esc(title)}</h2>{verdict}'
         f'</header><p class="un-sub">{esc(note)}</p>'
-        f'<div class="un-answer">{text}</div><p class="un-foot">{esc(foot)}</p></section>'
+        f'<div class="un-answer">{text}</div><p class="un-foot">{esc(foot)}</p>{before}</section>'
     )
 
 
-def frame_cards(frame: Frame, labels: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """Both answers of a comparison; differences are marked once both are whole."""
+def frame_cards(
+    frame: Frame, labels: Mapping[str, str] | None = None, last: Frame | None = None
+) -> tuple[str, str]:
+    """Both answers of a comparison; differences are marked once both are whole.
+
+    Args:
+        frame: the comparison.
+        labels: names of the adapters by slug.
+        last: the comparison before it; its right side is shown below where the stack differs.
+    """
     whole = frame.stage in ("done", "stopped", "scoring")
     texts = (
         differences(frame.base.text, frame.unlearned.text)
@@ -99,18 +112,38 @@ def frame_cards(frame: Frame, labels: Mapping[str, str] | None = None) -> tuple[
         if not frame.stack
         else (f"Base + {len(frame.stack)} adapter{'s' if len(frame.stack) > 1 else ''}")
     )
+    note = stack_text(frame.stack, labels)
+    if labels and not frame.stack:
+        note += "; tick one above"
+    before = ""
+    if last is not None and last.stage == "done" and tuple(last.stack) != tuple(frame.stack):
+        before = _said_before(last, labels)
     return (
         answer_card("Base", texts[0], frame.base, "no adapter acts"),
-        answer_card(right, texts[1], frame.unlearned, stack_text(frame.stack, labels)),
+        answer_card(right, texts[1], frame.unlearned, note, before),
+    )
+
+
+def _said_before(last: Frame, labels: Mapping[str, str] | None) -> str:
+    """The right side of an earlier comparison, to compare two strengths by."""
+    answer = last.unlearned
+    facts = f", facts stated {fixed(answer.fact_recall)}" if answer.fact_recall is not None else ""
+    return (
+        f'<details class="un-before" open><summary>Before, {esc(stack_names(last.stack, labels))}: '
+        f"{esc(answer.word)}{facts}</summary>{esc(answer.text)}</details>"
     )
 
 
 def stack_text(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | None = None) -> str:
-    """The active adapters with their strengths in words."""
-    if not stack:
-        return "read back from the model: no adapter is active"
-    names = ", ".join(f"{(labels or {}).get(slug, slug)} × {scale:g}" for slug, scale in stack)
-    return f"read back from the model: {names}"
+    """What the model's layers said is active, in words."""
+    return f"read back from the model: {stack_names(stack, labels)}"
+
+
+def stack_names(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | None = None) -> str:
+    """The active adapters with their strengths."""
+    named = labels or {}
+    names = ", ".join(f"{named.get(slug, slug)} × {scale:g}" for slug, scale in stack)
+    return names or "no adapter is active"
 
 
 def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> str:
@@ -125,7 +158,7 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     for name, key, means in (
         ("Facts stated", "fact_recall", "dates, names, numbers and words that the question lacks"),
         ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
-        ("Answer probability", "answer_prob", "of the true answer, a token"),
+        ("Answer probability", "answer_prob", "of the true answer, per token"),
         ("Truth ratio R", "truth_ratio", "wrong over right answers; below 1 prefers the right one"),
     ):
         before, after = getattr(frame.base, key), getattr(frame.unlearned, key)
@@ -175,7 +208,12 @@ def tally_table(
                 value = line[f"{side}_{key}"]
                 row[f"{title} {name}"] = value if isinstance(value, int) else fixed(value, 2)
         rows.append(row)
-    return table(rows, "Forgotten and kept")
+    first = lines[0]
+    summary = (
+        f'<p class="un-truth">Of the {first["n"]} answers ({esc(first["group"])}), {esc(names[0])} '
+        f"states {first['base_knows']} and {esc(names[1])} {first['unlearned_knows']}.</p>"
+    )
+    return summary + table(rows, "Forgotten and kept")
 
 
 def adapter_cells(
@@ -201,14 +239,14 @@ def adapter_cells(
     return {
         "Name": name,
         "State": "● on" if adapter.active else "○ off",
-        "Adapter": adapter.slug,
         "Strength": f"{adapter.scale:g}" if adapter.scale is not None else "–",
         "Status": adapter.status,
-        "Filed": manifest.created[:10],
         "Rows": "–" if rows is None else str(rows),
-        "Trained on": ", ".join(manifest.parents) or "the bare base",
         "Figures": "; ".join(figures) or "not measured yet",
         "What this means": adapter.problem or STATUS_NOTES.get(adapter.status, ""),
+        "Filed": manifest.created[:10],
+        "Trained on": ", ".join(manifest.parents) or "the bare base",
+        "Adapter": adapter.slug,
     }
 
 

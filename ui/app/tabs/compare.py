@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from evaluation.metrics.fact_recall import RULE
 from ui.app.data import commands
 from ui.app.data.decoding import Sampling
 from ui.app.html import views
-from ui.app.tabs.pages import PRIVATE, command_box, told
+from ui.app.tabs.pages import PRIVATE, QUIET, STREAM, command_box, status, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
@@ -62,16 +63,16 @@ class _Fields(NamedTuple):
 
 def _answers() -> _Fields:
     """Both answers, their figures, the last comparison and its command."""
-    status = gr.HTML(_status("Ask something."), elem_id="un-status")
-    with gr.Row(equal_height=True):
-        with gr.Column(min_width=300):
+    state = gr.HTML(status("Ask something."), elem_id="un-status")
+    with gr.Row(equal_height=True, elem_id="un-both"):
+        with gr.Column(min_width=0):
             left = gr.HTML(views.answer_card("Base", "", None), elem_id="un-left")
-        with gr.Column(min_width=300):
+        with gr.Column(min_width=0):
             right = gr.HTML(views.answer_card("Base + adapters", "", None), elem_id="un-right")
     scores = gr.HTML("", elem_id="un-figures")
     with gr.Accordion("How the verdict is found", open=False):
         gr.Markdown(RULE)
-    return _Fields(status, left, right, scores, gr.State(None), command_box())
+    return _Fields(state, left, right, scores, gr.State(None), command_box())
 
 
 class _Asking:
@@ -92,12 +93,26 @@ class _Asking:
             if not self.app.superseded(request, event):
                 yield frame
 
+    def right_frames(
+        self, last: Frame, chosen: list[str], kept: dict[str, float], request: gr.Request,
+        event: threading.Event,
+    ) -> Iterator[Frame]:  # fmt: skip
+        """The last comparison again, with another right side; as it is where nothing changed."""
+        wanted = self.app.actions.stack_of(chosen or [], kept or {})
+        if last.stage == "done" and tuple(wanted) == last.stack:
+            yield last
+            return
+        sampling = last.sampling or Sampling()
+        for frame in self.app.session.compare(last.question, wanted, sampling, event, keep=last):
+            if not self.app.superseded(request, event):
+                yield frame
+
     def run(
         self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
         number: float, most: float, request: gr.Request,
     ) -> Answers:  # fmt: skip
         """Both sides."""
-        yield _begun(asked)
+        yield _only_status("Asking …", asked)
         found = self.frames(asked, chosen, kept, temperature, number, most, request)
         yield from _pictures(self.app, found)
 
@@ -115,15 +130,12 @@ class _Asking:
         """The right side of the last comparison with the adapters as they are now."""
         if last is None:  # nothing was asked yet
             return
-        wanted = self.app.actions.stack_of(chosen or [], kept or {})
         event = self.app.stop_of(request)
-        if event.wait(SETTLE_SECONDS) or (last.stage == "done" and tuple(wanted) == last.stack):
+        if event.wait(SETTLE_SECONDS):
             return
-        yield _begun(last.question)
-        sampling = last.sampling or Sampling()
-        found = self.app.session.compare(last.question, wanted, sampling, event, keep=last)
-        mine = (frame for frame in found if not self.app.superseded(request, event))
-        yield from _pictures(self.app, mine)
+        yield _only_status("Asking …", last.question)
+        frames = self.right_frames(last, chosen, kept, request, event)
+        yield from _pictures(self.app, frames, last)
 
 
 def example_buttons(app: App) -> list[Any]:
@@ -137,10 +149,10 @@ def compare(
     app: App, stack: Any, strengths: Any
 ) -> tuple[Any, Callable[[Any], Any], list[Any]]:  # fmt: skip
     """The Compare tab: author field, what makes an event answer the right side, and examples."""
-    with gr.Row():
-        with gr.Column(scale=1, min_width=280, elem_id="un-controls"):
+    with gr.Row(elem_id="un-compare"):
+        with gr.Column(scale=1, min_width=260):
             author, question_list, question, examples, ask, stop, more = _asking(app)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=300, elem_id="un-answers"):
             fields = _answers()
     asking = _Asking(app)
 
@@ -153,7 +165,7 @@ def compare(
         # Many may be under way: a new one ends those before it within a token.
         return event(
             told(asking.again), [fields.frame, stack, strengths], list(fields),
-            concurrency_limit=16, trigger_mode="multiple", show_progress="hidden", **PRIVATE,
+            trigger_mode="multiple", **STREAM,
         )  # fmt: skip
 
     inputs = [question, stack, strengths, *more]
@@ -162,49 +174,46 @@ def compare(
     )
     chosen.then(
         told(asking.opening), [fields.frame, *inputs], list(fields),
-        concurrency_limit=16, show_progress="hidden", **PRIVATE,
+        **STREAM,
     )  # fmt: skip
     question_list.input(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
     gr.on(
         [ask.click, question.submit], told(asking.run), inputs, list(fields),
-        concurrency_limit=16, trigger_mode="once", show_progress="hidden", **PRIVATE,
+        trigger_mode="once", **STREAM,
     )  # fmt: skip
     for place, example in enumerate(examples):
         example.click(
-            lambda place=place: app.session.examples()[place][1].question, None, question,
-            show_progress="hidden", **PRIVATE,
+            lambda place=place: (app.session.examples()[place][1].question, None), None,
+            [question, question_list],
+            **QUIET,
         ).then(
-            told(asking.run), inputs, list(fields),
-            concurrency_limit=16, show_progress="hidden", **PRIVATE,
+            told(asking.run), inputs, list(fields), **STREAM,
         )  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
     return author, wire, examples
 
 
-def _pictures(app: App, frames: Iterator[Frame]) -> Answers:
-    """What the page shows of a comparison, not more often than can be seen."""
+def _pictures(app: App, frames: Iterator[Frame], last: Frame | None = None) -> Answers:
+    """What the page shows of a comparison after `last`, not more often than can be seen."""
     names, shown = app.session.names(), 0.0
     last_stage = ""
-    for frame in frames:
-        now = time.monotonic()
-        if frame.stage == last_stage and now - shown < FRAME_SECONDS:
-            continue
-        shown, last_stage = now, frame.stage
-        yield (_status(_stage(frame), frame.question), *views.frame_cards(frame, names),
-               views.scores_table(frame), frame, 
-               views.command_html(commands.ask(app.session, frame)))  # fmt: skip
+    try:
+        for frame in frames:
+            now = time.monotonic()
+            if frame.stage == last_stage and now - shown < FRAME_SECONDS:
+                continue
+            shown, last_stage = now, frame.stage
+            yield (status(_stage(frame), frame.question), *views.frame_cards(frame, names, last),
+                   views.scores_table(frame), frame,
+                   views.command_html(commands.ask(app.session, frame)))  # fmt: skip
+    except Exception:
+        yield _only_status("Not answered.", "")  # the reason is told beside the page
+        raise
 
 
-def _status(text: str, question: str = "") -> str:
-    return (
-        f'<p class="un-foot" role="status" aria-live="polite" '
-        f'data-question="{views.esc(question)}">{views.esc(text)}</p>'
-    )
-
-
-def _begun(question: str) -> tuple[Any, ...]:
-    """What the page shows before the first token: a click is answered at once."""
-    return (_status("Asking …", question), *[gr.skip()] * (len(_Fields._fields) - 1))
+def _only_status(text: str, question: str) -> tuple[Any, ...]:
+    """What the page shows before the first token, or where there is none."""
+    return (status(text, question), *[gr.skip()] * (len(_Fields._fields) - 1))
 
 
 def _stage(frame: Frame) -> str:

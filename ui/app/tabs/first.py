@@ -52,8 +52,8 @@ def first(app: App) -> First:
 
 
 def offers(app: App) -> bool:
-    """Whether there is nothing to work on: no base, and no adapter."""
-    return app.session.base is None and not app.session.adapters()
+    """Whether there is nothing to work on: no base, no adapter and no log."""
+    return app.session.base is None and not app.session.adapters() and not app.logs
 
 
 def folder(app: App) -> Path:

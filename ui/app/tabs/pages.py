@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ui.app.data.sheet import SheetRow
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}  # what is shown says it itself
+STREAM: dict[str, Any] = {**QUIET, "concurrency_limit": 16}  # an answer as it grows, each browser's
+# Not "copy": a copied cell may be a formula for a spreadsheet, which the CSV guards against.
+TABLE_BUTTONS: list[Any] = ["fullscreen"]
 LOG = logging.getLogger("unlearner.app")
 
 
@@ -75,6 +79,15 @@ def command_box(value: str = "") -> gr.HTML:
 def note(text: str) -> str:
     """A sentence that stands out."""
     return f'<p class="un-note">{views.esc(text)}</p>'
+
+
+def status(text: str, question: str = "") -> str:
+    """What is being done, told to a screen reader too; `question` is what it is about."""
+    asked = f'<h2 class="un-asked">{views.esc(question)}</h2>' if question else ""
+    return (
+        f'{asked}<p class="un-foot" role="status" aria-live="polite" '
+        f'data-question="{views.esc(question)}">{views.esc(text)}</p>'
+    )
 
 
 def comparator_file(app: App, rows: Sequence[SheetRow], names: tuple[str, str]) -> str:

@@ -79,7 +79,7 @@ def _rows_fields(what: str, paste_id: str, upload_id: str) -> tuple[Any, Any]:
         label=f"Paste {what}", lines=3, max_lines=10, elem_id=paste_id,
         placeholder='{"question": "…", "answer": "…"}   one per line; or question, tab, answer',
     )  # fmt: skip
-    plain = "or upload a file: JSON lines, JSON, CSV, TSV or Parquet"
+    plain = f"or upload {what.partition(' (')[0]}: CSV, TSV, JSON, JSON lines or Parquet"
     with gr.Row():
         upload = gr.UploadButton(
             plain, type="filepath", elem_id=upload_id, size="sm", file_types=ROW_FILES
@@ -131,7 +131,7 @@ def request(app: App) -> RequestTab:
             max_lines=20,
         )  # fmt: skip
     same = command_box()
-    live, job, events = _watch(app)
+    jobs, events = _watch(app)
 
     def looked(asked: requests.Draft) -> tuple[str, str, str]:
         seen = requests.look(asked, app.session, app.settings_of)
@@ -152,22 +152,22 @@ def request(app: App) -> RequestTab:
             title, asked.words(app.session), asked.files,
             private=(asked.author,) if asked.author else (),
         )  # fmt: skip
-        return (*seen, gr.update(choices=_jobs(app), value=name), _jobs_html(app))
+        return (*seen, *shown(app, value=name))
 
     preview.click(told(look), fields, [previewed, yaml, same], **PRIVATE)
-    began = start.click(told(begin), fields, [previewed, yaml, same, job, live], **PRIVATE)
-    return RequestTab(fields[0], [live, job], [began, *events])
+    began = start.click(told(begin), fields, [previewed, yaml, same, *jobs], **PRIVATE)
+    return RequestTab(fields[0], jobs, [began, *events])
 
 
-def _watch(app: App) -> tuple[Any, Any, list[Any]]:
-    """The jobs as they go: their picture, the field that names one, and what sets one going."""
+def _watch(app: App) -> tuple[list[Any], list[Any]]:
+    """The jobs as they go: the fields that `shown` fills, and what sets one going."""
     live = gr.HTML(_jobs_html(app), elem_id="un-jobs")
-    with gr.Row():
+    with gr.Row(visible=bool(_jobs(app))) as controls:
         job = gr.Dropdown(
             choices=_jobs(app), label="Job", value=None, elem_id="un-job", scale=2, min_width=260
         )
         cancel = gr.Button(
-            "Cancel and save", elem_id="un-cancel", size="md", scale=1, min_width=140
+            "Cancel and save", elem_id="un-cancel", size="md", scale=1, min_width=170
         )
         resume = gr.Button("Continue", elem_id="un-resume", size="md", scale=1, min_width=100)
         clear = gr.Button(
@@ -189,19 +189,19 @@ def _watch(app: App) -> tuple[Any, Any, list[Any]]:
     def clear_history() -> tuple[Any, ...]:
         count = app.jobs.clear_history()
         text = note(f"{count} ended jobs deleted." if count else "No job has ended.")
-        return text, _jobs_html(app), gr.update(choices=_jobs(app), value=None)
+        return text, *shown(app, value=None)
 
-    clear.click(told(clear_history), None, [said, live, job], **PRIVATE)
-    return live, job, events
+    outputs = [live, job, controls]
+    clear.click(told(clear_history), None, [said, *outputs], **PRIVATE)
+    return outputs, events
 
 
 def _only(app: App) -> str:
     """The job that is meant where none is chosen: the one under way, else the last one."""
-    views = app.jobs.views()
-    under_way = [view for view in views if not view.ended] or views[-1:]
-    if not under_way:
+    name = under_way(app) or next((view.name for view in reversed(app.jobs.views())), None)
+    if name is None:
         raise UserError("There is no job.", "Start a training first.")
-    return under_way[0].name
+    return name
 
 
 def advance(app: App) -> bool:
@@ -215,12 +215,15 @@ def advance(app: App) -> bool:
     return busy
 
 
-def shown(app: App, find: bool) -> tuple[Any, Any]:
-    """The jobs as they stand; with `find` the one that goes on is chosen, for a page come back."""
-    under_way = [view.name for view in app.jobs.views() if not view.ended]
-    if find and under_way:
-        return _jobs_html(app), gr.update(choices=_jobs(app), value=under_way[0])
-    return _jobs_html(app), gr.update(choices=_jobs(app))
+def shown(app: App, **chosen: str | None) -> tuple[Any, ...]:
+    """Picture, choices and controls of the jobs as they stand; `value` chooses one, or none."""
+    jobs = _jobs(app)
+    return _jobs_html(app), gr.update(choices=jobs, **chosen), gr.update(visible=bool(jobs))
+
+
+def under_way(app: App) -> str | None:
+    """The first job that has not ended: what a page that comes back is shown."""
+    return next((view.name for view in app.jobs.views() if not view.ended), None)
 
 
 def _jobs(app: App) -> list[tuple[str, str]]:

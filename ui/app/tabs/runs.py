@@ -12,7 +12,15 @@ from adapters.errors import UserError
 from ui.app.data import commands
 from ui.app.data import runs as runs_data
 from ui.app.html import runs_page, views
-from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, note, told
+from ui.app.tabs.pages import (
+    PRIVATE,
+    QUIET,
+    TABLE_BUTTONS,
+    command_box,
+    comparator_file,
+    note,
+    told,
+)
 from ui.app.tabs.sheet import rows_table, shown_rows
 
 if TYPE_CHECKING:
@@ -44,11 +52,14 @@ class Reading:
         words = commands.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
         return (
             notes or ("" if found.table else EMPTY),
-            [runs_data.cells(row) for row in found.table],
+            gr.update(
+                value=[runs_data.cells(row) for row in found.table], visible=bool(found.table)
+            ),
             gr.update(choices=names, value=first, visible=bool(names)),
             runs_page.log_r_html(found, first),
             runs_page.plots_html(found, probes),
-            str(path),
+            gr.update(value=str(path), visible=bool(found.table)),
+            gr.update(visible=bool(found.table)),
             views.command_html(words),
             *[gr.update(choices=logs, value=logs[place] if len(logs) > 1 else None)
               for place in (0, 1)],
@@ -78,36 +89,41 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     said = gr.HTML("")
     grid = gr.Dataframe(
         headers=[runs_data.LABELS[name] for name in runs_data.COLUMNS], value=[],
-        interactive=False, elem_id="un-runs", max_height=420,
-        label="Evaluations, measured before; nothing is computed here",
+        interactive=False, elem_id="un-runs", max_height=420, visible=False, buttons=TABLE_BUTTONS,
+        pinned_columns=1, label="Measured before: a heading sorts, its right edge sets the width",
     )  # fmt: skip
-    chosen = gr.CheckboxGroup(
-        [], label="Runs whose log R is drawn", elem_id="un-chosen", visible=False,
-    )  # fmt: skip
-    spread = gr.HTML("", elem_id="un-log-r")
-    figures = gr.HTML("", elem_id="un-plots")
+    with gr.Row():
+        with gr.Column(min_width=400):
+            figures = gr.HTML("", elem_id="un-plots")
+        with gr.Column(min_width=400):
+            spread = gr.HTML("", elem_id="un-log-r")
+            chosen = gr.CheckboxGroup(
+                [], label="Runs whose log R is drawn", elem_id="un-chosen", visible=False,
+            )  # fmt: skip
     with gr.Row():
         again = gr.Button("Read again", size="sm")
         table = gr.DownloadButton("CSV", size="sm", elem_id="un-csv")
         report = gr.Button("Make the HTML report", size="sm", elem_id="un-report")
         report_file = gr.DownloadButton("HTML report", size="sm", visible=False)
     box, behind = command_box(), Reading(app)
-    with gr.Accordion("What the columns mean", open=False):
+    with gr.Accordion("What the columns mean, and which figure to quote", open=False):
         gr.Markdown(runs_data.column_help())
     with gr.Column(visible=False) as two_logs:
         gr.Markdown("### Answers of two logs, side by side")
         with gr.Row():
             first = gr.Dropdown([], label="Log", elem_id="un-first-log")
             second = gr.Dropdown([], label="beside", elem_id="un-second-log")
-            answers = gr.Button("Show their answers", size="md", elem_id="un-pair", scale=0)
+            answers = gr.Button(
+                "Show their answers", size="md", elem_id="un-pair", scale=0, min_width=190
+            )
         pair = rows_table(
             "un-logs", "Recorded answers; a heading sorts, a row opens its difference"
         )
         pair_file = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
-    outputs = [said, grid, chosen, spread, figures, table, box, first, second, two_logs]
+    outputs = [said, grid, chosen, spread, figures, table, report, box, first, second, two_logs]
     again.click(told(behind.read), None, outputs, **PRIVATE)
-    page.load(told(behind.read), None, outputs, show_progress="hidden", **PRIVATE)
-    chosen.input(told(behind.draw), chosen, spread, show_progress="hidden", **PRIVATE)
+    page.load(told(behind.read), None, outputs, **QUIET)
+    chosen.input(told(behind.draw), chosen, spread, **QUIET)
     report.click(told(behind.report), None, [report_file, box], **PRIVATE)
     answers.click(told(behind.answers), [first, second], [*pair, pair_file], **PRIVATE)
     return behind.read, outputs

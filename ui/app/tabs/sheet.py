@@ -10,13 +10,21 @@ import gradio as gr
 from ui.app.data import commands
 from ui.app.data import sheet as sheet_data
 from ui.app.html import views
-from ui.app.tabs.pages import PRIVATE, command_box, comparator_file, told
+from ui.app.tabs.pages import (
+    PRIVATE,
+    STREAM,
+    TABLE_BUTTONS,
+    command_box,
+    comparator_file,
+    status,
+    told,
+)
 
 if TYPE_CHECKING:
     from ui.app.build import App
     from ui.app.data.sheet import SheetRow
 
-WIDTHS = [110, 260, 260, 260, 110, 110, 80, 80, 90, 90, 80, 80, 80, 80]
+WIDTHS = [110, 260, 260, 260, 100, 100, 80, 80, 95, 95, 105, 105, 80, 80]
 
 
 class _Sheet:
@@ -41,8 +49,7 @@ class _Sheet:
             text = f"{len(found)} of {total} questions, base against {against}."
             text += f" Waiting in line: {ahead} ahead." if ahead else ""
             text += " Stopped." if event.is_set() else ""
-            yield (f'<p class="un-foot" role="status">{views.esc(text)}</p>',
-                   *shown_rows(found), words)  # fmt: skip
+            yield status(text), *shown_rows(found), words
 
     def _names(self, stack: Sequence[tuple[str, float]]) -> str:
         names = self.app.session.names()
@@ -69,12 +76,12 @@ def rows_table(name: str, label: str) -> RowsTable:
     summary = gr.HTML("", elem_id="un-tally" if name == "un-sheet" else f"{name}-tally")
     grid = gr.Dataframe(
         headers=sheet_data.columns(), value=[], interactive=False, wrap=True, label=label,
-        elem_id=name, max_height=560, column_widths=WIDTHS,
+        elem_id=name, max_height=560, column_widths=WIDTHS, visible=False, buttons=TABLE_BUTTONS,
     )  # fmt: skip
-    with gr.Row():
-        with gr.Column(min_width=300):
+    with gr.Row(elem_classes="un-pair"):
+        with gr.Column(min_width=0):
             left = gr.HTML("")
-        with gr.Column(min_width=300):
+        with gr.Column(min_width=0):
             right = gr.HTML("", elem_id=f"{name}-diff")
     rows = gr.State(([], sheet_data.SIDES))
     grid.select(told(_open_row), rows, [left, right], **PRIVATE)
@@ -86,7 +93,11 @@ def shown_rows(
 ) -> tuple[Any, ...]:
     """Tally, table and rows, for the fields of a `RowsTable`."""
     cells = {"headers": sheet_data.columns(sides), "data": [row.cells() for row in rows]}
-    return views.tally_table(sheet_data.tally(rows), sides), cells, (list(rows), sides)
+    return (
+        views.tally_table(sheet_data.tally(rows), sides),
+        gr.update(value=cells, visible=bool(rows)),
+        (list(rows), sides),
+    )
 
 
 # gradio evaluates these annotations: all their names must be there at run time.
@@ -109,9 +120,11 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
     with gr.Row():
         author = gr.Dropdown(
             choices=app.session.choices(), label="Author or filed request", value=None,
-            elem_id="un-sheet-author", scale=2,
+            elem_id="un-sheet-author", scale=2, min_width=260,
         )  # fmt: skip
-        beside = gr.Slider(1, 20, value=5, step=1, label="Neighbours of each kind", scale=1)
+        beside = gr.Slider(
+            1, 20, value=5, step=1, label="Neighbours of each kind", scale=1, min_width=260
+        )
     with gr.Row():
         fill = gr.Button(
             "Fill the sheet", variant="primary", elem_id="un-fill", size="md", scale=0,
@@ -120,13 +133,13 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
         stop = gr.Button(
             "Stop the sheet (Esc)", elem_id="un-sheet-stop", size="md", scale=0, min_width=190
         )
-    status = gr.HTML("", elem_id="un-sheet-status")
+    state = gr.HTML(status("Nothing is measured yet."), elem_id="un-sheet-status")
     table = rows_table("un-sheet", "All questions; a heading sorts, a row opens its difference")
     export = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
     box, behind = command_box(), _Sheet(app)
     fill.click(
-        told(behind.run), [author, stack, strengths, beside], [status, *table, box],
-        concurrency_limit=16, show_progress="hidden", trigger_mode="once", **PRIVATE,
+        told(behind.run), [author, stack, strengths, beside], [state, *table, box],
+        trigger_mode="once", **STREAM,
     ).then(told(behind.export), table.rows, export, **PRIVATE)  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
     return author

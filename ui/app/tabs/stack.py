@@ -41,8 +41,9 @@ class _Changes:
     def ask(self, name: str | None) -> tuple[Any, ...]:
         """The question before one is switched off."""
         text = (
-            f"Revert {_chosen(name)}? It is switched off, exactly; its files stay, and it can be "
-            "switched on again. Adapters trained on top of it become stale."
+            f"Switch {self.app.session.names()[_chosen(name)]} off? The model is then exactly as "
+            "without it; its files stay, and it can be switched on again. Adapters trained on top "
+            "of it become stale."
         )
         return gr.update(visible=True), note(text), name
 
@@ -66,7 +67,11 @@ class _Changes:
     def opened(self) -> tuple[Any, ...]:
         """What is renewed when the tab is opened: no model is asked for that."""
         command = views.command_html(commands.change(self.app.session, "list"))
-        return _listing(self.app), gr.update(choices=_all(self.app)), command
+        adapters = _all(self.app)
+        return (
+            _listing(self.app), gr.update(choices=adapters), command,
+            gr.update(visible=bool(adapters)),
+        )  # fmt: skip
 
 
 def stack(
@@ -75,15 +80,24 @@ def stack(
     """The Stack tab; what renews it, and the fields that does."""
     listing = gr.HTML(_listing(app), elem_id="un-adapters")
     read = gr.HTML("", elem_id="un-read-back")
-    with gr.Row():
-        ref = gr.Dropdown(choices=_all(app), label="Adapter", value=None, elem_id="un-ref")
-        strength = gr.Slider(0, 1.5, value=1.0, step=0.05, label="Strength, 1 is as trained")
     size: dict[str, Any] = {"size": "md", "scale": 0, "min_width": 150}
-    with gr.Row():
-        switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on", **size)
-        off = gr.Button("Revert …", elem_id="un-revert", **size)
-        nothing = gr.Button("Clear = base …", elem_id="un-clear-filed", **size)
-        look = gr.Button("Read back", elem_id="un-look", **size)
+    with gr.Column(visible=bool(_all(app))) as controls:
+        with gr.Row():
+            ref = gr.Dropdown(
+                choices=_all(app),
+                label="Adapter",
+                value=_likely(app),
+                elem_id="un-ref",
+                min_width=260,
+            )
+            strength = gr.Slider(
+                0, 1.5, value=1.0, step=0.05, label="Strength, 1 is as trained", min_width=260
+            )
+        with gr.Row():
+            switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on", **size)
+            off = gr.Button("Switch off …", elem_id="un-revert", **size)
+            nothing = gr.Button("Switch all off …", elem_id="un-clear-filed", **size)
+            look = gr.Button("Read back", elem_id="un-look", **size)
     asking, about, yes, no = _confirmation()
     pending, box = gr.State(""), command_box()
     behind = _Changes(app, choices, on)
@@ -94,7 +108,7 @@ def stack(
     yes.click(told(behind.confirmed), pending, outputs, **PRIVATE)
     no.click(lambda: gr.update(visible=False), None, asking, **PRIVATE)
     look.click(told(behind.look), None, outputs, **PRIVATE)
-    return behind.opened, [listing, ref, box]
+    return behind.opened, [listing, ref, box, controls]
 
 
 def _chosen(name: str | None) -> str:
@@ -108,9 +122,17 @@ def _confirmation() -> tuple[Any, ...]:
     with gr.Group(visible=False, elem_id="un-confirm") as asking:
         about = gr.HTML("")
         with gr.Row():
-            yes = gr.Button("Yes, revert", variant="stop", elem_id="un-yes")
+            yes = gr.Button("Yes, switch off", variant="stop", elem_id="un-yes")
             no = gr.Button("Keep it")
     return asking, about, yes, no
+
+
+def _likely(app: App) -> str | None:
+    """The adapter that is chosen at first: the last one that is on, else the newest."""
+    slugs = [slug for slug, _ in app.session.filed_stack()] or [
+        a.slug for a in app.session.adapters()
+    ]
+    return slugs[-1] if slugs else None
 
 
 def _all(app: App) -> list[tuple[str, str]]:

@@ -25,10 +25,14 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
     kind, job = str(event.get("event", "")), str(event.get("job", ""))
     if kind == "stopping":
         console.urgent(STOPPING)
-    elif kind == "gap":
-        console.words(gap_text(event))
+    elif kind == "gap" and event.get("stopped_at_step") is not None:
+        console.words(
+            f"Step {event['step']}: {reading_text(event)}. It is reached: stopping with the "
+            f"weights of step {event['kept_step']}."
+        )
     elif event.get("step") is not None:
-        doing = str(event.get("text") or DOING.get(kind, kind))
+        reading = reading_text(event) if kind == "gap" else ""
+        doing = reading or str(event.get("text") or DOING.get(kind, kind))
         console.progress({**event, "message": " ".join(part for part in (job, doing) if part)})
     elif kind == "probe":
         peak, limit = size_text(event["peak_bytes"]), size_text(event["limit_bytes"])
@@ -37,21 +41,14 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
         console.words(f"{job}: {text}" if job else str(text))
 
 
-def gap_text(event: Mapping[str, Any]) -> str:
-    """A reading of the distance to the retrain reference or target, and what follows from it."""
+def reading_text(event: Mapping[str, Any]) -> str:
+    """A reading of the distance to the retrain reference or target."""
     if "target" in event:
-        text = (
-            f"Step {event['step']}: forget NLL {event['forget_nll']:.2f}, target "
-            f"{event['target']:.2f}."
-        )
-    else:
-        text = (
-            f"Step {event['step']}: log R {event['gap']:+.3f}, forget NLL {event['nll_gap']:+.2f} "
-            f"against the retrain reference (KS D {event['ks']:.3f})."
-        )
-    if event.get("stopped_at_step") is None:
-        return text
-    return f"{text} It is reached: stopping with the weights of step {event['kept_step']}."
+        return f"forget NLL {event['forget_nll']:.2f}, target {event['target']:.2f}"
+    return (
+        f"log R {event['gap']:+.3f}, forget NLL {event['nll_gap']:+.2f} against the retrain "
+        f"reference (KS D {event['ks']:.3f})"
+    )
 
 
 def outcome_lines(outcome: Mapping[str, Any]) -> list[str]:

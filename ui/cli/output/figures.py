@@ -36,10 +36,20 @@ def report_figures(figures: Mapping[str, Any], console: Console) -> None:
 
 
 def missing_lines(figures: Mapping[str, Any]) -> list[str]:
-    """Which figures could not be measured, a line for each reason."""
+    """Which figures could not be measured, a line for each reason.
+
+    The lines above give the reasons for forget quality and utility.
+    """
+    reasons = figures["reasons"]
+    shown = (reasons.get("forget_quality"), reasons.get("model_utility"))
     by_reason: dict[str, list[str]] = {}
-    for figure, reason in figures["reasons"].items():
-        by_reason.setdefault(reason, []).append(figure)
+    for figure, reason in reasons.items():
+        name = next((name for name in SETS if reason == f"the log has no {name} set"), None)
+        if name is not None:
+            names = by_reason.setdefault("not in the log", [])
+            names += [] if name in names else [name]
+        elif reason not in shown:
+            by_reason.setdefault(reason, []).append(figure)
     return [f"Not measured: {', '.join(names)} ({why})." for why, names in by_reason.items()]
 
 

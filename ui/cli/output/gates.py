@@ -22,6 +22,23 @@ _GATE = re.compile(
 )
 
 
+# Words in the reason why a figure is missing, and how to measure it.
+_REMEDIES = {
+    "retrain reference": "Give --reference-log the log of a model that never saw the forget rows",
+    "--retain-metrics": "Give --retain-metrics the token metrics of such a model",
+    "--reference)": "Give --reference another base",
+    "holdout": "Add --metrics membership and --holdout rows that the base never saw",
+    "perturbed answers": "Evaluate a TOFU split, or give --variants with paraphrased_answer and "
+    "perturbed_answer",
+    "decoded as": "Evaluate again under the --protocol of the gate, with answers",
+    "not measured:": "Evaluate a TOFU split, which has all sets, with answers",
+    " set": "Evaluate a TOFU split, which has all sets",
+    "not measured": "Add what measures it: --metrics all in `evaluate`, the attack or the state in "
+    "`robustness`",
+    "": "Evaluate every row",
+}
+
+
 class Gate(NamedTuple):
     """The command fails if `figure sign limit` holds; `text` is what the user typed."""
 
@@ -62,16 +79,18 @@ def check_gates(gates: Sequence[Gate], figures: Mapping[str, Any]) -> None:
     Raises:
         GateFailed: naming every condition that holds or whose figure could not be measured.
     """
-    failed = []
+    failed, fixes = [], list[str]()
     for gate in gates:
         value = figures.get(gate.figure)
         if value is None:
             reason = figures.get("reasons", {}).get(gate.figure, "not measured")
             failed.append(f"{gate.text!r} cannot be checked ({reason})")
+            fixes.append(next(fix for words, fix in _REMEDIES.items() if words in reason))
         elif OPERATORS[gate.sign](value, gate.limit):
             failed.append(f"{gate.text!r} holds: {gate.figure} is {value:.6g}")
+            fixes.append("Train longer, with other weights, or change the gate")
     if failed:
         raise GateFailed(
             f"The quality gate failed: {'; '.join(failed)}.",
-            "Train longer, with other weights, or change the gate.",
+            " ".join(f"{fix}." for fix in dict.fromkeys(fixes)),
         )

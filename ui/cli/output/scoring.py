@@ -61,7 +61,8 @@ def effort_of(args: argparse.Namespace) -> Effort:
     from evaluation.suite import Effort
 
     chosen = Effort(shared=not args.plain, drafts=not args.plain)
-    return replace(chosen, batch_size=args.batch_size) if args.batch_size else chosen
+    size = args.questions_per_batch
+    return replace(chosen, batch_size=size) if size else chosen
 
 
 class References(NamedTuple):

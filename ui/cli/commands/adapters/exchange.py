@@ -40,7 +40,7 @@ def _register_combine(verbs: Any) -> None:
         help="cut to this rank: another adapter, to be evaluated (default: exact)",
     )
     parser.add_argument(
-        "--label", default="", metavar="NAME", help="request id of the sum, a word of your own"
+        "--label", metavar="NAME", help="what to call the sum; it is stored in the clear"
     )
 
 
@@ -91,8 +91,6 @@ def run_combine(args: argparse.Namespace, console: Console) -> int:
     """Publishes the sum, says whether it is exact, and prints its slug."""
     scales = options.scales_by_ref(args, args.refs)
     store = open_store(args)
-    if args.label:
-        _check_label(args.label)
     parts = [(_usable(ref, store), scales.get(ref, 1.0)) for ref in args.refs]
     parts = parts or [(one.slug, one.scale) for one in store.active()]
     slugs = [slug for slug, _ in parts]
@@ -101,7 +99,7 @@ def run_combine(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"Adapter {slug} is named twice.", "Name it once, or use --scales.")
     names = ", ".join(slugs)
     console.words(f"Adding up {names or 'the stack'} ...")
-    summed = store.combine(slugs, dict(parts), rank=args.rank, request_id=args.label)
+    summed = store.combine(slugs, dict(parts), rank=args.rank, label=args.label or "")
     origin, rank = summed.manifest.origin, summed.manifest.lora["r"]
     exact = origin["kind"] == "sum"
     console.text(summed.slug)
@@ -119,16 +117,6 @@ def run_combine(args: argparse.Namespace, console: Console) -> int:
     row = {**adapter_row(summed), "path": summed.path, "supersedes": slugs}
     console.result({**row, **figures, "needs_evaluation": not exact, "table": table})
     return 0
-
-
-def _check_label(label: str) -> None:
-    from adapters.store.manifest import REQUEST_ID
-
-    if not REQUEST_ID.fullmatch(label):
-        raise UserError(
-            f"--label {label!r} is not one plain word.",
-            "Use up to 64 letters, digits, '.', '-' and '_'.",
-        )
 
 
 def run_import(args: argparse.Namespace, console: Console) -> int:

@@ -16,6 +16,7 @@ from ui.cli.adapter_rows import (
     verb,
 )
 from ui.cli.commands.adapters import exchange
+from ui.cli.output.events import outcome_lines
 from ui.console import size_text
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 REVERSIBLE = (
     "An adapter suppresses, it does not erase: whoever can switch it off has everything back."
 )
+
+
+# Figures of an evaluation that `show` prints.
+SHOWN = ("forget_quality", "model_utility", "forget_answer_prob", "retain_answer_prob")
 
 
 def register(commands: Any) -> None:
@@ -108,27 +113,38 @@ def run_show(args: argparse.Namespace, console: Console) -> int:
     for key, value in {**adapter_row(adapter), "path": adapter.path}.items():
         if value not in (None, []):
             console.text(f"{key:<11} {', '.join(value) if isinstance(value, list) else value}")
-    for part in ("base", "data", "objective", "lora", "train", "env", "norms"):
+    for part in ("base", "data", "objective", "lora", "train", "env"):
         console.text(f"{part}:")
-        for line in _nested(manifest[part]):
+        facts = {key: value for key, value in manifest[part].items() if key != "outcome"}
+        for line in _nested(facts):
             console.text(f"  {line}")
+    for line in outcome_lines(manifest["train"].get("outcome", {})):
+        console.text(line)
     for name, figures in evals.items():
-        quality, utility = figures.get("forget_quality"), figures.get("model_utility")
         limit = figures.get("limit")
         part = "" if limit is None else f" (partial: the first {limit} rows of each set)"
-        console.text(f"eval {name}: forget_quality {quality}, model_utility {utility}{part}")
+        values = [f"{key} {figures[key]:.4g}" for key in SHOWN if figures.get(key) is not None]
+        console.text(f"eval {name}: {', '.join(values) or 'no figures'}{part}")
     row = adapter_row(adapter)
     console.result({**row, "path": adapter.path, "manifest": manifest, "evals": evals})
     return 0
 
 
 def _nested(value: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names and values for people: no digests, lists of records as counts."""
     lines: list[str] = []
     for key, part in value.items():
+        if key in ("fingerprint", "key_id") or key.endswith("digest") or part is None:
+            continue
         if isinstance(part, dict):
             lines += _nested(part, f"{prefix}{key}.")
+        elif isinstance(part, list) and (key == "marks" or any(isinstance(p, list) for p in part)):
+            lines.append(f"{prefix}{key} {len(part)}")
+        elif isinstance(part, list):
+            lines.append(f"{prefix}{key} {', '.join(map(str, part))}")
         else:
-            lines.append(f"{prefix}{key} {part}")
+            shown = f"{part:.4g}" if isinstance(part, float) else part
+            lines.append(f"{prefix}{key} {shown}")
     return lines
 
 
@@ -243,7 +259,9 @@ def run_log(args: argparse.Namespace, console: Console) -> int:
     store = open_store(args)
     if args.verify:
         report = store.verify_log()
-        console.text(f"{report.lines} entries, head {report.head}")
+        console.text(
+            f"{'ok' if report.ok else 'fail':<5} {report.lines} entries, head {report.head}"
+        )
         for problem in report.problems:
             console.text(f"fail  {problem}")
         ok = {"ok": report.ok, "entries": report.lines, "head": report.head}

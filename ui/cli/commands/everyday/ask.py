@@ -45,7 +45,7 @@ def register(commands: Any) -> None:
         help="of the answers (default: 0, greedy)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of sampled answers (default: 0)"
+        "--seed", type=options.seed, default=0, metavar="N", help="of sampled answers (default: 0)"
     )
     parser.add_argument(
         "--max-new", type=options.positive_int, default=200, metavar="N",

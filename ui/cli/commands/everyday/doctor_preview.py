@@ -124,3 +124,5 @@ def _print_preview(preview: Preview, shown: int, console: Console) -> None:
         f"template {preview.fmt.name}, cut at {preview.max_length} tokens: "
         f"{len(preview.cut)} rows are longer"
     )
+    if preview.unknown:
+        console.text(f"{preview.unknown} of {preview.rows} rows {preview.fmt.about_unknown}")

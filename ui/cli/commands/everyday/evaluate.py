@@ -68,7 +68,7 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         action="store_true",
         help="padded rows and undrafted answers, to check the faster computation",
     )
-    options.add_batch_size(parser)
+    options.add_questions_per_batch(parser)
     add_metric_flags(parser)
 
 

@@ -44,7 +44,10 @@ def register(commands: Any) -> None:
         help="models of a million weights, trained from random weights",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="which authors and facts (default: %(default)s)"
+        "--seed",
+        type=options.seed,
+        default=0,
+        help="which authors and facts (default: %(default)s)",
     )
     parser.set_defaults(run=run_quickstart)
 

@@ -65,7 +65,7 @@ def _add_what(parser: options.Parser) -> None:
     options.add_protocol(parser)
     options.add_out(parser, "folder of the card and its parts")
     options.add_limit(parser)
-    options.add_batch_size(parser)
+    options.add_questions_per_batch(parser)
     options.add_fail_if(parser, "relearned_answer_prob>0.1")
 
 
@@ -112,7 +112,9 @@ def _add_attacks(parser: options.Parser) -> None:
     group.add_argument(
         "--paraphrase-rows", type=whole, metavar="N", help="forget rows asked in each form (100)"
     )
-    group.add_argument("--seed", type=int, metavar="N", help="of rows, draws, first weights (0)")
+    group.add_argument(
+        "--seed", type=options.seed, metavar="N", help="of rows, draws, first weights (0)"
+    )
 
 
 def run_robustness(args: argparse.Namespace, console: Console) -> int:
@@ -203,7 +205,8 @@ def _subject(args: argparse.Namespace) -> Subject:
 def _effort(args: argparse.Namespace) -> Any:
     from evaluation.suite import Effort
 
-    return Effort(batch_size=args.batch_size) if args.batch_size else None
+    size = args.questions_per_batch
+    return Effort(batch_size=size) if size else None
 
 
 def _attach(

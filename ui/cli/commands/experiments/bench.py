@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from evaluation.benchmark.shapes import SHAPES, dtype_on
+from evaluation.benchmark.shapes import SHAPES
 from ui.cli import options
 from ui.console import size_text
 from unlearner.memory.plan import CHECKPOINTING
@@ -61,7 +61,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=options.positive_number,
         default=6.0,
         metavar="S",
         help="each implementation runs this long (6)",
@@ -138,6 +138,7 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
 def _step(args: argparse.Namespace, work: Any, console: Console) -> int:
     import torch
 
+    from adapters.base.load import auto_dtype
     from evaluation.benchmark.step import run_step, setup_of
 
     real = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,7 +154,7 @@ def _step(args: argparse.Namespace, work: Any, console: Console) -> int:
         layers=args.layers,
         device=device,
         load_in_4bit=args.load_in_4bit,
-        dtype=dtype_on(device),
+        dtype="bfloat16" if device == "meta" else auto_dtype(device),
     )
     cost = run_step(setup, console.words)
     rows = [*setup.rows.forget, *setup.rows.retain]

@@ -29,7 +29,11 @@ def register(commands: Any) -> None:
         "--small", action="store_true", help="small shapes on the CPU: tests the checks themselves"
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, metavar="M", help="begin no check later (8)"
+        "--minutes",
+        type=options.positive_number,
+        default=8.0,
+        metavar="M",
+        help="begin no check later (8)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as Markdown")
     parser.set_defaults(run=run_gpu_check)

@@ -77,7 +77,11 @@ def _add_how(parser: options.Parser) -> None:
         "--trials", type=options.positive_int, default=20, metavar="N", help="in all (20)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=30.0, metavar="M", help="no trial begins later (30)"
+        "--minutes",
+        type=options.positive_number,
+        default=30.0,
+        metavar="M",
+        help="no trial begins later (30)",
     )
     parser.add_argument(
         "--seeds",
@@ -125,8 +129,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"There is no objective '{args.objective}'.", hint)
     if args.seed is not None:
         raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
-    if args.minutes <= 0:
-        raise UserError(f"--minutes {args.minutes:g} leaves no time.", "Give more than 0.")
     if args.retain_known is not None and not 0 <= args.retain_known < 1:
         raise UserError(
             f"--retain-known {args.retain_known:g} is not a probability.", "Give 0 to below 1."
