@@ -17,7 +17,7 @@ from evaluation.benchmark import run as counting
 from evaluation.benchmark import shapes
 from evaluation.benchmark.run import Line, Workload, load_workload
 
-SMALL = (32, 48, 2, 4, 1500)
+SMALL = (32, 48, 1, 4, 1500)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_flags_change_what_is_counted(
     assert other[0]["ours"] > lines[0].ours
     shapes_counted: list[str] = []
 
-    def count(work: Workload, shape: str, **options: Any) -> list[Line]:
+    def count(work: Workload, shape: str, rank: int) -> list[Line]:
         shapes_counted.append(shape)
         return lines
 

