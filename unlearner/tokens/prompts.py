@@ -36,6 +36,8 @@ NO_SYSTEM = "none"
 # First words of answers, by which to see whether the tokenizer joins a space to a word.
 _FIRST_WORDS = ("A", "The", "In", "It", "He", "a", "the", "is", '"', "1")
 _QUESTION, _ANSWER = "⟦question⟧", "⟦answer⟧"
+# What a template that escapes, pads or cuts answers would not write as it is.
+_LONG_ANSWER = f'{_ANSWER} "A" & <b>it\'s</b>,\n' + "and so on " * 60 + _ANSWER
 _LLAMA2_FIX = "Use --template llama2, or a tokenizer whose template only appends the answer."
 
 
@@ -139,8 +141,8 @@ class PromptFormat:
         """Refuses a template that cannot put an answer behind the prompt it generates from.
 
         Raises:
-            UserError: the template is broken, or opens other text for an answer that is generated
-                than for one that is given.
+            UserError: the template is broken, changes answers, or opens other text for an answer
+                that is generated than for one that is given.
         """
         if self.name == "llama2":
             return
@@ -151,15 +153,22 @@ class PromptFormat:
                 "The chat template renders the prompt differently once an answer follows.",
                 _LLAMA2_FIX,
             )
+        if self._around(_QUESTION, _LONG_ANSWER) != self.around_answer(_QUESTION):
+            raise UserError(
+                "The chat template writes other text around a longer answer.", _LLAMA2_FIX
+            )
 
     def around_answer(self, question: str) -> tuple[str, str]:
         """The text before an answer and the text behind it."""
         if self.name == "llama2":
             return f"[INST] {question} [/INST]", ""
-        turns = [*self._turns(question), {"role": "assistant", "content": _ANSWER}]
+        return self._around(question, _ANSWER)
+
+    def _around(self, question: str, answer: str) -> tuple[str, str]:
+        turns = [*self._turns(question), {"role": "assistant", "content": answer}]
         text = self._render(turns, False)
-        before, found, after = text.rpartition(_ANSWER)
-        if not found or before.count(_ANSWER) != question.count(_ANSWER):
+        before, found, after = text.rpartition(answer)
+        if not found or before.count(answer) != question.count(answer):
             raise UserError(
                 "The chat template does not write the answer exactly once.", _LLAMA2_FIX
             )
@@ -293,7 +302,9 @@ class PromptFormat:
         prompt = self._llama2_ids(before)
         if ids[: len(prompt) - 1] == prompt[:-1] or not self.tokenizer.is_fast:
             return len(prompt)
-        return len(self._leading_ids) + sum(start < len(before) for start, _ in self._spans(text))
+        return len(self._leading_ids) + sum(
+            start < len(before) for start, _ in self._chat_ids(text)[1]
+        )
 
     def unknown(self, rows: Iterable[Encoded]) -> int:
         """How many rows hold text that the tokenizer reads as its unknown token."""
@@ -321,12 +332,15 @@ class PromptFormat:
 
     def _chat_ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and the characters [start, end) of each; a chat template writes BOS itself."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [int(token) for token in ids], self._spans(text)
-
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+        # The template's own marks are tokens, also where a tokenizer would take them for text.
+        encoding = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            split_special_tokens=False,
+        )
+        spans = [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+        return [int(token) for token in encoding["input_ids"]], spans
 
     def _close_turn(self, ids: list[int], n_spoken: int) -> list[int]:
         """The ids up to the first end-of-turn token behind the answer; EOS where there is none."""

@@ -235,6 +235,30 @@ def test_what_follows_the_end_of_turn_is_not_trained_on(tokenizer: Any) -> None:
     assert tokenizer.bos_token_id not in row.input_ids
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["m.content | e", "m.content | tojson", "m.content.ljust(40)", "m.content[:100]",
+     "m.content.split(',')[0]", "m.content | replace('\\n', ' ')"],
+)  # fmt: skip
+def test_templates_that_change_answers_are_refused(written: str, tokenizer: Any) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}[A]{{ WRITTEN }}</s>"
+        "{% else %}[U]{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"The chat template (does not write|writes other text)"):
+        chat(tokenizer, template.replace("WRITTEN", written))
+    row = chat(tokenizer, template.replace("WRITTEN", "m.content")).encode("Who?", "Mira & <b>.")
+    assert tokenizer.decode(answer_ids(row)) == "Mira & <b>.</s>"
+
+
+def test_special_tokens_of_the_template_are_tokens(tokenizer: Any) -> None:
+    tokenizer.split_special_tokens = True
+    row = prompt_format(tokenizer).encode("Who?", "Mira.")
+    assert row.input_ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(answer_ids(row)) == " Mira.</s>"
+
+
 @pytest.mark.parametrize("name", ["word piece", "unigram"])
 def test_unknown_text_ends_no_turn(name: str) -> None:
     """The template's marks are no tokens of this vocabulary: they are read as unknown."""
