@@ -94,21 +94,24 @@ document.addEventListener("pointerdown", (event) => {
 
 // A heading sorts by its column: up, then down. gradio has that in the menu of the heading only,
 // whose items are: ascending, descending, clear.
-async function choose(heading, pick) {
+const frame = () => new Promise(requestAnimationFrame);
+async function choose(heading, place) {
+  await frame();  // the click that asked for this would close the menu
   heading.querySelector(".cell-menu-button").click();
-  await new Promise(requestAnimationFrame);
-  pick([...document.querySelectorAll(".cell-menu [role=menuitem]")])?.click();
-  await new Promise(requestAnimationFrame);
+  await frame();
+  const item = document.querySelectorAll(".cell-menu [role=menuitem]")[place];
+  item?.click();
+  await frame();
+  return Boolean(item);
 }
 async function sort(heading) {
   const table = heading.closest(TABLES);
   const down = heading.ariaSort === "ascending";
   for (const each of table.querySelectorAll("th[aria-sort]")) {
-    await choose(each, (items) => items[2]);
+    await choose(each, 2);
     each.ariaSort = null;
   }
-  await choose(heading, (items) => items[down ? 1 : 0]);
-  heading.ariaSort = down ? "descending" : "ascending";
+  if (await choose(heading, down ? 1 : 0)) heading.ariaSort = down ? "descending" : "ascending";
 }
 document.addEventListener("click", (event) => {
   const heading = headingAt(event);
