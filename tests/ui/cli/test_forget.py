@@ -17,7 +17,7 @@ from adapters.errors import Interrupted
 from ui.cli.commands.everyday import forget as commands_train
 from ui.cli.main import parse
 from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS
-from ui.cli.output.events import show_event
+from ui.cli.output.events import reading_text, show_event
 from ui.console import Console
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, UnlearnConfig
 
@@ -300,6 +300,13 @@ def test_refusals_come_from_the_data_folder(
 
 def raising_stop(*args: Any) -> None:
     raise Interrupted("Stopped.")
+
+
+def test_a_reading_in_words() -> None:
+    text = reading_text({"gap": -0.5, "nll_gap": 1.0, "ks": 0.25})
+    assert text == "log R -0.500, forget NLL +1.00 against the retrain reference (KS D 0.250)"
+    text = reading_text({"forget_nll": 1.5, "target": 2.0})
+    assert text == "forget NLL 1.50, target 2.00"
 
 
 def test_events_of_a_run_in_words() -> None:
