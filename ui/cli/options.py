@@ -26,12 +26,25 @@ PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
+def whole_number(text: str) -> int:
+    """A whole number."""
     try:
-        value = int(text)
+        return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
@@ -39,10 +52,7 @@ def positive_int(text: str) -> int:
 
 def seed(text: str) -> int:
     """A whole number that every random generator takes."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    value = whole_number(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} is not in [0, 2^32)")
     return value
@@ -50,10 +60,7 @@ def seed(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value

@@ -219,10 +219,7 @@ def target_nll(text: str) -> float | Literal["auto"]:
 
 def gib_size(text: str) -> int:
     """Bytes of a number of GiB above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = options.number(text)
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return round(value * 1024**3)
