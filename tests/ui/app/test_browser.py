@@ -538,6 +538,7 @@ def test_a_request_trains_through_a_reload_and_cancel_saves(page: Any, served: A
     )
     page.get_by_role("button", name="Settings").click()
     page.locator("#un-epochs input").fill("20000")
+    page.locator("#un-rate input").fill("0.000000001")  # so that no target is reached
     page.locator("#un-preview").click()
     page.wait_for_selector("#un-previewed u")
     assert "fits" in page.locator("#un-previewed").inner_text()

@@ -60,7 +60,9 @@ def _form(app: App) -> list[Any]:
             epochs = gr.Number(
                 None, label="Epochs (0: the recipe's)", precision=0, minimum=0, elem_id="un-epochs"
             )
-            rate = gr.Number(None, label="Learning rate (0: the recipe's)", minimum=0)
+            rate = gr.Number(
+                None, label="Learning rate (0: the recipe's)", minimum=0, elem_id="un-rate"
+            )
             batch = gr.Number(
                 None, label="Pairs of one forward (0: the recipe's)", precision=0, minimum=0
             )
