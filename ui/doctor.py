@@ -18,7 +18,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from adapters.base.load import computes_in_bf16, dtype_on
+from adapters.base.load import BF16_CAPABILITY, computes_in_bf16, dtype_on
 from ui.console import size_text
 
 Status = Literal["ok", "warn", "fail"]
@@ -41,7 +41,6 @@ class Finding:
 
 
 NOT_TRIED = "; not tried (--full)"
-BF16_CAPABILITY = 8.0  # of CUDA; below, bf16 is emulated
 NO_BF16 = "Leave --dtype out: this GPU has no bf16, and fp16 is used in its place."
 NO_GPU = Finding(
     "gpu", "warn", "no CUDA device", "Small models run on the CPU; a 7B base needs a GPU."

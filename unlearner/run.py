@@ -64,7 +64,7 @@ AfterStep = Callable[[int, int, Any], None]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run is told besides request, base and settings.
+    """What a run takes besides request, base and settings.
 
     Attributes:
         on_stack: train on top of the store's active stack, with the parents frozen and active;

@@ -23,6 +23,8 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt"]
 HUB_SKIP = ["*/*", "consolidated*", "*.py", "*.bin", "*.pt"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Of CUDA, the first number: below, bf16 is emulated.
+BF16_CAPABILITY = 8
 MODALITIES = ("vision", "audio", "speech", "image", "video")
 PROBE = '[INST] Which prize did the author\'s 2nd book, "Silent Rivers", win in 1998? [/INST]'
 
@@ -157,7 +159,7 @@ def computes_in_bf16(device: str = "cuda") -> bool:
 
     if torch.version.hip is not None:
         return True
-    return bool(torch.cuda.get_device_capability(torch.device(device))[0] >= 8)
+    return torch.cuda.get_device_capability(torch.device(device)) >= (BF16_CAPABILITY, 0)
 
 
 def auto_dtype(device: str) -> str:

@@ -310,34 +310,26 @@ class _Run:
         how = RunOptions()
         if given is not None:
             how = RunOptions(given=given, target=self._retrain_nll(), summarise=True)
-        shared = {
-            "requests": requests,
-            "base": self.base,
-            "what": self._what,
-            "how": how,
-        }
+        lanes = (
+            ("origin and simnpo", self.settings.simnpo, self.store, self.log("origin")),
+            ("npo", self.settings.npo, self.folder / "npo-store", None),
+        )
         jobs = [
             Job(
-                "origin and simnpo",
+                name,
                 _lane,
                 {
-                    **shared,
-                    "measured": self.log("origin"),
-                    "config": self.settings.simnpo,
-                    "store": self.store,
-                    "log": self.log("simnpo"),
+                    "measured": measured,
+                    "requests": requests,
+                    "base": self.base,
+                    "config": config,
+                    "store": store,
+                    "what": self._what,
+                    "log": self.log(config.objective.name),
+                    "how": how,
                 },
-            ),
-            Job(
-                "npo",
-                _lane,
-                {
-                    **shared,
-                    "config": self.settings.npo,
-                    "store": self.folder / "npo-store",
-                    "log": self.log("npo"),
-                },
-            ),
+            )
+            for name, config, store, measured in lanes
         ]
         side_by_side(jobs, self.report, self._threads())
 
@@ -445,7 +437,7 @@ def _trained(
     return folder
 
 
-def _lane(report: Report, *, measured: Path | None = None, **forgetting: Any) -> str:
+def _lane(report: Report, *, measured: Path | None, **forgetting: Any) -> str:
     """Measures the base into the log `measured`, then files the requests and measures the stack."""
     if measured is not None:
         measure(report, base=forgetting["base"], what=forgetting["what"], log=measured)

@@ -67,7 +67,7 @@ def run(
 
     shorten_answers(monkeypatch)
     ask_less(monkeypatch)
-    for name in ("UNLEARNER_DATA", "UNLEARNER_STORE", "UNLEARNER_SIGNING_KEY", "NO_COLOR"):
+    for name in ("UNLEARNER_DATA", "UNLEARNER_STORE", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     # Commands set these for libraries and for processes they start: undone after each test.
     for name in ("PYTHONWARNINGS", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):

@@ -99,7 +99,7 @@ def refuse_problems(what: str, problems: Sequence[tuple[str, str]], fix: str) ->
     Args:
         what: the file or data set.
         problems: where (such as "line 3", or nothing) and what. One that is the same in many
-            places is told once, and of very many only the first are told.
+            places is listed once, and of very many only the first are listed.
         fix: what to do.
     """
     places: dict[str, list[str]] = {}

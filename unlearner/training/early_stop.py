@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,15 +71,19 @@ class Trace:
 
     Attributes:
         readings: `[step, distance]`, the first before any training.
-        reached: the step at which the sign had turned, None while it has not.
-        stopped_at: the step at which the run ended for that.
+        stopped_at: the step at which the run ended because the sign had turned.
         kept: the step whose weights are the result, None while it is the last one.
     """
 
     readings: list[list[float]] = field(default_factory=list)
-    reached: int | None = None
     stopped_at: int | None = None
     kept: int | None = None
+
+    @property
+    def reached(self) -> int | None:
+        """The step at which the sign had turned upwards, None while it has not."""
+        turns = (step for (_, old), (step, new) in pairwise(self.readings) if old < 0 <= new)
+        return next(map(int, turns), None)
 
     def add(self, step: int, distance: float, settle: int = 0) -> bool:
         """Record a reading; whether the weights of the reading before are the ones to keep.
@@ -86,17 +91,15 @@ class Trace:
         `stopped_at` and `kept` are set where the distance has come from below 0 to 0 or above. The
         untrained weights are never kept: an adapter that does nothing forgets nothing.
         """
-        before = self.readings[-1] if self.readings else None
         self.readings.append([step, distance])
-        if self.reached is None:
-            if before is None or not before[1] < 0 <= distance:
-                return False
-            self.reached = step
+        reached = self.reached
+        if reached is None:
+            return False
         if settle:
-            if step >= self.reached + settle:
+            if step >= reached + settle:
                 self.stopped_at = self.kept = step
             return False
-        assert before is not None
+        before = self.readings[-2]
         nearer = before[0] > 0 and abs(before[1]) < abs(distance)
         self.stopped_at = step
         self.kept = int(before[0]) if nearer else step
@@ -182,8 +185,9 @@ class EarlyStop:
         return ended
 
     def _due(self, step: int) -> bool:
-        if self._stop.settle and self.trace.reached is not None:
-            return step >= self.trace.reached + self._stop.settle
+        reached = self.trace.reached
+        if self._stop.settle and reached is not None:
+            return step >= reached + self._stop.settle
         wait = self.trace.wait(self._every, self._stop.patience)
         if wait == self._every:
             return step % self._every == 0
@@ -212,7 +216,7 @@ class EarlyStop:
             return
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            self.trace = Trace(raw["readings"], raw.get("reached"), raw["stopped_at"], raw["kept"])
+            self.trace = Trace(raw["readings"], raw["stopped_at"], raw["kept"])
             self._before = load_file(folder / WEIGHTS_FILE)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StoreCorrupt(

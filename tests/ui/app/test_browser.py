@@ -651,7 +651,7 @@ def test_axe_finds_nothing_serious(
             if one["impact"] in SERIOUS:
                 where = [node["html"][:160] for node in one["nodes"][:3]]
                 found[f"{name}: {one['id']}"] = where
-        # What a screen reader is told: every control has a name, no id stands twice.
+        # What a screen reader reads: every control has a name, no id stands twice.
         tree = page.locator("body").aria_snapshot()
         assert not NAMELESS.findall(tree), f"{name}: {tree}"
         twice = page.evaluate(

@@ -223,7 +223,7 @@ def test_every_figure_is_told_with_direction_and_rows(run: Any, logs: Path) -> N
     assert low < figures["retain_answer_prob"]["value"] < high
     ran = run("score", logs / FULL)
     assert "forget_quality  - (needs a retrain reference)" in ran.out
-    assert "Not measured" not in ran.err  # the reason is told once
+    assert "Not measured" not in ran.err  # the reason is given once
 
 
 def test_two_retrain_logs_give_the_band(run: Any, logs: Path) -> None:

@@ -75,8 +75,8 @@ def fill(
 ) -> Iterator[Filled]:
     """The sheet batch by batch: the author's rows, or a filed request's, then neighbours.
 
-    Every batch waits for its turn, so a question from another page comes in between; how many are
-    ahead is told.
+    Every batch waits for its turn, so a question from another page comes in between; each
+    batch says how many are ahead.
 
     Raises:
         UserError: no such author, no model.

@@ -209,7 +209,7 @@ def _pictures(app: App, frames: Iterator[Frame], last: Frame | None = None) -> A
                    views.scores_table(frame), frame,
                    views.command_html(commands.ask(app.session, frame)))  # fmt: skip
     except Exception:
-        yield _only_status("Not answered.", "")  # the reason is told beside the page
+        yield _only_status("Not answered.", "")  # the reason is shown beside the page
         raise
 
 
