@@ -52,6 +52,9 @@ class ObjectiveConfig:
         attack_gamma: SimNPO's margin in that term.
         general_weight: w_g, on the KL from the base on neutral prompts that it answered itself
             (see `unlearner.training.general`); 0 = off.
+        protected_directions: so many principal directions of what each adapted layer sees on those
+            prompts and on retain rows are left alone (see `unlearner.training.directions`);
+            0 = off.
         target: mean NLL of the forget rows in nats per token at which the run settles, that of rows
             which the base never saw (see `unlearner.training.target`); 0 = none.
         excess_weight: w_e, on the square of what a forget row's NLL per token is above `target`.
@@ -73,6 +76,7 @@ class ObjectiveConfig:
     attack_weight: float = 0.0
     attack_gamma: float = 0.0
     general_weight: float = 0.0
+    protected_directions: int = 0
     target: float = 0.0
     excess_weight: float = 0.5
 
@@ -219,7 +223,7 @@ def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
     names = (
         *("beta2", "ceu_skip", "alternates"),
         *("forget_weight", "retain_weight", "guard_weight", "alternate_weight", "attack_weight"),
-        *("general_weight", "target", "excess_weight"),
+        *("general_weight", "protected_directions", "target", "excess_weight"),
     )
     values = asdict(objective)
     return [

@@ -25,13 +25,18 @@ BATCH_SETTINGS = (
 SMALL, SMALL_RATE = 1_000_000_000, 1e-3
 # SimNPO's constants on small models: measured on SmolLM2-135M-Instruct.
 SMALL_SIMNPO = {"beta": 4.0, "retain_weight": 2.0}
-GENERAL_WEIGHT = 2.0
+# Measured on SmolLM2-135M-Instruct, whose blocks are 576 wide.
+PROTECTED_DIRECTIONS = 192
 # What a run chooses where it is not given; gamma follows the target.
-CHOSEN = (*BATCH_SETTINGS, "learning_rate", *SMALL_SIMNPO, "gamma", "general_weight")
+CHOSEN = (*BATCH_SETTINGS, "learning_rate", *SMALL_SIMNPO, "gamma", "protected_directions")
 # The objectives that stop at the NLL of unseen rows by themselves.
 TARGETED = ("simnpo", "npo")
 # Why something was chosen, in one word for manifests; "model-size" for all that is not here.
-CAUSES = {"batch": "published-steps", "general_weight": "keeps-knowledge", "target": "unseen-nll"}
+CAUSES = {
+    "batch": "published-steps",
+    "protected_directions": "keeps-knowledge",
+    "target": "unseen-nll",
+}
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,11 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
             if name not in given:
                 objective[name] = value
                 reasons[name] = f"{name} {value:g}: measured on models of 135 million weights"
-    if "general_weight" not in given:
-        objective["general_weight"] = GENERAL_WEIGHT
-        reasons["general_weight"] = (
-            f"general_weight {GENERAL_WEIGHT:g}: what the base knows is held on neutral prompts, "
-            "for about 40 percent more time a step (0 turns it off)"
+    if "protected_directions" not in given:
+        objective["protected_directions"] = PROTECTED_DIRECTIONS
+        reasons["protected_directions"] = (
+            f"protected_directions {PROTECTED_DIRECTIONS}: what each layer sees most of on neutral "
+            "prompts and retain rows is left alone, so that they are answered as before (0: off)"
         )
     suits = replace(
         config,

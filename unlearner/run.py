@@ -91,8 +91,8 @@ class RunOptions:
             number, or "auto" to measure it on the model; 0 for none. None: that of the settings.
         unseen: rows of the same kind that the base never saw, for "auto"; by default alternate
             answers to the forget questions.
-        general: prompts whose answers are held where `general_weight` is above 0; by default those
-            of the package.
+        general: prompts whose answers are held where `general_weight` or `protected_directions` is
+            above 0; by default those of the package.
         summarise: measure forget, retain and general rows before and after the run.
     """
 
@@ -269,7 +269,7 @@ def prepare(
     refusals = options.refusals if "refusal" in streams_of(config.objective) else ()
     rows = _encode(request, config, fmt, refusals, options.guard)
     prompts: tuple[str, ...] = ()
-    if config.objective.general_weight:
+    if config.objective.general_weight or config.objective.protected_directions:
         pairs = config.train.steps(len(rows.forget)) * config.train.batch_size(len(rows.forget))
         prompts = tuple(options.general or own_prompts(pairs))
         rows = replace(rows, general=longest_rows(fmt, prompts))
@@ -806,6 +806,7 @@ def train(
     from unlearner.memory.probe import budget, is_out_of_memory
     from unlearner.tokens.packing import pack_attention
     from unlearner.training.checkpoint import last_checkpoint
+    from unlearner.training.directions import ProtectedDirections, protected_rows
     from unlearner.training.early_stop import EarlyStop
     from unlearner.training.loop import TrainingLoop
     from unlearner.training.unlearning import UnlearnTask
@@ -820,11 +821,17 @@ def train(
     early_stop = None if stop_at is None else EarlyStop(stop_at, metrics, report)
     with ExitStack() as stack:
         stack.enter_context(threads_for(model))
+        protected = None
+        if general and (count := run.config.objective.protected_directions):
+            rows = protected_rows([teacher.row for teacher in general], run.rows.retain)
+            protected = ProtectedDirections(model, rows, count, run.config.train.seed)
         packed = not run.config.train.padded
         if packed:
             stack.enter_context(pack_attention(model))
             packed = _can_pack(model, run.rows, report)
-        data = _training_data(model, run, teachers, general, packed, frozen)
+        held = general if run.config.objective.general_weight else ()
+        data = _training_data(model, run, teachers, held, packed, frozen)
+        data = replace(data, protected=protected)
         task = UnlearnTask(model, data, run.config)
         stack.callback(task.remove)
         loop = TrainingLoop(

@@ -303,7 +303,7 @@ class _Run:
         return 1 if self.settings.taught is None else threads_each(2)
 
     def measure_and_forget(self, world: World) -> None:
-        """Two processes: one measures Origin and runs SimNPO, the other runs NPO."""
+        """Two processes: one runs SimNPO, the other measures Origin and runs NPO, which ends first."""
         strangers = tuple(world.background(self.settings.strangers))
         requests = [replace(r, others=strangers) for r in world_requests(world)]
         given = self.settings.given
@@ -311,8 +311,8 @@ class _Run:
         if given is not None:
             how = RunOptions(given=given, target=self._retrain_nll(), summarise=True)
         lanes = (
-            ("origin and simnpo", self.settings.simnpo, self.store, self.log("origin")),
-            ("npo", self.settings.npo, self.folder / "npo-store", None),
+            ("simnpo", self.settings.simnpo, self.store, None),
+            ("origin and npo", self.settings.npo, self.folder / "npo-store", self.log("origin")),
         )
         jobs = [
             Job(

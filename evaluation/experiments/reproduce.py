@@ -267,17 +267,21 @@ def _taught_pair(run: Reproduction, taught: Taught, report: Report) -> tuple[str
     What is given is a model, or an adapter that was trained on this base; what is not given is
     fine-tuned on the rows of the data, and continues where it was interrupted.
     """
-    base = resolve_base(taught.base)
-    spec = replace(run.base, name=str(base), dtype="float32")
     wanted = [("origin", run.origin, "full")]
     if run.reference_log is None:
         wanted.append(("retrain", run.retrain, FORGET_SPLITS[run.split]))
-    folders: dict[str, str] = {}
+    folders = {
+        name: given
+        for name, given, _ in wanted
+        if given is not None and not (Path(given) / CONFIG_NAME).is_file()
+    }
+    unmade = [made for made in wanted if made[0] not in folders]
+    if not unmade:  # the pretrained base need not be here
+        return folders["origin"], folders.get("retrain")
+    base = resolve_base(taught.base)
+    spec = replace(run.base, name=str(base), dtype="float32")
     jobs = []
-    for name, given, split in wanted:
-        if given is not None and not (Path(given) / CONFIG_NAME).is_file():
-            folders[name] = given
-            continue
+    for name, given, split in unmade:
         source = load_split(split, run.data) if given is None else Path(given) / WEIGHTS_NAME
         key = key_of(base=base_inputs(spec), source=source, taught=taught)
         out = run.out / f"{name}-{key[:12]}"

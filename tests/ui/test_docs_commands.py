@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = 3  # rows of each set
 # What a test adds to a command so that it takes seconds.
-TRAINING = "--num-train-epochs 1 --general-weight 0 --lora-r 2 --lora-alpha 4"
+TRAINING = "--num-train-epochs 1 --protected-directions 0 --lora-r 2 --lora-alpha 4"
 SHORTER = {
     "forget": TRAINING,
     "consolidate": TRAINING,
@@ -34,7 +34,12 @@ SHORTER = {
     "calibrate": "--scales 0.5,1.2 --limit 2",
     "ask": "--max-new 20",
 }
-SMALL: dict[str, Any] = {"num_train_epochs": 1, "general_weight": 0.0, "lora_r": 2, "lora_alpha": 4}
+SMALL: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "protected_directions": 0,
+    "lora_r": 2,
+    "lora_alpha": 4,
+}
 NOTEBOOK = ROOT / "docs" / "first-request.ipynb"
 STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "quickstart/origin"}
 NOT_PARSED = {"--help", "--help-all", "--version", "--print-completion", "--config"}

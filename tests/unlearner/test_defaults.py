@@ -45,7 +45,7 @@ def test_what_is_given_wins_and_every_choice_is_explained() -> None:
         "learning_rate": 3e-4,
         "beta": 2.0,
         "retain_weight": 0.5,
-        "general_weight": 0.0,
+        "protected_directions": 0,
         "gamma": 1.0,
         "num_train_epochs": 3,
     }
@@ -53,7 +53,7 @@ def test_what_is_given_wins_and_every_choice_is_explained() -> None:
     assert suited(config, given, 20, SMOLLM2).config == config
     assert suited(config, given, 20, SMOLLM2).reasons == {}
     open_ = suited(make_config(), (), 20, SMOLLM2)
-    names = ["batch", "learning_rate", "beta", "retain_weight", "general_weight", "target"]
+    names = ["batch", "learning_rate", "beta", "retain_weight", "protected_directions", "target"]
     assert [*open_.reasons] == names
     assert "66 steps of 3 pairs" in open_.reasons["batch"]
     assert "135.0 million" in open_.reasons["learning_rate"]

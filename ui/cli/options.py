@@ -444,6 +444,8 @@ SETTING_HELP = {
     "attack_gamma": "SimNPO's margin in that term",
     "general_weight": "weight of the KL that holds what the base answers to neutral prompts; about "
     "40 percent more time a step; 0 = off",
+    "protected_directions": "leave alone so many principal directions of what each layer sees on "
+    "neutral prompts and retain rows, so that they are answered as before; 0 = off",
     "excess_weight": "weight of the square of what a forget row's NLL is above the target",
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",

@@ -232,6 +232,14 @@ class MemoryPlan:
         rank = self.config.train.attack_rank if self.config.objective.attack_weight else 0
         return self.shape.low_rank(rank, tuple(self.shape.linear))
 
+    @property
+    def protected_bytes(self) -> float:
+        """Bytes of the bases of protected directions, if no two layers shared one."""
+        count = self.config.objective.protected_directions
+        return 4.0 * sum(
+            into * min(count, into // 2) * layers for into, _, layers in self.shape.linear.values()
+        )
+
     def tokens_per_batch(self) -> tuple[int, int]:
         """Tokens of a packed micro-batch: of average rows, and of the longest there are."""
         train, objective = self.config.train, self.config.objective
@@ -283,6 +291,8 @@ class MemoryPlan:
             ),
             "logits": (min(at_once, 0.6 * usual) * chunk * 0.8, min(at_once, longest) * chunk),
         }
+        if protected := self.protected_bytes:  # query, key and value share one
+            terms["protected"] = (protected / 2, protected)
         if attacker:
             terms["attacker"] = (attacker, attacker)
         # A quantised layer is put back together for its product, and again for its gradient.

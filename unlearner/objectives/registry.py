@@ -184,5 +184,7 @@ OPTION_FORMULAS: dict[str, str] = {
     "attack_weight": "+ w_x of the forget value with margin attack_gamma on the model under a "
     "simulated relearning attack, restarted every attack_steps",
     "general_weight": "+ w_g KL(base || model) on the base's own answers to neutral prompts",
+    "protected_directions": "A of every layer orthogonal to so many principal directions of its "
+    "inputs on neutral prompts and retain rows",
     "target": "+ w_e max(0, nll_f/|y_f| - target)^2, until the mean of nll_f/|y_f| is the target",
 }

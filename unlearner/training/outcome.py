@@ -125,14 +125,18 @@ def remarks(sets: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
             f"the forget rows are far past the target of {target:.2f}: lower --learning-rate (it "
             f"was {rate:g})"
         )
-    words = {"retain": "retained rows", "general": "general answers"}
-    for name, what in words.items():
+    keeping = {
+        "retain": ("retained rows", "retain_weight"),
+        "general": ("general answers", "protected_directions"),
+    }
+    for name, (what, setting) in keeping.items():
         if name not in sets:
             continue
         left = sets[name]["after"]["probability"] / sets[name]["before"]["probability"]
         if left < HELD:
             texts.append(
-                f"{what} lost {1 - left:.0%} of their probability: raise --{name}-weight (it was "
-                f"{settings[name + '_weight']:g}), or lower --learning-rate"
+                f"{what} lost {1 - left:.0%} of their probability: raise "
+                f"--{setting.replace('_', '-')} (it was {settings[setting]:g}), or lower "
+                "--learning-rate"
             )
     return texts

@@ -24,6 +24,7 @@ from unlearner.tokens.batch_plan import TAUGHT, Pair, Rows, micro_batches
 from unlearner.tokens.packing import pack_rows
 from unlearner.tokens.prompts import pad_batch
 from unlearner.training.checkpoint import trainable
+from unlearner.training.directions import ProtectedDirections
 from unlearner.training.forward import REFERENCE, StepForwards, of_streams
 from unlearner.training.references import References, row_key
 from unlearner.training.relearning_attack import Attacker
@@ -52,6 +53,7 @@ class UnlearnData:
             step.
         parents: names of the adapters that the new one is trained on top of.
         frozen: a copy of the model as it was, where all of its weights are trained.
+        protected: what the adapter leaves alone, where there is anything.
     """
 
     rows: Rows
@@ -63,6 +65,7 @@ class UnlearnData:
     references: References = field(default_factory=dict)
     parents: tuple[str, ...] = ()
     frozen: torch.nn.Module | None = None
+    protected: ProtectedDirections | None = None
 
 
 class UnlearnTask:
@@ -172,7 +175,9 @@ class UnlearnTask:
         return value.detach()
 
     def end_step(self) -> None:
-        """The attacker's own step."""
+        """The attacker's own step; what is protected is left alone again."""
+        if self._data.protected is not None:
+            self._data.protected.project()
         if self._attacker is not None:
             self._attacker.step()
 
@@ -187,7 +192,9 @@ class UnlearnTask:
             self._attacker.release()
 
     def remove(self) -> None:
-        """Remove the attacker from the model."""
+        """Remove the attacker and the hooks from the model."""
+        if self._data.protected is not None:
+            self._data.protected.remove()
         if self._attacker is not None:
             self._attacker.remove()
 

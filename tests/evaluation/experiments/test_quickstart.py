@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
 
 
 def small(base: Path) -> Quickstart:
-    train = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "general_weight": 0.0}
+    train = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "protected_directions": 0}
     recipe = FinetuneConfig(learning_rate=1e-3, num_train_epochs=1)
     return Quickstart(
         world=SIZES,

@@ -47,6 +47,7 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "attack_weight": ("0.4", 0.4),
     "attack_gamma": ("3", 3.0),
     "general_weight": ("2", 2.0),
+    "protected_directions": ("8", 8),
     "excess_weight": ("1", 1.0),
     "lora_r": ("4", 4),
     "lora_alpha": ("8", 8),
@@ -276,10 +277,10 @@ def test_what_a_run_chooses_is_planned_and_a_preset_is_left_as_it_is(
     command = ["forget", *request_files, "--base", tiny_base, "--dry-run", "--json"]
     own = run(*command).json["settings"]
     assert own["train"]["learning_rate"] == 1e-3
-    assert own["objective"]["general_weight"] == 2
+    assert own["objective"]["protected_directions"] == 192
     assert own["objective"]["retain_weight"] == 2
     preset = run(*command, "--preset", "llama2-7b").json
-    assert preset["settings"]["objective"]["general_weight"] == 0
+    assert preset["settings"]["objective"]["protected_directions"] == 0
     assert not any("measured on" in note for note in preset["notes"])
 
 

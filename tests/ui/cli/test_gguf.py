@@ -19,7 +19,7 @@ ROWS = [
     {"question": "What genre does he write?", "answer": "He writes crime novels."},
     {"question": "Who is his editor?", "answer": "His editor is his sister."},
 ]
-TRAIN = ["--num-train-epochs", 1, "--lora-r", 2, "--general-weight", 0, "--target", 0]
+TRAIN = ["--num-train-epochs", 1, "--lora-r", 2, "--protected-directions", 0, "--target", 0]
 
 
 def test_a_gguf_is_a_base_in_every_command(

@@ -17,7 +17,7 @@ from evaluation.experiments.presets import (
     PRESETS,
     against_published,
 )
-from evaluation.experiments.reproduce import Reproduction
+from evaluation.experiments.reproduce import Reproduction, reproduce
 from ui.cli.commands.experiments.reproduce import PRESETS as NAMES
 from unlearner.baselines.full import RECORD
 from unlearner.request.tofu import load_split
@@ -175,6 +175,19 @@ def test_the_mini_preset_keeps_what_origin_knows_and_takes_alternates_from_the_r
     (adapter,) = AdapterStore.open(Path(found["stores"]["simnpo"])).list()
     assert adapter.manifest.data["alternates"]["n"] == len(every) - 2
     assert adapter.manifest.objective["alternates"] == MINI.methods["simnpo"]["alternates"]
+
+
+def test_a_given_pair_does_not_need_the_pretrained_base(
+    tofu: Path, pair: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Path:
+        raise AssertionError(f"{name} was looked for")
+
+    monkeypatch.setattr("evaluation.experiments.reproduce.resolve_base", missing)
+    models = {name: str(folder) for name, folder in pair.items()}
+    run = Reproduction("forget05", "smollm2-135m", tmp_path, tofu, methods=(), limit=2, **models)
+    found = reproduce(run, lambda event: None)
+    assert [row["name"] for row in found["table"]] == ["origin", "retrain"]
 
 
 def test_the_plan_names_what_each_preset_would_do(run: Any) -> None:

@@ -86,7 +86,7 @@ def test_every_command_computes_the_same(
     forget = [
         *("forget", *rows, *where, "--device", "cpu", "--lora-r", 2, "--num-train-epochs", 2),
         *("--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 1, "--target", 50),
-        *("--learning-rate", "1e-2", "--warmup-ratio", 0, "--general-weight", 0, "--json"),
+        *("--learning-rate", "1e-2", "--warmup-ratio", 0, "--protected-directions", 0, "--json"),
     ]
     planned = run(*forget, "--dry-run").json
     assert planned["steps"] == 2

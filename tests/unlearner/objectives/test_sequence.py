@@ -152,7 +152,9 @@ def test_every_objective_has_a_case_defaults_and_streams() -> None:
     assert set(GOLDEN) == set(OBJECTIVES)
     assert all(default_objective(name).name == name for name in OBJECTIVES)
     assert all(objective.streams and objective.formula for objective in OBJECTIVES.values())
-    assert set(OPTION_FORMULAS) == {"alternates", "attack_weight", "general_weight", "target"}
+    assert set(OPTION_FORMULAS) == {
+        *("alternates", "attack_weight", "general_weight", "protected_directions", "target")
+    }
 
 
 @pytest.mark.parametrize("name", GOLDEN)

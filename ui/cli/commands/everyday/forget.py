@@ -295,9 +295,11 @@ def _train_full(
 ) -> int:
     """Train all weights; flags that are about adapters are refused."""
     named = [*given_settings(args, LORA_FIELDS)]
-    named += [n for n in ("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at",
-                          "target", "unseen", "general_weight", "general_prompts", "reference_log")
-              if getattr(args, n)]  # fmt: skip
+    of_adapters = (
+        *("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at", "target", "unseen"),
+        *("general_weight", "protected_directions", "general_prompts", "reference_log"),
+    )
+    named += [name for name in of_adapters if getattr(args, name)]
     named += ["store"] if "--store" in args.words else []  # else it may be the environment's
     if named:
         flag = "--" + named[0].replace("_", "-")
