@@ -303,7 +303,7 @@ class _Run:
         return 1 if self.settings.taught is None else threads_each(2)
 
     def measure_and_forget(self, world: World) -> None:
-        """Two processes: one runs SimNPO, the other measures Origin and runs NPO, which ends first."""
+        """Two processes: one runs SimNPO, the other measures Origin and runs NPO."""
         strangers = tuple(world.background(self.settings.strangers))
         requests = [replace(r, others=strangers) for r in world_requests(world)]
         given = self.settings.given
