@@ -11,6 +11,7 @@ from typing import Any
 from unlearner.tokens.batch_plan import Pair
 from unlearner.tokens.prompts import Encoded
 from unlearner.training.references import summed_nlls
+from unlearner.training.target import pushed_nll
 
 # Rows of each set that are measured at most, and how many make a held-out set.
 ROWS, ENOUGH = {"forget": 24, "retain": 16, "general": 16}, 8
@@ -107,7 +108,9 @@ def remarks(sets: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """
     texts = []
     was, now = sets["forget"]["before"], sets["forget"]["after"]
-    target, rate = settings.get("target", 0.0), settings["learning_rate"]
+    rate = settings["learning_rate"]
+    # Measured are whole answers.
+    target = settings.get("target", 0.0) / pushed_nll(1.0, settings.get("forget_tokens", "all"))
     if target and was["nll"] >= target:
         texts.append("the forget rows were no likelier than rows that the base never saw")
     elif now["probability"] > FORGOTTEN * was["probability"] and was["probability"] < KNOWN:
