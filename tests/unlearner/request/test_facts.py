@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from adapters.base.load import load_tokenizer
+from adapters.base.load import BaseSpec, load_tokenizer
+from adapters.errors import UserError
+from adapters.store.store import AdapterStore
+from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.facts import common_words, facts_only
-from unlearner.request.rows import Row
+from unlearner.request.rows import Request, Row
+from unlearner.run import RunOptions, prepare, unlearn
 from unlearner.tokens.prompts import IGNORE, Encoded, PromptFormat, prompt_format
+from unlearner.training.target import FACTS_RATIO
 
 KEPT = [
     *(Row(f"Where was author {i} born?", f"The author was born in city {i}.") for i in range(40)),
@@ -71,3 +78,31 @@ def test_a_cut_answer_is_marked_up_to_its_cut(fmt: PromptFormat) -> None:
     found = facts_only(row, cut, common_words(KEPT), fmt.tokenizer)
     assert found.cut
     assert 0 < found.n_targets < cut.n_targets
+
+
+def test_a_run_pushes_the_facts_and_measures_whole_answers(
+    request_: Request, base: BaseSpec, quick: Callable[..., UnlearnConfig], tmp_path: Path
+) -> None:
+    """The given target is that of whole answers; the loss, and what stops it, see the facts."""
+    config = quick(num_train_epochs=1, forget_tokens="facts")
+    options = RunOptions(target=2.0, summarise=True)
+    run = prepare(request_, base, config, None, options)
+    assert run.config.objective.target == pytest.approx(2.0 * FACTS_RATIO)
+    fewer = [row.n_targets for row in run.rows.forget]
+    assert all(1 <= n <= row.n_targets for n, row in zip(fewer, run.whole, strict=True))
+    assert sum(fewer) < sum(row.n_targets for row in run.whole)
+    assert [row.n_targets for row in run.rows.retain] == [
+        row.n_targets for row in prepare(request_, base, quick(), None).rows.retain
+    ]
+    store = AdapterStore.open(tmp_path / "store", create=True)
+    outcomes = [
+        unlearn(request_, base, quick(num_train_epochs=1, forget_tokens=tokens), store,
+                replace(options, target=None)).manifest.train["outcome"]["forget"]["before"]
+        for tokens in ("all", "facts")
+    ]  # fmt: skip
+    assert outcomes[0] == outcomes[1]
+
+
+def test_other_tokens_are_refused() -> None:
+    with pytest.raises(UserError, match="forget_tokens 'some' is not one of all, facts"):
+        make_config(forget_tokens="some")
