@@ -89,13 +89,28 @@ def _check_stored_names(model: Any, targets: Sequence[str]) -> None:
     if not any(folder.glob("*.safetensors")):
         return  # made in memory
     paths = sorted(path for path in linear_layers(model) if _last(path) in targets)
-    missing = sorted(set(paths) - set(stored_matrices(folder, paths)))
+    stored = set(stored_matrices(folder, paths))
+    if (head := _own_head(model)) and not any(name.endswith(head) for name in stored):
+        raise UserError(
+            f"{folder.name} holds no {head}, and its config.json says that it is not the embedding.",
+            "Download the base again, or set tie_word_embeddings in its config.json.",
+        )
+    missing = sorted(set(paths) - stored)
     if missing:
         raise UserError(
             f"The weights in {folder.name} have other names than the model's layers: there is no "
             f"matrix for {missing[0]}. An adapter could be trained, but not merged.",
             "Load the base with transformers and save it again with save_pretrained.",
         )
+
+
+def _own_head(model: Any) -> str:
+    """Path of a head with weights of its own; empty where it has the embedding's."""
+    inner = _inner(model)
+    if inner.config.get_text_config().tie_word_embeddings:
+        return ""
+    head = inner.get_output_embeddings()
+    return next((path for path, module in inner.named_modules() if module is head), "")
 
 
 def _layers_by_name(model: Any) -> dict[str, set[int]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from adapters.errors import UserError
 from adapters.lora.targets import check_coverage, default_targets
 from tests.families import FAMILIES, LLAMA, make_gpt2, make_model
+from unlearner.memory.plan import meta_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,3 +64,20 @@ def test_targets_are_found_below_adapters_too() -> None:
     model: Any = make_model("phi3")
     wrapped = wrap(model, "a", LoraConfig(r=2, target_modules=["qkv_proj"]))
     assert default_targets(wrapped) == FAMILIES["phi3"][2]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_a_head_of_its_own_must_be_in_the_files(family: str, tmp_path: Path) -> None:
+    """The loader would fill one that is missing with random numbers; the config decides."""
+    make_model(family).save_pretrained(tmp_path)
+    model = meta_model(tmp_path)
+    targets, tied = default_targets(model), model.config.tie_word_embeddings
+    check_coverage(model, targets)
+    weights = load_file(tmp_path / "model.safetensors")
+    left = {name: value for name, value in weights.items() if "lm_head" not in name}
+    save_file(left, tmp_path / "model.safetensors", {"format": "pt"})
+    if tied:
+        check_coverage(model, targets)
+        return
+    with pytest.raises(UserError, match="holds no lm_head"):
+        check_coverage(model, targets)
