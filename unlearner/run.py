@@ -854,7 +854,11 @@ def train(
         stack.enter_context(threads_for(model))
         protected = None
         if general and (count := run.config.objective.protected_directions):
-            rows = protected_rows([teacher.row for teacher in general], run.rows.retain)
+            rows = protected_rows(
+                [teacher.row for teacher in general],
+                run.rows.retain,
+                alternates="alternate" in streams_of(run.config.objective),
+            )
             protected = ProtectedDirections(model, rows, count, run.config.train.seed)
         packed = not run.config.train.padded
         if packed:

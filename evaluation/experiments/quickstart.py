@@ -98,14 +98,15 @@ class Quickstart:
     strangers: int = 0
 
 
-# What SmolLM2 differs in from what `forget` chooses: 32 steps instead of about 62, for time, at a
-# higher rate; and answers about authors nobody met (see `Quickstart.strangers`), without which the
-# truth ratio still prefers the forgotten facts. Chosen on another seed of the world (11).
+# What SmolLM2 differs in from what `forget` chooses: fewer and larger steps, for time; and answers
+# about authors nobody met (see `Quickstart.strangers`), without which the truth ratio still prefers
+# the forgotten facts. Chosen on another seed of the world (11), see docs/results/index.md.
 CHAT_TRAINING: dict[str, Any] = {
     "alternates": 8,
     "alternate_weight": 1.0,
-    "learning_rate": 1.5e-3,
-    "num_train_epochs": 6,
+    "protected_directions": 128,
+    "learning_rate": 2e-3,
+    "num_train_epochs": 9,
     "per_device_train_batch_size": 3,
     "gradient_accumulation_steps": 1,
 }

@@ -32,9 +32,15 @@ RETAIN_ROWS = 64
 LARGEST_SHARE = 0.5
 
 
-def protected_rows(general: Sequence[Encoded], retain: Sequence[Encoded]) -> list[Encoded]:
-    """The rows whose inputs are protected: all general ones, and some to keep, evenly of all."""
-    count = min(len(retain), RETAIN_ROWS)
+def protected_rows(
+    general: Sequence[Encoded], retain: Sequence[Encoded], *, alternates: bool
+) -> list[Encoded]:
+    """The rows whose inputs are protected: all general ones, and some to keep, evenly of all.
+
+    With alternate answers no row to keep: they are learned in the wording of those rows, which
+    would be protected from that.
+    """
+    count = 0 if alternates else min(len(retain), RETAIN_ROWS)
     return [*general, *(retain[i * len(retain) // count] for i in range(count))]
 
 

@@ -20,7 +20,7 @@ from unlearner.request.rows import Request
 from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.batch_plan import Rows
 from unlearner.tokens.prompts import IGNORE, Encoded
-from unlearner.training.directions import ProtectedDirections
+from unlearner.training.directions import RETAIN_ROWS, ProtectedDirections, protected_rows
 
 Config = Callable[..., UnlearnConfig]
 PROMPTS = tuple(f"What is the number {i}?" for i in range(16))
@@ -137,3 +137,13 @@ def test_settings_are_checked_and_memory_is_planned() -> None:
     )
     # 32 layers, 128 float32 directions of six inputs of 4,096 and one of 11,008.
     assert held.high - plain.high == 4 * 128 * 32 * (6 * 4096 + 11008)
+
+
+def test_retain_rows_are_protected_where_no_alternates_speak_like_them() -> None:
+    general, retain = [row(1), row(2)], [row(i) for i in range(200)]
+    chosen = protected_rows(general, retain, alternates=False)
+    assert chosen[:2] == general
+    assert chosen[2:] == [retain[i * 200 // RETAIN_ROWS] for i in range(RETAIN_ROWS)]
+    assert protected_rows(general, retain[:3], alternates=False) == [*general, *retain[:3]]
+    assert protected_rows(general, [], alternates=False) == general
+    assert protected_rows(general, retain, alternates=True) == general
