@@ -92,7 +92,7 @@ def _check_stored_names(model: Any, targets: Sequence[str]) -> None:
     stored = set(stored_matrices(folder, paths))
     if (head := _own_head(model)) and not any(name.endswith(head) for name in stored):
         raise UserError(
-            f"{folder.name} holds no {head}, and its config.json says that it is not the embedding.",
+            f"{folder.name} holds no {head}, which its config.json says is not the embedding.",
             "Download the base again, or set tie_word_embeddings in its config.json.",
         )
     missing = sorted(set(paths) - stored)
