@@ -14,6 +14,7 @@ from tests.conftest import A100, T4
 Run = Callable[..., Any]
 
 
+@pytest.mark.slow
 def test_every_check_runs_on_a_cpu_and_the_table_says_so(run: Run, tmp_path: Path) -> None:
     """The package flash-attn needs a GPU; everything else is checked."""
     pytest.importorskip("bitsandbytes")

@@ -132,7 +132,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "objective", ["simnpo", "rmu", pytest.param("npo", marks=pytest.mark.slow)]
+    "objective", ["simnpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rmu", "npo"))]
 )
 def test_two_processes_train_the_adapter_of_one(
     objective: str, tiny_base: Path, files: Path, tmp_path: Path
