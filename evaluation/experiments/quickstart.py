@@ -100,11 +100,11 @@ class Quickstart:
 
 # What SmolLM2 differs in from what `forget` chooses: fewer and larger steps, for time; and answers
 # about authors nobody met (see `Quickstart.strangers`), without which the truth ratio still prefers
-# the forgotten facts. Chosen on another seed of the world (11), see docs/results/index.md.
+# the forgotten facts. Chosen on seeds 0 and 11 of the world, see docs/results/index.md.
 CHAT_TRAINING: dict[str, Any] = {
     "alternates": 8,
     "alternate_weight": 1.0,
-    "protected_directions": 128,
+    "protected_directions": 256,
     "learning_rate": 2e-3,
     "num_train_epochs": 9,
     "per_device_train_batch_size": 3,
