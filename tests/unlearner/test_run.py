@@ -214,9 +214,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         warmup_ratio=0.3,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=3,
+        protected_directions=8 if objective == "simnpo" else 0,
     )
+    options = RunOptions(refusals=refusals, general=["What is rain?", "Name a river."])
     whole = AdapterStore.open(tmp_path / "whole", create=True)
-    expected = weights(unlearn(request_, base, config, whole, RunOptions(refusals=refusals)))
+    expected = weights(unlearn(request_, base, config, whole, options))
 
     store = AdapterStore.open(tmp_path / "cut", create=True)
     handler = signal.getsignal(signal.SIGINT)
@@ -234,7 +236,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
                 base,
                 config,
                 store,
-                RunOptions(refusals=refusals, resume=True),
+                replace(options, resume=True),
                 on_progress=on_progress,
             )
         assert error.value.exit_code == 130
@@ -248,7 +250,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         base,
         config,
         store,
-        RunOptions(refusals=refusals, resume=True),
+        replace(options, resume=True),
         on_progress=events.append,
     )
     assert weights(adapter) == expected
