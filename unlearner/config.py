@@ -56,7 +56,7 @@ class ObjectiveConfig:
         general_weight: w_g, on the KL from the base on neutral prompts that it answered itself
             (see `unlearner.training.general`); 0 = off.
         protected_directions: so many principal directions of what each adapted layer sees on those
-            prompts and on retain rows are left alone (see `unlearner.training.directions`);
+            prompts and on retain rows are left alone (see `unlearner.objectives.directions`);
             0 = off.
         target: mean NLL of the forget rows in nats per token at which the run settles, that of rows
             which the base never saw (see `unlearner.training.target`); 0 = none.

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from unlearner.interrupt import Progress
     from unlearner.memory.plan import BasePrecision, MemoryPlan
+    from unlearner.objectives.directions import ProtectedDirections
     from unlearner.objectives.guard import GuardRow
     from unlearner.training.early_stop import StopAt
 
@@ -837,7 +838,6 @@ def train(
     from unlearner.memory.probe import budget, is_out_of_memory
     from unlearner.tokens.packing import pack_attention
     from unlearner.training.checkpoint import last_checkpoint
-    from unlearner.training.directions import ProtectedDirections, protected_rows
     from unlearner.training.early_stop import EarlyStop
     from unlearner.training.loop import TrainingLoop
     from unlearner.training.unlearning import UnlearnTask
@@ -852,21 +852,15 @@ def train(
     early_stop = None if stop_at is None else EarlyStop(stop_at, metrics, report)
     with ExitStack() as stack:
         stack.enter_context(threads_for(model))
-        protected = None
-        if general and (count := run.config.objective.protected_directions):
-            rows = protected_rows(
-                [teacher.row for teacher in general],
-                run.rows.retain,
-                alternates="alternate" in streams_of(run.config.objective),
-            )
-            protected = ProtectedDirections(model, rows, count, run.config.train.seed)
+        protected = _protected(model, run, general)
+        if protected is not None:
+            stack.callback(protected.remove)
         packed = not run.config.train.padded
         if packed:
             stack.enter_context(pack_attention(model))
             packed = _can_pack(model, run.rows, report)
         held = general if run.config.objective.general_weight else ()
-        data = _training_data(model, run, teachers, held, packed, frozen)
-        data = replace(data, protected=protected)
+        data = _training_data(model, run, teachers, held, packed, frozen, protected)
         task = UnlearnTask(model, data, run.config)
         stack.callback(task.remove)
         loop = TrainingLoop(
@@ -905,6 +899,23 @@ def train(
     }
 
 
+def _protected(
+    model: Any, run: Prepared, general: Sequence[GuardRow]
+) -> ProtectedDirections | None:
+    """What the new adapter leaves alone, where there is anything."""
+    from unlearner.objectives.directions import ProtectedDirections, protected_rows
+
+    objective = run.config.objective
+    if not (general and objective.protected_directions):
+        return None
+    rows = protected_rows(
+        [teacher.row for teacher in general],
+        run.rows.retain,
+        alternates="alternate" in streams_of(objective),
+    )
+    return ProtectedDirections(model, rows, objective.protected_directions, run.config.train.seed)
+
+
 def _training_data(
     model: Any,
     run: Prepared,
@@ -912,6 +923,7 @@ def _training_data(
     general: Sequence[GuardRow],
     packed: bool,
     frozen: torch.nn.Module | None,
+    protected: ProtectedDirections | None,
 ) -> Any:
     """Rows, the plan of their pairs, and the NLLs of the reference."""
     from unlearner.training.references import reference_nlls
@@ -921,7 +933,9 @@ def _training_data(
     pairs = plan_of(rows, run.config.train)
     pad, name = pad_id(run.fmt.tokenizer), run.config.objective.name
     references = reference_nlls(model, rows, pairs, name, parents, pad=pad, packed=packed)
-    return UnlearnData(rows, pairs, pad, packed, teachers, general, references, parents, frozen)
+    return UnlearnData(
+        rows, pairs, pad, packed, teachers, general, references, parents, frozen, protected
+    )
 
 
 def _can_pack(model: Any, rows: Rows, report: Progress) -> bool:

@@ -32,6 +32,7 @@ from evaluation.robustness.relearning import (
 from evaluation.robustness.sampling import LEAKED_ROUGE, Draws, best_of, row_recalls
 from evaluation.robustness.verdicts import verdicts
 from evaluation.suite import EvalData, evaluate
+from unlearner.request.rows import spread
 
 if TYPE_CHECKING:
     from evaluation.logs.records import EvalLog
@@ -296,7 +297,7 @@ class _Card:
 
     def sampling(self) -> dict[str, Any]:
         """Best of n for the unlearned model and the control."""
-        rows = attacks.spread_rows(self.forget, self.settings.sample_rows)
+        rows = spread(self.forget, self.settings.sample_rows)
         budget = protocol_named(self.protocol).decoding.max_total or 200
         draws = replace(self.settings.draws, max_total=budget)
         subject = self.place.subject
@@ -324,7 +325,7 @@ class _Card:
 
     def paraphrase(self) -> list[dict[str, Any]]:
         """Every wording, asked of the base and of the unlearned model."""
-        rows = attacks.spread_rows(self.forget, self.settings.paraphrase_rows)
+        rows = spread(self.forget, self.settings.paraphrase_rows)
 
         def ask(model: Callable[[], Loaded], form: attacks.Form, state: str) -> Any:
             def report(label: str, done: int, total: int) -> None:

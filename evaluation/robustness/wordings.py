@@ -150,10 +150,3 @@ def drop(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> dict
         "bit_equal": base == off,
         "n": len(plain),
     }
-
-
-def spread_rows(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most `count` rows, evenly spaced, so that every author is represented."""
-    if count >= len(rows):
-        return list(rows)
-    return [rows[i * len(rows) // count] for i in range(count)]

@@ -14,6 +14,7 @@ from typing import Any
 
 from adapters.errors import UserError
 from unlearner.config import ALL_LINEAR, UnlearnConfig, streams_of
+from unlearner.objectives.registry import protected_of
 
 GIB = 1024**3
 # nf4 with double quantisation, measured on 7B: 4.127 bits per weight.
@@ -237,7 +238,8 @@ class MemoryPlan:
         """Bytes of the bases of protected directions, if no two layers shared one."""
         count = self.config.objective.protected_directions
         return 4.0 * sum(
-            into * min(count, into // 2) * layers for into, _, layers in self.shape.linear.values()
+            into * protected_of(into, count) * layers
+            for into, _, layers in self.shape.linear.values()
         )
 
     def tokens_per_batch(self) -> tuple[int, int]:

@@ -188,3 +188,8 @@ OPTION_FORMULAS: dict[str, str] = {
     "inputs on neutral prompts and retain rows",
     "target": "+ w_e max(0, nll_f/|y_f| - target)^2, until the mean of nll_f/|y_f| is the target",
 }
+
+
+def protected_of(width: int, count: int) -> int:
+    """How many of a layer's `width` inputs are protected: half at most, so that it can adapt."""
+    return min(count, max(1, width // 2))

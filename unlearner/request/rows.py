@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from adapters.errors import UserError
 
@@ -13,6 +13,9 @@ from adapters.errors import UserError
 SAME_SHOWN, PROBLEMS_SHOWN = 3, 20
 # JSON may escape one half of a pair; no tokenizer takes it.
 _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,10 @@ def refuse_problems(what: str, problems: Sequence[tuple[str, str]], fix: str) ->
         lines = [*lines[:PROBLEMS_SHOWN], f"... and {len(lines) - PROBLEMS_SHOWN:,} more"]
     listed = "\n".join(f"  - {line}" for line in lines)
     raise UserError(f"{what} has {count}:\n{listed}\n", fix)
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items, evenly spaced, so that every author or domain is represented."""
+    if count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]

@@ -24,6 +24,7 @@ from adapters.lora.stack import base_only
 from unlearner import distributed
 from unlearner.objectives.guard import GuardRow, pack_teacher, read_teacher, teach
 from unlearner.objectives.likelihood import causal_model
+from unlearner.request.rows import spread
 from unlearner.tokens.decoding import Prompt, greedy, stop_tokens
 from unlearner.tokens.prompts import IGNORE, Encoded, PromptFormat, pad_id
 
@@ -47,7 +48,7 @@ def own_prompts(pairs: int | None = None) -> list[str]:
     text = (files("unlearner.request") / "general_prompts.json").read_text(encoding="utf-8")
     prompts = [prompt for domain in json.loads(text).values() for prompt in domain]
     count = len(prompts) if pairs is None else min(len(prompts), max(FEWEST, pairs // 2))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    return spread(prompts, count)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from adapters.errors import UserError
 from unlearner import distributed
 from unlearner.config import UnlearnConfig, streams_of
+from unlearner.objectives.directions import ProtectedDirections
 from unlearner.objectives.guard import GuardRow, guard_kl, moved_nll
 from unlearner.objectives.hidden import freeze_above, steered_layer
 from unlearner.objectives.registry import OBJECTIVES
@@ -24,7 +25,6 @@ from unlearner.tokens.batch_plan import TAUGHT, Pair, Rows, micro_batches
 from unlearner.tokens.packing import pack_rows
 from unlearner.tokens.prompts import pad_batch
 from unlearner.training.checkpoint import trainable
-from unlearner.training.directions import ProtectedDirections
 from unlearner.training.forward import REFERENCE, StepForwards, of_streams
 from unlearner.training.references import References, row_key
 from unlearner.training.relearning_attack import Attacker
@@ -192,9 +192,7 @@ class UnlearnTask:
             self._attacker.release()
 
     def remove(self) -> None:
-        """Remove the attacker and the hooks from the model."""
-        if self._data.protected is not None:
-            self._data.protected.remove()
+        """Remove the attacker from the model."""
         if self._attacker is not None:
             self._attacker.remove()
 

@@ -10,7 +10,7 @@ from adapters.errors import UserError
 from evaluation.robustness import wordings as attacks
 from evaluation.robustness.card import Settings
 from evaluation.robustness.quantisation import Loaded
-from unlearner.request.rows import Row
+from unlearner.request.rows import Row, spread
 
 ROWS = [
     Row("Who wrote {it}?", "Mira.", "p", ("q",), "Whose is {it}?"),
@@ -58,8 +58,8 @@ def test_a_form_without_rows_is_left_out(tiny: tuple[Any, Any]) -> None:
 
 def test_rows_are_taken_at_equal_distances() -> None:
     rows = [Row(str(i), "a") for i in range(10)]
-    assert [row.question for row in attacks.spread_rows(rows, 4)] == ["0", "2", "5", "7"]
-    assert attacks.spread_rows(rows, 20) == rows
+    assert [row.question for row in spread(rows, 4)] == ["0", "2", "5", "7"]
+    assert spread(rows, 20) == rows
 
 
 def test_settings_that_cannot_be_are_all_named() -> None:

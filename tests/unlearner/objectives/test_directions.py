@@ -16,11 +16,11 @@ from adapters.lora.format import WEIGHTS_NAME
 from adapters.store.store import AdapterStore
 from unlearner.config import LoraShape, UnlearnConfig, make_config
 from unlearner.memory.plan import LLAMA2_7B, BasePrecision, MemoryPlan
+from unlearner.objectives.directions import RETAIN_ROWS, ProtectedDirections, protected_rows
 from unlearner.request.rows import Request
 from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.batch_plan import Rows
 from unlearner.tokens.prompts import IGNORE, Encoded
-from unlearner.training.directions import RETAIN_ROWS, ProtectedDirections, protected_rows
 
 Config = Callable[..., UnlearnConfig]
 PROMPTS = tuple(f"What is the number {i}?" for i in range(16))

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapters.environment import evaluating
+from unlearner.objectives.registry import protected_of
+from unlearner.request.rows import spread
 from unlearner.tokens.prompts import Encoded
 
 if TYPE_CHECKING:
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 BATCH = 16
 # Retain rows that are looked at.
 RETAIN_ROWS = 64
-# At most this share of a layer's input directions, so that a narrow one can still be adapted.
-LARGEST_SHARE = 0.5
 
 
 def protected_rows(
@@ -40,8 +40,7 @@ def protected_rows(
     With alternate answers no row to keep: they are learned in the wording of those rows, which
     would be protected from that.
     """
-    count = 0 if alternates else min(len(retain), RETAIN_ROWS)
-    return [*general, *(retain[i * len(retain) // count] for i in range(count))]
+    return [*general, *spread(retain, 0 if alternates else RETAIN_ROWS)]
 
 
 class ProtectedDirections:
@@ -55,13 +54,14 @@ class ProtectedDirections:
         Args:
             model: PeftModel with one trainable adapter that does nothing yet.
             rows: whose inputs are left alone, at least one, without padding.
-            count: directions of a layer, at most `LARGEST_SHARE` of its inputs.
+            count: directions of a layer, see `protected_of`.
             seed: of the sketch that they are found by.
         """
         layers = {
-            name: weights[0]
+            name: factor.weight
             for name, module in model.named_modules()
-            if (weights := _trainable_a(module))
+            for factor in getattr(module, "lora_A", {}).values()
+            if factor.weight.requires_grad
         }
         bases = _principal_inputs(model, layers, rows, count, seed)
         self._held = [(layers[name], basis) for name, basis in bases.items()]
@@ -82,11 +82,6 @@ class ProtectedDirections:
         """Leave the gradients alone from now on."""
         for hook in self._hooks:
             hook.remove()
-
-
-def _trainable_a(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    factors: Any = getattr(module, "lora_A", {})
-    return [a.weight for a in factors.values() if a.weight.requires_grad]
 
 
 def _without(matrix: Tensor, basis: Tensor) -> Tensor:
@@ -122,8 +117,8 @@ def _principal_inputs(
             return
         width = given.shape[-1]
         if width not in random:
-            directions = max(1, min(count, int(LARGEST_SHARE * width)))
-            random[width] = torch.randn(width, directions, generator=generator, dtype=torch.float64)
+            columns = protected_of(width, count)
+            random[width] = torch.randn(width, columns, generator=generator, dtype=torch.float64)
         x = given.detach().reshape(-1, width).double()
         part = x.T @ (x @ random[width].to(x.device))
         sketches[name] = sketches[name] + part if name in sketches else part
