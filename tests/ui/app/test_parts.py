@@ -17,6 +17,7 @@ from adapters.errors import UserError
 from evaluation.logs import read_log
 from evaluation.logs.records import EvalLog, SetRecord, write_log
 from evaluation.report.inputs import find_inputs, named_logs
+from ui.app.build import App
 from ui.app.data import commands, requests, runs
 from ui.app.data.answers import Answer, Frame, judged
 from ui.app.data.comparator import comparator, recorded_pairs
@@ -26,6 +27,7 @@ from ui.app.data.sheet import SheetRow, tally
 from ui.app.html import views
 from ui.app.jobs import Jobs
 from ui.app.session import Session
+from ui.app.tabs import compare
 from ui.app.tabs.runs import Reading
 from ui.app.turns import Turns
 from ui.cli.commands.everyday.ui import read_auth
@@ -584,3 +586,33 @@ def test_another_site_cannot_use_the_page(tmp_path: Path, monkeypatch: Any) -> N
         assert status("POST", upload, form, **kind) == 413
     finally:
         page.close(verbose=False)
+
+
+def test_a_tick_does_not_end_a_question_that_was_asked_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answering(asked: str, stack: Any, _: Any, stop: threading.Event, **__: Any) -> Any:
+        for _ in range(9):
+            if not stop.is_set():
+                yield Frame(asked, Answer(""), Answer(""), tuple(stack))
+
+    strengths = SimpleNamespace(
+        stack_of=lambda chosen, kept: [(name, kept.get(name, 1.0)) for name in chosen]
+    )
+    monkeypatch.setattr(App, "actions", strengths)
+    monkeypatch.setattr(compare, "_pictures", lambda app, frames, last=None: frames)
+    monkeypatch.setattr(compare, "SETTLE_SECONDS", 0)
+    asking = compare._Asking(App(SimpleNamespace(compare=answering), None, None))  # type: ignore[arg-type]
+    browser: Any = SimpleNamespace(session_hash="one")
+    last = Frame("Before?", Answer(""), Answer(""), (), stage="done")
+
+    asked = asking.frames("After?", ["a"], {}, 0, 0, 9, browser)
+    assert next(asked).question == "After?"
+    assert list(asking.again(last, ["a"], {}, browser)) == []  # "a" was ticked before it was asked
+    assert next(asked).question == "After?"
+
+    changed = asking.again(last, ["a"], {"a": 0.5}, browser)
+    next(changed)  # says that it asks
+    assert list(asked) == []
+    assert asking.under_way == {}
+    assert next(changed).stack == (("a", 0.5),)

@@ -80,6 +80,8 @@ class _Asking:
 
     def __init__(self, app: App) -> None:
         self.app = app
+        # By browser, what ends its comparison under way, and the adapters of that.
+        self.under_way: dict[str, tuple[threading.Event, tuple[Any, ...]]] = {}
 
     def frames(
         self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
@@ -89,9 +91,15 @@ class _Asking:
         event = self.app.stop_of(request)
         wanted = self.app.actions.stack_of(chosen or [], kept or {})
         sampling = Sampling(float(temperature), int(number or 0), int(most))
-        for frame in self.app.session.compare(asked, wanted, sampling, event):
-            if not self.app.superseded(request, event):
-                yield frame
+        browser = str(request.session_hash)
+        self.under_way[browser] = event, tuple(wanted)
+        try:
+            for frame in self.app.session.compare(asked, wanted, sampling, event):
+                if not self.app.superseded(request, event):
+                    yield frame
+        finally:
+            if self.under_way.get(browser, (None,))[0] is event:  # not of a newer question
+                del self.under_way[browser]
 
     def right_frames(
         self, last: Frame, chosen: list[str], kept: dict[str, float], request: gr.Request,
@@ -130,6 +138,9 @@ class _Asking:
         """The right side of the last comparison with the adapters as they are now."""
         if last is None:  # nothing was asked yet
             return
+        _, stack = self.under_way.get(str(request.session_hash), (None, None))
+        if stack == tuple(self.app.actions.stack_of(chosen or [], kept or {})):
+            return  # a question asked after the change is already answered with them
         event = self.app.stop_of(request)
         if event.wait(SETTLE_SECONDS):
             if not self.app.superseded(request, event):  # Esc, before it began
