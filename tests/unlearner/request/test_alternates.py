@@ -194,7 +194,17 @@ def test_the_term_is_the_mean_nll_of_the_drawn_alternates(
         assert terms["alternate_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+# One whose streams are rows, one with a reference, one with refusals, one on hidden states.
+CHEAP = ("dpo", "npo", "rmu", "simnpo")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        name if name in CHEAP else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(OBJECTIVES)
+    ],
+)
 def test_every_objective_takes_alternates_and_packs_them(
     base: BaseSpec, request_: Request, fresh_model: Any, tmp_path: Path, objective: str
 ) -> None:

@@ -438,8 +438,15 @@ def test_fp16_scales_its_loss_and_steps_over_an_overflow(
     assert all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "all"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "checkpointing"),
+    [
+        (True, "all"),
+        (False, "off"),
+        pytest.param(True, "off", marks=pytest.mark.slow),
+        pytest.param(False, "all", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_bf16_weights_under_autocast_give_the_losses_of_float32(
     objective: str,
