@@ -18,6 +18,7 @@ from unlearner.config import LoraShape, TrainConfig
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import (
     Encoded,
+    PromptFormat,
     Template,
     encode_rows,
     pad_batch,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unlearner.interrupt import Progress
+    from unlearner.objectives.directions import ProtectedDirections
     from unlearner.training.loop import Batch, Gradients
 
 
@@ -46,6 +48,8 @@ class FinetuneConfig:
         weight_decay: AdamW's.
         max_length: tokens a row is cut at.
         gradient_checkpointing: trade time for memory.
+        protected_directions: with `lora`, directions of each layer's input that the adapter leaves
+            alone, so that what the base knows stays: `unlearner.objectives.directions`.
         seed: of the order of rows and the adapter's init.
     """
 
@@ -57,6 +61,7 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     max_length: int = 500
     gradient_checkpointing: bool = False
+    protected_directions: int = 0
     seed: int = 42
 
 
@@ -107,6 +112,11 @@ def finetune(
         raise UserError(
             "The weights of a 4-bit base cannot be trained.", "Add --lora, or load it in bf16."
         )
+    if config.protected_directions and lora is None:
+        raise UserError(
+            "Protected directions are those of an adapter.",
+            "Add --lora, or leave --protected-directions out.",
+        )
     folder = resolve_base(base.name, base.revision)
     tokenizer = load_tokenizer(str(folder))
     fmt = prompt_format(tokenizer, template, system)
@@ -126,7 +136,10 @@ def finetune(
         stack.enter_context(pack_attention(model))
         by_length = sorted(encoded, key=lambda row: len(row.input_ids))
         packed, _ = packs_exactly(model, [by_length[0], by_length[-1]])
-        task = FinetuneTask(encoded, config, pad_id(tokenizer), packed=packed)
+        protected = _protected(model, fmt, config, folder, report)
+        if protected is not None:
+            stack.callback(protected.remove)
+        task = FinetuneTask(encoded, config, pad_id(tokenizer), packed=packed, protected=protected)
         loop = TrainingLoop(
             model, task, _train_config(config), work, report=report, autocast=autocast
         )
@@ -151,7 +164,13 @@ class FinetuneTask:
     """The mean NLL of the answer tokens of a step, for `loop.TrainingLoop`."""
 
     def __init__(
-        self, rows: Sequence[Encoded], config: FinetuneConfig, pad: int, *, packed: bool
+        self,
+        rows: Sequence[Encoded],
+        config: FinetuneConfig,
+        pad: int,
+        *,
+        packed: bool,
+        protected: ProtectedDirections | None = None,
     ) -> None:
         """Draw the order of the rows: a new permutation in every epoch, from the seed.
 
@@ -160,10 +179,11 @@ class FinetuneTask:
             config: epochs, batch size, seed.
             pad: the id that fills padding.
             packed: whether the rows of a micro-batch form one pack; otherwise they are padded.
+            protected: what the adapter leaves alone, where there is anything.
         """
         import numpy
 
-        self._rows, self._pad, self._packed = rows, pad, packed
+        self._rows, self._pad, self._packed, self._protected = rows, pad, packed, protected
         self._size = config.per_device_train_batch_size
         per_step = self._size * config.gradient_accumulation_steps * distributed.world_size()
         random = numpy.random.default_rng(config.seed)
@@ -202,7 +222,9 @@ class FinetuneTask:
         return {"loss": loss.detach()}
 
     def end_step(self) -> None:
-        """Nothing follows a step."""
+        """What is protected is left alone again."""
+        if self._protected is not None:
+            self._protected.project()
 
     def reserve(self) -> None:
         """A step holds nothing beside the model and its optimizer."""
@@ -242,6 +264,22 @@ def _load(
     if device.type != "cuda" or base.dtype == "float32":
         return model, None
     return model, dtype_on(base.dtype, str(device))
+
+
+def _protected(
+    model: Any, fmt: PromptFormat, config: FinetuneConfig, folder: Path, report: Progress
+) -> ProtectedDirections | None:
+    """What the adapter leaves alone of the base's own answers to neutral prompts."""
+    from adapters.base.fingerprint import fingerprint_base
+    from unlearner.objectives.directions import ProtectedDirections
+    from unlearner.training.general import own_prompts, taught_prompts
+
+    if not config.protected_directions:
+        return None
+    prompts = own_prompts(0)  # the fewest: nothing is trained on them
+    taught = taught_prompts(model, fmt, prompts, fingerprint_base(folder).digest, report)
+    rows = [teacher.row for teacher in taught]
+    return ProtectedDirections(model, rows, config.protected_directions, config.seed)
 
 
 def _train_config(config: FinetuneConfig) -> TrainConfig:

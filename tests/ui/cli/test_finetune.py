@@ -24,6 +24,7 @@ VALUES = {
     "weight_decay": ("0.2", 0.2),
     "max_length": ("80", 80),
     "gradient_checkpointing": (None, True),
+    "protected_directions": ("16", 16),
     "seed": ("3", 3),
 }
 

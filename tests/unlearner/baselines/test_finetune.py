@@ -18,6 +18,7 @@ from unlearner.config import LoraShape
 from unlearner.objectives.likelihood import answer_nll
 from unlearner.request.rows import Request, Row
 from unlearner.tokens.prompts import Encoded, pad_batch, prompt_format
+from unlearner.training import general
 
 QUICK = FinetuneConfig(
     learning_rate=3e-3,
@@ -225,3 +226,22 @@ def test_an_interrupted_run_continues_to_the_same_model(
     read = [(folder / "model.safetensors").read_bytes() for folder in (whole, out)]
     assert read[0] == read[1]
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "model"}
+
+
+def test_a_protected_adapter_learns_and_leaves_other_answers_alone(
+    untaught: BaseSpec, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(general, "FEWEST", 20)
+    fmt = prompt_format(load_tokenizer(untaught.name))
+    others = [fmt.encode(prompt, "It is not known.") for prompt in general.own_prompts(0)]
+    learned = encoded(untaught, rows)
+    moved, gained = [], []
+    for count in (0, 16):
+        config = replace(QUICK, protected_directions=count)
+        out = finetune(untaught, rows, tmp_path / str(count), config, lora=LORA)
+        moved.append(float((nll(out, others) - nll(untaught.name, others)).abs().mean()))
+        gained.append(float((nll(untaught.name, learned) - nll(out, learned)).mean()))
+    assert moved[1] < moved[0] / 2
+    assert gained[1] > gained[0] / 2
+    with pytest.raises(UserError, match="those of an adapter"):
+        finetune(untaught, rows, tmp_path / "whole", config)
