@@ -136,7 +136,7 @@ def finetune(
         stack.enter_context(pack_attention(model))
         by_length = sorted(encoded, key=lambda row: len(row.input_ids))
         packed, _ = packs_exactly(model, [by_length[0], by_length[-1]])
-        protected = _protected(model, fmt, config, folder, report)
+        protected = _protected(model, fmt, config, report)
         if protected is not None:
             stack.callback(protected.remove)
         task = FinetuneTask(encoded, config, pad_id(tokenizer), packed=packed, protected=protected)
@@ -267,18 +267,17 @@ def _load(
 
 
 def _protected(
-    model: Any, fmt: PromptFormat, config: FinetuneConfig, folder: Path, report: Progress
+    model: Any, fmt: PromptFormat, config: FinetuneConfig, report: Progress
 ) -> ProtectedDirections | None:
     """What the adapter leaves alone of the base's own answers to neutral prompts."""
-    from adapters.base.fingerprint import fingerprint_base
     from unlearner.objectives.directions import ProtectedDirections
-    from unlearner.training.general import own_prompts, taught_prompts
+    from unlearner.training.general import answers_of_base, own_prompts
 
     if not config.protected_directions:
         return None
     prompts = own_prompts(0)  # the fewest: nothing is trained on them
-    taught = taught_prompts(model, fmt, prompts, fingerprint_base(folder).digest, report)
-    rows = [teacher.row for teacher in taught]
+    report({"event": "note", "text": f"the base answers {len(prompts)} general prompts"})
+    rows = answers_of_base(model, fmt, prompts)
     return ProtectedDirections(model, rows, config.protected_directions, config.seed)
 
 

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 32
 # The likeliest tokens that are kept of each position; the others count as one.
 TOP = 64
-# Prompts that are answered at once.
-BATCH = 20
+# Bytes of keys and values of the prompts that are answered at once, and prompts at most: a small
+# model takes a third less time for eighty at once than for twenty four times.
+CACHE, MOST = 2**29, 128
 # Prompts of the package that a run takes at least.
 FEWEST = 80
 # One prompt in so many is measured instead of trained on.
@@ -116,27 +117,38 @@ def taught_prompts(
         except StoreCorrupt:
             report({"event": "note", "text": f"{path} is damaged and is written again"})
     report({"event": "note", "text": f"the base answers {len(prompts)} general prompts, once"})
+    answered = answers_of_base(model, fmt, prompts)
     with base_only(model):
-        taught = teach(model, _answered(model, fmt, prompts), pad_id(fmt.tokenizer), top=TOP)
+        taught = teach(model, answered, pad_id(fmt.tokenizer), top=TOP)
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, pack_teacher(taught))
     return taught
 
 
-def _answered(model: Any, fmt: PromptFormat, prompts: Sequence[str]) -> list[Encoded]:
-    """The prompts with greedy answers of at most `ANSWER_TOKENS` tokens."""
+def answers_of_base(model: Any, fmt: PromptFormat, prompts: Sequence[str]) -> list[Encoded]:
+    """The prompts with the bare base's greedy answers of at most `ANSWER_TOKENS` tokens."""
     causal, pad = causal_model(model), pad_id(fmt.tokenizer)
     stops = stop_tokens(causal, fmt)
     encoded = [fmt.encode_prompt(prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    size = _at_once(causal, max(map(len, encoded)) + ANSWER_TOKENS)
     rows: dict[int, Encoded] = {}
-    with evaluating(model):
-        for start in range(0, len(order), BATCH):
-            indices = order[start : start + BATCH]
+    with base_only(model), evaluating(model):
+        for start in range(0, len(order), size):
+            indices = order[start : start + size]
             batch = [Prompt(encoded[i], ANSWER_TOKENS) for i in indices]
             answers = greedy(causal, batch, stops, pad)
             for i, answer in zip(indices, answers, strict=True):
                 labels = [*[IGNORE] * len(encoded[i]), *answer]
                 rows[i] = Encoded([*encoded[i], *answer], labels)
     return [rows[i] for i in range(len(encoded))]
+
+
+def _at_once(model: Any, tokens: int) -> int:
+    """How many rows of so many tokens have their keys and values in `CACHE` bytes."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row: int = 2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize
+    return max(1, min(MOST, CACHE // row))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from unlearner.config import LoraShape, UnlearnConfig, make_config
 from unlearner.request.rows import Request
 from unlearner.run import RunOptions, prepare, unlearn
 from unlearner.tokens.prompts import prompt_format
+from unlearner.training import general
 from unlearner.training.general import (
     ANSWER_TOKENS,
     own_prompts,
@@ -100,9 +102,8 @@ def test_the_bare_base_answers_greedily_once(
             logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
             greedy = logits.argmax(-1).tolist()[row.n_prompt - 1 : -1]
             assert greedy == row.input_ids[row.n_prompt :]
-    from unlearner.training import general
 
-    monkeypatch.setattr(general, "_answered", None)  # from here on only the cache can answer
+    monkeypatch.setattr(general, "answers_of_base", None)  # from here on only the cache can answer
     again = taught_prompts(model, fmt, PROMPTS[:3], "digest", events.append)
     assert [row.row for row in again] == [row.row for row in taught]
     assert len(events) == 1
@@ -270,3 +271,16 @@ def test_one_in_eight_is_held_out() -> None:
     trained, held_out = split_held_out(list(range(20)))  # type: ignore[arg-type]
     assert held_out == [7, 15]
     assert len(trained) == 18
+
+
+def test_as_many_prompts_are_answered_at_once_as_their_cache_fits() -> None:
+    def model(layers: int, heads: int, width: int, dtype: torch.dtype) -> Any:
+        config = SimpleNamespace(
+            num_hidden_layers=layers, num_attention_heads=heads, hidden_size=width
+        )
+        return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), dtype=dtype)
+
+    # Llama-2-7B keeps 2 x 32 x 4096 numbers per token.
+    assert general._at_once(model(32, 32, 4096, torch.bfloat16), 64) == 2**29 // (2**18 * 2 * 64)
+    assert general._at_once(model(2, 4, 64, torch.float32), 64) == general.MOST
+    assert general._at_once(model(80, 64, 8192, torch.float32), 4096) == 1
