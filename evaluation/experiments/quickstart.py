@@ -104,6 +104,7 @@ class Quickstart:
 CHAT_TRAINING: dict[str, Any] = {
     "alternates": 8,
     "alternate_weight": 1.0,
+    "retain_weight": 4.0,
     "protected_directions": 192,
     "learning_rate": 2e-3,
     "num_train_epochs": 9,
