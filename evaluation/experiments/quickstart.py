@@ -105,7 +105,7 @@ CHAT_TRAINING: dict[str, Any] = {
     "alternates": 8,
     "alternate_weight": 1.0,
     "retain_weight": 4.0,
-    "protected_directions": 192,
+    "protected_directions": 256,
     "learning_rate": 2e-3,
     "num_train_epochs": 9,
     "per_device_train_batch_size": 3,
