@@ -47,6 +47,15 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// So is a stop: the model ends the step that it is in before the server can say so.
+const UNDER_WAY = /^(?:Asking|Answering|Waiting|Scoring|(\d+) of (?!\1 ))(?!.*Stopped)/;
+document.addEventListener("click", (event) => {
+  if (!event.target.closest("#un-stop, #un-sheet-stop")) return;
+  for (const status of document.querySelectorAll("#un-status p, #un-sheet-status p")) {
+    if (UNDER_WAY.test(status.textContent)) status.textContent = "Stopping …";
+  }
+});
+
 // Columns of the tables are as wide as the reader pulls them: by the edge of a heading, or by
 // Alt with an arrow key on it. gradio sets widths in line, so rules in a style sheet overrule them.
 const TABLES = "#un-sheet, #un-runs, #un-logs";

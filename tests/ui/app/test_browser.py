@@ -163,6 +163,12 @@ def _asked(page: Any, question: str) -> None:
     )
 
 
+def _at_once(page: Any, act: str, status: str) -> str:
+    """What `status` says in the very turn of the page's loop in which `act` is done."""
+    said = f"{act}; document.querySelector('{status}').textContent"
+    return str(page.evaluate(said))
+
+
 def _done(page: Any, how: str = "both sides") -> tuple[str, str]:
     _wait_for(page, "#un-status", f"Done: {how}")
     sides = [page.locator(f"#un-{side} .un-answer").inner_text() for side in ("left", "right")]
@@ -289,7 +295,9 @@ def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatc
     first = page.evaluate(length)
     page.wait_for_timeout(600)
     assert page.evaluate(length) > first  # it grows
-    page.keyboard.press("Escape")
+    # The page answers before the server does.
+    escape = "document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"
+    assert _at_once(page, escape, "#un-status p") == "Stopping …"
     _wait_for(page, "#un-status", "Stopped")
     stopped = page.evaluate(length)
     page.wait_for_timeout(600)
@@ -340,7 +348,8 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any, monkeyp
     page.wait_for_function(
         "document.querySelector('#un-sheet-status').textContent.includes(' of ')"
     )
-    page.locator("#un-sheet-stop").click()
+    click = "document.querySelector('#un-sheet-stop').click()"
+    assert _at_once(page, click, "#un-sheet-status p") == "Stopping …"
     _wait_for(page, "#un-sheet-status", "Stopped")
     assert "25 of" not in page.locator("#un-sheet-status").inner_text()
     monkeypatch.setattr(sheet, "_batch", batch)

@@ -103,8 +103,10 @@ def stack(
     behind = _Changes(app, choices, on)
     outputs = [listing, read, ref, box, chosen, asking]
     switch_on.click(told(behind.switch_on), [ref, strength], outputs, **PRIVATE)
-    off.click(told(behind.ask), ref, [asking, about, pending], **PRIVATE)
-    nothing.click(told(behind.ask_all), None, [asking, about, pending], **PRIVATE)
+    # The question is hidden until it is there: what is seen at once is seen on the list.
+    asks: dict[str, Any] = {"show_progress_on": listing, **PRIVATE}
+    off.click(told(behind.ask), ref, [asking, about, pending], **asks)
+    nothing.click(told(behind.ask_all), None, [asking, about, pending], **asks)
     yes.click(told(behind.confirmed), pending, outputs, **PRIVATE)
     no.click(lambda: gr.update(visible=False), None, asking, **PRIVATE)
     look.click(told(behind.look), None, outputs, **PRIVATE)
