@@ -183,16 +183,17 @@ def unlearn(
     for note in (*run.chosen.values(), *run.notes):
         report({"event": "note", "text": note})
     distributed.join()
-    report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
     with ExitStack() as stack:
+        # Before the base is loaded: an interrupted run of this request is refused at once.
+        key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
+        work = stack.enter_context(run_folder(store, key, run.options, report))
+        report({"event": "load", "base": base.name, "parents": [p.slug for p in run.parents]})
         if model is not None:
             stack.callback(detach, model)
         model, view = load_with_adapter(run, store, model)
         run, teachers = guard_targets(model, run, store, report)
         run, general, held_out = hold_general(model, run, report)
         run, stop_at = find_target(model, run, stop_at, report)
-        key = run.key if stop_at is None else f"{run.key}-{stop_at.key}"
-        work = stack.enter_context(run_folder(store, key, run.options, report))
         summarised = _summary(model, run, held_out, report)
         summary = train(
             model,
@@ -754,6 +755,8 @@ def run_folder(
 ) -> Iterator[Path]:
     """The folder of a run's checkpoints, locked; removed when the run is published.
 
+    A run that fails before it has written anything leaves no folder behind.
+
     Raises:
         UserError: an interrupted run is in it and nothing says what to do with it, or another
             process is training it.
@@ -788,16 +791,21 @@ def run_folder(
     finally:
         if distributed.rank() == 0:
             lock.release()
+            if not _written(work):
+                shutil.rmtree(work)
     distributed.wait()
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and work.exists():
         shutil.rmtree(work)
+
+
+def _written(work: Path) -> list[Path]:
+    """What a run has written into its folder, which holds its lock besides."""
+    return [path for path in work.iterdir() if path.name != ".lock"]
 
 
 def _empty(work: Path) -> None:
     """Remove what an earlier run left, so that nothing is taken for this run's."""
-    for path in work.iterdir():
-        if path.name == ".lock":
-            continue
+    for path in _written(work):
         if path.is_dir():
             shutil.rmtree(path)
         else:

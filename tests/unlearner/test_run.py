@@ -265,8 +265,12 @@ def test_an_interrupted_run_is_never_discarded_silently(
 ) -> None:
     with pytest.raises(Interrupted):
         unlearn(request_, base, quick(), store, on_progress=signal_at(3))
+    events: list[str] = []
     with pytest.raises(UserError, match="saved at checkpoint 3") as error:
-        unlearn(request_, base, quick(), store)
+        unlearn(
+            request_, base, quick(), store, on_progress=lambda event: events.append(event["event"])
+        )
+    assert "load" not in events  # said before anything is loaded
     assert "--resume" in error.value.fix
     assert "--restart" in error.value.fix
     assert list(store.path.glob("runs/*/checkpoint-3"))
@@ -388,7 +392,7 @@ def test_a_run_resumes_only_its_own_request_and_settings(
     assert prepare(request_, base, quick(), store).key in keys
     events: list[dict[str, Any]] = []
     unlearn(fewer, base, quick(), store, RunOptions(resume=True), on_progress=events.append)
-    assert [e["event"] for e in events][:2] == ["load", "note"]
+    assert [e["event"] for e in events][:2] == ["note", "load"]
     # The interrupted run's checkpoint still stands.
     (work,) = (store.path / "runs").iterdir()
     assert (work / "checkpoint-3").is_dir()
