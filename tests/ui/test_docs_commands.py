@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {
     "lora_alpha": 4,
 }
 NOTEBOOK = ROOT / "docs" / "first-request.ipynb"
-STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "quickstart/origin"}
+STAND_INS = {"my-model": "quickstart/origin"}
 NOT_PARSED = {"--help", "--help-all", "--version", "--print-completion", "--config"}
 BLOCK = re.compile(r"(<!-- parsed only: [^>]+ -->\n)?```sh\n(.*?)```", re.DOTALL)
 
@@ -124,8 +124,10 @@ def test_every_command_of_a_page_runs(
     page: Path, quickstart: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(quickstart, tmp_path, dirs_exist_ok=True)
-    for name, rows in (("mine.jsonl", "request-1.jsonl"), ("rest.jsonl", "retain90.json")):
-        shutil.copy(tmp_path / "quickstart" / "world" / rows, tmp_path / name)
+    for name in ("mine.jsonl", "forget.jsonl"):
+        shutil.copy(tmp_path / "quickstart" / "world" / "request-1.jsonl", tmp_path / name)
+    for name in ("rest.jsonl", "keep.jsonl"):
+        shutil.copy(tmp_path / "quickstart" / "world" / "retain90.json", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     for line in lines_of(page):
         words = shlex.split(line.text, comments=True)

@@ -53,6 +53,7 @@ class Session:
     state: Literal["no base", "loading", "ready", "failed", "resting"] = "no base"
     problem: str = ""
     library: Library = field(default_factory=Library)
+    questions: Library | None = None  # in place of those of `data`
     _marked: tuple[Library, bytes, dict[str, tuple[str, Row]]] | None = None
     _model: Any = None
     _fmt: Any = None
@@ -72,7 +73,9 @@ class Session:
 
     def _load(self) -> None:
         try:
-            if self.data is not None or self.base is not None:
+            if self.questions is not None:
+                self.library = self.questions
+            elif self.data is not None or self.base is not None:
                 self.library = read_library(self.data)
             if self.base is not None:
                 self._load_model(self.base)

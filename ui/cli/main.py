@@ -42,8 +42,8 @@ first steps:
   unlearner quickstart                                  a complete run on this machine, no download
   unlearner doctor                                      what this machine can run
   unlearner forget tofu:forget05 --base B --dry-run     what a request would cost
-exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit in memory, 4 quality gate failed,
-130 interrupted and saved
+exit codes: 0 ok, 1 failure, 2 bad usage or input, 3 does not fit (memory, or adapters of another
+base), 4 quality gate failed, 130 interrupted
 `unlearner COMMAND --help` shows the flags of a command."""
 # The sections of `unlearner --help`: each command with its module, in the order of the list.
 SECTIONS = {
@@ -217,10 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _reader_left()
     except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        console.words("Interrupted. Parts that were finished are kept.")
-        return INTERRUPTED
+        return _interrupted(console, debug)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -230,12 +227,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.error(error.problem, error.fix)
         return error.exit_code
     except Exception as error:
+        if _comes_of_an_interrupt(error):
+            return _interrupted(console, debug)
         if debug:
             traceback.print_exc()
         console.error(*unexpected(error))
         return FAILURE
     finally:
         ranks.leave()
+
+
+def _interrupted(console: Console, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    console.words("Interrupted. What was finished is kept: run the same command again to go on.")
+    return INTERRUPTED
+
+
+def _comes_of_an_interrupt(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C is behind the error: Python wraps one that meets it in a class body."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def run_command(args: argparse.Namespace, console: Console) -> int:

@@ -137,13 +137,22 @@ def data() -> Parser:
     parser = Parser(add_help=False)
     parser.add_argument(
         "--data",
-        type=Path,
+        type=_data_folder,
         metavar="DIR",
         default=_env_path("UNLEARNER_DATA"),
         help="folder of TOFU's JSON-lines files instead of the hub's locuslab/TOFU "
         "(environment: UNLEARNER_DATA)",
     )
     return parser
+
+
+def _data_folder(text: str) -> Path:
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text} is a file, and --data takes the folder of TOFU's files; rows of your own are "
+            "given where their flag or argument says so"
+        )
+    return Path(text)
 
 
 def _env_path(name: str) -> Path | None:
@@ -177,7 +186,10 @@ def base(*, required: bool = True) -> Parser:
 
 
 def add_base(
-    flags: Flags, *, required: bool = True, text: str = "hub id or folder of the base model"
+    flags: Flags,
+    *,
+    required: bool = True,
+    text: str = "hub id, folder or GGUF file of the base model",
 ) -> None:
     """--base and --revision; `text` says what the base is for."""
     flags.add_argument("--base", required=required, metavar="B", help=text)

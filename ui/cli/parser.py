@@ -81,7 +81,8 @@ class Parser(argparse.ArgumentParser):
         finally:
             for action, words in rare.items():
                 action.help = words
-        return f"{text}\n`{self.prog} --help-all` shows {len(rare)} more flags.\n"
+        flags = "flag" if len(rare) == 1 else "flags"
+        return f"{text}\n`{self.prog} --help-all` shows {len(rare)} more {flags}.\n"
 
     def format_help_all(self) -> str:
         """The help with every flag."""

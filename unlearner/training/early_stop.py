@@ -255,7 +255,11 @@ class EarlyStop:
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         go_back = self.trace.add(step, distance, self._stop.settle)
         line = {"event": "gap", "step": step, "steps": steps, **figures}
-        line |= {"stopped_at_step": self.trace.stopped_at, "kept_step": self.trace.kept}
+        line |= {
+            "stopped_at_step": self.trace.stopped_at,
+            "kept_step": self.trace.kept,
+            "reached_at_step": self.trace.reached,
+        }
         if distributed.rank() == 0:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

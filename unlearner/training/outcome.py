@@ -18,8 +18,8 @@ ROWS, ENOUGH = {"forget": 24, "retain": 16, "general": 16}, 8
 # Shares of the probability before: more than the first left of the forget rows, less than the
 # second left of the others.
 FORGOTTEN, HELD = 0.8, 0.9
-# Forget rows below this probability were never learned.
-KNOWN = 0.1
+# Forget rows below this probability, or with this share of the target's NLL, were never learned.
+KNOWN, NEAR = 0.1, 0.8
 # NLLs above this many times the target are far past it.
 PAST = 1.5
 
@@ -31,10 +31,12 @@ class Watched:
     Attributes:
         rows: by set: "forget", and "retain" and "general" where there are any.
         held_out: by set, whether no row of it is trained on.
+        of: by set, the number of rows that these are a sample of.
     """
 
     rows: Mapping[str, Sequence[Encoded]]
     held_out: Mapping[str, bool]
+    of: Mapping[str, int]
 
 
 def watched_rows(
@@ -68,7 +70,8 @@ def watched_rows(
         name: draw.sample(part, min(ROWS[name], len(part))) for name, part in sets.items() if part
     }
     held_out = {"retain": len(unused) >= ENOUGH, "general": general_held_out}
-    return Watched(rows, {name: held_out.get(name, False) for name in rows})
+    of = {name: len(sets[name]) for name in rows}
+    return Watched(rows, {name: held_out.get(name, False) for name in rows}, of)
 
 
 def measured(model: Any, watched: Watched, pad: int) -> dict[str, dict[str, float]]:
@@ -87,16 +90,45 @@ def outcome(
     after: Mapping[str, Mapping[str, float]],
     watched: Watched,
 ) -> dict[str, dict[str, Any]]:
-    """For the manifest, by set: rows, whether they are held out, and figures before and after."""
+    """For the manifest, by set: rows, of how many, whether held out, figures before and after."""
     return {
         name: {
             "rows": len(rows),
+            "of": watched.of[name],
             "held_out": watched.held_out[name],
             "before": dict(before[name]),
             "after": dict(after[name]),
         }
         for name, rows in watched.rows.items()
     }
+
+
+def _target(settings: Mapping[str, Any]) -> float:
+    """The target as NLL of whole answers, which are what is measured; 0 for none."""
+    ratio = pushed_nll(1.0, settings.get("forget_tokens", "all"))
+    return float(settings.get("target", 0.0)) / ratio
+
+
+def hardly_known(forget: Mapping[str, float], settings: Mapping[str, Any]) -> str:
+    """Says so where a base may never have learned the forget rows; empty otherwise.
+
+    Args:
+        forget: their figures before training, from `measured`.
+        settings: of the objective, by name.
+    """
+    target = _target(settings)
+    if target and forget["nll"] >= NEAR * target:
+        return (
+            f"the base finds the forget rows about as unlikely (NLL {forget['nll']:.2f}) as rows "
+            f"that it never saw ({target:.2f}): it must be a model that was trained on them, see "
+            "--base and --template"
+        )
+    if forget["probability"] < KNOWN:
+        return (
+            f"the base hardly knew the forget rows (probability {forget['probability']:.3f}): "
+            "check --base and --template"
+        )
+    return ""
 
 
 def remarks(sets: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
@@ -109,15 +141,9 @@ def remarks(sets: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     texts = []
     was, now = sets["forget"]["before"], sets["forget"]["after"]
     rate = settings["learning_rate"]
-    # Measured are whole answers.
-    target = settings.get("target", 0.0) / pushed_nll(1.0, settings.get("forget_tokens", "all"))
-    if target and was["nll"] >= target:
-        texts.append("the forget rows were no likelier than rows that the base never saw")
-    elif now["probability"] > FORGOTTEN * was["probability"] and was["probability"] < KNOWN:
-        texts.append(
-            f"the base hardly knew the forget rows (probability {was['probability']:.3f}): check "
-            "--base and --template"
-        )
+    target = _target(settings)
+    if hint := hardly_known(was, settings):
+        texts.append(hint)
     elif now["probability"] > FORGOTTEN * was["probability"]:
         texts.append(
             f"almost nothing was forgotten: raise --learning-rate (it was {rate:g}) or "

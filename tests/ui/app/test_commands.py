@@ -133,6 +133,29 @@ def test_ask_answers_as_the_app_does(run: Any, tiny_base: Path, tmp_path: Path, 
         assert said in refused.err
 
 
+def test_ask_judges_by_rows_of_the_users_own_and_asks_no_hub(
+    run: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ui.app.data import library
+
+    def load(*_: Any) -> Any:
+        raise AssertionError("TOFU was asked for")
+
+    monkeypatch.setattr(library, "load_authors", load)
+    rows = tmp_path / "rows.csv"
+    rows.write_text("question,answer\nWho wrote it?,Ula Brandt wrote it.\n")
+    where = ("--base", tiny_base, "--store", tmp_path / "store", "--dtype", "float32",
+             "--device", "cpu", "--max-new", 8)  # fmt: skip
+    known = run("ask", "Who wrote it?", *where, "--rows", rows, "--json").json
+    assert known["truth"] == "Ula Brandt wrote it."
+    assert known["base"]["answer_prob"] > 0
+    other = run("ask", "Who wrote it?", *where, "--json").json
+    assert other["truth"] is None
+    refused = run("ask", "Who wrote it?", *where, "--data", rows)
+    assert refused.code == 2
+    assert "takes the folder" in refused.err
+
+
 @pytest.mark.parametrize(
     ("device", "free"), [("auto", 70), ("cuda:0", 70), ("cuda:1", 14), ("cpu", None)]
 )

@@ -168,7 +168,7 @@ def test_a_dry_run_plans_and_writes_nothing(
     assert made["dry_run"] is True
     assert (made["forget_rows"], made["retain_rows"]) == (2, 3)
     assert made["steps"] == 20
-    assert any(note.startswith("20 steps of 1 pair:") for note in made["notes"])
+    assert any(note.startswith("20 steps of 1 pair (") for note in made["notes"])
     assert made["memory"]["kind"] == "estimate"
     assert made["memory"]["low_bytes"] < made["memory"]["high_bytes"]
     assert made["fits"] is None
@@ -331,7 +331,7 @@ def test_events_of_a_run_in_words() -> None:
         "Loading the base ...",
         "nothing was saved",
         "1/2  forget 0.5000  retain 2.000",
-        "Step 2: forget NLL 2.04, target 2.00. It is reached: stopping with the weights of step 2.",
+        "Step 2: forget NLL 2.04, target 2.00, reached: stopping with the weights of step 2.",
         "Finishing this step and saving. Press Ctrl-C again to stop at once.",
         "Storing the adapter ...",
     ]

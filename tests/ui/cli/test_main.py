@@ -145,6 +145,11 @@ def raising(error: BaseException) -> Any:
     return act
 
 
+def caused_by(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -152,6 +157,9 @@ def raising(error: BaseException) -> Any:
         (DoesNotFit("It needs 90 GB.", "Use --load-in-4bit."), 3, ["Fix: Use --load-in-4bit."]),
         (Interrupted("Saved at 41.", "Use --resume."), 130, ["Saved at 41.\nUse --resume."]),
         (KeyboardInterrupt(), 130, ["Interrupted"]),
+        # What Python makes of a Ctrl-C that meets the import of a class with descriptors.
+        (caused_by(RuntimeError("Error calling __set_name__"), KeyboardInterrupt()), 130,
+         ["Interrupted"]),
         (ValueError("seven"), 1, ["Error: ValueError: seven", "--debug"]),
         (PermissionError(13, "Permission denied", "/x"), 1, ["Permission denied (/x)", "Fix:"]),
         (MemoryError(), 1, ["Out of memory", "--per-device-train-batch-size"]),
@@ -290,7 +298,7 @@ SAME_FLAGS = {
         "consolidate", "merge", "finetune", "sequence", "tune", "bench",
     },
     "--question-column": {
-        "forget", "preview", "evaluate", "calibrate", "consolidate", "sequence", "tune",
+        "forget", "preview", "ask", "evaluate", "calibrate", "consolidate", "sequence", "tune",
     },
     "--adapters": {"ask", "evaluate", "robustness", "merge"},
     "--scales": {

@@ -100,7 +100,7 @@ def test_a_request_keeps_its_neighbours(
     assert run(*words).json["retain_rows"] == 7
     mined = run(*words, "--neighbours", "4")
     assert mined.json["retain_rows"] == 4
-    assert "mean likeness" in mined.err
+    assert "mean similarity" in mined.err
 
 
 def test_alternates_come_from_the_rows_that_are_named(

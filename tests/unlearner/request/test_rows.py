@@ -159,6 +159,7 @@ def test_did_you_mean_names_the_nearest_or_all(word: str, hint: str) -> None:
 
 
 def test_long_lists_are_not_shown_whole() -> None:
+    assert did_you_mean("forgett", ["forget", "score", "merge"]) == "Did you mean 'forget'?"
     said = did_you_mean("???", [f"name-{n}" for n in range(50)])
     assert said.endswith("name-19, ....")
     assert "name-20" not in said

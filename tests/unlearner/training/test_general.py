@@ -244,6 +244,11 @@ def test_rows_that_the_base_never_knew_are_no_case_for_a_higher_rate() -> None:
     (text,) = remarks({"forget": {"before": part, "after": part}}, settings)
     assert "hardly knew" in text
     assert "--base" in text
+    part = {"probability": 0.145, "nll": 2.13}
+    settings = {"learning_rate": 1e-3, "num_train_epochs": 10, "target": 2.2}
+    after = {"probability": 0.068, "nll": 2.72}
+    (text,) = remarks({"forget": {"before": part, "after": after}}, settings)
+    assert "about as unlikely (NLL 2.13) as rows that it never saw (2.20)" in text
 
 
 def test_retain_rows_that_are_not_trained_on_are_measured(

@@ -26,9 +26,11 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
     if kind == "stopping":
         console.urgent(STOPPING)
     elif kind == "gap" and event.get("stopped_at_step") is not None:
+        reached, kept = event.get("reached_at_step"), event["kept_step"]
+        when = "reached" if reached in (None, event["step"]) else f"reached at step {reached}"
         console.words(
-            f"Step {event['step']}: {reading_text(event)}. It is reached: stopping with the "
-            f"weights of step {event['kept_step']}."
+            f"Step {event['step']}: {reading_text(event)}, {when}: stopping with the weights of "
+            f"step {kept}."
         )
     elif event.get("step") is not None:
         reading = reading_text(event) if kind == "gap" else ""
@@ -57,9 +59,10 @@ def outcome_lines(outcome: Mapping[str, Any]) -> list[str]:
     for name, part in outcome.items():
         before, after = part["before"], part["after"]
         how = ", not trained on" if part["held_out"] else ", trained on"
+        of = f" of {part['of']}" if part.get("of", part["rows"]) > part["rows"] else ""
         lines.append(
             f"{name:<8} P {before['probability']:.3f} -> {after['probability']:.3f}, "
-            f"NLL {before['nll']:.2f} -> {after['nll']:.2f} ({part['rows']} rows{how})"
+            f"NLL {before['nll']:.2f} -> {after['nll']:.2f} ({part['rows']}{of} rows{how})"
         )
     return lines
 

@@ -197,7 +197,8 @@ def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | Non
     if args.split is None:
         console.hint(
             "measure the merged files before you release them: "
-            f"`unlearner evaluate --base {args.out} --adapters none --split ...`."
+            f"`unlearner evaluate --base {args.out} --adapters none`, with the --split or --rows "
+            "that you measured before."
         )
         return None
     from adapters.base.load import BaseSpec

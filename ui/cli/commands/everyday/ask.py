@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from ui.cli import options
 
 if TYPE_CHECKING:
+    from ui.app.data.library import Library
     from ui.console import Console
 
 SIDES = (("base", "base"), ("unlearned", "stack"))
@@ -25,14 +27,22 @@ def register(commands: Any) -> None:
             options.data(), options.common(),
         ],
         help="ask base and unlearned model the same question, side by side",
-        description="What the app's Compare tab and author sheet show. Each answer gets its "
-        "figures where the question is one of the data, and a verdict in a word.",
+        description="What the app's Compare tab and author sheet show. Where the question is one "
+        "of --rows or --data, each answer gets its figures and a verdict: states it, wrong, made "
+        "up, refuses or broken.",
         epilog="examples:\n  unlearner ask --base B --store S 'Where was Hina Ameen born?'\n"
         "  unlearner ask --base B --store S --author 'Hina Ameen'",
     )  # fmt: skip
-    parser.add_argument("question", nargs="?", metavar="QUESTION", help="of the data, or any other")
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="of the rows, or any other")
     parser.add_argument(
-        "--author", metavar="NAME", help="every question of this author, and neighbours beside them"
+        "--rows", metavar="ROWS", action="append", default=[],
+        help="your own rows with the true answers: a file or hub:OWNER/NAME; may be repeated",
+    )  # fmt: skip
+    options.add_columns(parser)
+    parser.add_argument(
+        "--author",
+        metavar="NAME",
+        help="every question of this author of --data, and neighbours beside them",
     )
     parser.add_argument(
         "--neighbours", type=options.positive_int, default=5, metavar="N",
@@ -69,11 +79,14 @@ def run_ask(args: argparse.Namespace, console: Console) -> int:
         args.data,
         template=args.template,
         system=args.system,
+        questions=_questions(args),
     )
     session.start()
     session.wait()
     if session.state == "failed":
         raise UserError(session.problem)
+    if session.library.note:
+        console.words(f"Note: {session.library.note}")
     actions = Actions(session)
     if args.author is not None:
         found = actions.sheet(args.author, args.adapters, args.neighbours, strengths)
@@ -87,9 +100,21 @@ def run_ask(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _questions(args: argparse.Namespace) -> Library:
+    """The rows with true answers: those of --rows, and of --data or, for an author, the hub."""
+    from ui.app.data.library import Library, read_library
+    from unlearner.request.sources import rows_named
+
+    columns = options.columns(args)
+    own = [row for text in args.rows for row in rows_named(text, args.data, columns=columns)]
+    wanted = args.data is not None or args.author is not None
+    found = read_library(args.data) if wanted else Library()
+    return replace(found, neighbours={"your rows": tuple(own), **found.neighbours})
+
+
 def _print_frame(found: Mapping[str, Any], console: Console) -> None:
     stack = ", ".join(f"{slug} x {scale:g}" for slug, scale in found["stack"])
-    console.words(f"Read back from the model: {stack or 'no adapter is active'}")
+    console.words(f"Active in the model: {stack or 'no adapter'}")
     for key, name in SIDES:
         console.text(f"{name:<6} {found[key]['text']}")
     if found["truth"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from ui.console import size_text
 from unlearner import distributed as ranks
 from unlearner.config import make_config
 from unlearner.defaults import CHOSEN
+from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
@@ -338,6 +340,7 @@ def train_request(
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
     request = replace(request, others=other_rows(args))
+    from adapters.base.load import resolve_base
     from adapters.store.store import AdapterStore
     from unlearner.request.sources import parse_request, rows_named
     from unlearner.training.general import read_prompts
@@ -378,6 +381,7 @@ def train_request(
         made = plan(prepare(request, base, config, store, run_options), args.memory_limit)
         _print_plan(made, console)
         return 3 if made["fits"] is False else 0
+    resolve_base(base.name, base.revision)  # a base that is missing leaves no store behind
     opened = AdapterStore.open(path, create=True)
     adapter = unlearn(
         request,
@@ -395,15 +399,27 @@ def train_request(
     advice = remarks(outcome, {**manifest.objective, **manifest.train})
     for line in (*outcome_lines(outcome), *(f"Note: {text}." for text in advice)):
         console.words(line)
-    console.hint(
-        f"measure it with `unlearner evaluate --adapters {adapter.slug} ...`, "
-        f"switch it on with `unlearner adapters activate {adapter.slug}`."
-    )
+    console.hint("\n  ".join(["what to do next:", *_next_commands(args, adapter.slug, path)]))
     row = adapter_row(adapter)
     console.result(
         {**row, "path": adapter.path, "store": path, "outcome": outcome, "remarks": advice}
     )
     return 0
+
+
+def _next_commands(args: argparse.Namespace, slug: str, store: Path) -> list[str]:
+    """Commands that switch the adapter on and measure it, where its rows are a split or a file."""
+    kept = ["--store", str(store)]
+    commands = [["adapters", "activate", slug, *kept]]
+    request = str(getattr(args, "request", "")).removeprefix("tofu:")
+    base = ["--base", args.base, *(["--load-in-4bit"] if args.load_in_4bit else [])]
+    base += ["--data", str(args.data)] if args.data else []
+    if request in FORGET_SPLITS:
+        commands.append(["evaluate", "--split", request, "--adapters", slug, *base, *kept])
+    elif request and args.retain and Path(request).exists():
+        rows = ["--rows", request, "--retain", str(args.retain)]
+        commands.append(["evaluate", *rows, "--adapters", slug, *base, *kept])
+    return [shlex.join(["unlearner", *words]) for words in commands]
 
 
 def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter, store: AdapterStore) -> None:

