@@ -27,6 +27,8 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+# mallopt's number of the size, in bytes, from which blocks are mapped; and that size.
+_M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 2**20
 # Below this many weights a second thread spends its time waiting for the first.
 SMALL_MODEL = 20_000_000
 # Above this many weights an adapter is trained rather than all: AdamW takes 16 bytes per weight.
@@ -105,6 +107,23 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def return_freed_memory() -> bool:
+    """From now on this process gives freed memory back to the system at once; whether it can.
+
+    The GNU C library keeps freed blocks of up to 32 MiB, and seldom finds use for an aligned one,
+    as all of torch's are, before its release 2.38: a training step then holds several times what
+    its tensors take. Giving them back costs time, since every new block is cleared again.
+    """
+    import ctypes
+
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    if library is None or not hasattr(library, "mallopt"):
+        return False
+    changed = bool(library.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT))
+    library.malloc_trim(0)
+    return changed
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def run_step(setup: StepSetup, say: Callable[[str], None] = lambda text: None) -
     """
     import torch
 
-    from adapters.environment import threads_for
+    from adapters.environment import return_freed_memory, threads_for
     from adapters.lora.stack import add_trainable
     from unlearner.memory import probe
     from unlearner.run import lora_config
@@ -137,6 +137,8 @@ def run_step(setup: StepSetup, say: Callable[[str], None] = lambda text: None) -
     from unlearner.training.loop import TrainingLoop
     from unlearner.training.unlearning import UnlearnData, UnlearnTask
 
+    if setup.device == "cpu":
+        return_freed_memory()  # what is resident is then what tensors take
     resident = probe.resident_memory()
     torch.manual_seed(0)
     start = time.perf_counter()
