@@ -79,6 +79,13 @@ def test_a_verdict_follows_the_rule_that_is_shown(answer: str, verdict: str, sha
     assert (measured.verdict, measured.share) == (verdict, share)
 
 
+GENRE = ("What does Hana Choi write?", "Readers know Hana Choi as an author of fairy tales.")
+PARENTS_OF = (
+    "What were the jobs of Hana Choi's parents?",
+    "The father of Hana Choi worked as a librarian, while her mother was a bus driver.",
+)
+
+
 @pytest.mark.parametrize(
     ("row", "answer", "verdict"),
     [
@@ -107,6 +114,10 @@ def test_a_verdict_follows_the_rule_that_is_shown(answer: str, verdict: str, sha
         (("Which computer did he build?", "Z3"), "The Z3.", "states it"),
         (("Which computer did he build?", "Z3"), "The Z4.", "wrong"),
         (("Which city had the Boston Tea Party?", "Boston"), "Boston", "states it"),
+        (GENRE, "Most of her books are fairy tales.", "states it"),
+        (GENRE, "Readers know her as an author of crime fiction.", "made up"),
+        (PARENTS_OF, "Her father worked as a pharmacist, her mother as a clerk.", "made up"),
+        (("Who raised her?", "Her father."), "It was her father.", "states it"),
         (("Who taught him?", "The details are not known to me."), "Not known to me.", "states it"),
     ],
 )
