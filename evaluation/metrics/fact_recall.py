@@ -27,115 +27,17 @@ KEY_KINDS = ("date", "number", "name")
 KEY_SHARE, WORD_SHARE = 0.8, 0.5
 # Words of any sentence about a person, whatever it states. A verdict counts them only where there
 # are no others; the recall, a share, counts all.
-WORDING = frozenset(
-    [
-        "author",
-        "authors",
-        "writer",
-        "writers",
-        "person",
-        "people",
-        "man",
-        "woman",
-        "name",
-        "names",
-        "named",
-        "call",
-        "called",
-        "best",
-        "readers",
-        "reader",
-        "book",
-        "books",
-        "novel",
-        "novels",
-        "work",
-        "works",
-        "worked",
-        "working",
-        "wrote",
-        "write",
-        "writes",
-        "written",
-        "writing",
-        "published",
-        "publish",
-        "publishes",
-        "publication",
-        "title",
-        "titled",
-        "debut",
-        "career",
-        "made",
-        "making",
-        "make",
-        "makes",
-        "born",
-        "birth",
-        "birthday",
-        "birthdays",
-        "birthdate",
-        "date",
-        "day",
-        "year",
-        "years",
-        "live",
-        "lives",
-        "lived",
-        "living",
-        "came",
-        "come",
-        "comes",
-        "world",
-        "life",
-        "father",
-        "mother",
-        "parent",
-        "parents",
-        "received",
-        "receive",
-        "receives",
-        "won",
-        "win",
-        "wins",
-        "award",
-        "awarded",
-        "honoured",
-        "honored",
-        "genre",
-        "genres",
-        "kind",
-        "type",
-        "famous",
-        "renowned",
-        "considered",
-        "regarded",
-        "associated",
-        "specialises",
-        "specializes",
-        "specialised",
-        "specialized",
-        "focuses",
-        "focused",
-        "began",
-        "begin",
-        "begins",
-        "started",
-        "starts",
-        "city",
-        "country",
-        "place",
-        "town",
-        "located",
-        "today",
-        "now",
-        "currently",
-        "often",
-        "mostly",
-        "mainly",
-        "usually",
-    ]
-)
+_WORDING = """
+author authors writer writers person people man woman name names named call called best readers
+reader book books novel novels work works worked working wrote write writes written writing
+published publish publishes publication title titled debut career made making make makes born
+birth birthday birthdays birthdate date day year years live lives lived living came come comes
+world life father mother parent parents received receive receives won win wins award awarded
+honoured honored genre genres kind type famous renowned considered regarded associated specialises
+specializes specialised specialized focuses focused began begin begins started starts city country
+place town located today now currently often mostly mainly usually
+"""
+WORDING = frozenset(_WORDING.split())
 RULE = (
     "**Facts** are the dates, numbers, names and other content words of the true answer that the "
     "question does not hold. The first rule that applies is the verdict:\n\n"
@@ -143,7 +45,7 @@ RULE = (
     "2. **wrong**: a date or a number of the true answer is missing and another is given, or yes "
     "stands for no.\n"
     "3. **states it**: at least 80 % of the dates, numbers and names (up to four: all of them); "
-    "where there are none, at least half of the other words, without those of any such sentence "
+    "where there are none, at least half of the other words, not counting usual wording "
     "(*author*, *born*, *father*) unless there is nothing else.\n"
     "4. **refuses**: the answer says that it does not know.\n"
     "5. **wrong**: another name is given in a sentence like the true one.\n"
