@@ -49,7 +49,7 @@ RULE = (
     "(*author*, *born*, *father*) unless there is nothing else.\n"
     "4. **refuses**: the answer says that it does not know.\n"
     "5. **wrong**: another name is given in a sentence like the true one.\n"
-    "6. **made up**: anything else.\n\nA probe, not a proof."
+    "6. **made up**: anything else.\n\nAn indication, not a proof."
 )
 
 

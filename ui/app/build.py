@@ -125,7 +125,7 @@ def _live(app: App, page: gr.Blocks) -> None:
     again: list[Callable[[Any], Any]] = []
     with gr.Row(equal_height=True, elem_id="un-bar"):
         stack = gr.CheckboxGroup(
-            choices=_choices(app), value=_on(app), label="Adapters on the right side",
+            choices=_choices(app), value=_on(app), label="Adapters used for the right-hand answer",
             info=_about_adapters(app),
             elem_id="un-stack", scale=5, min_width=260,
         )  # fmt: skip
@@ -238,7 +238,13 @@ def _about_adapters(app: App) -> str:
     """What the ticks above the tabs are, or how to get something to tick."""
     if not _choices(app):
         return "The store has none yet: New request makes one."
-    return "They add up: their order does not matter. Trying one out here files nothing."
+    text = "They add up, in any order. For this page only: the Stack tab changes the store."
+    if app.session.library.authors and not app.session.filed():
+        text += (
+            " Whose rows they forget cannot be shown: they were filed with another key, or the "
+            "data does not hold those rows."
+        )
+    return text
 
 
 def _head(app: App) -> str:
@@ -249,7 +255,7 @@ def _head(app: App) -> str:
         "loading": "loading the base …",
         "resting": "resting: a training uses the GPU",
         "failed": f"not loaded: {session.problem}",
-        "no base": "no model: start with --base B",
+        "no base": "loading the base …" if session.base else "no model: start with --base B",
     }[session.state]
     problem = note(session.library.note) if session.library.note else ""
     return (

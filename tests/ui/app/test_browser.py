@@ -214,6 +214,13 @@ def test_a_new_page_has_asked_its_first_question(page: Any, served: Any) -> None
     _pick(page, "#un-list", rows[1].question)  # choosing another does not ask it
     page.wait_for_timeout(500)
     _asked(page, rows[0].question)
+    # Nor does another author, and what was answered stays.
+    answer = page.locator("#un-left .un-answer").inner_text()
+    _pick(page, "#un-author", session.choices()[-1][0])
+    page.wait_for_timeout(1500)
+    _asked(page, rows[0].question)
+    assert page.locator("#un-left .un-answer").inner_text() == answer
+    assert page.locator("#un-figures tbody tr").count() == 4
 
 
 def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served: Any) -> None:
@@ -233,7 +240,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
     assert _done(page) == (base, changed)
     assert "one batch" in page.locator("#un-status").inner_text()
     page.get_by_role("button", name="Clear = base").first.click()
-    _wait_for(page, "#un-right h2", "nothing")
+    _wait_for(page, "#un-right h2", "no adapters")
     assert _done(page, "the right side alone") == (base, base)
     page.get_by_role("button", name="Ask both").click()
     assert _done(page) == (base, base)
@@ -363,6 +370,11 @@ def test_the_sheet_fills_with_forgotten_and_kept(page: Any, served: Any, monkeyp
     page.locator("#un-sheet").get_by_text(question).first.click()
     page.wait_for_selector("#un-sheet-diff .un-answer")
     assert question in page.locator("#un-sheet-diff").inner_text()
+    assert f"about {author}" in page.locator("#un-sheet-status").inner_text()
+    # The figures of one author do not stand under the name of another.
+    _pick(page, "#un-sheet-author", next(iter(app.session.library.authors)))
+    _wait_for(page, "#un-sheet-status", "Nothing measured yet")
+    assert page.locator("#un-tally tbody").count() == 0
 
 
 def test_the_stack_is_filed_read_back_and_reverted_after_a_question(page: Any, served: Any) -> None:
@@ -503,7 +515,7 @@ def test_runs_draw_what_is_chosen_and_make_files(
         page.get_by_role("checkbox", name="llama2-7b_full").check()
         page.locator("#un-report").click()
         with page.expect_download() as download:
-            page.get_by_role("button", name="HTML report", exact=True).click()
+            page.get_by_role("button", name="Download HTML report", exact=True).click()
         assert "Relearning" in Path(download.value.path()).read_text()
         page.locator("#un-pair").click()  # the first two logs are chosen
         page.wait_for_selector("#un-logs-tally >> text=llama2-7b_retain90_npo")

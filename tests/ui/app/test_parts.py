@@ -159,7 +159,7 @@ def test_a_tally_counts_forgotten_beside_kept() -> None:
 def test_frames_say_what_the_model_reported() -> None:
     frame = Frame("q", Answer("a b"), Answer("a c"), (("r0001_aa", 0.5),), stage="done")
     cards = views.frame_cards(frame, {"r0001_aa": "request-1"})
-    assert "read back from the model: request-1 × 0.5" in cards[1]
+    assert "active: request-1 × 0.5" in cards[1]
     assert '<mark class="un-diff">c</mark>' in cards[1]
     whole = dataclasses.replace(
         frame, unlearned=Answer("<i>", word="wrong", fact_recall=0.25), stack=(("r0001_aa", 1.0),)
@@ -608,7 +608,8 @@ def test_a_tick_does_not_end_a_question_that_was_asked_after_it(
 
     asked = asking.frames("After?", ["a"], {}, 0, 0, 9, browser)
     assert next(asked).question == "After?"
-    assert list(asking.again(last, ["a"], {}, browser)) == []  # "a" was ticked before it was asked
+    # "a" was ticked before it was asked.
+    assert list(asking.again(last, ["a"], {}, browser)) == [compare._UNCHANGED]
     assert next(asked).question == "After?"
 
     changed = asking.again(last, ["a"], {"a": 0.5}, browser)

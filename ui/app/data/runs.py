@@ -113,13 +113,18 @@ def gather(
         notes += [f"{name}: {measured.problem}"] if measured.problem else []
         if measured.log_r is not None:
             log_r[name] = list(measured.log_r)
-    for adapter in store.list() if store is not None else []:
+    adapters = [] if store is None else store.list()
+    names = {adapter.slug: readable_name(adapter) for adapter in adapters}
+    for adapter in adapters:
         if adapter.problem or store is None:
             continue
         for key, figures in store.evals(adapter.slug).items():
             if not is_probe(key):
                 limited = figures.get("limited", figures.get("limit") is not None)
-                row = {"name": f"{readable_name(adapter)} {key}", "source": adapter.slug, **figures}
+                # Figures are filed with the last adapter of the stack that was measured.
+                stack = figures.get("stack") or [adapter.slug]
+                who = " + ".join(names.get(slug, slug) for slug in stack)
+                row = {"name": f"{who} {key}", "source": adapter.slug, **figures}
                 table.append({**row, "limited": limited})
     runs = Runs(table, log_r, [], notes)
     models = {_measured(_version(path), reference).model for path in paths}

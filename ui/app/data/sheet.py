@@ -85,7 +85,9 @@ def fill(
     if not rows:
         raise UserError(f"There is no author {author!r} in the data.", "Choose one from the list.")
     group = AUTHOR if author in session.library.authors else FILED
-    wanted = [(group, row) for row in rows] + session.library.beside(rows, neighbours)
+    # What another request wants forgotten is no row to keep.
+    away = [*rows, *(row for each in session.filed().values() for row in each.rows)]
+    wanted = [(group, row) for row in rows] + session.library.beside(away, neighbours)
     found: list[SheetRow] = []
     stop = stop or threading.Event()
     for start in range(0, len(wanted), BATCH):

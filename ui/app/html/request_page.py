@@ -34,13 +34,13 @@ def preview_html(preview: Preview) -> str:
             f"<u>{esc(targets)}</u></p>"
         )
     more = len(preview.forget) - SHOWN
-    tail = f", {more} more like these" if more > 0 else ""
+    tail = f" ({SHOWN} shown)" if more > 0 else ""
     cut = f" {len(preview.cut)} rows lose their end." if preview.cut else ""
     if preview.unknown:
         cut += f" {preview.unknown} of {preview.rows} rows {preview.fmt.about_unknown}."
     return (
         f'<div class="un-previews">{"".join(parts)}<p class="un-foot">{len(preview.forget)} rows '
-        f"to forget{tail}. Underlined is what the loss is taken on.{esc(cut)}</p></div>"
+        f"to forget{tail}. The loss is computed on the underlined text.{esc(cut)}</p></div>"
     )
 
 

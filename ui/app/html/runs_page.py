@@ -35,8 +35,8 @@ PUBLISHED_REFERENCE = "published retrain, Llama-2-7B"
 SHOWN_CURVES = 4  # distributions that are drawn before any are chosen
 NO_PROBES = Probes()
 ABOUT_QUALITY = (
-    "A front joins the runs that no other of their kind beats on both axes; references are not "
-    "part of it. Forget quality needs a retrain reference: without one a run has no point."
+    "A line joins the best trade-offs: runs that no other of their kind beats on both axes; "
+    "references are left out. Forget quality needs a reference log: without one a run has no point."
 )
 ABOUT_PUBLISHED = "Published: Llama-2-7B on {} (OPTML-Group), not measured here."
 
@@ -118,7 +118,9 @@ def _log_r_blocks(found: runs.Runs, chosen: Sequence[str]) -> list[Block]:
         "log R (below 0: the right answer is likelier)",
     )  # fmt: skip
     if chart is not None:
-        return [Plots((chart,))]
+        filed = any(row["name"] not in found.log_r for row in found.table)
+        more = ["Runs filed in a store hold no rows: give their logs with --logs to draw them."]
+        return [Plots((chart,)), *(more if filed else [])]
     return ["No run is chosen that holds its rows."] if found.log_r else []
 
 

@@ -108,7 +108,7 @@ def frame_cards(
         else (esc(frame.base.text), esc(frame.unlearned.text))
     )
     right = (
-        "Base, nothing on top"
+        "Base, no adapters"
         if not frame.stack
         else (f"Base + {len(frame.stack)} adapter{'s' if len(frame.stack) > 1 else ''}")
     )
@@ -119,7 +119,7 @@ def frame_cards(
     if last is not None and last.stage == "done" and tuple(last.stack) != tuple(frame.stack):
         before = _said_before(last, labels)
     return (
-        answer_card("Base", texts[0], frame.base, "no adapter acts"),
+        answer_card("Base", texts[0], frame.base, "no adapter is active"),
         answer_card(right, texts[1], frame.unlearned, note, before),
     )
 
@@ -136,7 +136,7 @@ def _said_before(last: Frame, labels: Mapping[str, str] | None) -> str:
 
 def stack_text(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | None = None) -> str:
     """What the model's layers said is active, in words."""
-    return f"read back from the model: {stack_names(stack, labels)}"
+    return f"active: {stack_names(stack, labels)}"
 
 
 def stack_names(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | None = None) -> str:
@@ -156,10 +156,18 @@ def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> st
     done, rows = frame.stage == "done", []
     dots = "–" if frame.stage == "stopped" else "…"
     for name, key, means in (
-        ("Facts stated", "fact_recall", "dates, names, numbers and words that the question lacks"),
+        (
+            "Facts stated",
+            "fact_recall",
+            "of the true answer, those that the question does not give",
+        ),
         ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
         ("Answer probability", "answer_prob", "of the true answer, per token"),
-        ("Truth ratio R", "truth_ratio", "wrong over right answers; below 1 prefers the right one"),
+        (
+            "Truth ratio R",
+            "truth_ratio",
+            "wrong against right answers; below 1 right ones are likelier",
+        ),
     ):
         before, after = getattr(frame.base, key), getattr(frame.unlearned, key)
         rows.append(
@@ -206,7 +214,9 @@ def tally_table(
         for title, key in TALLIED.items():
             for side, name in zip(("base", "unlearned"), names, strict=True):
                 value = line[f"{side}_{key}"]
-                row[f"{title} {name}"] = value if isinstance(value, int) else fixed(value, 2)
+                tiny = isinstance(value, float) and 0 < value < 0.005
+                said = "<0.01" if tiny else fixed(value, 2)
+                row[f"{title} {name}"] = value if isinstance(value, int) else said
         rows.append(row)
     first = lines[0]
     stated = [
@@ -226,9 +236,9 @@ def adapter_cells(
     """One adapter of the store as the Stack tab lists it."""
     manifest = adapter.manifest
     figures = []
-    for name, found in evals.items():
-        if is_probe(name):
-            figures.append(probe_text(name, found))
+    for measured, found in evals.items():
+        if is_probe(measured):
+            figures.append(probe_text(measured, found))
             continue
         quality, utility = found.get("forget_quality"), found.get("model_utility")
         said = [f"FQ {quality:.3g}" if quality is not None else "FQ needs a reference"]
@@ -238,7 +248,7 @@ def adapter_cells(
                 said.append(f"{part} facts stated {recall:.0%}")
         if found.get("limit") is not None:
             said.append(f"partial: the first {found['limit']} rows of each set")
-        figures.append(f"{name}: {', '.join(said)}")
+        figures.append(f"{measured}: {', '.join(said)}")
     rows = manifest.data.get("forget", {}).get("n")
     return {
         "Name": name,

@@ -75,6 +75,10 @@ def _answers() -> _Fields:
     return _Fields(state, left, right, scores, gr.State(None), command_box())
 
 
+# What a function gives that changes nothing: gradio empties what one leaves that gives nothing.
+_UNCHANGED = tuple(gr.skip() for _ in _Fields._fields)
+
+
 class _Asking:
     """The functions behind the buttons of the tab."""
 
@@ -131,16 +135,19 @@ class _Asking:
         """Both sides of the first question, unless something was asked before."""
         if last is None and asked:
             yield from self.run(asked, chosen, kept, temperature, number, most, request)
+        else:
+            yield _UNCHANGED
 
     def again(
         self, last: Any, chosen: list[str], kept: dict[str, float], request: gr.Request
     ) -> Answers:
         """The right side of the last comparison with the adapters as they are now."""
-        if last is None:  # nothing was asked yet
-            return
         _, stack = self.under_way.get(str(request.session_hash), (None, None))
-        if stack == tuple(self.app.actions.stack_of(chosen or [], kept or {})):
-            return  # a question asked after the change is already answered with them
+        # A question that is asked after the change is already answered with them.
+        answered = stack == tuple(self.app.actions.stack_of(chosen or [], kept or {}))
+        if last is None or answered:
+            yield _UNCHANGED
+            return
         event = self.app.stop_of(request)
         if event.wait(SETTLE_SECONDS):
             if not self.app.superseded(request, event):  # Esc, before it began
@@ -230,13 +237,12 @@ def _only_status(text: str, question: str) -> tuple[Any, ...]:
 
 
 def _stage(frame: Frame) -> str:
-    how = "one batch" if frame.one_batch else "in turns"
+    how = "in one batch" if frame.one_batch else "one after the other"
     doing = "the right side alone" if frame.kept else f"both sides {how}"
-    done = "the right side alone, the base's answer stood" if frame.kept else f"both sides {how}"
     return {
         "waiting": f"Waiting in line: {frame.ahead} ahead.",
         "answering": f"Answering, {doing} …",
         "scoring": "Scoring against the true answer …",
-        "stopped": "Stopped. What was said stays; it is not scored.",
-        "done": f"Done: {done}. Words that only one side says are bold and underlined.",
+        "stopped": "Stopped. The partial answers stay; they are not scored.",
+        "done": f"Done: {doing}. Words that only one side says are bold and underlined.",
     }[frame.stage]

@@ -32,6 +32,9 @@ NUMBERS = (
 )
 
 
+_TO_THE_JOB = "() => document.querySelector('#un-jobs')?.scrollIntoView({block: 'center'})"
+
+
 def _form(app: App) -> list[Any]:
     """The fields of a request, in the order of `_draft`."""
     with gr.Row():
@@ -46,7 +49,7 @@ def _form(app: App) -> list[Any]:
                 "rows to keep (default: the rest of the data)", "un-keep", "un-keep-upload"
             )
             neighbours = gr.Number(
-                None, label="Keep only the nearest rows (0: all)", precision=0, minimum=0,
+                None, label="Use only the N most similar rows (0: all)", precision=0, minimum=0,
                 elem_id="un-neighbours",
             )  # fmt: skip
     with gr.Accordion("Settings", open=False):
@@ -55,7 +58,7 @@ def _form(app: App) -> list[Any]:
                 [("the objective's published recipe", ""), *PRESETS], value="", label="Preset"
             )
             objective = gr.Dropdown(list(OBJECTIVES), value="simnpo", label="Objective")
-            label = gr.Textbox(label="Label (stored in the clear)", max_lines=1)
+            label = gr.Textbox(label="Label (stored unencrypted)", max_lines=1)
         with gr.Row():
             epochs = gr.Number(
                 None, label="Epochs (0: the recipe's)", precision=0, minimum=0, elem_id="un-epochs"
@@ -64,7 +67,7 @@ def _form(app: App) -> list[Any]:
                 None, label="Learning rate (0: the recipe's)", minimum=0, elem_id="un-rate"
             )
             batch = gr.Number(
-                None, label="Pairs of one forward (0: the recipe's)", precision=0, minimum=0
+                None, label="Pairs per forward pass (0: the recipe's)", precision=0, minimum=0
             )
             alternates = gr.Number(
                 None, label="Alternate answers per question (0: none)", precision=0, minimum=0
@@ -149,15 +152,17 @@ def request(app: App) -> RequestTab:
         seen = looked(asked)  # refuses before anything is started
         if app.session.gpu_bytes:
             app.session.rest()
-        title = asked.label or (f"forget {asked.author}" if asked.author else "forget pasted rows")
+        upload = values[2]  # its name may tell whom it is about
+        whom = asked.author or (Path(upload).name if upload else "")
         name = app.jobs.submit(
-            title, asked.words(app.session), asked.files,
-            private=(asked.author,) if asked.author else (),
+            asked.label or f"forget {whom or 'pasted rows'}", asked.words(app.session), asked.files,
+            private=(whom,) if whom else (),
         )  # fmt: skip
         return (*seen, *shown(app, value=name))
 
     preview.click(told(look), fields, [previewed, yaml, same], **PRIVATE)
     began = start.click(told(begin), fields, [previewed, yaml, same, *jobs], **PRIVATE)
+    began.then(None, None, None, js=_TO_THE_JOB, **PRIVATE)
     return RequestTab(fields[0], jobs, [began, *events])
 
 

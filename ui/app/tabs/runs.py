@@ -90,7 +90,8 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     grid = gr.Dataframe(
         headers=[runs_data.LABELS[name] for name in runs_data.COLUMNS], value=[],
         interactive=False, elem_id="un-runs", max_height=420, visible=False, buttons=TABLE_BUTTONS,
-        pinned_columns=1, label="Measured before: a heading sorts, its right edge sets the width",
+        pinned_columns=1,
+        label="Earlier measurements: click a heading to sort, drag its edge to resize",
     )  # fmt: skip
     with gr.Row():
         with gr.Column(min_width=400):
@@ -101,10 +102,10 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
                 [], label="Runs whose log R is drawn", elem_id="un-chosen", visible=False,
             )  # fmt: skip
     with gr.Row():
-        again = gr.Button("Read again", size="sm")
+        again = gr.Button("Refresh", size="sm")
         table = gr.DownloadButton("CSV", size="sm", elem_id="un-csv")
-        report = gr.Button("Make the HTML report", size="sm", elem_id="un-report")
-        report_file = gr.DownloadButton("HTML report", size="sm", visible=False)
+        report = gr.Button("Create HTML report", size="sm", elem_id="un-report")
+        report_file = gr.DownloadButton("Download HTML report", size="sm", visible=False)
     box, behind = command_box(), Reading(app)
     with gr.Accordion("What the columns mean, and which figure to quote", open=False):
         gr.Markdown(runs_data.column_help())
@@ -116,9 +117,7 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
             answers = gr.Button(
                 "Show their answers", size="md", elem_id="un-pair", scale=0, min_width=190
             )
-        pair = rows_table(
-            "un-logs", "Recorded answers; a heading sorts, a row opens its difference"
-        )
+        pair = rows_table("un-logs", "Recorded answers: click a heading to sort, a row to compare")
         pair_file = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
     outputs = [said, grid, chosen, spread, figures, table, report, box, first, second, two_logs]
     again.click(told(behind.read), None, outputs, **PRIVATE)

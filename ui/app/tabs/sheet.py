@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ui.app.build import App
     from ui.app.data.sheet import SheetRow
 
+NOTHING = "Nothing measured yet."
 WIDTHS = [110, 260, 260, 260, 100, 100, 80, 80, 95, 95, 105, 105, 80, 80]
 
 
@@ -42,11 +43,12 @@ class _Sheet:
         event = app.stop_of(request, "sheet")
         wanted = app.actions.stack_of(chosen or [], kept or {})
         words = views.command_html(commands.sheet(app.session, name or "", wanted, int(n)))
+        about = next((label for label, key in app.session.choices() if key == name), name)
         against = self._names(wanted)
         for found, total, ahead in sheet_data.fill(
             app.session, name or "", wanted, neighbours=int(n), stop=event
         ):  # fmt: skip
-            text = f"{len(found)} of {total} questions, base against {against}."
+            text = f"{len(found)} of {total} questions about {about}, base against {against}."
             text += f" Waiting in line: {ahead} ahead." if ahead else ""
             text += " Stopped." if event.is_set() else ""
             yield status(text), *shown_rows(found), words
@@ -123,7 +125,7 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
             elem_id="un-sheet-author", scale=2, min_width=260,
         )  # fmt: skip
         beside = gr.Slider(
-            1, 20, value=5, step=1, label="Neighbours of each kind", scale=1, min_width=260
+            1, 20, value=5, step=1, label="Related questions of each kind", scale=1, min_width=260
         )
     with gr.Row():
         fill = gr.Button(
@@ -133,8 +135,8 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
         stop = gr.Button(
             "Stop the sheet (Esc)", elem_id="un-sheet-stop", size="md", scale=0, min_width=190
         )
-    state = gr.HTML(status("Nothing is measured yet."), elem_id="un-sheet-status")
-    table = rows_table("un-sheet", "All questions; a heading sorts, a row opens its difference")
+    state = gr.HTML(status(NOTHING), elem_id="un-sheet-status")
+    table = rows_table("un-sheet", "Click a heading to sort, a row to compare its answers")
     export = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
     box, behind = command_box(), _Sheet(app)
     fill.click(
@@ -142,4 +144,5 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
         trigger_mode="once", **STREAM,
     ).then(told(behind.export), table.rows, export, **PRIVATE)  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
+    author.input(lambda: (status(NOTHING), *shown_rows([])), None, [state, *table], **PRIVATE)
     return author
