@@ -35,7 +35,9 @@ birth birthday birthdays birthdate date day year years live lives lived living c
 world life father mother parent parents received receive receives won win wins award awarded
 honoured honored genre genres kind type famous renowned considered regarded associated specialises
 specializes specialised specialized focuses focused began begin begins started starts city country
-place town located today now currently often mostly mainly usually
+place town located today now currently often mostly mainly usually study studies studied studying
+university college school degree graduated education job jobs profession occupation occupations
+chose grew
 """
 WORDING = frozenset(_WORDING.split())
 RULE = (

@@ -117,6 +117,11 @@ PARENTS_OF = (
         (GENRE, "Most of her books are fairy tales.", "states it"),
         (GENRE, "Readers know her as an author of crime fiction.", "made up"),
         (PARENTS_OF, "Her father worked as a pharmacist, her mother as a clerk.", "made up"),
+        (
+            ("What is her academic background?", "Thuy Dang studied agronomy at university."),
+            "At university she chose to study ancient history.",
+            "made up",
+        ),
         (("Who raised her?", "Her father."), "It was her father.", "states it"),
         (("Who taught him?", "The details are not known to me."), "Not known to me.", "states it"),
     ],

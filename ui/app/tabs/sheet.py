@@ -43,7 +43,8 @@ class _Sheet:
         event = app.stop_of(request, "sheet")
         wanted = app.actions.stack_of(chosen or [], kept or {})
         words = views.command_html(commands.sheet(app.session, name or "", wanted, int(n)))
-        about = next((label for label, key in app.session.choices() if key == name), name)
+        label = next((label for label, key in app.session.choices() if key == name), name or "")
+        about = label.removeprefix("To forget: ").removesuffix(" (to be forgotten)")
         against = self._names(wanted)
         for found, total, ahead in sheet_data.fill(
             app.session, name or "", wanted, neighbours=int(n), stop=event

@@ -97,7 +97,7 @@ def stack(
             switch_on = gr.Button("Switch on", variant="primary", elem_id="un-on", **size)
             off = gr.Button("Switch off …", elem_id="un-revert", **size)
             nothing = gr.Button("Switch all off …", elem_id="un-clear-filed", **size)
-            look = gr.Button("Read back", elem_id="un-look", **size)
+            look = gr.Button("Check the model", elem_id="un-look", **size)
     asking, about, yes, no = _confirmation()
     pending, box = gr.State(""), command_box()
     behind = _Changes(app, choices, on)
