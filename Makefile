@@ -1,4 +1,4 @@
-# make quickstart   .venv, install, then the whole story on made-up authors (CPU, minutes)
+# make quickstart   .venv, install, then the whole workflow on made-up authors (CPU, minutes)
 # make test         .venv, install with the test tools, then the tests (those marked slow are left)
 # make test-all     the same with the slow ones: torchrun, the wheel, the tutorial, the demo world
 # make check        lint, format, types and import rules, without changing a file
