@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -398,6 +398,15 @@ def test_a_run_resumes_only_its_own_request_and_settings(
     assert (work / "checkpoint-3").is_dir()
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C raises, although tests that run in the background inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_a_second_signal_stops_at_once(
     request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:

@@ -39,6 +39,7 @@ def theme() -> Any:
         button_primary_background_fill_dark="#1f5f8b",
         button_primary_background_fill_hover="#174a6d",
         button_primary_background_fill_hover_dark="#2a76ab",
+        checkbox_background_color_selected_dark="#2a76ab",
         button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#ffffff",
         block_label_text_color="*neutral_700",

@@ -212,9 +212,10 @@ sys.exit(cli.main(["doctor"]))
 
 def test_a_real_ctrl_c_says_so_in_one_line() -> None:
     code = """
-import sys, time
+import signal, sys, time
 from types import SimpleNamespace
 from ui.cli import main as cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 def wait(args, console):
     console.words("ready")
     time.sleep(60)

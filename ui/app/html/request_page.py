@@ -55,10 +55,11 @@ def plan_html(plan: dict[str, Any], free: int) -> str:
     else:
         fits = f"{size_text(free)} free: does not fit; use 4 bit or a smaller batch"
     parents = ", ".join(plan["parents"]) or "the bare base"
+    pairs = "pair" if plan["pairs_per_step"] == 1 else "pairs"
     return (
         f"<dl class='un-plan'><dt>Rows</dt><dd>forget {plan['forget_rows']}, retain "
         f"{plan['retain_rows']}</dd><dt>Trained on</dt><dd>{esc(parents)}</dd><dt>Plan</dt><dd>"
-        f"{plan['steps']} steps of {plan['pairs_per_step']} pairs, "
+        f"{plan['steps']} steps of {plan['pairs_per_step']} {pairs}, "
         f"{plan['adapter_parameters']:,} parameters</dd><dt>Memory</dt><dd>estimate "
         f"{size_text(low)} to {size_text(high)}; {esc(fits)}</dd></dl>"
     )
@@ -85,11 +86,13 @@ def job_html(view: Any) -> str:
         or view.outcome.get("text")
         or ("Training." if last.get("event") == "train" else view.said or "Running.")
     )
+    if view.status == "saved":
+        words += " There is no adapter yet: Continue goes on with the training."
     bar = ""
     if last:
         left = last.get("remaining")
         doing = " ".join(str(last.get("message") or "").split())
-        at = f"{doing or 'step'} {last['step']} of {last['steps']}"
+        at = f"Step {last['step']} of {last['steps']}{f', {doing}' if doing else ''}"
         time_left = "" if view.ended or left is None else f", about {duration_text(left)} left"
         bar = (
             f'<progress max="{last["steps"]}" value="{last["step"]}" aria-label="Progress">'
