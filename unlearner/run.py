@@ -23,7 +23,7 @@ from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
 from unlearner import distributed
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
-from unlearner.defaults import CAUSES, suited
+from unlearner.defaults import ASCENT, CAUSES, suited
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.facts import common_words, facts_only
 from unlearner.request.neighbours import nearest_rows
@@ -715,7 +715,13 @@ def find_target(
         run = replace(run, config=with_target(run.config, nll), target_from=source)
     target = run.config.objective.target
     if target and stop_at is None:
-        stop_at = stop_at_target(run.rows.forget, target, pad, run.config.train.seed)
+        stop_at = stop_at_target(
+            run.rows.forget,
+            target,
+            pad,
+            run.config.train.seed,
+            settles=run.config.objective.name not in ASCENT,
+        )
     return run, stop_at
 
 

@@ -60,14 +60,22 @@ def mean_nll(model: Any, rows: Sequence[Encoded], pad: int) -> float:
     return sum(x / row.n_targets for x, row in zip(nll, rows, strict=True)) / len(rows)
 
 
-def stop_at_target(rows: Sequence[Encoded], target: float, pad: int, seed: int) -> StopAt:
-    """Ends a run `SETTLE` steps after the mean NLL of the forget rows reached `target`."""
+def stop_at_target(
+    rows: Sequence[Encoded], target: float, pad: int, seed: int, *, settles: bool = True
+) -> StopAt:
+    """Ends a run `SETTLE` steps after the mean NLL of the forget rows reached `target`.
+
+    Without `settles` it ends at once, with the nearer of the last two readings: an objective that
+    ascends goes on to destroy the model.
+    """
     sample = random.Random(seed).sample(list(rows), min(ROWS, len(rows)))
 
     def measure(model: Any) -> Mapping[str, float]:
         nll = mean_nll(model, sample, pad)
         return {"forget_nll": nll, "target": target, "target_gap": nll - target}
 
-    every, start = (1, 0.25 * FROM) if len(sample) <= FEW else (EVERY, FROM)
+    often = len(sample) <= FEW or not settles
+    every, start = (1, 0.25 * FROM) if often else (EVERY, FROM)
     key = f"target-{target:.4f}"
-    return StopAt(measure, "target_gap", key, every, start * target, SETTLE, PATIENCE)
+    settle = SETTLE if settles else 0
+    return StopAt(measure, "target_gap", key, every, start * target, settle, PATIENCE)

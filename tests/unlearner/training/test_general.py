@@ -178,6 +178,10 @@ def test_a_run_stops_at_its_target(
     assert adapter.manifest.objective["target"] == 2.0
     steps = [e for e in events if e["event"] == "train"]
     assert steps[0]["forget_nll"] < 0.5 < steps[-1]["forget_nll"]
+    # An objective that ascends does not settle: it keeps the nearer of the last two readings.
+    (*_, before, last) = train["gap_trace"]
+    assert before[1] < 0 <= last[1]
+    assert train["kept_step"] == min((before, last), key=lambda reading: abs(reading[1]))[0]
 
 
 def test_rows_past_the_target_are_pulled_back(

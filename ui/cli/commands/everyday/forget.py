@@ -155,7 +155,7 @@ def add_stop_flags(parser: options.Parser) -> None:
         metavar="NLL",
         help="stop where the mean forget NLL per token is this, which sets SimNPO's gamma too; "
         "`auto` measures it on --unseen, else on alternate answers, or takes the forget NLL of "
-        "--reference-log; 0 = none (default: auto in simnpo and npo)",
+        "--reference-log; 0 = none (default: auto in simnpo, npo, kl, grad_diff and grad_ascent)",
     )
     group.add_argument(
         "--unseen",
