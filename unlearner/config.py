@@ -60,6 +60,8 @@ class ObjectiveConfig:
             0 = off.
         target: mean NLL of the forget rows in nats per token at which the run settles, that of rows
             which the base never saw (see `unlearner.training.target`); 0 = none.
+        settle: optimizer steps that follow the one at which the target was reached; 0 keeps the
+            nearer of the last two readings; -1 = 12, or 0 where the forget term falls without end.
         excess_weight: w_e, on the square of what a forget row's NLL per token is above `target`.
     """
 
@@ -82,6 +84,7 @@ class ObjectiveConfig:
     general_weight: float = 0.0
     protected_directions: int = 0
     target: float = 0.0
+    settle: int = -1
     excess_weight: float = 0.5
 
 
@@ -238,6 +241,7 @@ def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
             f"forget_tokens {objective.forget_tokens!r} is not one of {', '.join(FORGET_TOKENS)}",
         ),
         (objective.rmu_layer >= -1, f"rmu_layer {objective.rmu_layer} is below -1"),
+        (objective.settle >= -1, f"settle {objective.settle} is below -1"),
         (
             0 <= objective.alternate_smoothing < 1,
             f"alternate_smoothing {objective.alternate_smoothing} is not in [0, 1)",

@@ -694,6 +694,7 @@ def find_target(
     """The run with its target, measured where it has to be, and what stops it there."""
     from unlearner.training.target import (
         RETRAIN_NLL,
+        SETTLE,
         WORDS,
         mean_nll,
         pushed_nll,
@@ -715,13 +716,10 @@ def find_target(
         run = replace(run, config=with_target(run.config, nll), target_from=source)
     target = run.config.objective.target
     if target and stop_at is None:
-        stop_at = stop_at_target(
-            run.rows.forget,
-            target,
-            pad,
-            run.config.train.seed,
-            settles=run.config.objective.name not in ASCENT,
-        )
+        objective, seed = run.config.objective, run.config.train.seed
+        usual_settle = 0 if objective.name in ASCENT else SETTLE
+        settle = usual_settle if objective.settle < 0 else objective.settle
+        stop_at = stop_at_target(run.rows.forget, target, pad, seed, settle)
     return run, stop_at
 
 

@@ -61,12 +61,12 @@ def mean_nll(model: Any, rows: Sequence[Encoded], pad: int) -> float:
 
 
 def stop_at_target(
-    rows: Sequence[Encoded], target: float, pad: int, seed: int, *, settles: bool = True
+    rows: Sequence[Encoded], target: float, pad: int, seed: int, settle: int = SETTLE
 ) -> StopAt:
-    """Ends a run `SETTLE` steps after the mean NLL of the forget rows reached `target`.
+    """Ends a run `settle` steps after the mean NLL of the forget rows reached `target`.
 
-    Without `settles` it ends at once, with the nearer of the last two readings: an objective that
-    ascends goes on to destroy the model.
+    With 0 it ends at once, with the nearer of the last two readings: an objective that ascends goes
+    on to destroy the model.
     """
     sample = random.Random(seed).sample(list(rows), min(ROWS, len(rows)))
 
@@ -74,8 +74,7 @@ def stop_at_target(
         nll = mean_nll(model, sample, pad)
         return {"forget_nll": nll, "target": target, "target_gap": nll - target}
 
-    often = len(sample) <= FEW or not settles
+    often = len(sample) <= FEW or settle == 0
     every, start = (1, 0.25 * FROM) if often else (EVERY, FROM)
     key = f"target-{target:.4f}"
-    settle = SETTLE if settles else 0
     return StopAt(measure, "target_gap", key, every, start * target, settle, PATIENCE)

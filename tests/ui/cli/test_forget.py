@@ -49,6 +49,7 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "attack_gamma": ("3", 3.0),
     "general_weight": ("2", 2.0),
     "protected_directions": ("8", 8),
+    "settle": ("3", 3),
     "excess_weight": ("1", 1.0),
     "lora_r": ("4", 4),
     "lora_alpha": ("8", 8),

@@ -184,6 +184,19 @@ def test_a_run_stops_at_its_target(
     assert train["kept_step"] == min((before, last), key=lambda reading: abs(reading[1]))[0]
 
 
+def test_a_run_that_does_not_settle_ends_where_the_target_is_reached(
+    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
+) -> None:
+    options = RunOptions(target=1.0)
+    settled = quick("npo", num_train_epochs=60, learning_rate=3e-3, settle=4)
+    ended = quick("npo", num_train_epochs=60, learning_rate=3e-3, settle=0)
+    train = unlearn(request_, base, settled, store, options).manifest.train
+    first = unlearn(request_, base, ended, store, options).manifest.train
+    (reached,) = (at for at, gap in first["gap_trace"] if gap >= 0)
+    assert first["stopped_at_step"] == reached
+    assert train["stopped_at_step"] == train["kept_step"] == reached + 4
+
+
 def test_rows_past_the_target_are_pulled_back(
     rows: Any, loop: Callable[..., Any], quick: Config
 ) -> None:

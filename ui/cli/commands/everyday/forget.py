@@ -299,7 +299,7 @@ def _train_full(
     named = [*given_settings(args, LORA_FIELDS)]
     of_adapters = (
         *("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at", "target", "unseen"),
-        *("general_weight", "protected_directions", "general_prompts", "reference_log"),
+        *("general_weight", "protected_directions", "settle", "general_prompts", "reference_log"),
     )
     named += [name for name in of_adapters if getattr(args, name)]
     named += ["store"] if "--store" in args.words else []  # else it may be the environment's
