@@ -19,8 +19,8 @@ RARE = frozenset(
         # the objective
         "beta", "beta2", "gamma", "rmu-layer", "rmu-coefficient", "ceu-skip", "forget-tokens",
         "forget-weight", "general-weight", "protected-directions", "general-prompts",
-        "excess-weight", "settle", "guard-weight", "alternates", "alternate-weight", "alternate-smoothing",
-        "alternates-from", "attack-weight", "attack-gamma", "attack-steps", "attack-rate",
+        "excess-weight", "settle", "guard-weight", "alternates", "alternate-weight",
+        "alternate-smoothing", "alternates-from", "attack-weight", "attack-gamma", "attack-steps", "attack-rate",
         "attack-rank",
         # adapter and training
         "lora-alpha", "lora-dropout", "target-modules", "gradient-accumulation-steps",
