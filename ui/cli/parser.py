@@ -20,8 +20,8 @@ RARE = frozenset(
         "beta", "beta2", "gamma", "rmu-layer", "rmu-coefficient", "ceu-skip", "forget-tokens",
         "forget-weight", "general-weight", "protected-directions", "general-prompts",
         "excess-weight", "settle", "guard-weight", "alternates", "alternate-weight",
-        "alternate-smoothing", "alternates-from", "attack-weight", "attack-gamma", "attack-steps", "attack-rate",
-        "attack-rank",
+        "alternate-smoothing", "alternates-from", "attack-weight", "attack-gamma", "attack-steps",
+        "attack-rate", "attack-rank",
         # adapter and training
         "lora-alpha", "lora-dropout", "target-modules", "gradient-accumulation-steps",
         "warmup-ratio", "lr-scheduler-type", "weight-decay", "max-grad-norm", "max-length",
