@@ -42,7 +42,8 @@ class StopAt:
         quantity: the figure that must reach 0 from below: "gap" (shift of the median log R against
             the retrain reference), "nll_gap" (mean forget NLL minus the reference's) or
             "target_gap" (mean forget NLL minus the target).
-        key: a short name that changes with what is measured; part of the run folder's name.
+        key: a short name that changes with what is measured; of a measure that the caller of a run
+            gives, part of the run folder's name.
         every: optimizer steps between readings; None for about 20 readings per run.
         settle: steps that follow the one at which the sign turned; the weights of the last one are
             then kept, whatever its distance. 0 keeps the nearer of the last two readings.

@@ -76,5 +76,11 @@ def stop_at_target(
 
     often = len(sample) <= FEW or settle == 0
     every, start = (1, 0.25 * FROM) if often else (EVERY, FROM)
-    key = f"target-{target:.4f}"
-    return StopAt(measure, "target_gap", key, every, start * target, settle, PATIENCE)
+    return StopAt(
+        measure,
+        "target_gap",
+        every=every,
+        from_nll=start * target,
+        settle=settle,
+        patience=PATIENCE,
+    )
