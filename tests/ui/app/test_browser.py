@@ -214,6 +214,13 @@ def test_a_new_page_has_asked_its_first_question(page: Any, served: Any) -> None
     _pick(page, "#un-list", rows[1].question)  # choosing another does not ask it
     page.wait_for_timeout(500)
     _asked(page, rows[0].question)
+    # Leaving the list changes nothing of what was typed.
+    typed = page.locator("#un-question textarea, #un-question input").first
+    typed.fill("Something else?")
+    page.locator("#un-list input").first.focus()
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(1000)
+    assert typed.input_value() == "Something else?"
     # Nor does another author, and what was answered stays.
     answer = page.locator("#un-left .un-answer").inner_text()
     _pick(page, "#un-author", session.choices()[-1][0])

@@ -196,7 +196,11 @@ def compare(
         told(asking.opening), [fields.frame, *inputs], list(fields),
         **STREAM,
     )  # fmt: skip
-    question_list.input(lambda text: text or gr.skip(), question_list, question, **PRIVATE)
+    # Not "input": gradio fires that when the list is left too, over what is typed meanwhile.
+    gr.on(
+        [question_list.change, question_list.select], lambda text: text or gr.skip(),
+        question_list, question, **PRIVATE,
+    )  # fmt: skip
     gr.on(
         [ask.click, question.submit], told(asking.run), inputs, list(fields),
         trigger_mode="once", **STREAM,
