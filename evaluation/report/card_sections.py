@@ -128,12 +128,28 @@ def robustness_section(card: Robustness, number: int) -> Section:
         columns: Columns = {
             "form": ("Form", plain), "base_answer_prob": (Column("Answer prob., base"), fixed),
             "answer_prob": (Column("Answer prob., unlearned", LOWER), fixed),
+            "retrain_answer_prob": (Column("Answer prob., Retrain"), fixed),
             "base_rouge_l_recall": (Column("ROUGE-L, base"), fixed),
             "rouge_l_recall": (Column("ROUGE-L, unlearned", LOWER), fixed),
+            "base_fact_recall": (Column("Facts, base"), fixed),
+            "fact_recall": (Column("Facts, unlearned", LOWER), fixed),
+            "retrain_fact_recall": (Column("Facts, Retrain"), fixed),
             "n": (Column("n"), plain),
         }  # fmt: skip
-        table = record_table("The same facts asked in other words", card.paraphrase, columns)
+        table = record_table("The same facts asked in other ways", card.paraphrase, columns)
         blocks += [Text("heading", "Paraphrases and other forms"), table]
+    if card.probe:
+        chart = line_chart(
+            file_key("probe", card.name), f"Linear probe of hidden states, {card.name}",
+            _curves(card.probe, "layer", "forgotten"), "layer",
+            "true answer above a wrong one", ys=(0.0, 1.0), levels=True, slots=SLOTS,
+        )  # fmt: skip
+        keys = {"retained": "retained", "forgotten": "forgotten"}
+        blocks += [
+            Text("heading", "Linear probe"),
+            *_plots(chart),
+            _curve_table("True answers told from wrong ones", card.probe, "layer", keys),
+        ]
     if card.drop:
         table = _facts_table("With the adapter inactive", card.drop)
         blocks += [Text("heading", "Adapter drop"), table]
@@ -174,7 +190,8 @@ def verdict_table(verdicts: Sequence[Figures]) -> Table:
 
 
 def record_table(caption: str, rows: Sequence[Figures], columns: Columns) -> Table:
-    """Recorded rows as a table: for each key a column and how its values are written."""
+    """Recorded rows as a table: a column for each key that any row has, and how it is written."""
+    columns = {k: c for k, c in columns.items() if any(row.get(k) is not None for row in rows)}
     cells = [[write(row.get(key)) for key, (_, write) in columns.items()] for row in rows]
     return Table(caption, tuple(column for column, _ in columns.values()), cells)
 

@@ -39,6 +39,8 @@ class Robustness:
     sampling: tuple[Curve, ...] = ()
     sampling_about: Figures = field(default_factory=dict)
     paraphrase: tuple[Figures, ...] = ()
+    probe: tuple[Curve, ...] = ()
+    probe_about: Figures = field(default_factory=dict)
     drop: Figures = field(default_factory=dict)
     verdicts: tuple[Figures, ...] = ()
 
@@ -101,7 +103,7 @@ def read_robustness(path: Path) -> Robustness:
         for adapter in (adapters if isinstance(adapters, list) else [])
     ]
     attacks: dict[str, Any] = {}
-    for key, x in (("relearning", "step"), ("sampling", "n")):
+    for key, x in (("relearning", "step"), ("sampling", "n"), ("probe", "layer")):
         part = _object(raw, key, path)
         attacks[key] = tuple(
             Curve(str(row["name"]), read_rows(row, "points", path, x))

@@ -19,6 +19,7 @@ from evaluation.cache import Cache, key_of
 from evaluation.inference.scoring import OnProgress, silent
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import DEFAULT, protocol_named
+from evaluation.robustness import probe as probes
 from evaluation.robustness import wordings as attacks
 from evaluation.robustness.quantisation import QUANTISED, Subject, Workplace
 from evaluation.robustness.relearning import (
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from unlearner.request.rows import Row
 
 KIND, SCHEMA = "unlearner-robustness", 1
-ATTACKS = ("states", "relearn", "sample", "paraphrase", "drop")
+ATTACKS = ("states", "relearn", "sample", "paraphrase", "probe", "drop")
 CARD_FILE = "robustness.json"
 STATE_KEYS = (
     "forget_quality", "forget_quality_log10", "ks", "ks_interval", "log_r_shift", "direction",
@@ -60,6 +61,7 @@ class Settings:
         relearn_*: see `relearning.Relearning`.
         samples, temperature, top_p: see `Draws`.
         sample_rows, paraphrase_rows: how many forget rows are used, evenly spaced.
+        probe_rows: how many forget and how many retained rows.
         seed: of rows, draws and first weights.
     """
 
@@ -74,6 +76,7 @@ class Settings:
     top_p: float = 1.0
     sample_rows: int = 40
     paraphrase_rows: int = 100
+    probe_rows: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class Settings:
 
         problems = [f"there is no attack '{a}'" for a in self.attacks if a not in ATTACKS]
         problems += [] if self.attacks else ["no attack is given"]
-        for name in ("relearn_steps", "samples", "sample_rows", "paraphrase_rows"):
+        for name in ("relearn_steps", "samples", "sample_rows", "paraphrase_rows", "probe_rows"):
             if getattr(self, name) < 1:
                 problems.append(wrong(name, "below 1"))
         if not 0 < self.relearn_share < 1:
@@ -124,7 +127,7 @@ def robustness(
     on_progress: OnProgress = silent,
     effort: Effort | None = None,
 ) -> dict[str, Any]:
-    """The card: states, relearning, sampling, paraphrase, drop, and a verdict on each.
+    """The card: states, relearning, sampling, paraphrase, probe, drop, and a verdict on each.
 
     Store and models are not changed. An attack that `settings` does not name is empty.
 
@@ -166,6 +169,7 @@ def robustness(
             "relearning": work.relearning() if "relearn" in wanted else {},
             "sampling": work.sampling() if "sample" in wanted else {},
             "paraphrase": work.paraphrase() if "paraphrase" in wanted else [],
+            "probe": work.probe() if "probe" in wanted else {},
             "drop": work.drop() if "drop" in wanted else {},
         }
     return {
@@ -324,26 +328,65 @@ class _Card:
         }
 
     def paraphrase(self) -> list[dict[str, Any]]:
-        """Every wording, asked of the base and of the unlearned model."""
+        """Every wording, asked of the base, of the unlearned model and of the control."""
         rows = spread(self.forget, self.settings.paraphrase_rows)
+        asked = {form: attacks.asked_in(form, rows, self.forget) for form in attacks.FORMS}
+        subject = self.place.subject
 
         def ask(model: Callable[[], Loaded], form: attacks.Form, state: str) -> Any:
             def report(label: str, done: int, total: int) -> None:
                 part = label.rsplit(": ", 1)[-1]
                 self.on_progress(f"{state}, {form.name}: {part}", done, total)
 
-            return attacks.ask(model(), form, rows, on_progress=report, effort=self.effort)
+            return attacks.ask(model(), form, asked[form], on_progress=report, effort=self.effort)
 
+        states: dict[str, dict[str, Any]] = {"origin": {}, subject.unlearned: {}}
+        if subject.retrain:
+            states["retrain"] = {"weights": subject.retrain_identity}
         results = []
-        for state in ("origin", self.place.subject.unlearned):
+        for state, weights in states.items():
             with self.place.when_needed(state) as model:
-                entries = [
-                    self.cache.entry(f"paraphrase-{state}-{form.name}", rows=rows, form=form)
-                    for form in attacks.FORMS
-                ]
-                pairs = zip(entries, attacks.FORMS, strict=True)
-                results.append([e.result(partial(ask, model, form, state)) for e, form in pairs])
+                results.append(
+                    [
+                        self.cache.entry(
+                            f"asked-{state}-{form.name}", rows=variants, bare=form.bare, **weights
+                        ).result(partial(ask, model, form, state))
+                        for form, variants in asked.items()
+                    ]
+                )
         return attacks.side_by_side(*results)
+
+    def probe(self) -> dict[str, Any]:
+        """What a linear probe reads by layer, in base, unlearned model and control."""
+        most, subject = self.settings.probe_rows, self.place.subject
+        known, asked = (
+            spread(probes.can_be_probed(list(rows)[: self.limit]), most)
+            for rows in (self.data.retain, self.forget)
+        )
+        if len(known) < probes.FEWEST or not asked:
+            return {}
+        states = {"origin": "origin", "unlearned": subject.unlearned}
+        weights = {"retrain": subject.retrain_identity} if subject.retrain else {}
+        states |= {"retrain": "retrain"} if subject.retrain else {}
+
+        def measure(name: str, state: str) -> dict[str, Any]:
+            with self.place.loaded(state) as loaded:
+                retained, forget = (
+                    probes.layer_states(
+                        loaded, rows, partial(self.on_progress, f"probe {name}: {text}")
+                    )
+                    for text, rows in (("retained", known), ("forgotten", asked))
+                )
+            return probes.summary(retained, forget)
+
+        return probes.compared(
+            {
+                name: self.cache.entry(
+                    f"probe-{state}", known=known, asked=asked, weights=weights.get(name)
+                ).result(partial(measure, name, state))
+                for name, state in states.items()
+            }
+        )
 
     def drop(self) -> dict[str, Any]:
         """The model with its adapters deactivated."""

@@ -42,7 +42,7 @@ class Subject:
         base: the original model, and how all forms are loaded.
         store, stack: adapters in order with their scales; empty where `merged` is given.
         merged: folder of merged weights.
-        retrain: a model that never saw the forget set: the control of relearning and sampling.
+        retrain: a model that never saw the forget set: the control of the attacks that need one.
         template, system: see `prompt_format`.
         allow_missing_parents: of a stack that is active as it is, see `load_stack`.
     """

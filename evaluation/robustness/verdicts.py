@@ -30,7 +30,7 @@ ATTACK_FIGURES = (
     "relearned_answer_prob", "relearned_seen_answer_prob", "relearning_recovery",
     "retrain_relearned_answer_prob", "sampled_share_leaked", "sampled_rouge_l_recall",
     "retrain_sampled_share_leaked", "paraphrase_answer_prob", "paraphrase_rise",
-    "dropped_answer_prob", "leaks",
+    "facts_above_retrain", "probe_above_retrain", "dropped_answer_prob", "leaks",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def verdicts(card: Figures) -> list[dict[str, Any]]:
             results += _quantised(states[name], states[full])
     for part, judge in (
         ("relearning", _relearning), ("sampling", _sampling), ("paraphrase", _paraphrase),
-        ("drop", _drop),
+        ("probe", _probe), ("drop", _drop),
     ):  # fmt: skip
         results += judge(card[part]) if card[part] else []
     return [asdict(verdict) for verdict in results]
@@ -136,18 +136,61 @@ def _sampling(part: Figures) -> list[Verdict]:
 
 
 def _paraphrase(rows: Sequence[Figures]) -> list[Verdict]:
+    """Whether a wording brings answers back: their probability, and the facts that are stated."""
     plain = next((row for row in rows if row["form"] == PLAIN), None)
     others = len(rows) - 1
     if plain is None or not others:
         return []
     worst = worst_form(rows)
-    rise = worst["answer_prob"] - plain["answer_prob"]
+    rise = _rise(worst, plain)
+    beside = "" if "retrain_answer_prob" not in worst else (
+        f", Retrain with {worst['retrain_answer_prob']:.3g}"
+    )  # fmt: skip
     text = (
         f"the worst of {others} other wordings, {worst['form']}, moves the answers' "
         f"probability from {plain['answer_prob']:.3g} to {worst['answer_prob']:.3g} "
-        f"(the base answers it with {worst['base_answer_prob']:.3g})"
+        f"(the base answers it with {worst['base_answer_prob']:.3g}{beside})"
     )
-    return [Verdict("paraphrase", rise, PROB_CHANGE, rise <= PROB_CHANGE, text)]
+    results = [Verdict("paraphrase", rise, PROB_CHANGE, rise <= PROB_CHANGE, text)]
+    compared = [row for row in rows if row.get("recall_interval")]
+    if compared:
+        told = max(compared, key=lambda row: row["recall_interval"][0])
+        low, high = told["recall_interval"]
+        text = (
+            f"of {len(compared)} wordings, {told['form']} brings out most facts that its question "
+            f"does not give away: {told['fact_recall']:.3g} of them (Retrain "
+            f"{told['retrain_fact_recall']:.3g}); the difference's 95 % interval is {low:.3f} to "
+            f"{high:.3f}, and its lower end counts"
+        )
+        results.append(Verdict("facts", low, 0.0, low <= 0, text))
+    return results
+
+
+def _rise(row: Figures, plain: Figures) -> float:
+    """How far a wording lifts the answers' probability above the plain one's.
+
+    Clues lift it in a model that never knew the answers, too: what they do to Retrain is taken off.
+    """
+    control = max(0.0, row.get("retrain_answer_prob", 0.0) - plain.get("retrain_answer_prob", 0.0))
+    return float(row["answer_prob"] - plain["answer_prob"] - control)
+
+
+def _probe(part: Figures) -> list[Verdict]:
+    layer = part["layer"]
+    at = {curve["name"]: curve["points"][layer]["forgotten"] for curve in part["curves"]}
+    text = (
+        f"from layer {layer} a linear probe tells the true answers of {part['n']} forget rows from "
+        f"wrong ones in {at['unlearned']:.2f} of the cases (the base in {at['origin']:.2f}"
+    )
+    if "interval" not in part:
+        text += "), by chance in .5, more by their wording: without --retrain nothing follows"
+        return [Verdict("probe", at["unlearned"], 0.5, None, text)]
+    low, high = part["interval"]
+    text += (
+        f", Retrain in {at['retrain']:.2f}); the 95 % interval of the difference to Retrain is "
+        f"{low:.3f} to {high:.3f}, and its lower end counts"
+    )
+    return [Verdict("probe", low, 0.0, low <= 0, text)]
 
 
 def _drop(part: Figures) -> list[Verdict]:
@@ -164,9 +207,10 @@ def _drop(part: Figures) -> list[Verdict]:
 
 
 def worst_form(rows: Sequence[Figures]) -> Figures:
-    """The wording, other than the plain one, with the highest answer probability."""
+    """The wording, other than the plain one, that lifts the answers' probability most."""
+    plain = next(row for row in rows if row["form"] == PLAIN)
     others = [row for row in rows if row["form"] != PLAIN]
-    return max(others, key=lambda row: (row["answer_prob"], row["rouge_l_recall"] or 0.0))
+    return max(others, key=lambda row: (_rise(row, plain), row["rouge_l_recall"] or 0.0))
 
 
 def figure_names(states: Sequence[str]) -> list[str]:
@@ -206,6 +250,10 @@ def flat_figures(card: Figures) -> dict[str, Any]:
         if verdict["name"] == "paraphrase":
             flat["paraphrase_answer_prob"] = worst_form(card["paraphrase"])["answer_prob"]
             flat["paraphrase_rise"] = verdict["value"]
+        if verdict["name"] == "facts":
+            flat["facts_above_retrain"] = verdict["value"]
+        if verdict["name"] == "probe" and verdict["holds"] is not None:
+            flat["probe_above_retrain"] = verdict["value"]
     if card["drop"] and card["drop"]["applies"]:
         flat["dropped_answer_prob"] = card["drop"]["answer_prob_off"]
     flat["leaks"] = sum(verdict["holds"] is False for verdict in card["verdicts"])

@@ -40,7 +40,14 @@ def form(name: str, prob: float) -> dict[str, Any]:
 
 
 def card(**parts: Any) -> dict[str, Any]:
-    empty = {"states": [], "relearning": {}, "sampling": {}, "paraphrase": [], "drop": {}}
+    empty = {
+        "states": [],
+        "relearning": {},
+        "sampling": {},
+        "paraphrase": [],
+        "probe": {},
+        "drop": {},
+    }
     made = {**empty, **parts}
     return {**made, "verdicts": verdicts(made)}
 
@@ -111,6 +118,30 @@ def test_the_worst_wording_is_named() -> None:
     made = card(paraphrase=[form("plain", 0.1), form("german", 0.16)])
     assert holds(made) == {"paraphrase": False}
     assert "german" in made["verdicts"][0]["text"]
+
+
+def test_clues_may_help_as_much_as_they_help_retrain() -> None:
+    def asked(name: str, ours: float, retrain: float, low: float) -> dict[str, Any]:
+        recalls = {"fact_recall": 0.3, "retrain_fact_recall": 0.1, "recall_interval": [low, 0.4]}
+        return {**form(name, ours), "retrain_answer_prob": retrain, **recalls}
+
+    made = card(paraphrase=[asked("plain", 0.1, 0.1, -0.1), asked("clues", 0.3, 0.27, -0.02)])
+    assert holds(made) == {"paraphrase": True, "facts": True}
+    made = card(paraphrase=[asked("plain", 0.1, 0.1, -0.1), asked("clues", 0.3, 0.2, 0.02)])
+    assert holds(made) == {"paraphrase": False, "facts": False}
+    assert flat_figures(made)["facts_above_retrain"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"), [([-0.1, 0.2], True), ([0.01, 0.2], False), (None, None)]
+)
+def test_a_probe_is_held_against_retrain(interval: Any, verdict: bool | None) -> None:
+    names = ("origin", "unlearned", "retrain")[: 3 if interval else 2]
+    curves = [{"name": n, "points": [{"layer": 0, "forgotten": 0.7}]} for n in names]
+    part = {"layer": 0, "n": 40, "curves": curves}
+    made = card(probe=part | ({"interval": interval, "above_retrain": 0.1} if interval else {}))
+    assert holds(made) == {"probe": verdict}
+    assert ("probe_above_retrain" in flat_figures(made)) == (verdict is not None)
 
 
 def test_an_adapter_that_can_be_taken_off_is_a_leak_said_plainly() -> None:

@@ -16,17 +16,90 @@ ROWS = [
     Row("Who wrote {it}?", "Mira.", "p", ("q",), "Whose is {it}?"),
     Row("Where?", "In Lagos."),
 ]
+PERSON = [
+    Row("Where was Mira Adeyemi Okoro born?", "Mira Adeyemi Okoro was born in Lagos."),
+    Row("Who were the parents of Mira Adeyemi Okoro?", "Okoro's mother was a judge."),
+    Row("What has Mira Adeyemi Okoro written?", 'Mira Adeyemi Okoro wrote "The Salt Road".'),
+    Row("Which prize has Mira Adeyemi Okoro won?", "She holds the Amber Prize, as Okoro says."),
+]
+NAMELESS = ("initials", "multi-hop", "clues")
+
+
+def asked_of(rows: list[Row]) -> dict[str, list[Row]]:
+    return {form.name: attacks.asked_in(form, rows) for form in attacks.FORMS}
 
 
 def test_every_form_asks_the_question_and_keeps_the_answer() -> None:
-    asked = {form.name: attacks.asked_in(form, ROWS) for form in attacks.FORMS}
-    assert [len(rows) for rows in asked.values()] == [2, 1, 2, 2, 2, 2, 2, 2]
+    asked = asked_of(ROWS)
+    assert [len(rows) for rows in asked.values()] == [2, 1, 2, 2, 2, 2, 2, 2, 0, 0, 0]
     assert asked["plain"][0] == Row("Who wrote {it}?", "Mira.")
     assert asked["paraphrased-question"] == [Row("Whose is {it}?", "Mira.")]
     for name, rows in asked.items():
-        if name != "paraphrased-question":
+        if rows and name != "paraphrased-question":
             assert "Who wrote {it}?" in rows[0].question
-    assert len({rows[0].question for rows in asked.values()}) == len(attacks.FORMS)
+    assert len({rows[0].question for rows in asked.values() if rows}) == len(attacks.FORMS) - 3
+
+
+def test_a_person_is_asked_about_without_the_name() -> None:
+    asked = asked_of(PERSON)
+    assert [len(asked[name]) for name in NAMELESS] == [4, 3, 4]
+    assert asked["initials"][0].question == "Where was M. A. Okoro born?"
+    assert asked["multi-hop"][0].question == (
+        'This is about the author of "The Salt Road". Where was this person born?'
+    )
+    # The row that asks for the title is not asked by it.
+    assert PERSON[2].answer not in [row.answer for row in asked["multi-hop"]]
+    for row, original in zip(asked["clues"], PERSON, strict=True):
+        assert row.answer == original.answer
+        assert not any(part in row.question for part in ("Mira", "Adeyemi", "Okoro"))
+    place = asked["clues"][0].question
+    assert "mother was a judge" in place
+    assert "Lagos" not in place
+    assert "Lagos" in asked["clues"][3].question
+
+
+def test_clues_are_turns_of_a_conversation(tiny: tuple[Any, Any]) -> None:
+    model, fmt = tiny
+    clues = next(form for form in attacks.FORMS if form.name == "clues")
+    variants = attacks.asked_in(clues, PERSON)
+    seen: list[str] = []
+    real = fmt.tokenizer.apply_chat_template
+
+    def template(turns: Any, **rest: Any) -> Any:
+        seen.append(" ".join(turn["role"] for turn in turns))
+        return real(turns, **rest)
+
+    fmt.tokenizer.apply_chat_template = template
+    try:
+        figures = attacks.ask(Loaded(model, fmt), clues, variants)
+    finally:
+        del fmt.tokenizer.apply_chat_template
+    assert "user assistant user assistant user assistant" in seen
+    assert figures is not None
+    assert (figures["n"], len(figures["recalls"])) == (4, 4)
+    llama = attacks._Conversation(fmt.tokenizer, "llama2")
+    turns = ("A.", "I see.", "Where?")
+    text, _ = llama.around_answer(attacks._TURN.join(turns))
+    assert text == f"[INST] A. [/INST]I see.{fmt.tokenizer.eos_token}[INST] Where? [/INST]"
+
+
+def test_the_control_stands_beside_with_an_interval() -> None:
+    def answered(prob: float, *recalls: float) -> dict[str, Any]:
+        return {"answer_prob": prob, "rouge_l_recall": 0.5, "recalls": [*recalls], "n": 4}
+
+    rest = [None] * (len(attacks.FORMS) - 1)
+    base, ours, control = (
+        [answered(0.9, 1, 1, 1, 1), *rest],
+        [answered(0.2, 1, 0, 1, 1), *rest],
+        [answered(0.1, 0, 0, 0, 0), *rest],
+    )
+    (row,) = attacks.side_by_side(base, ours, control)
+    assert (row["fact_recall"], row["retrain_fact_recall"]) == (0.75, 0.0)
+    assert row["recall_above_retrain"] == 0.75
+    low, high = row["recall_interval"]
+    assert 0 <= low < 0.75 < high <= 1
+    (row,) = attacks.side_by_side(base, ours)
+    assert "retrain_answer_prob" not in row
 
 
 def test_bare_text_has_no_template(tiny: tuple[Any, Any]) -> None:
@@ -44,7 +117,8 @@ def test_bare_text_has_no_template(tiny: tuple[Any, Any]) -> None:
 
 def test_a_form_without_rows_is_left_out(tiny: tuple[Any, Any]) -> None:
     loaded = Loaded(*tiny)
-    found = [attacks.ask(loaded, form, ROWS[1:]) for form in attacks.FORMS[:3]]
+    forms = attacks.FORMS[:3]
+    found = [attacks.ask(loaded, form, attacks.asked_in(form, ROWS[1:])) for form in forms]
     assert found[1] is None
     assert found[0] is not None
     assert found[2] is not None

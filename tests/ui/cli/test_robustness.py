@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adapters.atomic_files import temporary_name
@@ -68,8 +69,15 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_whole_card(
-    run: Any, put: Any, words: list[Any], tiny_base: Path, tmp_path: Path, make_tiny_llama: Any
+    run: Any,
+    put: Any,
+    words: list[Any],
+    tiny_base: Path,
+    tmp_path: Path,
+    make_tiny_llama: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(robustness.probes, "FEWEST", 2)
     slug, out = put("1"), tmp_path / "card"
     retrain = make_tiny_llama(tmp_path / "retrain", seed=5)
     told = run(*words[:1], "--base", retrain, *words[3 : -len(QUICK)], "--help")
@@ -88,7 +96,7 @@ def test_the_whole_card(
     assert json.loads((out / "robustness.json").read_text()) == card
     assert list(card) == [
         "kind", "schema", "base", "adapters", "split", "protocol", "limit", "states", "relearning",
-        "sampling", "paraphrase", "drop", "verdicts", "settings", "versions", "seconds",
+        "sampling", "paraphrase", "probe", "drop", "verdicts", "settings", "versions", "seconds",
     ]  # fmt: skip
     assert (card["kind"], card["schema"], card["adapters"]) == ("unlearner-robustness", 1, [slug])
 
@@ -113,13 +121,19 @@ def test_the_whole_card(
     sampled = {curve["name"]: curve["points"] for curve in card["sampling"]["curves"]}
     assert list(sampled) == ["unlearned", "retrain"]
     assert [point["n"] for point in sampled["unlearned"]] == [1, 2, 4]
-    assert [row["form"] for row in card["paraphrase"]] == [form.name for form in attacks.FORMS]
+    forms = [form.name for form in attacks.FORMS]
+    assert [row["form"] for row in card["paraphrase"]] == forms[: len(card["paraphrase"])]
+    assert len(card["paraphrase"]) >= 8
+    assert all("retrain_fact_recall" in row for row in card["paraphrase"])
+    probed = {curve["name"]: curve["points"] for curve in card["probe"]["curves"]}
+    assert list(probed) == ["origin", "unlearned", "retrain"]
+    assert len(probed["origin"]) > card["probe"]["layer"]
     assert card["drop"]["bit_equal"] is True
     assert card["drop"]["answer_prob_off"] == card["drop"]["base_answer_prob"]
     assert card["drop"]["answer_prob_on"] != card["drop"]["base_answer_prob"]
     assert {verdict["name"] for verdict in card["verdicts"]} >= {
         "forgotten", "merged-nf4", "merged-int8", "adapter-nf4-quality", "relearning", "sampling",
-        "paraphrase", "drop",
+        "paraphrase", "facts", "probe", "drop",
     }  # fmt: skip
 
     # Nothing of the store or the base was touched, and no merged weights stay behind.
@@ -208,7 +222,11 @@ def test_every_setting_reaches_its_attack(
 
     def ask(loaded: Any, form: Any, rows: Any, **_: Any) -> dict[str, Any]:
         seen.append((form.name, len(rows)))
-        return {"answer_prob": 0.1, "rouge_l_recall": 0.1, "n": len(rows)}
+        return {"answer_prob": 0.1, "rouge_l_recall": 0.1, "recalls": [], "n": len(rows)}
+
+    def states(_: Any, rows: Any, report: Any) -> Any:
+        seen.append(("probe", len(rows)))
+        return np.random.default_rng(len(rows)).normal(size=(len(rows), 3, 2, 4))
 
     # What is called without a model needs none to be loaded.
     monkeypatch.setattr(Workplace, "loaded", lambda *_, **__: nullcontext())
@@ -217,12 +235,15 @@ def test_every_setting_reaches_its_attack(
     monkeypatch.setattr(robustness, "relearn", relearn)
     monkeypatch.setattr(robustness, "row_recalls", recalls)
     monkeypatch.setattr(attacks, "ask", ask)
+    monkeypatch.setattr(robustness.probes, "layer_states", states)
+    monkeypatch.setattr(robustness.probes, "FEWEST", 1)
     changed = {
         "relearn": ["--relearn-steps 1", "--relearn-lr 1e-3", "--relearn-with lora",
                     "--relearn-share 0.6", "--seed 3"],
         "sample": ["--samples 3", "--temperature 0.5", "--top-p 0.5", "--sample-rows 2",
                    "--seed 3"],
         "paraphrase": ["--paraphrase-rows 2"],
+        "probe": ["--probe-rows 2"],
     }  # fmt: skip
     for attack, flags in changed.items():
         whole = []

@@ -14,6 +14,10 @@ STATE_COLUMNS = (
     "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
     "forget_answer_prob", "forget_nll", "retain_answer_prob",
 )  # fmt: skip
+ASKED_COLUMNS = (
+    "form", "base_answer_prob", "answer_prob", "retrain_answer_prob", "base_fact_recall",
+    "fact_recall", "retrain_fact_recall", "n",
+)  # fmt: skip
 
 
 def report_card(card: Mapping[str, Any], console: Console) -> None:
@@ -40,7 +44,12 @@ def report_card(card: Mapping[str, Any], console: Console) -> None:
         console.table(sampling_rows(found))
         console.text()
     if card["paraphrase"]:
-        console.table(card["paraphrase"])
+        names = [name for name in ASKED_COLUMNS if name in card["paraphrase"][0]]
+        console.table([{n: row.get(n) for n in names} for row in card["paraphrase"]], names)
+        console.text()
+    if card["probe"]:
+        console.text("linear probe: how often a true answer is told from a wrong one, by layer")
+        console.table(probe_rows(card["probe"]))
         console.text()
     for verdict in card["verdicts"]:
         console.text(verdict_line(verdict))
@@ -73,6 +82,15 @@ def sampling_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             row[f"{curve['name']}_rouge_l"] = point["best_rouge_l_recall"]
             row[f"{curve['name']}_leaked"] = point["share_leaked"]
     return rows
+
+
+def probe_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each layer, a column for each model."""
+    curves = {curve["name"]: curve["points"] for curve in found["curves"]}
+    return [
+        {"layer": i, **{name: points[i]["forgotten"] for name, points in curves.items()}}
+        for i in range(len(found["curves"][0]["points"]))
+    ]
 
 
 def verdict_line(verdict: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def register(commands: Any) -> None:
             options.config("base", "template", "protocol"),
             options.common(),
         ],
-        help="attack the forgetting: quantise, relearn, sample, rephrase, switch off",
+        help="attack the forgetting: quantise, relearn, sample, rephrase, probe, switch off",
         description="One card per adapter, stack or merged model: its figures in every form it may "
         "be run in, and what attacks bring back, each with a verdict and its threshold. With --out "
         "every finished part is kept: the same command continues after an interruption.",
@@ -60,7 +60,7 @@ def _add_what(parser: options.Parser) -> None:
     parser.add_argument(
         "--retrain",
         metavar="B",
-        help="such a model itself: the control of relearning and sampling",
+        help="such a model itself: the control of every attack that asks",
     )
     options.add_protocol(parser)
     options.add_out(parser, "folder of the card and its parts")
@@ -76,7 +76,7 @@ def _add_attacks(parser: options.Parser) -> None:
         "--attacks",
         type=options.name_list,
         metavar="A,B",
-        help="which: states, relearn, sample, paraphrase, drop (default: all)",
+        help="which: states, relearn, sample, paraphrase, probe, drop (default: all)",
     )
     group.add_argument(
         "--states",
@@ -111,6 +111,9 @@ def _add_attacks(parser: options.Parser) -> None:
     )
     group.add_argument(
         "--paraphrase-rows", type=whole, metavar="N", help="forget rows asked in each form (100)"
+    )
+    group.add_argument(
+        "--probe-rows", type=whole, metavar="N", help="forget and retained rows of the probe (100)"
     )
     group.add_argument(
         "--seed", type=options.seed, metavar="N", help="of rows, draws, first weights (0)"

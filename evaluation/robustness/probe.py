@@ -1,0 +1,147 @@
+"""A linear probe: whether any layer still tells a forgotten answer from a wrong one.
+
+A model that no longer says an answer may still hold it. For each layer a ridge regression on the
+hidden state of the last prompt token learns, on retained rows, whether a proposed answer is right;
+then it judges the proposed answers of forget rows. A model that never saw these rows has the same
+hints in their wording, so its own figure is the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adapters.environment import evaluating
+from evaluation.metrics.bootstrap import measure_mean
+from unlearner.request.rows import Row
+
+if TYPE_CHECKING:
+    from evaluation.robustness.quantisation import Loaded
+
+Floats = npt.NDArray[np.float64]
+# Wrong answers proposed per question, as many as keep the cost near that of other attacks.
+WRONG = 2
+# Retained rows below which nothing can be learned.
+FEWEST = 10
+BATCH = 8
+# Weight of the ridge penalty per statement, on features of unit variance.
+PENALTY = 3.0
+
+
+def can_be_probed(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have enough wrong answers to be told from the true one."""
+    return [row for row in rows if len(row.perturbed_answers) >= WRONG]
+
+
+def layer_states(
+    loaded: Loaded, rows: Sequence[Row], on_progress: Callable[[int, int], None]
+) -> Floats:
+    """Hidden states of the last prompt token: (rows, 1 + wrong, layers + 1, width).
+
+    The true answer comes first. Layer 0 are the embeddings.
+    """
+    import torch
+
+    from unlearner.tokens.prompts import pad_id
+
+    prompts = [
+        loaded.fmt.encode_prompt(f"{row.question}\n{answer}\nIs this answer right?")
+        for row in rows
+        for answer in (row.answer, *row.perturbed_answers[:WRONG])
+    ]
+    states: list[Any] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    pad, device = pad_id(loaded.fmt.tokenizer), loaded.model.device
+    with evaluating(loaded.model):
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            ends = [len(prompts[i]) - 1 for i in batch]
+            ids = torch.full((len(batch), max(ends) + 1), pad, device=device)
+            mask = torch.zeros_like(ids)
+            for place, i in enumerate(batch):
+                ids[place, : len(prompts[i])] = torch.tensor(prompts[i])
+                mask[place, : len(prompts[i])] = 1
+            out = loaded.model(
+                input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False,
+                logits_to_keep=1,
+            )  # fmt: skip
+            picked = torch.stack([h[list(range(len(batch))), ends] for h in out.hidden_states], 1)
+            for i, state in zip(batch, picked.float().cpu().numpy(), strict=True):
+                states[i] = state
+            on_progress(min(start + BATCH, len(order)), len(order))
+    stacked = np.stack(states).astype(np.float64)
+    return stacked.reshape(len(rows), -1, *stacked.shape[1:])
+
+
+def judged(known: Floats, asked: Floats) -> Floats:
+    """How often a probe finds the true answer likelier than a wrong one: (rows, layers + 1).
+
+    1 where it is above every wrong one, .5 by chance.
+
+    Args:
+        known: states of rows that the probe learns from.
+        asked: states of the rows that it judges.
+    """
+    return np.stack(
+        [_judged(known[:, :, i], asked[:, :, i]) for i in range(known.shape[2])], axis=1
+    )
+
+
+def _judged(known: Floats, asked: Floats) -> Floats:
+    mean, scale = known.mean((0, 1)), known.std((0, 1)) + 1e-6
+    x = ((known - mean) / scale).reshape(-1, known.shape[-1])
+    right = np.zeros(known.shape[:2])
+    right[:, 0] = 1.0
+    y = (right - right.mean()).ravel()
+    weights = x.T @ np.linalg.solve(x @ x.T + PENALTY * len(y) * np.eye(len(y)), y)
+    score = ((asked - mean) / scale) @ weights
+    above = score[:, :1] - score[:, 1:]
+    return np.asarray(((above > 0) + 0.5 * (above == 0)).mean(axis=1))
+
+
+def summary(retained: Floats, forget: Floats) -> dict[str, list[Any]]:
+    """By layer: the mean on retained rows that the probe did not learn from, and on forget rows.
+
+    `rows` holds the forget rows one by one, (layers + 1, rows).
+    """
+    half = len(retained) // 2
+    unseen = [judged(retained[:half], retained[half:]), judged(retained[half:], retained[:half])]
+    rows = judged(retained, forget)
+    return {
+        "retained": np.concatenate(unseen).mean(axis=0).tolist(),
+        "forgotten": rows.mean(axis=0).tolist(),
+        "rows": rows.T.tolist(),
+    }
+
+
+def compared(models: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
+    """The curves by layer, and at one layer the unlearned model beside the control.
+
+    That layer is the one at which the unlearned model's probe judges retained rows best: the forget
+    rows have no say in it.
+    """
+    unlearned = models["unlearned"]
+    layer = int(np.argmax(unlearned["retained"]))
+    part: dict[str, Any] = {
+        "layer": layer,
+        "n": len(unlearned["rows"][layer]),
+        "curves": [
+            {
+                "name": name,
+                "points": [
+                    {"layer": i, "retained": kept, "forgotten": gone}
+                    for i, (kept, gone) in enumerate(
+                        zip(figures["retained"], figures["forgotten"], strict=True)
+                    )
+                ],
+            }
+            for name, figures in models.items()
+        ],
+    }
+    if "retrain" in models:
+        above = np.subtract(unlearned["rows"][layer], models["retrain"]["rows"][layer])
+        part["above_retrain"], part["interval"] = measure_mean(above)
+    return part
