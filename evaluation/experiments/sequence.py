@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -75,6 +75,7 @@ class Plan:
         data: folder of TOFU's files, else the hub.
         authors: all of the split, in order; the first `count` are requested one by one.
         utility: rows that must be retained, by set.
+        given: settings that are not chosen for each request and the model; None for all.
         reference_log: of a model that never saw the split; forget quality needs it.
         refusals: for objectives that need them.
         revert: number of the request that is reverted at the end, from 1; 0 for none.
@@ -87,6 +88,7 @@ class Plan:
     authors: tuple[Arrival, ...]
     count: int
     utility: EvalData
+    given: Collection[str] | None = None
     reference_log: Path | None = None
     protocol: str = "tofu"
     refusals: tuple[str, ...] = ()
@@ -251,6 +253,7 @@ class _Line:
         return key_of(
             base=base_inputs(plan.base),
             config=plan.config,
+            given=None if plan.given is None else sorted(plan.given),
             requests=[author.request for author in plan.authors],
             refusals=plan.refusals,
             template=plan.what.prompts,
@@ -358,6 +361,8 @@ class _Line:
             template=plan.template,
             system=plan.system,
             refusals=plan.refusals,
+            given=plan.given,
+            summarise=True,
             guard=[row for n in guarded for row in plan.requests[n - 1].request.rows],
             replaces=replaces,
         )
@@ -367,15 +372,17 @@ class _Line:
         seconds = self.stages.entry(f"seconds-{label}")
         if is_new:
             seconds.write(time.monotonic() - started)
-        steps = adapter.manifest.train["steps"]
+        train = adapter.manifest.train
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        batch = replace(plan.config.train, **{name: train[name] for name in sizes})
         cost = {
-            "steps": steps,
-            "pairs": steps * plan.config.train.batch_size(len(request.rows)),
+            "steps": train["steps"],
+            "pairs": train["steps"] * batch.batch_size(len(request.rows)),
             # None: the process ended after publishing, before it could note the time.
             "seconds": seconds.read(),
             "bytes": adapter.size,
         }
-        return {"slug": adapter.slug, "cost": cost}
+        return {"slug": adapter.slug, "cost": cost, "outcome": train["outcome"]}
 
     def _slug(self, label: str) -> str:
         return self._store().get(label).slug

@@ -348,7 +348,12 @@ def test_the_command_runs_a_sequence_and_prints_a_line_a_stage(
     told = json.loads(capsys.readouterr().out)
     assert told["rows_measured"] == 3
     assert told["settings"]["train"]["num_train_epochs"] == 1
-    assert told["policies"][0]["arrivals"][0]["cost"]["pairs"] == 3
+    arrival = told["policies"][0]["arrivals"][0]
+    assert arrival["cost"]["pairs"] == 3
+    assert arrival["outcome"]["forget"]["of"] == 3
+    # What is not given is chosen for the model, as in `forget`.
+    (manifest,) = tmp_path.glob(f"on-stack-*/store/adapters/{arrival['slug']}/forget_manifest.json")
+    assert json.loads(manifest.read_text())["train"]["learning_rate"] == 1e-3
     table = (tmp_path / "sequence.md").read_text().splitlines()
     assert table[0] == "# 1 requests of forget05, one after another"
     assert [line.split("|")[2].strip() for line in table[4:8]] == [

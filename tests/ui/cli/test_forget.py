@@ -284,6 +284,11 @@ def test_what_a_run_chooses_is_planned_and_a_preset_is_left_as_it_is(
     preset = run(*command, "--preset", "llama2-7b").json
     assert preset["settings"]["objective"]["protected_directions"] == 0
     assert not any("measured on" in note for note in preset["notes"])
+    # This preset leaves the choice to the run.
+    words = ["--preset", "smollm2-135m", "--beta", "3"]
+    free = run(*command, *words).json["settings"]
+    assert free["train"] == own["train"]
+    assert free["objective"] == {**own["objective"], "beta": 3.0}
 
 
 def test_refusals_come_from_the_data_folder(

@@ -189,6 +189,20 @@ def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     return make_config(args.objective, **given_settings(args, names))
 
 
+def chosen_by_user(args: argparse.Namespace) -> list[str] | None:
+    """Names of the settings that are not chosen for the request and the model; None for all.
+
+    Those of a preset are complete, unless it leaves the choice open.
+    """
+    given = [*given_settings(args, (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS))]
+    if getattr(args, "preset", None) is None:
+        return given
+    from evaluation.experiments.presets import preset_named
+
+    own = preset_named(args.preset).given
+    return None if own is None else [*own, *given]
+
+
 def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags leave to defaults: the settings of the objective, and the store.
 
@@ -346,12 +360,11 @@ def train_request(
     from unlearner.training.general import read_prompts
     from unlearner.training.outcome import remarks
 
-    names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
     columns = options.columns(args)
     guard = [
         row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
     ]
-    unseen, preset = getattr(args, "unseen", None), getattr(args, "preset", None)
+    unseen = getattr(args, "unseen", None)
     path = options.store_path(args)
     console.words("Loading the libraries ...")
     from unlearner.run import RunOptions, plan, prepare, unlearn
@@ -369,7 +382,7 @@ def train_request(
         replaces=replaces,
         keep_teacher=args.keep_teacher,
         memory_limit=args.memory_limit,
-        given=None if preset else given_settings(args, names),  # a preset is complete
+        given=chosen_by_user(args),
         target=target,
         unseen=rows_named(unseen, args.data) if unseen else (),
         general=read_prompts(args.general_prompts) if args.general_prompts else (),

@@ -47,8 +47,8 @@ def register(commands: Any) -> None:
         description="Files the authors of a TOFU forget split as requests one after another: each "
         "on top of the earlier ones with their rows guarded (on-stack), or as one adapter "
         "retrained on all rows so far (consolidated). Measures every author after each arrival, "
-        "reverts one request, and retrains what that leaves stale. Finished stages in --out are "
-        "not repeated.",
+        "reverts one request, and retrains what that leaves stale. Settings that are not given are "
+        "chosen as in `forget`. Finished stages in --out are not repeated.",
         epilog="example:\n  unlearner sequence tofu:forget05 --base B --data TOFU "
         "--reference-log R.json --out S --requests 3 --revert 2",
     )
@@ -87,7 +87,7 @@ def _add_flags(parser: options.Parser) -> None:
 
 def _plan(args: argparse.Namespace) -> Plan:
     from evaluation.experiments.sequence import Plan, split_authors, utility_rows
-    from ui.cli.commands.everyday.forget import forget_config
+    from ui.cli.commands.everyday.forget import chosen_by_user, forget_config
     from unlearner.request.sources import parse_request
 
     config = forget_config(args)
@@ -100,6 +100,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         data=args.data,
         base=options.base_spec(args),
         config=config,
+        given=chosen_by_user(args),
         authors=authors,
         count=args.requests or len(authors),
         utility=utility_rows(args.data, args.limit),
