@@ -58,10 +58,10 @@ class ObjectiveConfig:
         protected_directions: so many principal directions of what each adapted layer sees on those
             prompts and on retain rows are left alone (see `unlearner.objectives.directions`);
             0 = off.
-        target: mean NLL of the forget rows in nats per token at which the run settles, that of rows
+        target: mean NLL of the forget rows in nats per token at which the run ends, that of rows
             which the base never saw (see `unlearner.training.target`); 0 = none.
         settle: optimizer steps that follow the one at which the target was reached; 0 keeps the
-            nearer of the last two readings; -1 = 12, or 0 where the forget term falls without end.
+            nearer of the last two readings; -1 = 12 with alternate answers, else 0.
         excess_weight: w_e, on the square of what a forget row's NLL per token is above `target`.
     """
 

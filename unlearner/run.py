@@ -23,7 +23,7 @@ from adapters.lora.stack import detach
 from adapters.store.manifest import ForgetManifest
 from unlearner import distributed
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
-from unlearner.defaults import ASCENT, CAUSES, suited
+from unlearner.defaults import CAUSES, suited
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.facts import common_words, facts_only
 from unlearner.request.neighbours import nearest_rows
@@ -90,7 +90,7 @@ class RunOptions:
             default what is free.
         given: names of the settings that the user gave; all others are chosen for the request and
             the model (`unlearner.defaults`). None: the settings are used as they are.
-        target: the mean NLL of whole forget answers at which the run settles (`training.target`): a
+        target: the mean NLL of whole forget answers at which the run ends (`training.target`): a
             number, or "auto" to measure it on the model; 0 for none. None: that of the settings.
         unseen: rows of the same kind that the base never saw, for "auto"; by default alternate
             answers to the forget questions.
@@ -717,7 +717,8 @@ def find_target(
     target = run.config.objective.target
     if target and stop_at is None:
         objective, seed = run.config.objective, run.config.train.seed
-        usual_settle = 0 if objective.name in ASCENT else SETTLE
+        # Retained rows lose what alternate answers teach, and come back in the steps after it.
+        usual_settle = SETTLE if objective.alternates else 0
         settle = usual_settle if objective.settle < 0 else objective.settle
         stop_at = stop_at_target(run.rows.forget, target, pad, seed, settle)
     return run, stop_at

@@ -461,7 +461,7 @@ SETTING_HELP = {
     "protected_directions": "leave alone so many principal directions of what each layer sees on "
     "neutral prompts and retain rows, so that they are answered as before; 0 = off",
     "settle": "steps after the one that reached the target, in which rows that went too far come "
-    "back; -1 = 12, or none in kl, grad_diff and grad_ascent",
+    "back; -1 = 12 with --alternates, else none",
     "excess_weight": "weight of the square of what a forget row's NLL is above the target",
     "lora_r": "rank of the adapter",
     "lora_alpha": "the update is scaled by alpha / r",

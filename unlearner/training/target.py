@@ -28,8 +28,8 @@ FACTS_RATIO = 2.3
 # step's own forget rows are at this share of the target. Of few rows a step has one, which says
 # little of the others, and a reading costs little.
 ROWS, EVERY, FROM, FEW = 24, 2, 0.5, 8
-# So many times as long to the next reading while the target is far. Where it is reached, so many
-# steps follow: rows past it are pulled back, those before it go on, and retained rows come back.
+# So many times as long to the next reading while the target is far. With alternate answers so many
+# steps follow the one that reached it: rows past it are pulled back, and retained rows come back.
 PATIENCE, SETTLE = 4, 12
 
 

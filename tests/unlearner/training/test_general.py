@@ -19,7 +19,7 @@ from adapters.errors import UserError
 from adapters.store.store import AdapterStore
 from unlearner.config import LoraShape, UnlearnConfig, make_config
 from unlearner.request.rows import Request
-from unlearner.run import RunOptions, prepare, unlearn
+from unlearner.run import RunOptions, find_target, prepare, unlearn
 from unlearner.tokens.prompts import prompt_format
 from unlearner.training import general
 from unlearner.training.general import (
@@ -195,6 +195,16 @@ def test_a_run_that_does_not_settle_ends_where_the_target_is_reached(
     (reached,) = (at for at, gap in first["gap_trace"] if gap >= 0)
     assert first["stopped_at_step"] == reached
     assert train["stopped_at_step"] == train["kept_step"] == reached + 4
+
+
+@pytest.mark.parametrize(("settings", "settle"), [({}, 0), ({"alternates": 1}, 12)])
+def test_steps_follow_the_target_where_alternate_answers_are_learned(
+    settings: dict[str, Any], settle: int, request_: Request, base: BaseSpec, quick: Config
+) -> None:
+    run = prepare(request_, base, quick(**settings), None, RunOptions(target=1.0))
+    _, stop_at = find_target(None, run, None, lambda event: None)
+    assert stop_at is not None
+    assert stop_at.settle == settle
 
 
 def test_rows_past_the_target_are_pulled_back(
