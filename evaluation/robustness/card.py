@@ -124,6 +124,7 @@ def robustness(
     retain_log: EvalLog | None = None,
     limit: int | None = None,
     out: Path | None = None,
+    wordings: Sequence[attacks.Form] = (),
     on_progress: OnProgress = silent,
     effort: Effort | None = None,
 ) -> dict[str, Any]:
@@ -138,6 +139,7 @@ def robustness(
         split: name of the forget split, for the card.
         protocol, retain_log: of the states' figures.
         limit: at most this many rows of each set.
+        wordings: more ways to ask, see `wordings.read_wordings`.
         out: folder of the cache, and of the merged weights while the attacks run.
         on_progress: called with a label, the number done and the total.
         effort: sizes of batches.
@@ -153,8 +155,8 @@ def robustness(
     cache = Cache(out / "parts" if out else None, key_of(subject=subject.identity))
     with Workplace(subject, out) as place:
         work = _Card(
-            place, data, forget, settings, chosen.name, retain_log, limit, cache, on_progress,
-            effort,
+            place, data, forget, settings, chosen.name, retain_log, limit,
+            (*attacks.FORMS, *wordings), cache, on_progress, effort,
         )  # fmt: skip
         wanted = settings.attacks
         card: dict[str, Any] = {
@@ -222,6 +224,7 @@ class _Card:
     protocol: str
     retain_log: EvalLog | None
     limit: int | None
+    forms: Sequence[attacks.Form]
     cache: Cache
     on_progress: OnProgress
     effort: Effort | None
@@ -330,7 +333,7 @@ class _Card:
     def paraphrase(self) -> list[dict[str, Any]]:
         """Every wording, asked of the base, of the unlearned model and of the control."""
         rows = spread(self.forget, self.settings.paraphrase_rows)
-        asked = {form: attacks.asked_in(form, rows, self.forget) for form in attacks.FORMS}
+        asked = {form: attacks.asked_in(form, rows, self.forget) for form in self.forms}
         subject = self.place.subject
 
         def ask(model: Callable[[], Loaded], form: attacks.Form, state: str) -> Any:
@@ -354,7 +357,7 @@ class _Card:
                         for form, variants in asked.items()
                     ]
                 )
-        return attacks.side_by_side(*results)
+        return attacks.side_by_side(self.forms, *results)
 
     def probe(self) -> dict[str, Any]:
         """What a linear probe reads by layer, in base, unlearned model and control."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from adapters.errors import UserError
 from evaluation.inference.scoring import OnProgress, score_rows, silent
 from evaluation.metrics.bootstrap import measure_mean
 from evaluation.metrics.fact_recall import row_recalls
@@ -105,6 +108,44 @@ FORMS = (
 )
 
 
+def read_wordings(path: Path) -> tuple[Form, ...]:
+    """More forms, of a JSON-lines file of `question`, how it is `asked`, and the `wording`'s name.
+
+    Such as translations of the questions, which cannot be made here.
+
+    Raises:
+        UserError: the file cannot be read, or a line lacks one of the three.
+    """
+    texts: dict[str, dict[str, str]] = {}
+    number = 0
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            number += 1
+            if line.strip():
+                row = json.loads(line)
+                name, question, asked = (row[key] for key in ("wording", "question", "asked"))
+                if not all(isinstance(text, str) and text for text in (name, question, asked)):
+                    raise ValueError("an empty value, or one that is no text")
+                texts.setdefault(name, {})[question] = asked
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = f", line {number}" if number else ""
+        raise UserError(
+            f"The wordings in {path}{where} cannot be read: {error}.",
+            "Give a JSON-lines file with question, asked and wording in each line.",
+        ) from error
+    taken = sorted({form.name for form in FORMS} & set(texts))
+    if taken or not texts:
+        problem = f"already has a wording '{taken[0]}'" if taken else "gets no wording"
+        raise UserError(
+            f"The card {problem} from {path}.", "Give wordings with names of their own."
+        )
+    return tuple(Form(name, of=partial(_as_given, asked)) for name, asked in texts.items())
+
+
+def _as_given(asked: Mapping[str, str], row: Row, person: Person | None) -> str | None:
+    return asked.get(row.question)
+
+
 class _BareText(PromptFormat):
     def around_answer(self, question: str) -> tuple[str, str]:
         return question, ""
@@ -193,7 +234,10 @@ def ask(
 
 
 def side_by_side(
-    base: Sequence[Answered], unlearned: Sequence[Answered], control: Sequence[Answered] = ()
+    forms: Sequence[Form],
+    base: Sequence[Answered],
+    unlearned: Sequence[Answered],
+    control: Sequence[Answered] = (),
 ) -> list[dict[str, Any]]:
     """One row per form: the figures of the base, of the unlearned model and of the control.
 
@@ -201,7 +245,7 @@ def side_by_side(
     """
     table = []
     for form, before, after, other in zip(
-        FORMS, base, unlearned, control or [None] * len(FORMS), strict=True
+        forms, base, unlearned, control or [None] * len(forms), strict=True
     ):
         if before is None or after is None:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,13 +95,42 @@ def test_the_control_stands_beside_with_an_interval() -> None:
         [answered(0.2, 1, 0, 1, 1), *rest],
         [answered(0.1, 0, 0, 0, 0), *rest],
     )
-    (row,) = attacks.side_by_side(base, ours, control)
+    (row,) = attacks.side_by_side(attacks.FORMS, base, ours, control)
     assert (row["fact_recall"], row["retrain_fact_recall"]) == (0.75, 0.0)
     assert row["recall_above_retrain"] == 0.75
     low, high = row["recall_interval"]
     assert 0 <= low < 0.75 < high <= 1
-    (row,) = attacks.side_by_side(base, ours)
+    (row,) = attacks.side_by_side(attacks.FORMS, base, ours)
     assert "retrain_answer_prob" not in row
+
+
+def test_wordings_of_a_file_are_asked_too(tmp_path: Path) -> None:
+    path = tmp_path / "german.jsonl"
+    line = {"question": "Where?", "asked": "Wo?", "wording": "german"}
+    path.write_text(json.dumps(line) + "\n\n")
+    (form,) = attacks.read_wordings(path)
+    assert form.name == "german"
+    assert attacks.asked_in(form, ROWS) == [Row("Wo?", "In Lagos.")]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{}", "line 1 cannot be read: 'wording'"),
+        ('\n{"question": "a", "asked": "", "wording": "w"}', "line 2 cannot be read: an empty"),
+        ("[1]", "line 1 cannot be read"),
+        ("x", "line 1 cannot be read"),
+        ("", "gets no wording"),
+        ('{"question": "a", "asked": "b", "wording": "plain"}', "already has a wording 'plain'"),
+        (None, "No such file"),
+    ],
+)
+def test_wordings_that_cannot_be_used(tmp_path: Path, text: str | None, problem: str) -> None:
+    path = tmp_path / "wordings.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        attacks.read_wordings(path)
 
 
 def test_bare_text_has_no_template(tiny: tuple[Any, Any]) -> None:
@@ -124,7 +155,7 @@ def test_a_form_without_rows_is_left_out(tiny: tuple[Any, Any]) -> None:
     assert found[2] is not None
     assert found[0]["answer_prob"] != found[2]["answer_prob"]
     padded = [*found, *[None] * (len(attacks.FORMS) - 3)]
-    table = attacks.side_by_side(padded, padded)
+    table = attacks.side_by_side(attacks.FORMS, padded, padded)
     assert [row["form"] for row in table] == ["plain", "instruction"]
     assert table[0]["base_answer_prob"] == table[0]["answer_prob"] == found[0]["answer_prob"]
     assert table[0]["n"] == 1

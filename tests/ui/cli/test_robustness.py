@@ -256,6 +256,23 @@ def test_every_setting_reaches_its_attack(
         assert all(made not in ([], *whole[:i]) for i, made in enumerate(whole)), whole
 
 
+def test_wordings_of_a_file_are_in_the_card(
+    run: Any, put: Any, words: list[Any], forget_data: Path, tmp_path: Path
+) -> None:
+    put("1")
+    question = json.loads((forget_data / "forget05_perturbed.json").read_text().split("\n")[0])
+    path = tmp_path / "german.jsonl"
+    line = {"question": question["question"], "asked": "Wer war das?", "wording": "german"}
+    path.write_text(json.dumps(line))
+    words = [*words, "--adapters", "1", "--attacks", "paraphrase", "--wordings"]
+    rows = run(*words, path, "--json").json["paraphrase"]
+    assert rows[-1]["form"] == "german"
+    assert rows[-1]["n"] == 1
+    ran = run(*words, tmp_path / "none.jsonl")
+    assert ran.code == 2
+    assert "cannot be read" in ran.err
+
+
 def test_rows_and_protocol_of_the_states(run: Any, put: Any, words: list[Any]) -> None:
     put("1")
     words = [*words, "--adapters", "1", "--attacks", "states", "--json"]

@@ -113,6 +113,13 @@ def _add_attacks(parser: options.Parser) -> None:
         "--paraphrase-rows", type=whole, metavar="N", help="forget rows asked in each form (100)"
     )
     group.add_argument(
+        "--wordings",
+        type=Path,
+        metavar="FILE",
+        help="ask in these words too, such as translations: JSON lines of question, asked and "
+        "wording (its name)",
+    )
+    group.add_argument(
         "--probe-rows", type=whole, metavar="N", help="forget and retained rows of the probe (100)"
     )
     group.add_argument(
@@ -132,6 +139,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     from evaluation.robustness.card import CARD_FILE, robustness
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
+    from evaluation.robustness.wordings import read_wordings
     from evaluation.suite import load_eval_data
     from ui.cli.output.events import progress_of
     from ui.console import json_value
@@ -139,6 +147,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     names = figure_names(STATES)
     gates = [parse_gate(text, names) for text in args.fail_if]
     settings, subject = _settings(args), _subject(args)
+    wordings = read_wordings(args.wordings) if args.wordings else ()
     data = load_eval_data(args.split, args.data)
     retain_log = read_log(args.reference_log) if args.reference_log else None
     with models.resumable(args.out and args.out / "parts"):
@@ -150,6 +159,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
             protocol=args.protocol,
             retain_log=retain_log,
             limit=args.limit,
+            wordings=wordings,
             out=args.out,
             on_progress=progress_of(console),
             effort=_effort(args),
