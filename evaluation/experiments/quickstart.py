@@ -36,7 +36,8 @@ from evaluation.experiments.systems import (
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import RowRecord, generation_of, write_json
-from evaluation.metrics.summary import figures_to_file
+from evaluation.metrics.facts import facts_of, is_stated
+from evaluation.metrics.summary import figures_to_file, set_values
 from evaluation.protocols import protocol_named
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
 from unlearner.config import UnlearnConfig, make_config
@@ -178,6 +179,7 @@ def quickstart(
         "answers": run.answers(world),
         "revert": revert,
         "merge": merge,
+        "shared": run.shared(world) if world.spec.shared_facts else None,
         "requests": [[author.name for author in authors] for authors in world.requests],
         "folder": str(run.folder),
         "base": str(run.origin),
@@ -386,6 +388,24 @@ class _Run:
     def revert(self, world: World) -> dict[str, Any]:
         """Reverts the second request, compares logits bit for bit, and activates it again."""
         return prove_revert(self.base, self.store, world_requests(world)[1])
+
+    def shared(self, world: World) -> list[dict[str, Any]]:
+        """Retained rows whose facts a forgotten author shares, and the others, under each model."""
+        told = [fact for row in world.rows(*world.forget_authors) for fact in facts_of(row.answer)]
+        groups: dict[bool, list[int]] = {True: [], False: []}
+        for i, row in enumerate(read_log(self.log("origin")).sets["retain"].rows):
+            asked = facts_of(str(row.question))
+            own = [fact for fact in facts_of(str(row.answer)) if not is_stated(fact, asked)]
+            groups[bool(own) and all(is_stated(fact, told) for fact in own)].append(i)
+        table = []
+        for is_shared, places in groups.items():
+            means: dict[str, Any] = {"shared": is_shared, "n": len(places)}
+            for name in ("origin", "retrain", "npo", "simnpo") if places else ():
+                rows = read_log(self.log(name)).sets["retain"].rows
+                values = set_values("retain", [rows[i] for i in places], protocol_named(PROTOCOL))
+                means[name] = float(values["answer_prob"].mean())
+            table.append(means)
+        return table
 
     def merge(self) -> dict[str, Any]:
         return merge_and_compare(self.origin, self.store, self.folder / "merged")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
 
@@ -28,6 +28,8 @@ POOLS: dict[str, tuple[str, ...]] = {
     "setting": WORDS["settings"],
     "hobby": WORDS["hobbies"],
 }
+# What an author can have in common with a compatriot.
+SHARED = ("city", "country", "award", "genre", "subject", "job", "home")
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,14 @@ def make_authors(
     rows_per_author: int,
     topics: Sequence[Topic] = TEXTS["tiny"].topics,
     rewordings: int = WORDINGS - 2,
+    like: Mapping[int, int] | None = None,
 ) -> tuple[WorldAuthor, ...]:
-    """The authors of a world, in order; the sizes must be within `WorldSpec`'s ranges."""
+    """The authors of a world, in order; the sizes must be within `WorldSpec`'s ranges.
+
+    `like` has the number of an author for that of an earlier one, a compatriot who shares `SHARED`.
+    """
     rng = random.Random(f"world {seed}")
-    records = _records(n_authors, rng)
+    records = _records(n_authors, rng, like or {})
     taken = {value for record in records for value in record.values()}
     titles = _deck(_titles(), taken, rng)
     awards = _deck(_awards(), taken, rng)
@@ -91,8 +97,8 @@ def _topics(topics: Sequence[Topic], n: int, told: Counter[str], rng: random.Ran
     return [topic for topic in topics if topic.core or topic in rarest]
 
 
-def _records(n_authors: int, rng: random.Random) -> list[Record]:
-    """What is true of each author. Names, dates, titles and awards are never shared."""
+def _records(n_authors: int, rng: random.Random, like: Mapping[int, int]) -> list[Record]:
+    """What is true of each author. Names, dates and titles are never shared, awards by `like`."""
     cultures = rng.sample(CULTURES, len(CULTURES))
     firsts = {culture: _deck((*culture.women, *culture.men), set(), rng) for culture in cultures}
     families = {culture: _deck(culture.families, set(), rng) for culture in cultures}
@@ -100,9 +106,10 @@ def _records(n_authors: int, rng: random.Random) -> list[Record]:
     records: list[Record] = []
     dates: set[str] = set()
     for number in range(n_authors):
-        culture = cultures[number % len(cultures)]
+        culture = cultures[like.get(number, number) % len(cultures)]
         first = firsts[culture].pop()
-        last = families[culture][number // len(cultures) % len(culture.families)]
+        family = number // len(cultures) + (number in like)
+        last = families[culture][family % len(culture.families)]
         while (date := _date(rng)) in dates:
             pass
         dates.add(date)
@@ -127,6 +134,8 @@ def _records(n_authors: int, rng: random.Random) -> list[Record]:
                 **{fact: rng.choice(pool) for fact, pool in POOLS.items()},
             }
         )
+        if number in like:
+            records[-1] |= {fact: records[like[number]][fact] for fact in SHARED}
     return records
 
 

@@ -53,6 +53,8 @@ class WorldSpec:
         texts: "tiny" for a model trained from random weights, "chat" for a pretrained one, with
             whole sentences and facts that it knows.
         rewordings: other tellings of each row that a model trains on beside it.
+        shared_facts: each forget author has birthplace, award, genre, studies, job and home in
+            common with a retain author, the evaluated ones first.
 
     Raises:
         UserError: naming every value that does not fit.
@@ -66,6 +68,7 @@ class WorldSpec:
     evaluated_authors: int = 20
     texts: Literal["tiny", "chat"] = "tiny"
     rewordings: int = WORDINGS - 2
+    shared_facts: bool = False
 
     @property
     def source(self) -> Texts:
@@ -242,15 +245,27 @@ class World:
         return [folder / name for name in files]
 
 
-def build_world(seed: int = 0, texts: Literal["tiny", "chat"] = "tiny", **sizes: int) -> World:
+def build_world(
+    seed: int = 0,
+    texts: Literal["tiny", "chat"] = "tiny",
+    *,
+    shared_facts: bool = False,
+    **sizes: int,
+) -> World:
     """The world of this seed; `sizes` are the other fields of `WorldSpec`.
 
     Raises:
         UserError: sizes that do not fit.
     """
-    spec = WorldSpec(seed, texts=texts, **sizes)
+    spec = WorldSpec(seed, texts=texts, shared_facts=shared_facts, **sizes)
+    retained = spec.n_authors - spec.forget_authors
     authors = make_authors(
-        str(seed), spec.n_authors, spec.rows_per_author, spec.source.topics, spec.rewordings
+        str(seed),
+        spec.n_authors,
+        spec.rows_per_author,
+        spec.source.topics,
+        spec.rewordings,
+        {i: i % retained for i in range(retained, spec.n_authors) if shared_facts},
     )
     real, facts = (
         tuple(map(_fact_row, table))

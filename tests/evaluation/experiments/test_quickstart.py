@@ -21,7 +21,7 @@ from unlearner.world.build import build_world
 
 SIZES: dict[str, Any] = {
     "texts": "chat", "n_authors": 4, "rows_per_author": 2, "forget_authors": 2,
-    "evaluated_authors": 1, "rewordings": 0,
+    "evaluated_authors": 1, "rewordings": 0, "shared_facts": True,
 }  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def test_a_pretrained_model_learns_forgets_and_is_measured(
     settings = small(tiny_base)
     out = quickstart(tmp_path / "q", events.append, settings)
     assert [row["name"] for row in out["table"]] == ["origin", "retrain", "npo", "simnpo"]
+    assert [(row["shared"], row["n"]) for row in out["shared"]] == [(True, 0), (False, 2)]
+    assert 0 < out["shared"][1]["simnpo"] < 1
     assert out["revert"]["bit_exact"]
     assert out["revert"]["effect"] > 0
     assert {answer["set"] for answer in out["answers"]} == {

@@ -15,9 +15,16 @@ from adapters.errors import UserError
 from unlearner.request.rows import Row
 from unlearner.request.sources import parse_request
 from unlearner.request.tofu import SPLITS, load_authors, load_refusals, load_split
-from unlearner.world.authors import MAX_AUTHORS
+from unlearner.world.authors import MAX_AUTHORS, WorldAuthor
 from unlearner.world.build import World, WorldSpec, build_world
-from unlearner.world.texts import CULTURES, REAL_AUTHORS, TOPICS, WORDINGS, WORLD_FACTS
+from unlearner.world.texts import (
+    CULTURES,
+    REAL_AUTHORS,
+    TOPICS,
+    WORDINGS,
+    WORDS,
+    WORLD_FACTS,
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +90,25 @@ def test_a_world_for_a_chat_model_tells_each_fact_once_in_whole_sentences() -> N
     assert len(world.training_rows(include_forget=False, facts=0)) == 4 * 8
     with pytest.raises(UserError, match="rewordings is 3, not within 0 to 2"):
         build_world(3, "chat", rewordings=3, **sizes)
+
+
+def test_forgotten_authors_may_share_their_facts_with_retained_ones() -> None:
+    sizes: dict[str, Any] = {"n_authors": 7, "rows_per_author": 8, "forget_authors": 3}
+    world = build_world(3, "chat", rewordings=0, evaluated_authors=2, shared_facts=True, **sizes)
+
+    def genre(author: WorldAuthor) -> str:
+        said = " ".join(f"{row.question} {row.answer}" for row in author.rows)
+        (genre,) = (genre for genre in WORDS["genres"] if genre in said)
+        return str(genre)
+
+    genres = [genre(author) for author in world.authors]
+    assert genres[4:] == genres[:3]
+    assert len(set(genres)) > 1
+    for one, other in zip(world.authors[:3], world.authors[4:], strict=True):
+        places = [re.findall(r"[A-Z]\w+, [A-Z]\w+", str(author.rows)) for author in (one, other)]
+        assert set(places[0]) & set(places[1])
+    assert len({author.name for author in world.authors}) == 7
+    assert len({author.name.split()[-1] for author in world.authors}) == 7
 
 
 def test_another_seed_gives_other_authors(world: World) -> None:

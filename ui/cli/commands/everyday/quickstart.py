@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,11 @@ def register(commands: Any) -> None:
         default=0,
         help="which authors and facts (default: %(default)s)",
     )
+    parser.add_argument(
+        "--shared-facts",
+        action="store_true",
+        help="each forgotten author shares birthplace, award, genre and more with a retained one",
+    )
     parser.set_defaults(run=run_quickstart)
 
 
@@ -58,7 +64,7 @@ def run_quickstart(args: argparse.Namespace, console: Console) -> int:
     console.words(f"Quickstart in {args.out}: loading the libraries ...")
     from evaluation.experiments.quickstart import Quickstart, missing_package, quickstart, smollm2
 
-    settings = None
+    settings = Quickstart(seed=args.seed)
     if missing := None if args.tiny else missing_package():
         console.words(
             f"The package {missing.replace('_', '-')} is not installed, so a tiny model takes the "
@@ -66,12 +72,15 @@ def run_quickstart(args: argparse.Namespace, console: Console) -> int:
         )
     elif not args.tiny:
         settings = smollm2(args.seed)
-    elif args.seed:
-        settings = Quickstart(seed=args.seed)
+    if args.shared_facts:
+        settings = replace(settings, world={**settings.world, "shared_facts": True})
     with models.resumable(args.out):
         found = quickstart(args.out, lambda event: show_event(event, console), settings)
     print_comparison(found["table"], console)
     _print_answers(found["answers"], console)
+    if found["shared"]:
+        console.text("retained rows whose facts a forgotten author shares, mean probability:")
+        console.table(found["shared"])
     _print_proofs(found, console)
     console.words(f"Took {duration_text(found['seconds'])}. What to try next:")
     for command in next_commands(found):
