@@ -87,3 +87,8 @@ def did_you_mean(word: str, choices: Iterable[str], shown: int = 3) -> str:
         return "Did you mean " + " or ".join(repr(folded[key]) for key in near) + "?"
     listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f"Known are: {listed}."
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 pair`, `1,200 pairs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adapters.errors import counted
 from unlearner.config import UnlearnConfig
 
 # Optimizer steps of the published run: 200 rows, 10 epochs, 32 pairs a step (arXiv 2410.07163).
@@ -81,7 +82,7 @@ def suited(config: UnlearnConfig, given: Collection[str], rows: int, weights: in
         chosen = replace(config.train, **train)
         batch = chosen.batch_size(rows)
         reasons["batch"] = (
-            f"{chosen.steps(rows)} steps of {batch} {'pair' if batch == 1 else 'pairs'} (a row to "
+            f"{counted(chosen.steps(rows), 'step')} of {counted(batch, 'pair')} (a row to "
             f"forget and one to keep): the published run has {STEPS} steps of {LARGEST_BATCH} for "
             "200 rows"
         )

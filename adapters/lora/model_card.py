@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.atomic_files import sha256_file, write_bytes, write_json
 from adapters.environment import utc_now
+from adapters.errors import counted
 from adapters.lora.merge import MergeResult
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def release_card(release: Release) -> str:
         f"Made from `{release.base_name}`"
         + (f" at `{release.revision}`" if release.revision else "")
         + f" (fingerprint `{release.base_digest[:16]}`) by folding "
-        f"{_count(len(release.adapters), 'forget adapter')} into {view}:",
+        f"{counted(len(release.adapters), 'forget adapter')} into {view}:",
         "",
         "    W' = W + sum_i s_i (alpha_i / r_i) B_i A_i",
         "",
@@ -167,7 +168,7 @@ def _figures(release: Release) -> list[str]:
     if release.candidates is None:
         table.append("How many candidates these adapters were selected from was not recorded.")
     else:
-        table.append(f"Selected from {_count(release.candidates, 'candidate')}.")
+        table.append(f"Selected from {counted(release.candidates, 'candidate')}.")
     return table
 
 
@@ -177,10 +178,6 @@ def _number(figures: Mapping[str, float], name: str) -> str:
 
 def _largest(merge: MergeResult) -> float:
     return max(merge.relative_change.values(), default=0.0)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _weights(manifest: ForgetManifest) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from adapters.errors import UserError
+from adapters.errors import UserError, counted
 
 # Of one problem in many rows the first places are told, and the first of many problems.
 SAME_SHOWN, PROBLEMS_SHOWN = 3, 20
@@ -117,7 +117,7 @@ def refuse_problems(what: str, problems: Sequence[tuple[str, str]], fix: str) ->
             lines += [f"{where}: {problem}" if where else problem for where in wheres]
     if not lines:
         return
-    count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
+    count = counted(len(problems), "problem")
     if len(lines) == 1 and len(problems) > 1:
         raise UserError(f"{what} has {count}: {lines[0]}.", fix)
     if len(lines) > PROBLEMS_SHOWN:

@@ -355,7 +355,7 @@ def test_the_command_runs_a_sequence_and_prints_a_line_a_stage(
     (manifest,) = tmp_path.glob(f"on-stack-*/store/adapters/{arrival['slug']}/forget_manifest.json")
     assert json.loads(manifest.read_text())["train"]["learning_rate"] == 1e-3
     table = (tmp_path / "sequence.md").read_text().splitlines()
-    assert table[0] == "# 1 requests of forget05, one after another"
+    assert table[0] == "# 1 request of forget05, one after another"
     assert [line.split("|")[2].strip() for line in table[4:8]] == [
         "stage", "---", "origin", "after 1",
     ]  # fmt: skip
@@ -365,5 +365,5 @@ def test_the_command_runs_a_sequence_and_prints_a_line_a_stage(
     assert call(*words) == 0
     out = capsys.readouterr().out
     assert "after 1" in out
-    assert "on-stack: 1 steps, 3 pairs" in out
+    assert "on-stack: 1 step, 3 pairs" in out
     assert call("sequence", "rows.jsonl", "--base", tiny_base, "--out", tmp_path) == 2

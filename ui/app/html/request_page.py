@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import counted
 from ui.app.data.commands import command
 from ui.app.html.views import esc
 from ui.app.jobs import REQUEST, RETAIN
@@ -55,11 +56,10 @@ def plan_html(plan: dict[str, Any], free: int) -> str:
     else:
         fits = f"{size_text(free)} free: does not fit; use 4 bit or a smaller batch"
     parents = ", ".join(plan["parents"]) or "the bare base"
-    pairs = "pair" if plan["pairs_per_step"] == 1 else "pairs"
     return (
         f"<dl class='un-plan'><dt>Rows</dt><dd>forget {plan['forget_rows']}, retain "
         f"{plan['retain_rows']}</dd><dt>Trained on</dt><dd>{esc(parents)}</dd><dt>Plan</dt><dd>"
-        f"{plan['steps']} steps of {plan['pairs_per_step']} {pairs}, "
+        f"{counted(plan['steps'], 'step')} of {counted(plan['pairs_per_step'], 'pair')}, "
         f"{plan['adapter_parameters']:,} parameters</dd><dt>Memory</dt><dd>estimate "
         f"{size_text(low)} to {size_text(high)}; {esc(fits)}</dd></dl>"
     )

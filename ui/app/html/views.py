@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adapters.errors import counted
 from evaluation.metrics.fact_recall import BROKEN, MADE_UP, REFUSES, STATES, WRONG
 from evaluation.report.answers import word_differences
 from evaluation.report.numbers import fixed
@@ -108,9 +109,7 @@ def frame_cards(
         else (esc(frame.base.text), esc(frame.unlearned.text))
     )
     right = (
-        "Base, no adapters"
-        if not frame.stack
-        else (f"Base + {len(frame.stack)} adapter{'s' if len(frame.stack) > 1 else ''}")
+        "Base, no adapters" if not frame.stack else f"Base + {counted(len(frame.stack), 'adapter')}"
     )
     note = stack_text(frame.stack, labels)
     if labels and not frame.stack:

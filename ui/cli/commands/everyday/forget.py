@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters.errors import UserError
+from adapters.errors import UserError, counted
 from ui.adapter_row import adapter_row
 from ui.cli import config_file, options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
@@ -315,7 +315,7 @@ def _train_full(
         *("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at", "target", "unseen"),
         *("general_weight", "protected_directions", "settle", "general_prompts", "reference_log"),
     )
-    named += [name for name in of_adapters if getattr(args, name)]
+    named += [name for name in of_adapters if _is_given(getattr(args, name))]
     named += ["store"] if "--store" in args.words else []  # else it may be the environment's
     if named:
         flag = "--" + named[0].replace("_", "-")
@@ -341,6 +341,11 @@ def _train_full(
     console.hint(f"measure it with `unlearner evaluate --base {out} ...`.")
     console.result({"out": out, "base": args.base, "request": request.name})
     return 0
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a flag was given; 0 is a value."""
+    return value not in (None, [], "") and value is not False
 
 
 def train_request(
@@ -473,7 +478,8 @@ def _print_plan(made: Mapping[str, Any], console: Console) -> None:
     for note in made["notes"]:
         console.words(f"Note: {note}.")
     console.text(
-        f"plan      {made['steps']} steps of {made['pairs_per_step']} pairs, rows of up to "
+        f"plan      {counted(made['steps'], 'step')} of {counted(made['pairs_per_step'], 'pair')}, "
+        "rows of up to "
         f"{made['longest_row_tokens']} tokens"
     )
     console.text(f"adapter   {made['adapter_parameters']:,} parameters")

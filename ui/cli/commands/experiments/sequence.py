@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError
+from adapters.errors import UserError, counted
 from ui.cli import options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.output.events import show_event
@@ -135,8 +135,9 @@ def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
     for line in found["policies"]:
         cost = line["cost"]
         console.text(
-            f"{line['policy']}: {cost['steps']} steps, {cost['pairs']:,} pairs, "
-            f"{cost['bytes'] / 2**20:.1f} MiB of adapters for {found['requests']} requests"
+            f"{line['policy']}: {counted(cost['steps'], 'step')}, "
+            f"{counted(cost['pairs'], 'pair')}, {cost['bytes'] / 2**20:.1f} MiB of adapters for "
+            f"{counted(found['requests'], 'request')}"
         )
     files = _write_files(found, args.out)
     console.hint(f"table and plot are {' and '.join(map(str, files))}.")
@@ -149,7 +150,7 @@ def _write_files(found: Mapping[str, Any], out: Path) -> list[Path]:
     from evaluation.logs.records import write_text
     from evaluation.report.plots import line_chart, svg_file
 
-    title = f"{found['requests']} requests of {found['split']}, one after another"
+    title = f"{counted(found['requests'], 'request')} of {found['split']}, one after another"
     lines = [f"# {title}", "", f"Base {found['base']}, protocol {found['protocol']}.", ""]
     lines += _markdown(COLUMNS, [[row[name] for name in COLUMNS] for row in stage_rows(found)])
     for line in found["policies"]:
