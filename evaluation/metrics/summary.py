@@ -53,7 +53,7 @@ BETTER = {
     "forget_rouge_l_recall": "near retrain",
     "forget_truth_ratio": "higher",
     "forget_fact_recall": "near retrain",
-    "retain_fact_recall": "higher",
+    **{f"{name}_fact_recall": "higher" for name in SETS[1:]},
     **{
         f"{name}_{metric}": "lower" if metric == "nll" else "higher"
         for name in SETS[1:]
@@ -138,7 +138,7 @@ def summarise(
     }
     reasons = dict.fromkeys(QUALITY_FIGURES, quality.reason) | {"model_utility": utility.reason}
     columns = {pair: values.get(pair[0], {}).get(pair[1]) for pair in product(SETS, SET_METRICS)}
-    for name in ("forget", "retain"):
+    for name in SETS:
         recalls = row_recalls(rows.get(name, ()), chosen)
         columns[name, "fact_recall"] = np.array(recalls) if recalls else None
     for (name, metric), column in columns.items():

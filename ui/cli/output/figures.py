@@ -86,10 +86,10 @@ def utility_text(figures: Mapping[str, Any]) -> str:
 
 
 def recall_text(figures: Mapping[str, Any]) -> str:
-    """The share of facts that the answers state, of what was measured: forget and retain."""
+    """The share of facts that the answers state, of each set that was measured."""
     parts = [
-        f"{name} {value:.4f}{_interval(figures.get(f'{name}_fact_recall_interval'))}"
-        for name in ("forget", "retain")
+        f"{name.replace('_', ' ')} {value:.4f}{_interval(figures.get(f'{name}_fact_recall_interval'))}"
+        for name in SETS
         if (value := figures.get(f"{name}_fact_recall")) is not None
     ]
     return f"fact_recall     {', '.join(parts)}" if parts else ""
