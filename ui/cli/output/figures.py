@@ -87,10 +87,11 @@ def utility_text(figures: Mapping[str, Any]) -> str:
 
 def recall_text(figures: Mapping[str, Any]) -> str:
     """The share of facts that the answers state, of each set that was measured."""
+    keys = {f"{name}_fact_recall": name.replace("_", " ") for name in SETS}
     parts = [
-        f"{name.replace('_', ' ')} {value:.4f}{_interval(figures.get(f'{name}_fact_recall_interval'))}"
-        for name in SETS
-        if (value := figures.get(f"{name}_fact_recall")) is not None
+        f"{name} {value:.4f}{_interval(figures.get(f'{key}_interval'))}"
+        for key, name in keys.items()
+        if (value := figures.get(key)) is not None
     ]
     return f"fact_recall     {', '.join(parts)}" if parts else ""
 
