@@ -33,7 +33,8 @@ class ObjectiveConfig:
     Attributes:
         name: a key of `unlearner.objectives.registry.OBJECTIVES`.
         beta: inverse temperature; what UNDIAL takes off the teacher's logit of the true token; the
-            exponent of p in WGA and SatImp. Unused by grad_ascent, grad_diff, kl, idk, rmu and ceu.
+            exponent of p in WGA and SatImp. Unused by grad_ascent, grad_diff, kl, idk, rmu, ceu
+            and ihl.
         beta2: SatImp's exponent of 1 - p.
         gamma: SimNPO's margin in `beta * nbar - gamma`.
         rmu_layer: block whose output RMU steers, from 0; -1 is the one at 7/32 of the depth.

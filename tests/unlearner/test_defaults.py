@@ -64,7 +64,10 @@ def test_what_is_given_wins_and_every_choice_is_explained() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "finds"),
-    [("npo", True), ("kl", True), ("grad_diff", True), ("idk", False), ("rmu", False)],
+    [
+        *(("npo", True), ("kl", True), ("grad_diff", True), ("ihl", True)),
+        *(("idk", False), ("rmu", False)),
+    ],
 )
 def test_only_objectives_that_may_overshoot_look_for_a_target(objective: str, finds: bool) -> None:
     assert suited(make_config(objective), (), 20, SMOLLM2).finds_target is finds

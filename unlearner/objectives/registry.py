@@ -173,6 +173,13 @@ OBJECTIVES: dict[str, Objective] = {
             ),
             {"retain_weight": 0.0},
         ),
+        Objective(
+            "ihl",
+            "ihl_terms",
+            _BOTH,
+            _PAIRS.format("mean over y_f of 1 + p - (the largest p of another token)", _RETAIN),
+            {"retain_weight": 1.0},
+        ),
     )
 }
 

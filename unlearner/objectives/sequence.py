@@ -243,6 +243,12 @@ def satimp_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
     return Terms(loss, _retain(step, config, loss))
 
 
+def ihl_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
+    """The inverted hinge loss, see `token.ihl`."""
+    loss = step.tokens("forget", by_token.ihl).by_row.per_token
+    return Terms(loss, _retain(step, config, loss))
+
+
 def ceu_terms(step: Forwards, config: ObjectiveConfig) -> Terms:
     """CE-U, see `token.ceu`."""
     found = step.tokens("forget", by_token.ceu)

@@ -74,6 +74,19 @@ def ceu(logits: Tensor, targets: Tensor) -> Tensor:
     return _cross_entropy(logits, without.softmax(-1))
 
 
+def ihl(logits: Tensor, targets: Tensor) -> Tensor:
+    """Inverted hinge loss: `1 + p(true) - max over v != true of p(v)`, (tokens,).
+
+    It is in [0, 2]: 0 where another token has all of the probability. Its gradient moves the true
+    token and its strongest rival, and fades as the true token is forgotten. Source: arXiv
+    2408.06621.
+    """
+    p = _wide(logits).softmax(-1)
+    true = targets.to(p.device).unsqueeze(1)
+    rival = p.scatter(1, true, -1.0).max(-1).values
+    return 1 + p.gather(1, true).squeeze(1) - rival
+
+
 def steering_vector(width: int, seed: int) -> Tensor:
     """RMU's direction u: uniform in [0, 1) a coordinate, scaled to length 1, float32, (width,).
 

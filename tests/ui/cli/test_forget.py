@@ -126,7 +126,7 @@ def test_help_tells_the_defaults(run: Any) -> None:
     assert "(default: 0.0001)" in text
     assert "(default: 2.5; npo 0.1; dpo 0.1; undial 10; wga 1; satimp 5)" in text
     named = "simnpo, simnpo-readme, npo, grad_ascent, grad_diff, kl, idk, dpo, rmu, undial, wga"
-    assert f"{named}, satimp, ceu (default: simnpo)" in text
+    assert f"{named}, satimp, ceu, ihl (default: simnpo)" in text
 
 
 def parsed_base(*words: str) -> Any:

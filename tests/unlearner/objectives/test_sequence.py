@@ -145,6 +145,8 @@ GOLDEN: dict[str, tuple[list[float], list[float]]] = {
     ),
     # Without the first token of each answer: (1/2, 0, 1/2) against (.2, .6, .2); nothing is left.
     "ceu": ([math.log(5), 0.0], [0.0, 0.0]),
+    # 1 + .5 - .25 and 1 + .6 - .2; 1 + .7 - .2
+    "ihl": ([1.325, 1.5], [0.1, 0.3]),
 }
 
 

@@ -27,7 +27,7 @@ from unlearner.tokens.prompts import Encoded, encode_rows, pad_batch, pad_id, pr
 from unlearner.training.forward import StepForwards
 from unlearner.training.loop import enable_checkpointing
 
-NEW = ("rmu", "undial", "wga", "satimp", "ceu")
+NEW = ("rmu", "undial", "wga", "satimp", "ceu", "ihl")
 
 
 def given_logits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +79,24 @@ def test_ceu_pulls_the_model_to_itself_without_the_true_token() -> None:
     torch.testing.assert_close(found, p - without / without.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("loss", ["wga", "satimp", "undial", "ceu"])
+def test_ihl_moves_the_true_token_and_its_strongest_rival() -> None:
+    logits, _, targets = given_logits()
+    assert torch.autograd.gradcheck(lambda x: losses_token.ihl(x, targets), (logits,))
+    p = logits.detach().softmax(-1)
+    true = F.one_hot(targets, 7)
+    rival = F.one_hot((p - 2 * true).argmax(-1), 7)
+    margin = (p * (true - rival)).sum(-1, keepdim=True)
+    (found,) = torch.autograd.grad(losses_token.ihl(logits, targets).sum(), logits)
+    torch.testing.assert_close(found, p * (true - rival - margin))
+
+
+def test_ihl_is_2_for_a_sure_token_and_0_for_another() -> None:
+    logits = torch.tensor([[99.0, 0.0, 0.0], [0.0, 99.0, 0.0], [0.0, 0.0, 0.0]])
+    found = losses_token.ihl(logits, torch.tensor([0, 0, 0]))
+    torch.testing.assert_close(found, torch.tensor([2.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("loss", ["wga", "satimp", "undial", "ceu", "ihl"])
 def test_sure_and_impossible_tokens_stay_finite(loss: str) -> None:
     logits = torch.tensor([[80.0, -80.0, 0.0], [-300.0, 300.0, 0.0]], dtype=torch.bfloat16)
     logits.requires_grad_()
@@ -89,6 +106,7 @@ def test_sure_and_impossible_tokens_stay_finite(loss: str) -> None:
         "satimp": lambda: losses_token.satimp(logits, targets, 5.0, 1.0),
         "undial": lambda: losses_token.undial(logits, logits.detach(), targets, 10.0),
         "ceu": lambda: losses_token.ceu(logits, targets),
+        "ihl": lambda: losses_token.ihl(logits, targets),
     }
     found = values[loss]()
     assert found.dtype == torch.float32
@@ -206,6 +224,9 @@ def _forget(model: Any, row: Encoded, name: str, config: ObjectiveConfig) -> Ten
             teacher = _whole(model, row)[0]
         teacher = teacher - config.beta * F.one_hot(labels, teacher.shape[-1])
         return -(teacher.softmax(-1) * log_p).sum(-1).mean()
+    if name == "ihl":
+        rivals = log_p.exp().masked_fill(F.one_hot(labels, log_p.shape[-1]).bool(), 0.0)
+        return (1 + true.exp() - rivals.amax(-1)).mean()
     p = true.detach().exp()
     if name == "wga":
         return (p**config.beta * true).mean()

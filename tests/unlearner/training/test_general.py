@@ -163,10 +163,11 @@ def test_a_target_sets_the_margin_of_simnpo_only() -> None:
         with_target(make_config("idk"), 2.5)
 
 
+@pytest.mark.parametrize("objective", ["grad_ascent", "ihl"])
 def test_a_run_stops_at_its_target(
-    request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
+    objective: str, request_: Request, base: BaseSpec, store: AdapterStore, quick: Config
 ) -> None:
-    config = quick("grad_ascent", num_train_epochs=40, learning_rate=3e-3)
+    config = quick(objective, num_train_epochs=40, learning_rate=3e-3)
     events: list[Any] = []
     adapter = unlearn(
         request_, base, config, store, RunOptions(target=2.0), on_progress=events.append

@@ -155,7 +155,8 @@ def add_stop_flags(parser: options.Parser) -> None:
         metavar="NLL",
         help="stop where the mean forget NLL per token is this, which sets SimNPO's gamma too; "
         "`auto` measures it on --unseen, else on alternate answers, or takes the forget NLL of "
-        "--reference-log; 0 = none (default: auto in simnpo, npo, kl, grad_diff and grad_ascent)",
+        "--reference-log; 0 = none (default: auto in simnpo, npo, kl, grad_diff, grad_ascent and "
+        "ihl)",
     )
     group.add_argument(
         "--unseen",
