@@ -352,7 +352,7 @@ class _Card:
                 results.append(
                     [
                         self.cache.entry(
-                            f"asked-{state}-{form.name}", rows=variants, bare=form.bare, **weights
+                            f"asked-{state}", rows=variants, bare=form.bare, **weights
                         ).result(partial(ask, model, form, state))
                         for form, variants in asked.items()
                     ]
