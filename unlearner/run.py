@@ -868,7 +868,7 @@ def train(
     early_stop = None if stop_at is None else EarlyStop(stop_at, metrics, report)
     with ExitStack() as stack:
         stack.enter_context(threads_for(model))
-        protected = _protected(model, run, general)
+        protected = _protected(model, run, general, report)
         if protected is not None:
             stack.callback(protected.remove)
         packed = not run.config.train.padded
@@ -916,7 +916,7 @@ def train(
 
 
 def _protected(
-    model: Any, run: Prepared, general: Sequence[GuardRow]
+    model: Any, run: Prepared, general: Sequence[GuardRow], report: Progress
 ) -> ProtectedDirections | None:
     """What the new adapter leaves alone, where there is anything."""
     from unlearner.objectives.directions import ProtectedDirections, protected_rows
@@ -929,6 +929,7 @@ def _protected(
         run.rows.retain,
         alternates="alternate" in streams_of(objective),
     )
+    report({"event": "note", "text": "measuring the directions that are left alone"})
     return ProtectedDirections(model, rows, objective.protected_directions, run.config.train.seed)
 
 
