@@ -25,9 +25,10 @@ class Measure(NamedTuple):
     interval: Interval | None = None
 
 
-def interval(samples: Floats) -> Interval:
-    """The 2.5 and 97.5 percentiles of bootstrap samples."""
-    low, high = np.percentile(samples, [2.5, 97.5])
+def interval(samples: Floats, level: float = 0.95) -> Interval:
+    """The percentiles of bootstrap samples between which `level` of them lie."""
+    outside = 50 * (1 - level)
+    low, high = np.percentile(samples, [outside, 100 - outside])
     return Interval(float(low), float(high))
 
 
@@ -36,13 +37,15 @@ def resampled_rows(n: int, resamples: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(SEED).integers(n, size=(resamples, n))
 
 
-def measure_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES) -> Measure:
+def measure_mean(
+    values: npt.ArrayLike, *, resamples: int = RESAMPLES, level: float = 0.95
+) -> Measure:
     """The mean over rows (rows,) and its interval."""
     rows = np.asarray(values, dtype=np.float64)
     if not resamples:
         return Measure(float(rows.mean()))
     samples = rows[resampled_rows(rows.size, resamples)].mean(axis=1)
-    return Measure(float(rows.mean()), interval(samples))
+    return Measure(float(rows.mean()), interval(samples, level))
 
 
 def finite(values: npt.ArrayLike) -> Floats:

@@ -2,8 +2,9 @@
 
 A model that no longer says an answer may still hold it. For each layer a ridge regression on the
 hidden state of the last prompt token learns, on retained rows, whether a proposed answer is right;
-then it judges the proposed answers of forget rows. A model that never saw these rows has the same
-hints in their wording, so its own figure is the control.
+then it judges the proposed answers of forget rows. The true answer is proposed in the words of its
+paraphrase, which wrong answers are variations of. What hints are left in their wording a model that
+never saw the rows has too, so its own figure is the control.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def layer_states(
     prompts = [
         loaded.fmt.encode_prompt(f"{row.question}\n{answer}\nIs this answer right?")
         for row in rows
-        for answer in (row.answer, *row.perturbed_answers[:WRONG])
+        for answer in (row.paraphrased_answer or row.answer, *row.perturbed_answers[:WRONG])
     ]
     states: list[Any] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -118,16 +119,15 @@ def summary(retained: Floats, forget: Floats) -> dict[str, list[Any]]:
 
 
 def compared(models: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    """The curves by layer, and at one layer the unlearned model beside the control.
+    """The curves by layer, and the unlearned model beside the control where knowledge shows most.
 
-    That layer is the one at which the unlearned model's probe judges retained rows best: the forget
-    rows have no say in it.
+    `layers` has for each half of the forget rows the layer at which Origin's probe is furthest
+    above the control's on the other half: neither the unlearned model nor the rows that are judged
+    have a say in it.
     """
     unlearned = models["unlearned"]
-    layer = int(np.argmax(unlearned["retained"]))
     part: dict[str, Any] = {
-        "layer": layer,
-        "n": len(unlearned["rows"][layer]),
+        "n": len(unlearned["rows"][0]),
         "curves": [
             {
                 "name": name,
@@ -141,7 +141,16 @@ def compared(models: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
             for name, figures in models.items()
         ],
     }
-    if "retrain" in models:
-        above = np.subtract(unlearned["rows"][layer], models["retrain"]["rows"][layer])
-        part["above_retrain"], part["interval"] = measure_mean(above)
+    if "retrain" not in models or part["n"] < 2:
+        return part
+    base, ours, control = (np.array(models[n]["rows"]) for n in ("origin", "unlearned", "retrain"))
+    layers, judged_rows = [], []
+    for half in (0, 1):
+        known = (base - control)[:, 1 - half :: 2].mean(axis=1)
+        layers.append(int(known.argmax()))
+        picked = [each[layers[-1], half::2] for each in (base, ours, control)]
+        judged_rows.append(np.stack(picked))
+    means = np.concatenate(judged_rows, axis=1)
+    part |= {"layers": layers, **dict(zip(models, means.mean(axis=1).tolist(), strict=True))}
+    part["above_retrain"], part["interval"] = measure_mean(means[1] - means[2])
     return part

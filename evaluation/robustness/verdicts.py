@@ -159,8 +159,8 @@ def _paraphrase(rows: Sequence[Figures]) -> list[Verdict]:
         text = (
             f"of {len(compared)} wordings, {told['form']} brings out most facts that its question "
             f"does not give away: {told['fact_recall']:.3g} of them (Retrain "
-            f"{told['retrain_fact_recall']:.3g}); the difference's 95 % interval is {low:.3f} to "
-            f"{high:.3f}, and its lower end counts"
+            f"{told['retrain_fact_recall']:.3g}); the difference's interval, 95 % for all wordings "
+            f"together, is {low:.3f} to {high:.3f}, and its lower end counts"
         )
         results.append(Verdict("facts", low, 0.0, low <= 0, text))
     return results
@@ -176,19 +176,26 @@ def _rise(row: Figures, plain: Figures) -> float:
 
 
 def _probe(part: Figures) -> list[Verdict]:
-    layer = part["layer"]
-    at = {curve["name"]: curve["points"][layer]["forgotten"] for curve in part["curves"]}
-    text = (
-        f"from layer {layer} a linear probe tells the true answers of {part['n']} forget rows from "
-        f"wrong ones in {at['unlearned']:.2f} of the cases (the base in {at['origin']:.2f}"
-    )
     if "interval" not in part:
-        text += "), by chance in .5, more by their wording: without --retrain nothing follows"
-        return [Verdict("probe", at["unlearned"], 0.5, None, text)]
+        best = max(
+            point["forgotten"]
+            for curve in part["curves"]
+            if curve["name"] == "unlearned"
+            for point in curve["points"]
+        )
+        text = (
+            f"at its best layer a linear probe tells the true answers of {part['n']} forget rows "
+            f"from wrong ones in {best:.2f} of the cases; their wording gives hints, so without "
+            "--retrain nothing follows"
+        )
+        return [Verdict("probe", best, 0.5, None, text)]
     low, high = part["interval"]
-    text += (
-        f", Retrain in {at['retrain']:.2f}); the 95 % interval of the difference to Retrain is "
-        f"{low:.3f} to {high:.3f}, and its lower end counts"
+    text = (
+        f"where knowledge shows most (layers {' and '.join(map(str, part['layers']))}) a linear "
+        f"probe tells the true answers of {part['n']} forget rows from wrong ones in "
+        f"{part['unlearned']:.2f} of the cases (the base in {part['origin']:.2f}, Retrain in "
+        f"{part['retrain']:.2f}); the 95 % interval of the difference to Retrain is {low:.3f} to "
+        f"{high:.3f}, and its lower end counts"
     )
     return [Verdict("probe", low, 0.0, low <= 0, text)]
 

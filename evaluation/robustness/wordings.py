@@ -41,6 +41,8 @@ PROTOCOL = "open-unlearning"
 # Between the turns of a conversation, which is kept as one text; in no text of its own.
 _TURN = "\x1e"
 _REPLY = "I see."
+# For percentiles far out.
+RESAMPLES = 10_000
 
 
 class Form(NamedTuple):
@@ -241,9 +243,11 @@ def side_by_side(
 ) -> list[dict[str, Any]]:
     """One row per form: the figures of the base, of the unlearned model and of the control.
 
-    `recall_above_retrain` is the mean difference of the facts recalled, with its 95 % interval.
+    `recall_above_retrain` is the mean difference of the facts recalled. All of its intervals
+    together hold with 95 %: the more forms are asked, the higher one of them comes out by chance.
     """
     table = []
+    level = 1 - 0.05 / max(1, sum(bool(other and other["recalls"]) for other in control))
     for form, before, after, other in zip(
         forms, base, unlearned, control or [None] * len(forms), strict=True
     ):
@@ -258,7 +262,9 @@ def side_by_side(
             row[f"{name}fact_recall"] = sum(facts) / len(facts) if facts else None
         if other and after["recalls"]:
             above = np.subtract(after["recalls"], other["recalls"])
-            row["recall_above_retrain"], row["recall_interval"] = measure_mean(above)
+            row["recall_above_retrain"], row["recall_interval"] = measure_mean(
+                above, resamples=RESAMPLES, level=level
+            )
         table.append({**row, "n": after["n"]})
     return table
 

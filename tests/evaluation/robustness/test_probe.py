@@ -28,13 +28,15 @@ def test_a_layer_that_holds_the_answer_is_read() -> None:
     assert probe.judged(known, lost)[:, 1].mean() == pytest.approx(0.5, abs=0.15)
 
 
-def test_the_layer_is_chosen_on_retained_rows_and_compared_with_retrain() -> None:
+def test_a_model_is_compared_where_knowledge_shows() -> None:
     known = states(60, 6.0, 1)
     held = probe.summary(known, states(40, 6.0, 2))
     lost = probe.summary(known, states(40, 0.0, 3))
     part = probe.compared({"origin": held, "unlearned": held, "retrain": lost})
-    assert (part["layer"], part["n"]) == (1, 40)
-    assert part["above_retrain"] > 0.3
+    assert (part["layers"], part["n"]) == ([1, 1], 40)
+    assert part["unlearned"] == part["origin"] > 0.95
+    assert part["retrain"] == pytest.approx(0.5, abs=0.15)
+    assert part["above_retrain"] == pytest.approx(part["unlearned"] - part["retrain"])
     assert part["interval"].low > 0
     curves = {curve["name"]: curve["points"] for curve in part["curves"]}
     assert list(curves) == ["origin", "unlearned", "retrain"]

@@ -136,10 +136,12 @@ def test_clues_may_help_as_much_as_they_help_retrain() -> None:
     ("interval", "verdict"), [([-0.1, 0.2], True), ([0.01, 0.2], False), (None, None)]
 )
 def test_a_probe_is_held_against_retrain(interval: Any, verdict: bool | None) -> None:
-    names = ("origin", "unlearned", "retrain")[: 3 if interval else 2]
+    names = ("origin", "unlearned", "retrain")
     curves = [{"name": n, "points": [{"layer": 0, "forgotten": 0.7}]} for n in names]
-    part = {"layer": 0, "n": 40, "curves": curves}
-    made = card(probe=part | ({"interval": interval, "above_retrain": 0.1} if interval else {}))
+    part = {"n": 40, "curves": curves}
+    if interval:
+        part |= {"layers": [3, 4], "interval": interval, **dict.fromkeys(names, 0.7)}
+    made = card(probe=part)
     assert holds(made) == {"probe": verdict}
     assert ("probe_above_retrain" in flat_figures(made)) == (verdict is not None)
 

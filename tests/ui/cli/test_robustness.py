@@ -127,7 +127,7 @@ def test_the_whole_card(
     assert all("retrain_fact_recall" in row for row in card["paraphrase"])
     probed = {curve["name"]: curve["points"] for curve in card["probe"]["curves"]}
     assert list(probed) == ["origin", "unlearned", "retrain"]
-    assert len(probed["origin"]) > card["probe"]["layer"]
+    assert len(probed["origin"]) > max(card["probe"]["layers"])
     assert card["drop"]["bit_equal"] is True
     assert card["drop"]["answer_prob_off"] == card["drop"]["base_answer_prob"]
     assert card["drop"]["answer_prob_on"] != card["drop"]["base_answer_prob"]
