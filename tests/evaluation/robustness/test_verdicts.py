@@ -133,14 +133,27 @@ def test_clues_may_help_as_much_as_they_help_retrain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "verdict"), [([-0.1, 0.2], True), ([0.01, 0.2], False), (None, None)]
+    ("interval", "origin", "verdict"),
+    [
+        ([-0.1, 0.2], 1.0, True),
+        ([-0.1, 0.2], 0.8, None),
+        ([0.01, 0.2], 0.8, False),
+        (None, 0.9, None),
+    ],
 )
-def test_a_probe_is_held_against_retrain(interval: Any, verdict: bool | None) -> None:
+def test_a_probe_is_held_against_retrain(
+    interval: Any, origin: float, verdict: bool | None
+) -> None:
     names = ("origin", "unlearned", "retrain")
     curves = [{"name": n, "points": [{"layer": 0, "forgotten": 0.7}]} for n in names]
     part = {"n": 40, "curves": curves}
     if interval:
-        part |= {"layers": [3, 4], "interval": interval, **dict.fromkeys(names, 0.7)}
+        part |= {
+            "layers": [3, 4],
+            "interval": interval,
+            **dict.fromkeys(names, 0.7),
+        }
+    part["origin"] = origin
     made = card(probe=part)
     assert holds(made) == {"probe": verdict}
     assert ("probe_above_retrain" in flat_figures(made)) == (verdict is not None)
