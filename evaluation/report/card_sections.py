@@ -191,7 +191,7 @@ def verdict_table(verdicts: Sequence[Figures]) -> Table:
 
 def record_table(caption: str, rows: Sequence[Figures], columns: Columns) -> Table:
     """Recorded rows as a table: a column for each key that any row has, and how it is written."""
-    columns = {k: c for k, c in columns.items() if any(row.get(k) is not None for row in rows)}
+    columns = {k: c for k, c in columns.items() if any(k in row for row in rows)}
     cells = [[write(row.get(key)) for key, (_, write) in columns.items()] for row in rows]
     return Table(caption, tuple(column for column, _ in columns.values()), cells)
 

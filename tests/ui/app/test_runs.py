@@ -30,6 +30,7 @@ FOUND: dict[str, Any] = {
     "revert": {"adapter": "r0002_aa", "effect": 0.5, "without": 0.0, "base": 0.0, "again": 0.0,
                "bit_exact": True},
     "merge": {"folder": "q/merged", "max_logit_difference": 3.6e-7},
+    "shared": [{"shared": True, "n": 3, "simnpo": 0.75}],
     "requests": [["Mira Okafor"], ["Ola Berg"]],
     "folder": "my q", "base": "my q/origin", "store": "my q/forget-store", "data": "my q/world",
     "split": "forget10", "settings": {}, "seconds": 61.0,
@@ -54,6 +55,7 @@ def test_quickstart_prints_table_answers_proofs_and_what_to_try(run: Any, quick:
     assert "Asked to forget" in ran.out
     assert "  before  Mira\n  after   Ola" in ran.out
     assert "x" * 160 + " [...]" in ran.out
+    assert "retained rows whose facts a forgotten author shares" in ran.out
     assert "bare base: bit for bit the same" in ran.out
     assert "largest difference to the stack 3.6e-07" in ran.out
     assert "Took 01:01" in ran.err
