@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
 from typing import NamedTuple
 
 from evaluation.metrics.fact_recall import fact_recall
@@ -18,6 +17,7 @@ PERSON = "this person"
 CLUES = 2
 # A name is what three rows at least have in common.
 ROWS = 3
+LONGEST_NAME = 6
 _NAME_WORD = r"[^\W\d_a-z][^\W\d_]*(?:[-'’][^\W\d_]+)*"
 _CAPITALISED = re.compile(rf"{_NAME_WORD}(?:[ ]{_NAME_WORD})+")
 _QUOTED = re.compile('"([^"]{3,80})"|“([^”]{3,80})”|(?<!\\w)\'([A-Z][^"]{2,80}?)\'(?!\\w)')
@@ -60,12 +60,15 @@ def _within(name: str, other: str, held: dict[str, set[int]]) -> bool:
 
 
 def _runs(text: str) -> set[str]:
-    """Every two or more capitalised words in a row, titles in quotation marks left out."""
+    """Every two to six capitalised words in a row, titles in quotation marks left out."""
     runs: set[str] = set()
     for match in _CAPITALISED.finditer(_QUOTED.sub("", text)):
         words = re.sub(r"['’]s\b", "", match.group()).split()
-        ends = combinations(range(len(words) + 1), 2)
-        runs |= {" ".join(words[a:b]) for a, b in ends if b - a > 1}
+        runs |= {
+            " ".join(words[a : a + n])
+            for n in range(2, LONGEST_NAME + 1)
+            for a in range(len(words) - n + 1)
+        }
     return runs
 
 

@@ -60,6 +60,12 @@ def test_a_person_is_asked_about_without_the_name() -> None:
     assert "Lagos" in asked["clues"][3].question
 
 
+def test_texts_in_capitals_have_no_names_without_end() -> None:
+    shouted = " ".join(f"WORD{chr(65 + i % 26)}" for i in range(400))
+    rows = [Row(f"{shouted} {i}?", "No.") for i in range(5)]
+    assert asked_of(rows)["plain"] == rows
+
+
 def test_clues_are_turns_of_a_conversation(tiny: tuple[Any, Any]) -> None:
     model, fmt = tiny
     clues = next(form for form in attacks.FORMS if form.name == "clues")
