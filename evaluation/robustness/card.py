@@ -21,6 +21,7 @@ from evaluation.metrics.summary import summarise
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.robustness import probe as probes
 from evaluation.robustness import wordings as attacks
+from evaluation.robustness.people import people_of
 from evaluation.robustness.quantisation import QUANTISED, Subject, Workplace
 from evaluation.robustness.relearning import (
     Method,
@@ -229,6 +230,18 @@ class _Card:
     on_progress: OnProgress
     effort: Effort | None
 
+    @property
+    def _models(self) -> dict[str, tuple[str, str]]:
+        """State and identity of the weights of Origin, the unlearned model and the control."""
+        subject = self.place.subject
+        models = {
+            "origin": ("origin", "origin"),
+            "unlearned": (subject.unlearned, subject.unlearned),
+        }
+        if subject.retrain:
+            models["retrain"] = ("retrain", str(subject.retrain_identity))
+        return models
+
     def states(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """The figures of every form, measured in the same way."""
         inputs = {
@@ -307,12 +320,10 @@ class _Card:
         rows = spread(self.forget, self.settings.sample_rows)
         budget = protocol_named(self.protocol).decoding.max_total or 200
         draws = replace(self.settings.draws, max_total=budget)
-        subject = self.place.subject
-        models = {"unlearned": (subject.unlearned, subject.unlearned)}
-        if subject.retrain:
-            models["retrain"] = ("retrain", str(subject.retrain_identity))
         curves = []
-        for name, (state, weights) in models.items():
+        for name, (state, weights) in self._models.items():
+            if name == "origin":
+                continue
             with self.place.when_needed(state) as model:
 
                 def ask(i: int, name: str = name, model: Any = model) -> list[float]:
@@ -333,8 +344,8 @@ class _Card:
     def paraphrase(self) -> list[dict[str, Any]]:
         """Every wording, asked of the base, of the unlearned model and of the control."""
         rows = spread(self.forget, self.settings.paraphrase_rows)
-        asked = {form: attacks.asked_in(form, rows, self.forget) for form in self.forms}
-        subject = self.place.subject
+        people = people_of(self.forget)
+        asked = {form: attacks.asked_in(form, rows, people) for form in self.forms}
 
         def ask(model: Callable[[], Loaded], form: attacks.Form, state: str) -> Any:
             def report(label: str, done: int, total: int) -> None:
@@ -343,34 +354,28 @@ class _Card:
 
             return attacks.ask(model(), form, asked[form], on_progress=report, effort=self.effort)
 
-        states: dict[str, dict[str, Any]] = {"origin": {}, subject.unlearned: {}}
-        if subject.retrain:
-            states["retrain"] = {"weights": subject.retrain_identity}
         results = []
-        for state, weights in states.items():
+        for state, weights in self._models.values():
             with self.place.when_needed(state) as model:
+                entries = {
+                    form: self.cache.entry(
+                        f"asked-{state}", rows=variants, bare=form.bare, weights=weights
+                    )
+                    for form, variants in asked.items()
+                }
                 results.append(
-                    [
-                        self.cache.entry(
-                            f"asked-{state}", rows=variants, bare=form.bare, **weights
-                        ).result(partial(ask, model, form, state))
-                        for form, variants in asked.items()
-                    ]
+                    [e.result(partial(ask, model, form, state)) for form, e in entries.items()]
                 )
         return attacks.side_by_side(self.forms, *results)
 
     def probe(self) -> dict[str, Any]:
         """What a linear probe reads by layer, in base, unlearned model and control."""
-        most, subject = self.settings.probe_rows, self.place.subject
         known, asked = (
-            spread(probes.can_be_probed(list(rows)[: self.limit]), most)
-            for rows in (self.data.retain, self.forget)
+            spread(probes.can_be_probed(rows[: self.limit]), self.settings.probe_rows)
+            for rows in (list(self.data.retain), self.forget)
         )
         if len(known) < probes.FEWEST or not asked:
             return {}
-        states = {"origin": "origin", "unlearned": subject.unlearned}
-        weights = {"retrain": subject.retrain_identity} if subject.retrain else {}
-        states |= {"retrain": "retrain"} if subject.retrain else {}
 
         def measure(name: str, state: str) -> dict[str, Any]:
             with self.place.loaded(state) as loaded:
@@ -385,9 +390,9 @@ class _Card:
         return probes.compared(
             {
                 name: self.cache.entry(
-                    f"probe-{state}", known=known, asked=asked, weights=weights.get(name)
+                    f"probe-{state}", known=known, asked=asked, weights=weights
                 ).result(partial(measure, name, state))
-                for name, state in states.items()
+                for name, (state, weights) in self._models.items()
             }
         )
 

@@ -30,13 +30,13 @@ class Person(NamedTuple):
     rows: tuple[Row, ...]
 
 
-def people_of(rows: Sequence[Row]) -> list[Person | None]:
-    """For every row the person whom its question names; None where it names nobody."""
+def people_of(rows: Sequence[Row]) -> dict[str, Person]:
+    """By question the person whom it names; a question that names nobody is missing."""
     texts = [f"{row.question} {row.answer}" for row in rows]
     names = Counter(name for text in texts for name in _runs(text))
     common = {name for name, count in names.items() if count >= ROWS}
     held = {name: {i for i, text in enumerate(texts) if name in text} for name in common}
-    people: list[Person | None] = []
+    people: dict[str, Person] = {}
     for row in rows:
         named = common & _runs(row.question)
         most = max((names[name] for name in named), default=0)
@@ -44,11 +44,10 @@ def people_of(rows: Sequence[Row]) -> list[Person | None]:
         often = [name for name in named if names[name] >= 0.8 * most]
         name = max(often, key=lambda each: (len(each.split()), names[each], each), default="")
         if not name or any(_within(name, other, held) for other in common):
-            people.append(None)
             continue
         last = name.split()[-1]
         group = [r for r, text in zip(rows, texts, strict=True) if last in text]
-        people.append(Person(name, tuple(group)))
+        people[row.question] = Person(name, tuple(group))
     return people
 
 

@@ -22,7 +22,6 @@ from evaluation.robustness.people import (
     Person,
     clues_about,
     initials,
-    people_of,
     title_of,
     unnamed,
 )
@@ -166,8 +165,10 @@ class _Conversation(PromptFormat):
         return f"{text}[INST] {last} [/INST]", ""
 
     def takes(self, question: str) -> bool:
-        """Whether the template can render so many turns."""
-        return self.name == "llama2" or self._renders(self._turns(question))
+        """Whether the template can render so many turns; one turn fails with its own error."""
+        if self.name == "llama2" or _TURN not in question:
+            return True
+        return self._renders(self._turns(question))
 
     def _turns(self, question: str) -> list[dict[str, str]]:
         first, *more = question.split(_TURN)
@@ -183,19 +184,17 @@ def bare(fmt: PromptFormat) -> PromptFormat:
     return _BareText(fmt.tokenizer, "llama2")
 
 
-def asked_in(form: Form, rows: Sequence[Row], about: Sequence[Row] = ()) -> list[Row]:
+def asked_in(form: Form, rows: Sequence[Row], people: Mapping[str, Person]) -> list[Row]:
     """The rows that have this form, with its question and only the true answer.
 
     Args:
         form: how they are asked.
         rows: what is asked.
-        about: all rows of the request, by which people are known; `rows` by default.
+        people: whom they name, see `people_of`.
     """
-    every = list(about or rows)
-    people = {row.question: person for row, person in zip(every, people_of(every), strict=True)}
     variants = []
     for row in rows:
-        question = form.of(row, people[row.question])
+        question = form.of(row, people.get(row.question))
         if question:
             # Not str.format: a question may hold braces.
             variants.append(Row(form.text.replace("{}", question), row.answer))
@@ -213,14 +212,15 @@ def ask(
     """Mean answer probability, ROUGE-L recall of the greedy answers, and the facts in them.
 
     `recalls` has the share of facts that each answer states, of rows with facts that the question
-    itself, with its clues, does not state. None without rows.
+    itself, with its clues, does not state. None without rows, and for a conversation where the chat
+    template takes one question only.
     """
-    if not variants:
+    fmt = _Conversation(loaded.fmt.tokenizer, loaded.fmt.name, loaded.fmt.system)
+    if not variants or not fmt.takes(variants[0].question):
         return None
-    fmt = loaded.fmt
     log = evaluate(
         loaded.model,
-        bare(fmt) if form.bare else _Conversation(fmt.tokenizer, fmt.name, fmt.system),
+        bare(fmt) if form.bare else fmt,
         EvalData(variants),
         protocol=PROTOCOL,
         on_progress=on_progress,

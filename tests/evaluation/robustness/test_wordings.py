@@ -11,6 +11,7 @@ import pytest
 from adapters.errors import UserError
 from evaluation.robustness import wordings as attacks
 from evaluation.robustness.card import Settings
+from evaluation.robustness.people import people_of
 from evaluation.robustness.quantisation import Loaded
 from unlearner.request.rows import Row, spread
 
@@ -28,7 +29,7 @@ NAMELESS = ("initials", "multi-hop", "clues")
 
 
 def asked_of(rows: list[Row]) -> dict[str, list[Row]]:
-    return {form.name: attacks.asked_in(form, rows) for form in attacks.FORMS}
+    return {form.name: attacks.asked_in(form, rows, people_of(rows)) for form in attacks.FORMS}
 
 
 def test_every_form_asks_the_question_and_keeps_the_answer() -> None:
@@ -69,7 +70,7 @@ def test_texts_in_capitals_have_no_names_without_end() -> None:
 def test_clues_are_turns_of_a_conversation(tiny: tuple[Any, Any]) -> None:
     model, fmt = tiny
     clues = next(form for form in attacks.FORMS if form.name == "clues")
-    variants = attacks.asked_in(clues, PERSON)
+    variants = attacks.asked_in(clues, PERSON, people_of(PERSON))
     seen: list[str] = []
     real = fmt.tokenizer.apply_chat_template
 
@@ -89,6 +90,24 @@ def test_clues_are_turns_of_a_conversation(tiny: tuple[Any, Any]) -> None:
     turns = ("A.", "I see.", "Where?")
     text, _ = llama.around_answer(attacks._TURN.join(turns))
     assert text == f"[INST] A. [/INST]I see.{fmt.tokenizer.eos_token}[INST] Where? [/INST]"
+
+
+def test_a_template_for_one_question_is_not_asked_with_clues(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fmt = tiny
+    clues = next(form for form in attacks.FORMS if form.name == "clues")
+    variants = attacks.asked_in(clues, PERSON, people_of(PERSON))
+    real = fmt.tokenizer.apply_chat_template
+
+    def template(turns: Any, **rest: Any) -> Any:
+        if sum(turn["role"] == "user" for turn in turns) > 1:
+            raise ValueError("one question only")
+        return real(turns, **rest)
+
+    monkeypatch.setattr(fmt.tokenizer, "apply_chat_template", template)
+    assert attacks.ask(Loaded(model, fmt), clues, variants) is None
+    assert attacks.ask(Loaded(model, fmt), attacks.FORMS[0], PERSON[:1]) is not None
 
 
 def test_the_control_stands_beside_with_an_interval() -> None:
@@ -116,7 +135,7 @@ def test_wordings_of_a_file_are_asked_too(tmp_path: Path) -> None:
     path.write_text(json.dumps(line) + "\n\n")
     (form,) = attacks.read_wordings(path)
     assert form.name == "german"
-    assert attacks.asked_in(form, ROWS) == [Row("Wo?", "In Lagos.")]
+    assert attacks.asked_in(form, ROWS, {}) == [Row("Wo?", "In Lagos.")]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +174,7 @@ def test_bare_text_has_no_template(tiny: tuple[Any, Any]) -> None:
 def test_a_form_without_rows_is_left_out(tiny: tuple[Any, Any]) -> None:
     loaded = Loaded(*tiny)
     forms = attacks.FORMS[:3]
-    found = [attacks.ask(loaded, form, attacks.asked_in(form, ROWS[1:])) for form in forms]
+    found = [attacks.ask(loaded, form, attacks.asked_in(form, ROWS[1:], {})) for form in forms]
     assert found[1] is None
     assert found[0] is not None
     assert found[2] is not None
