@@ -36,6 +36,7 @@ from evaluation.experiments.systems import (
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import RowRecord, generation_of, write_json
+from evaluation.metrics.fact_recall import facts_asked_for
 from evaluation.metrics.facts import facts_of, is_stated
 from evaluation.metrics.summary import figures_to_file, set_values
 from evaluation.protocols import protocol_named
@@ -392,16 +393,16 @@ class _Run:
     def shared(self, world: World) -> list[dict[str, Any]]:
         """Retained rows whose facts a forgotten author shares, and the others, under each model."""
         told = [fact for row in world.rows(*world.forget_authors) for fact in facts_of(row.answer)]
+        names = ("origin", "retrain", "npo", "simnpo")
+        retained = {name: read_log(self.log(name)).sets["retain"].rows for name in names}
         groups: dict[bool, list[int]] = {True: [], False: []}
-        for i, row in enumerate(read_log(self.log("origin")).sets["retain"].rows):
-            asked = facts_of(str(row.question))
-            own = [fact for fact in facts_of(str(row.answer)) if not is_stated(fact, asked)]
+        for i, row in enumerate(retained["origin"]):
+            own = facts_asked_for(str(row.question), str(row.answer))
             groups[bool(own) and all(is_stated(fact, told) for fact in own)].append(i)
         table = []
         for is_shared, places in groups.items():
             means: dict[str, Any] = {"shared": is_shared, "n": len(places)}
-            for name in ("origin", "retrain", "npo", "simnpo") if places else ():
-                rows = read_log(self.log(name)).sets["retain"].rows
+            for name, rows in retained.items() if places else ():
                 values = set_values("retain", [rows[i] for i in places], protocol_named(PROTOCOL))
                 means[name] = float(values["answer_prob"].mean())
             table.append(means)

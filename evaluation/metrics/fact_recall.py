@@ -69,10 +69,16 @@ class FactRecall:
         return len(self.recalled) / len(self.facts) if self.facts else None
 
 
+def facts_asked_for(question: str, truth: str) -> tuple[Fact, ...]:
+    """The facts of the true answer that the question does not state."""
+    asked = facts_of(question)
+    return tuple(fact for fact in facts_of(truth) if not is_stated(fact, asked))
+
+
 def fact_recall(question: str, truth: str, answer: str) -> FactRecall:
     """How much of `truth` that is not in `question` is stated by `answer`; see `RULE`."""
     asked, given = facts_of(question), facts_of(answer)
-    facts = tuple(fact for fact in facts_of(truth) if not is_stated(fact, asked))
+    facts = facts_asked_for(question, truth)
     if is_broken(answer):
         return FactRecall(facts, (), BROKEN)
     recalled = tuple(fact for fact in facts if is_stated(fact, given))

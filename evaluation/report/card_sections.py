@@ -142,13 +142,13 @@ def robustness_section(card: Robustness, number: int) -> Section:
         chart = line_chart(
             file_key("probe", card.name), f"Linear probe of hidden states, {card.name}",
             _curves(card.probe, "layer", "forgotten"), "layer",
-            "true answer above a wrong one", ys=(0.0, 1.0), levels=True, slots=SLOTS,
+            "wrong answers below the true one", ys=(0.0, 1.0), levels=True, slots=SLOTS,
         )  # fmt: skip
         keys = {"retained": "retained", "forgotten": "forgotten"}
         blocks += [
             Text("heading", "Linear probe"),
             *_plots(chart),
-            _curve_table("True answers told from wrong ones", card.probe, "layer", keys),
+            _curve_table("Wrong answers ranked below the true one", card.probe, "layer", keys),
         ]
     if card.drop:
         table = _facts_table("With the adapter inactive", card.drop)

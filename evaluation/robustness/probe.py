@@ -1,4 +1,4 @@
-"""A linear probe: whether any layer still tells a forgotten answer from a wrong one.
+"""A linear probe: whether any layer still distinguishes a forgotten answer from a wrong one.
 
 A model that no longer says an answer may still hold it. For each layer a ridge regression on the
 hidden state of the last prompt token learns, on retained rows, whether a proposed answer is right;
@@ -13,16 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from adapters.environment import evaluating
-from evaluation.metrics.bootstrap import measure_mean
+from evaluation.metrics.bootstrap import Floats, measure_mean
 from unlearner.request.rows import Row
+from unlearner.tokens.prompts import Encoded, pad_batch, pad_id
 
 if TYPE_CHECKING:
     from evaluation.robustness.quantisation import Loaded
 
-Floats = npt.NDArray[np.float64]
 # Wrong answers proposed per question, as many as keep the cost near that of other attacks.
 WRONG = 2
 # Retained rows below which nothing can be learned.
@@ -33,7 +32,7 @@ PENALTY = 3.0
 
 
 def can_be_probed(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have enough wrong answers to be told from the true one."""
+    """The rows that have enough wrong answers to compare with the true one."""
     return [row for row in rows if len(row.perturbed_answers) >= WRONG]
 
 
@@ -45,8 +44,6 @@ def layer_states(
     The true answer comes first. Layer 0 are the embeddings.
     """
     import torch
-
-    from unlearner.tokens.prompts import pad_id
 
     prompts = [
         loaded.fmt.encode_prompt(f"{row.question}\n{answer}\nIs this answer right?")
@@ -60,15 +57,14 @@ def layer_states(
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
             ends = [len(prompts[i]) - 1 for i in batch]
-            ids = torch.full((len(batch), max(ends) + 1), pad, device=device)
-            mask = torch.zeros_like(ids)
-            for place, i in enumerate(batch):
-                ids[place, : len(prompts[i])] = torch.tensor(prompts[i])
-                mask[place, : len(prompts[i])] = 1
+            padded = pad_batch([Encoded(prompts[i], prompts[i]) for i in batch], pad)
             out = loaded.model(
-                input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False,
+                input_ids=padded["input_ids"].to(device),
+                attention_mask=padded["attention_mask"].to(device),
+                output_hidden_states=True,
+                use_cache=False,
                 logits_to_keep=1,
-            )  # fmt: skip
+            )
             picked = torch.stack([h[list(range(len(batch))), ends] for h in out.hidden_states], 1)
             for i, state in zip(batch, picked.float().cpu().numpy(), strict=True):
                 states[i] = state
@@ -104,17 +100,15 @@ def _judged(known: Floats, asked: Floats) -> Floats:
 
 
 def summary(retained: Floats, forget: Floats) -> dict[str, list[Any]]:
-    """By layer: the mean on retained rows that the probe did not learn from, and on forget rows.
+    """By layer: the mean on retained rows that the probe did not learn from, and each forget row.
 
-    `rows` holds the forget rows one by one, (layers + 1, rows).
+    `retained` is (layers + 1,), `rows` (layers + 1, rows).
     """
     half = len(retained) // 2
     unseen = [judged(retained[:half], retained[half:]), judged(retained[half:], retained[:half])]
-    rows = judged(retained, forget)
     return {
         "retained": np.concatenate(unseen).mean(axis=0).tolist(),
-        "forgotten": rows.mean(axis=0).tolist(),
-        "rows": rows.T.tolist(),
+        "rows": judged(retained, forget).T.tolist(),
     }
 
 
@@ -125,16 +119,15 @@ def compared(models: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
     above the control's on the other half: neither the unlearned model nor the rows that are judged
     have a say in it.
     """
-    unlearned = models["unlearned"]
     part: dict[str, Any] = {
-        "n": len(unlearned["rows"][0]),
+        "n": len(models["unlearned"]["rows"][0]),
         "curves": [
             {
                 "name": name,
                 "points": [
-                    {"layer": i, "retained": kept, "forgotten": gone}
-                    for i, (kept, gone) in enumerate(
-                        zip(figures["retained"], figures["forgotten"], strict=True)
+                    {"layer": i, "retained": kept, "forgotten": float(np.mean(rows))}
+                    for i, (kept, rows) in enumerate(
+                        zip(figures["retained"], figures["rows"], strict=True)
                     )
                 ],
             }
@@ -143,14 +136,13 @@ def compared(models: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
     }
     if "retrain" not in models or part["n"] < 2:
         return part
-    base, ours, control = (np.array(models[n]["rows"]) for n in ("origin", "unlearned", "retrain"))
-    layers, judged_rows = [], []
-    for half in (0, 1):
-        known = (base - control)[:, 1 - half :: 2].mean(axis=1)
-        layers.append(int(known.argmax()))
-        picked = [each[layers[-1], half::2] for each in (base, ours, control)]
-        judged_rows.append(np.stack(picked))
-    means = np.concatenate(judged_rows, axis=1)
-    part |= {"layers": layers, **dict(zip(models, means.mean(axis=1).tolist(), strict=True))}
-    part["above_retrain"], part["interval"] = measure_mean(means[1] - means[2])
+    rows = {name: np.array(figures["rows"]) for name, figures in models.items()}
+    known = rows["origin"] - rows["retrain"]
+    layers = [int(known[:, 1 - half :: 2].mean(axis=1).argmax()) for half in (0, 1)]
+    at = {
+        name: np.concatenate([each[layer, half::2] for half, layer in enumerate(layers)])
+        for name, each in rows.items()
+    }
+    part |= {"layers": layers, **{name: float(each.mean()) for name, each in at.items()}}
+    part["above_retrain"], part["interval"] = measure_mean(at["unlearned"] - at["retrain"])
     return part

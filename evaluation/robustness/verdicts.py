@@ -184,18 +184,18 @@ def _probe(part: Figures) -> list[Verdict]:
             for point in curve["points"]
         )
         text = (
-            f"at its best layer a linear probe tells the true answers of {part['n']} forget rows "
-            f"from wrong ones in {best:.2f} of the cases; their wording gives hints, so without "
-            "--retrain nothing follows"
+            f"at its best layer a linear probe ranks the true answers of {part['n']} forget rows "
+            f"above {best:.2f} of the wrong ones; their wording gives hints, so without --retrain "
+            "nothing follows"
         )
         return [Verdict("probe", best, 0.5, None, text)]
     low, high = part["interval"]
     text = (
         f"where knowledge shows most (layers {' and '.join(map(str, part['layers']))}) a linear "
-        f"probe tells the true answers of {part['n']} forget rows from wrong ones in "
-        f"{part['unlearned']:.2f} of the cases (the base in {part['origin']:.2f}, Retrain in "
-        f"{part['retrain']:.2f}); the 95 % interval of the difference to Retrain is {low:.3f} to "
-        f"{high:.3f}, and its lower end counts"
+        f"probe ranks the true answers of {part['n']} forget rows above {part['unlearned']:.2f} of "
+        f"the wrong ones (the base {part['origin']:.2f}, Retrain {part['retrain']:.2f}); the 95 % "
+        f"interval of the difference to Retrain is {low:.3f} to {high:.3f}, and its lower end "
+        "counts"
     )
     holds: bool | None = low <= 0
     if holds and high >= part["origin"] - part["retrain"]:

@@ -65,8 +65,7 @@ def stop_at_target(
 ) -> StopAt:
     """Ends a run `settle` steps after the mean NLL of the forget rows reached `target`.
 
-    With 0 it ends at once, with the nearer of the last two readings: an objective that ascends goes
-    on to destroy the model.
+    With 0 it ends at once, with the nearer of the last two readings.
     """
     sample = random.Random(seed).sample(list(rows), min(ROWS, len(rows)))
 

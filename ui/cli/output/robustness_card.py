@@ -45,10 +45,10 @@ def report_card(card: Mapping[str, Any], console: Console) -> None:
         console.text()
     if card["paraphrase"]:
         names = [name for name in ASKED_COLUMNS if name in card["paraphrase"][0]]
-        console.table([{n: row.get(n) for n in names} for row in card["paraphrase"]], names)
+        console.table(card["paraphrase"], names)
         console.text()
     if card["probe"]:
-        console.text("linear probe: how often a true answer is told from a wrong one, by layer")
+        console.text("linear probe: share of wrong answers ranked below the true one, by layer")
         console.table(probe_rows(card["probe"]))
         console.text()
     for verdict in card["verdicts"]:

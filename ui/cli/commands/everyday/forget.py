@@ -13,7 +13,7 @@ from adapters.errors import UserError, counted
 from ui.adapter_row import adapter_row
 from ui.cli import config_file, options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
-from ui.cli.options import LORA_FIELDS, OBJECTIVE_FIELDS, TRAIN_FIELDS, given_settings
+from ui.cli.options import LORA_FIELDS, SETTINGS, given_settings
 from ui.cli.output.events import outcome_lines, show_event
 from ui.console import size_text
 from unlearner import distributed as ranks
@@ -186,8 +186,7 @@ def add_stop_flags(parser: options.Parser) -> None:
 
 def forget_config(args: argparse.Namespace) -> UnlearnConfig:
     """The settings of a run: the objective's published ones with the given flags."""
-    names = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
-    return make_config(args.objective, **given_settings(args, names))
+    return make_config(args.objective, **given_settings(args, SETTINGS))
 
 
 def chosen_by_user(args: argparse.Namespace) -> list[str] | None:
@@ -195,7 +194,7 @@ def chosen_by_user(args: argparse.Namespace) -> list[str] | None:
 
     Those of a preset are complete, unless it leaves the choice open.
     """
-    given = [*given_settings(args, (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS))]
+    given = [*given_settings(args, SETTINGS)]
     if getattr(args, "preset", None) is None:
         return given
     from evaluation.experiments.presets import preset_named
@@ -480,8 +479,7 @@ def _print_plan(made: Mapping[str, Any], console: Console) -> None:
         console.words(f"Note: {note}.")
     console.text(
         f"plan      {counted(made['steps'], 'step')} of {counted(made['pairs_per_step'], 'pair')}, "
-        "rows of up to "
-        f"{made['longest_row_tokens']} tokens"
+        f"rows of up to {made['longest_row_tokens']} tokens"
     )
     console.text(f"adapter   {made['adapter_parameters']:,} parameters")
     console.text(

@@ -60,7 +60,7 @@ def _add_what(parser: options.Parser) -> None:
     parser.add_argument(
         "--retrain",
         metavar="B",
-        help="such a model itself: the control of every attack that asks",
+        help="such a model itself, attacked in the same way as a control",
     )
     options.add_protocol(parser)
     options.add_out(parser, "folder of the card and its parts")
