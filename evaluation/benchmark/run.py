@@ -7,8 +7,8 @@ every position, evaluation batches in the order of the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,17 @@ SAMPLE = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a forget05 request and of an evaluation, as tokens."""
+    """The rows of a forget05 request and of an evaluation, as tokens.
+
+    With a tokenizer of its own also the format of its prompts, and the rows of TOFU's sets.
+    """
 
     source: str
     forget: list[Encoded]
     retain: list[Encoded]
     questions: list[list[Encoded]]
+    fmt: PromptFormat | None = None
+    sets: Mapping[str, list[Row]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,15 @@ def load_workload(
     else:
         fmt = prompt_format(load_tokenizer(tokenizer), template, system)
         source = "TOFU forget05"
-    sets = {"forget05": 200, "retain": 300, "real_authors": 100, "world_facts": 117}
-    evaluated = [
-        row for name, n in sets.items() for row in load_split(f"{name}_perturbed", data)[:n]
-    ]
+    sizes = {"forget05": 200, "retain": 300, "real_authors": 100, "world_facts": 117}
+    sets = {name: load_split(f"{name}_perturbed", data)[:n] for name, n in sizes.items()}
+    evaluated = [row for rows in sets.values() for row in rows]
     trained = [
         encode_rows(fmt, [(row.question, row.answer) for row in rows], flops.PLAIN_TRAIN, source)
         for rows in (forget, retain)
     ]
     questions = [list(row.texts) for row in encode_answers(fmt, evaluated)]
-    return Workload(source, trained[0], trained[1], questions)
+    return Workload(source, trained[0], trained[1], questions, fmt, sets)
 
 
 def _world_workload() -> Workload:

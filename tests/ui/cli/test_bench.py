@@ -107,8 +107,8 @@ def test_a_base_is_timed_and_not_counted(
     found = run(*words).json
     assert found["base"] == str(tiny_base)
     assert [row["name"] for row in found["table"]] == [
-        "training rows/s", "peak memory, training", "scoring rows/s", "peak memory, scoring",
-        "generation rows/s", "peak memory, generation", "training beside bare products",
+        "training rows/s", "peak memory, training", "training beside bare products",
+        "an evaluation, scores", "an evaluation, scores and answers",
     ]  # fmt: skip
     assert all(row["plain"] > 0 and row["ours"] > 0 for row in found["table"])
     assert run(*words, "--tokenizer", tiny_base).code == 2

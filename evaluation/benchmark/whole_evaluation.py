@@ -1,0 +1,125 @@
+"""One evaluation of a real model, by a standard implementation and by this one, in turns.
+
+The standard implementation scores each set one answer column at a time, in padded batches with the
+logits of every position, and answers with `generate`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from adapters.environment import evaluating, threads_for
+from evaluation.benchmark.run import Line
+from evaluation.inference.scoring import encode_answers
+from evaluation.protocols import protocol_named
+from unlearner.tokens.decoding import stop_tokens
+from unlearner.tokens.prompts import Encoded, PromptFormat, pad_batch, pad_id
+
+if TYPE_CHECKING:
+    from evaluation.suite import EvalData
+
+# Rows of a batch in open-unlearning's evaluation of TOFU; its protocol is that of both.
+BATCH, PROTOCOL = 32, "open-unlearning"
+
+
+def measure_evaluation(
+    model: Any,
+    fmt: PromptFormat,
+    data: EvalData,
+    on_progress: Callable[[str], None],
+    goals: tuple[float, float] = (5.0, 3.0),
+) -> list[Line]:
+    """Questions per second of a whole evaluation: scored, and scored and answered.
+
+    Args:
+        model: a causal LM.
+        fmt: prompts and tokenizer.
+        data: the sets.
+        on_progress: called with what is timed next.
+        goals: how many times as fast ours is to be in each.
+    """
+    from evaluation.suite import evaluate
+
+    questions = sum(map(len, data.sets.values()))
+    ours = partial(evaluate, model, fmt, data, protocol=PROTOCOL)
+    jobs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "an evaluation, scores": (
+            partial(plain_scores, model, fmt, data), partial(ours, generate=False)
+        ),
+        "an evaluation, scores and answers": (
+            partial(_plain_evaluation, model, fmt, data), ours
+        ),
+    }  # fmt: skip
+    lines = []
+    for (name, ways), goal in zip(jobs.items(), goals, strict=True):
+        rates = []
+        for way, whose in zip(ways, ("plain", "ours"), strict=True):
+            on_progress(f"{name}, {whose}")
+            start = time.perf_counter()
+            with evaluating(model), threads_for(model):
+                way()
+            rates.append(questions / (time.perf_counter() - start))
+        ratio = rates[1] / rates[0]
+        target = f"at least {goal:g} x"
+        note = f"{questions} questions in {len(data.sets)} sets, each way once"
+        met = ratio >= goal
+        lines.append(Line(name, "questions/s", rates[0], rates[1], ratio, target, met, note))
+    return lines
+
+
+def plain_scores(model: Any, fmt: PromptFormat, data: EvalData) -> dict[str, list[list[float]]]:
+    """By set and answer column (true, paraphrased, each perturbed) the summed NLL of every row."""
+    import torch.nn.functional as F
+
+    nll: dict[str, list[list[float]]] = {}
+    for name, rows in data.sets.items():
+        texts = [row.texts for row in encode_answers(fmt, rows)]
+        nll[name] = []
+        for column in range(max(map(len, texts))):
+            part = [each[column] for each in texts if column < len(each)]
+            sums: list[float] = []
+            for start in range(0, len(part), BATCH):
+                batch = pad_batch(part[start : start + BATCH], pad_id(fmt.tokenizer))
+                out = model(
+                    input_ids=batch["input_ids"].to(model.device),
+                    attention_mask=batch["attention_mask"].to(model.device),
+                    use_cache=False,
+                )
+                logits = out.logits[:, :-1].float().transpose(1, 2)
+                labels = batch["labels"][:, 1:].to(model.device)
+                losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+                sums += losses.sum(-1).tolist()
+            nll[name].append(sums)
+    return nll
+
+
+def plain_answers(model: Any, fmt: PromptFormat, data: EvalData) -> dict[str, list[str]]:
+    """By set the greedy answer to every question, in the order of the data."""
+    decoding = protocol_named(PROTOCOL).decoding
+    pad, answers = pad_id(fmt.tokenizer), dict[str, list[str]]()
+    for name, rows in data.sets.items():
+        prompts = [fmt.encode_prompt(row.question) for row in rows]
+        answers[name] = []
+        for start in range(0, len(prompts), BATCH):
+            part = [Encoded(ids, ids) for ids in prompts[start : start + BATCH]]
+            batch = pad_batch(part, pad, left=True)
+            out = model.generate(
+                batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                max_new_tokens=decoding.budget(batch["input_ids"].shape[1]),
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=stop_tokens(model, fmt),
+            )
+            new = out[:, batch["input_ids"].shape[1] :]
+            texts = fmt.tokenizer.batch_decode(new, skip_special_tokens=True)
+            answers[name] += [text.strip() for text in texts]
+    return answers
+
+
+def _plain_evaluation(model: Any, fmt: PromptFormat, data: EvalData) -> None:
+    plain_scores(model, fmt, data)
+    plain_answers(model, fmt, data)
