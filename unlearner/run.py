@@ -239,6 +239,8 @@ def prepare(
             token, an empty stack, an unknown schedule or optimizer.
         BaseMismatch: the store belongs to another base.
     """
+    import torch
+
     from unlearner.memory.plan import meta_model
     from unlearner.training.general import longest_rows, own_prompts
     from unlearner.training.target import pushed_nll, with_target
@@ -259,7 +261,8 @@ def prepare(
     if options.given is not None:
         named = {*options.given, *(() if target is None else ("target",))}
         weights = sum(p.numel() for p in meta.parameters())
-        chosen = suited(config, named, len(request.rows), weights)
+        on_cpu = base.device == "cpu" or (base.device == "auto" and not torch.cuda.is_available())
+        chosen = suited(config, named, len(request.rows), weights, on_cpu=on_cpu)
         config, reasons = chosen.config, dict(chosen.reasons)
         target = "auto" if chosen.finds_target else target
     if target not in (None, "auto"):

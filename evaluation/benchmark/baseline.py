@@ -15,6 +15,7 @@ from evaluation.benchmark.whole_evaluation import measure_evaluation
 from evaluation.inference.generation import BATCH_SIZE
 from evaluation.inference.prefix_sharing import score_trees
 from evaluation.suite import EvalData
+from unlearner.defaults import LARGEST_FORWARD, LARGEST_ON_CPU
 from unlearner.tokens.decoding import Prompt, greedy
 from unlearner.tokens.prompts import Encoded, pad_batch
 
@@ -197,12 +198,14 @@ def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) 
 
     model.train()
     device = next(model.parameters()).device
-    batch = on_device(pack_rows([*forget, *retain]), device)
+    size = LARGEST_ON_CPU if device.type == "cpu" else LARGEST_FORWARD
     with pack_attention(model):
-        losses = answer_nll(model, batch)
-        f, n = losses.nll[: len(forget)], losses.n[: len(forget)]
-        r = losses.per_token[len(forget) :]
-        (simnpo(f, n, 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
+        for i in range(0, len(forget), size):
+            rows = [*forget[i : i + size], *retain[i : i + size]]
+            losses = answer_nll(model, on_device(pack_rows(rows), device))
+            f, n = losses.nll[:size], losses.n[:size]
+            r = losses.per_token[size:]
+            (simnpo(f, n, 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -23,6 +23,17 @@ def test_a_small_request_keeps_the_published_steps_by_smaller_batches(
     assert train.per_device_train_batch_size <= 8
 
 
+@pytest.mark.parametrize("rows", [5, 20, 40, 60, 100, 200, 400])
+def test_a_cpu_takes_the_same_steps_in_smaller_forwards(rows: int) -> None:
+    train = suited(make_config(), (), rows, SMOLLM2).config.train
+    on_cpu = suited(make_config(), (), rows, SMOLLM2, on_cpu=True).config.train
+    assert on_cpu.batch_size(rows) == train.batch_size(rows)
+    assert on_cpu.per_device_train_batch_size <= 2
+    # A large model is planned for a card on machines without one.
+    large = suited(make_config(), (), rows, PUBLISHED, on_cpu=True).config
+    assert large == suited(make_config(), (), rows, PUBLISHED).config
+
+
 @pytest.mark.parametrize(
     "given", ["per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"]
 )
