@@ -110,8 +110,9 @@ CHAT_TRAINING: dict[str, Any] = {
     "protected_directions": 256,
     "learning_rate": 2e-3,
     "num_train_epochs": 9,
-    "per_device_train_batch_size": 3,
-    "gradient_accumulation_steps": 1,
+    # Three pairs a step, one by one: 2.1 GB for 3.3, in the same time.
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 3,
 }
 
 
