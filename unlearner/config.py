@@ -63,7 +63,8 @@ class ObjectiveConfig:
         target: mean NLL of the forget rows in nats per token at which the run ends, that of rows
             which the base never saw (see `unlearner.training.target`); 0 = none.
         settle: optimizer steps that follow the one at which the target was reached; 0 keeps the
-            nearer of the last two readings; -1 = 12 with alternate answers, else 0.
+            nearest weights of the last two readings and between them; -1 = 12 with alternate
+            answers, else 0.
         excess_weight: w_e, on the square of what a forget row's NLL per token is above `target`.
     """
 

@@ -2,7 +2,7 @@
 
 Every few steps a measure given by the caller says how far the model is from a model that never saw
 the forget set: below 0 it has forgotten too little, above 0 too much. The run ends once the sign
-turns, with the weights of the nearer of the last two readings.
+turns, with the weights of the nearer of the last two readings, or with weights between them.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class StopAt:
             two says that 0 is far; 1 for equal intervals.
         from_nll: no reading is taken while a step's own forget NLL per token is below this, but
             after the last step.
+        refine: without `settle`, so many readings of weights between those of the last two: one
+            step of a small request may pass 0 by far.
     """
 
     measure: Measure
@@ -60,6 +62,7 @@ class StopAt:
     from_nll: float = 0.0
     settle: int = 0
     patience: int = 1
+    refine: int = 0
 
     def steps_between(self, steps: int) -> int:
         """Steps between two readings in a run of `steps`."""
@@ -71,14 +74,14 @@ class Trace:
     """The readings of a run and what followed from them.
 
     Attributes:
-        readings: `[step, distance]`, the first before any training.
+        readings: `[step, distance]`, the first before any training; 28.4 is between two steps.
         stopped_at: the step at which the run ended because the sign had turned.
         kept: the step whose weights are the result, None while it is the last one.
     """
 
     readings: list[list[float]] = field(default_factory=list)
     stopped_at: int | None = None
-    kept: int | None = None
+    kept: float | None = None
 
     @property
     def reached(self) -> int | None:
@@ -115,7 +118,7 @@ class Trace:
         left = -distance / slope / 2 if slope > 0 else math.inf
         return int(min(max(left, every), every * patience))
 
-    def distance_at(self, step: int) -> float:
+    def distance_at(self, step: float) -> float:
         """The reading of a step; the last one where the step is read twice."""
         return next(value for at, value in reversed(self.readings) if at == step)
 
@@ -231,7 +234,7 @@ class EarlyStop:
         `gap` is the distance of the weights that were kept, `gap_trace` every reading.
         """
         readings = self.trace.readings
-        kept = self.trace.kept if self.trace.kept is not None else int(readings[-1][0])
+        kept = self.trace.kept if self.trace.kept is not None else readings[-1][0]
         return {
             "stop_at": self._stop.quantity,
             "gap_every": self._stop.steps_between(steps),
@@ -241,8 +244,8 @@ class EarlyStop:
             "gap_trace": readings,
         }
 
-    def _take(self, step: int, steps: int, model: torch.nn.Module) -> bool:
-        """Measure; whether the run is over. The nearer weights are then in the model."""
+    def _measure(self, step: int, model: torch.nn.Module) -> tuple[dict[str, float], float]:
+        """The figures, and the distance among them."""
         with undisturbed(model):
             figures = dict(self._stop.measure(model))
         distance = float(figures[self._stop.quantity])
@@ -253,8 +256,16 @@ class EarlyStop:
                 "Most likely the learning rate is too high: lower --learning-rate, or clip "
                 "gradients with --max-grad-norm 1.",
             )
+        return figures, distance
+
+    def _take(self, step: int, steps: int, model: torch.nn.Module) -> bool:
+        """Measure; whether the run is over. The nearest weights are then in the model."""
+        figures, distance = self._measure(step, model)
         weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         go_back = self.trace.add(step, distance, self._stop.settle)
+        if self._stop.refine and self.trace.stopped_at is not None and not self._stop.settle:
+            go_back = False
+            figures = self._refine(step, model, weights, figures)
         line = {"event": "gap", "step": step, "steps": steps, **figures}
         line |= {
             "stopped_at_step": self.trace.stopped_at,
@@ -271,3 +282,39 @@ class EarlyStop:
                     parameter.copy_(self._before[name])
         self._before = {n: p.detach().cpu().clone().contiguous() for n, p in weights.items()}
         return self.trace.stopped_at is not None
+
+    def _refine(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        weights: Mapping[str, torch.nn.Parameter],
+        figures: Mapping[str, float],
+    ) -> dict[str, float]:
+        """Put the nearest weights between the last two readings into the model; their figures.
+
+        The distance is taken for a straight line between the nearest weights on both sides of 0.
+        """
+        after = {name: weight.detach().clone() for name, weight in weights.items()}
+
+        def go_to(share: float) -> None:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    before = self._before[name].to(weight.device)
+                    weight.copy_(torch.lerp(before, after[name], share))
+
+        (before, under), (_, over) = self.trace.readings[-2:]
+        low, high, nearest = (0.0, under), (1.0, over), (1.0, over, dict(figures))
+        for _ in range(self._stop.refine):
+            share = low[0] - low[1] * (high[0] - low[0]) / (high[1] - low[1])
+            go_to(share)
+            found, distance = self._measure(step, model)
+            low, high = ((share, distance), high) if distance < 0 else (low, (share, distance))
+            if abs(distance) < abs(nearest[1]):
+                nearest = (share, distance, found)
+        go_to(nearest[0])
+        if nearest[0] < 1.0:
+            self.trace.kept = round(before + nearest[0] * (step - before), 3)
+            self.trace.readings.append([self.trace.kept, nearest[1]])
+        else:
+            self.trace.kept = step
+        return nearest[2]

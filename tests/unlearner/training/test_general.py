@@ -179,10 +179,12 @@ def test_a_run_stops_at_its_target(
     assert adapter.manifest.objective["target"] == 2.0
     steps = [e for e in events if e["event"] == "train"]
     assert steps[0]["forget_nll"] < 0.5 < steps[-1]["forget_nll"]
-    # An objective that ascends does not settle: it keeps the nearer of the last two readings.
-    (*_, before, last) = train["gap_trace"]
+    # It ends between the two readings around the target, nearer to it than both.
+    (*_, before, last, between) = train["gap_trace"]
     assert before[1] < 0 <= last[1]
-    assert train["kept_step"] == min((before, last), key=lambda reading: abs(reading[1]))[0]
+    assert before[0] < between[0] < last[0]
+    assert abs(between[1]) < 0.1 * min(abs(before[1]), abs(last[1]))
+    assert (train["kept_step"], train["gap"]) == tuple(between)
 
 
 def test_a_run_that_does_not_settle_ends_where_the_target_is_reached(
@@ -193,7 +195,7 @@ def test_a_run_that_does_not_settle_ends_where_the_target_is_reached(
     ended = quick("npo", num_train_epochs=60, learning_rate=3e-3, settle=0)
     train = unlearn(request_, base, settled, store, options).manifest.train
     first = unlearn(request_, base, ended, store, options).manifest.train
-    (reached,) = (at for at, gap in first["gap_trace"] if gap >= 0)
+    reached = next(at for at, gap in first["gap_trace"] if gap >= 0)
     assert first["stopped_at_step"] == reached
     assert train["stopped_at_step"] == train["kept_step"] == reached + 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,11 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
     elif kind == "gap" and event.get("stopped_at_step") is not None:
         reached, kept = event.get("reached_at_step"), event["kept_step"]
         when = "reached" if reached in (None, event["step"]) else f"reached at step {reached}"
+        weights = f"weights of step {kept}"
+        if kept != int(kept):
+            weights = f"weights between steps {math.floor(kept)} and {math.ceil(kept)}"
         console.words(
-            f"Step {event['step']}: {reading_text(event)}, {when}: stopping with the weights of "
-            f"step {kept}."
+            f"Step {event['step']}: {reading_text(event)}, {when}: stopping with the {weights}."
         )
     elif event.get("step") is not None:
         reading = reading_text(event) if kind == "gap" else ""
