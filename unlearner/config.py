@@ -22,7 +22,7 @@ TARGET_MODULES = (
     "up_proj",
     "down_proj",
 )
-FORGET_TOKENS = ("all", "new", "facts")
+FORGET_TOKENS = ("all", "facts")
 CHECKPOINTING = r"auto|off|all|[2-9]|[1-9]\d{1,2}"
 
 
@@ -40,9 +40,8 @@ class ObjectiveConfig:
         rmu_layer: block whose output RMU steers, from 0; -1 is the one at 7/32 of the depth.
         rmu_coefficient: RMU's c, the length of the vector that forget states are steered to.
         ceu_skip: how many tokens at the beginning of an answer CE-U leaves alone.
-        forget_tokens: "all" tokens of a forget answer; those of "new" words, which the question
-            does not hold; or of "facts", new words that few of the kept answers hold (see
-            `unlearner.request.facts`).
+        forget_tokens: "all" tokens of a forget answer, or the "facts": words that neither the
+            question holds nor many of the kept answers (see `unlearner.request.facts`).
         forget_weight: w_f, on the forget term.
         retain_weight: w_r, on the retain term; the model card's lambda.
         guard_weight: on what keeps earlier requests of the stack forgotten, where their

@@ -500,8 +500,7 @@ def _pushed(
     """Gives encoded rows labels only where `forget_tokens` says that they are pushed."""
     if config.objective.forget_tokens == "all":
         return lambda rows, encoded: tuple(encoded)
-    facts = config.objective.forget_tokens == "facts"
-    common = common_words(request.retain) if facts else frozenset()
+    common = common_words(request.retain)
     return lambda rows, encoded: tuple(
         facts_only(row, one, common, fmt.tokenizer) for row, one in zip(rows, encoded, strict=True)
     )

@@ -16,7 +16,7 @@ from unlearner.request.facts import common_words, facts_only
 from unlearner.request.rows import Request, Row
 from unlearner.run import RunOptions, prepare, unlearn
 from unlearner.tokens.prompts import IGNORE, Encoded, PromptFormat, prompt_format
-from unlearner.training.target import PUSHED_RATIO
+from unlearner.training.target import FACTS_RATIO
 
 KEPT = [
     *(Row(f"Where was author {i} born?", f"The author was born in city {i}.") for i in range(40)),
@@ -80,16 +80,14 @@ def test_a_cut_answer_is_marked_up_to_its_cut(fmt: PromptFormat) -> None:
     assert 0 < found.n_targets < cut.n_targets
 
 
-@pytest.mark.parametrize("tokens", ["new", "facts"])
-def test_a_run_pushes_some_words_and_measures_whole_answers(
-    tokens: str, request_: Request, base: BaseSpec, quick: Callable[..., UnlearnConfig],
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    """The given target is that of whole answers; the loss, and what stops it, see the words."""
-    config = quick(num_train_epochs=1, forget_tokens=tokens)
+def test_a_run_pushes_the_facts_and_measures_whole_answers(
+    request_: Request, base: BaseSpec, quick: Callable[..., UnlearnConfig], tmp_path: Path
+) -> None:
+    """The given target is that of whole answers; the loss, and what stops it, see the facts."""
+    config = quick(num_train_epochs=1, forget_tokens="facts")
     options = RunOptions(target=2.0, summarise=True)
     run = prepare(request_, base, config, None, options)
-    assert run.config.objective.target == pytest.approx(2.0 * PUSHED_RATIO[tokens])
+    assert run.config.objective.target == pytest.approx(2.0 * FACTS_RATIO)
     fewer = [row.n_targets for row in run.rows.forget]
     assert all(1 <= n <= row.n_targets for n, row in zip(fewer, run.whole, strict=True))
     assert sum(fewer) < sum(row.n_targets for row in run.whole)
@@ -98,27 +96,13 @@ def test_a_run_pushes_some_words_and_measures_whole_answers(
     ]
     store = AdapterStore.open(tmp_path / "store", create=True)
     outcomes = [
-        unlearn(request_, base, quick(num_train_epochs=1, forget_tokens=pushed), store,
+        unlearn(request_, base, quick(num_train_epochs=1, forget_tokens=tokens), store,
                 replace(options, target=None)).manifest.train["outcome"]["forget"]["before"]
-        for pushed in ("all", tokens)
+        for tokens in ("all", "facts")
     ]  # fmt: skip
     assert outcomes[0] == outcomes[1]
 
 
-def test_new_words_hold_the_facts_and_more(
-    request_: Request, base: BaseSpec, quick: Callable[..., UnlearnConfig]
-) -> None:
-    every, new, facts = (
-        [
-            row.n_targets
-            for row in prepare(request_, base, quick(forget_tokens=name), None).rows.forget
-        ]
-        for name in ("all", "new", "facts")
-    )
-    assert sum(facts) < sum(new) < sum(every)
-    assert all(f <= n <= e for f, n, e in zip(facts, new, every, strict=True))
-
-
 def test_other_tokens_are_refused() -> None:
-    with pytest.raises(UserError, match="forget_tokens 'some' is not one of all, new, facts"):
+    with pytest.raises(UserError, match="forget_tokens 'some' is not one of all, facts"):
         make_config(forget_tokens="some")
