@@ -170,7 +170,8 @@ def unlearn(
         model: the base as `load_base` gives it, where it is loaded already; it is bare afterwards.
         stop_at: a measure against a retrain reference that ends the run once its sign turns.
         after_step: called with the step, the number of steps and the model after every step.
-        on_progress: gets a dict per event: "note", "load", "probe" (the peak of two steps), "train"
+        on_progress: gets a dict per event: "chosen" (a setting, with the reason), "note", "load",
+            "from-start" (nothing was saved to resume), "probe" (the peak of two steps), "train"
             (one per step), "gap" (a reading of `stop_at`), "stopping", "publish".
 
     Raises:
@@ -181,8 +182,10 @@ def unlearn(
     """
     report = on_progress or (lambda event: None)
     run = prepare(request, base, config, store, options)
-    for note in (*run.chosen.values(), *run.notes):
-        report({"event": "note", "text": note})
+    for text in run.chosen.values():
+        report({"event": "chosen", "text": text})
+    for text in run.notes:
+        report({"event": "note", "text": text})
     distributed.join()
     with ExitStack() as stack:
         # Before the base is loaded: an interrupted run of this request is refused at once.
@@ -795,7 +798,8 @@ def run_folder(
                 "Add --resume to continue it, or --restart to discard it.",
             )
         if options.resume and saved is None:
-            report({"event": "note", "text": "nothing was saved of this run: it starts at step 0"})
+            text = "nothing was saved of this run: it starts at step 0"
+            report({"event": "from-start", "text": text})
         if not (options.resume and saved):
             distributed.from_first(lambda: _empty(work))
         yield work

@@ -257,8 +257,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     # No step was run twice, and the first call said that there was nothing to resume.
     assert [e["step"] for e in events if e["event"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [e["event"] for e in events].count("stopping") == 2
-    notes = [e["text"] for e in events if e["event"] == "note"]
-    assert sum("nothing was saved of this run" in text for text in notes) == 1
+    (text,) = (e["text"] for e in events if e["event"] == "from-start")
+    assert "nothing was saved of this run" in text
 
 
 def test_an_interrupted_run_is_never_discarded_silently(
@@ -393,7 +393,7 @@ def test_a_run_resumes_only_its_own_request_and_settings(
     assert prepare(request_, base, quick(), store).key in keys
     events: list[dict[str, Any]] = []
     unlearn(fewer, base, quick(), store, RunOptions(resume=True), on_progress=events.append)
-    assert [e["event"] for e in events][:2] == ["note", "load"]
+    assert [e["event"] for e in events][:2] == ["from-start", "load"]
     # The interrupted run's checkpoint still stands.
     (work,) = (store.path / "runs").iterdir()
     assert (work / "checkpoint-3").is_dir()
