@@ -66,8 +66,6 @@ class SmallModels:
             retain authors are read once, as background.
         held_out: one in this many paraphrased questions is not trained on, to measure
             generalisation.
-        facts: how many times an epoch contains real authors and world facts, which are the only
-            pretraining of these models.
     """
 
     shape: TinyShape
@@ -75,7 +73,6 @@ class SmallModels:
     retain_authors: int = 20
     paraphrased_authors: int = 10
     held_out: int = 4
-    facts: int = 1
 
 
 @dataclass(frozen=True)
@@ -388,21 +385,20 @@ def against_published(
     """
     checks = []
     rows = {row["name"]: row for row in table if row["protocol"] == preset.published_protocol}
-    for name, figures in preset.published.get(split, {}).items():
-        for figure, wanted in zip(("forget_quality", "model_utility"), figures, strict=True):
-            if name not in rows:
-                continue
+    for published in published_rows(preset, split):
+        name = published.pop("name")
+        for figure, wanted in published.items() if name in rows else ():
             measured = rows[name].get(figure)
             if measured is None:
-                text = f"{name}: {figure} was not measured, published is {wanted:.3g}"
-                checks.append(Check(name, figure, None, wanted, False, text))
-                continue
-            if figure == "model_utility":
-                holds, rule = abs(measured - wanted) <= UTILITY_BAND, f"within {UTILITY_BAND} of"
+                holds, text = False, f"was not measured, published is {wanted:.3g}"
             else:
-                holds = (measured > ALPHA) == (wanted > ALPHA)
-                rule = f"on the same side of {ALPHA} as"
-            word = "is" if holds else "is NOT"
-            text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
-            checks.append(Check(name, figure, measured, wanted, holds, text))
+                if figure == "model_utility":
+                    holds = abs(measured - wanted) <= UTILITY_BAND
+                    rule = f"within {UTILITY_BAND} of"
+                else:
+                    holds = (measured > ALPHA) == (wanted > ALPHA)
+                    rule = f"on the same side of {ALPHA} as"
+                word = "is" if holds else "is NOT"
+                text = f"{measured:.3g} {word} {rule} the published {wanted:.3g}"
+            checks.append(Check(name, figure, measured, wanted, holds, f"{name}: {figure} {text}"))
     return checks

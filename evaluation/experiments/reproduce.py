@@ -42,6 +42,7 @@ from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from unlearner.baselines.full import LARGEST, refuse_large, too_large
 from unlearner.config import UnlearnConfig, make_config
+from unlearner.memory import plan as memory
 from unlearner.request.rows import Request, Row
 from unlearner.request.tofu import FORGET_SPLITS, load_refusals, load_split
 from unlearner.run import RunOptions
@@ -225,8 +226,6 @@ def _named(report: Report, name: str) -> Report:
 
 def _memory(run: Reproduction) -> dict[str, Any] | None:
     """Estimate for the preset's shape; None for small models and for full training."""
-    from unlearner.memory import plan as memory
-
     shape = run.chosen.shape
     if shape is None or run.full:
         return None

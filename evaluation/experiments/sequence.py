@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adapters.base.load import BaseSpec
 from adapters.errors import UserError
+from adapters.store.store import AdapterStore
 from evaluation.cache import Cache, key_of
 from evaluation.experiments.systems import (
     Measured,
@@ -36,7 +37,7 @@ from evaluation.experiments.systems import (
 )
 from evaluation.logs import read_log
 from evaluation.logs.matching import match_rows
-from evaluation.logs.records import RowRecord, write_json
+from evaluation.logs.records import EvalLog, RowRecord, write_json
 from evaluation.metrics.bootstrap import Floats
 from evaluation.metrics.forget_quality import ForgetQuality, forget_quality
 from evaluation.metrics.summary import set_values
@@ -44,13 +45,11 @@ from evaluation.metrics.utility import UTILITY_SETS, model_utility
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
+from unlearner.request.past_requests import joined
 from unlearner.request.rows import Request, Row
 from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
-
-if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
-    from unlearner.tokens.prompts import Template
+from unlearner.run import RunOptions
+from unlearner.tokens.prompts import Template
 
 POLICIES = ("on-stack", "consolidated")
 KIND = "unlearner-sequence"
@@ -317,8 +316,6 @@ class _Line:
             self.report({**event, "job": self.policy})
 
     def _store(self) -> AdapterStore:
-        from adapters.store.store import AdapterStore
-
         return AdapterStore.open(self.folder / "store", create=True)
 
     def _with_figures(
@@ -348,9 +345,6 @@ class _Line:
         replaces: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The active adapter of some requests and its cost, trained unless the store holds it."""
-        from unlearner.request.past_requests import joined
-        from unlearner.run import RunOptions
-
         plan, started = self.plan, time.monotonic()
         requests = [plan.requests[n - 1].request for n in numbers]
         request = joined(requests) if self.policy == "consolidated" else requests[0]

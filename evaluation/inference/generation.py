@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from adapters.environment import evaluating
 from evaluation.protocols import Decoding
 from unlearner.tokens.decoding import Draft, Prompt, answer_end, greedy, stop_tokens
-from unlearner.tokens.prompts import Encoded, pad_batch, pad_id
+from unlearner.tokens.prompts import Encoded, PromptFormat, pad_batch, pad_id
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
-
-    from unlearner.tokens.prompts import PromptFormat
 
 BATCH_SIZE = 64
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
 from unlearner import distributed
-from unlearner.tokens.prompts import IGNORE, Encoded
+from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -258,7 +258,6 @@ def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | Non
     import torch
 
     from unlearner.objectives.likelihood import answer_nll, on_device
-    from unlearner.tokens.prompts import pad_batch
 
     longest = max(questions, key=lambda texts: max(len(text.input_ids) for text in texts))
     others = [texts for texts in questions[:COMPARED] if texts is not longest]

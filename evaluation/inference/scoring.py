@@ -11,13 +11,11 @@ from adapters.errors import UserError
 from evaluation.inference.prefix_sharing import score_trees, sharing_problem
 from evaluation.logs.records import AnswerScore, RowRecord
 from evaluation.metrics.text import words_of
-from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_batch, pad_id
+from unlearner.request.rows import Row
+from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, PromptFormat, pad_batch, pad_id
 
 if TYPE_CHECKING:
     import torch
-
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
 
 OnProgress = Callable[[str, int, int], None]
 BATCH_TOKENS = 4096

@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters.environment import evaluating
+from adapters.lora.stack import base_only
 from evaluation.inference.scoring import BATCH_TOKENS, batches_of
-from unlearner.tokens.prompts import IGNORE, pad_batch
+from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from unlearner.objectives.likelihood import Answers
-    from unlearner.tokens.prompts import Encoded
 
 OnBatch = Callable[[int, int], None]
 # Tokens whose logits exist at once, a few copies of them in float32: 4 x 128 x 32,000 are 62 MiB.
@@ -106,7 +106,6 @@ def base_kl(
     """
     import torch
 
-    from adapters.lora.stack import base_only
     from unlearner.objectives.likelihood import AnswerHidden, Answers, answers
 
     results: dict[int, float] = {}

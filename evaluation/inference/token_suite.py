@@ -8,21 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.base.load import base_view
 from adapters.environment import threads_for
 from adapters.errors import UserError
+from adapters.lora.peft_layers import active_names
 from evaluation.cache import Cache, Entry, key_of
 from evaluation.inference.scoring import OnProgress, about_model, silent
 from evaluation.inference.token_stats import answer_tokens, base_kl
 from evaluation.logs.token_records import TokenRecords, TokenRow, TokenSet, token_row_from_json
 from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
 from unlearner import distributed as ranks
-from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
+from unlearner.request.rows import Row
+from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, PromptFormat, pad_id
 
 if TYPE_CHECKING:
     import torch
-
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
 
 # The metrics that need each set.
 NEEDS = {
@@ -116,9 +116,6 @@ def measure_tokens(
     Raises:
         UserError: a prompt alone fills `max_length`, or a cached result is damaged.
     """
-    from adapters.base.load import base_view
-    from adapters.lora.peft_layers import active_names
-
     if resume_dir is not None and not key:
         raise ValueError("resume_dir needs a key that names the weights")
     ranks.join()

@@ -11,18 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.environment import versions
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
 from evaluation.inference.scoring import OnProgress, silent
+from evaluation.logs.records import EvalLog
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.robustness import probe as probes
 from evaluation.robustness import wordings as attacks
 from evaluation.robustness.people import people_of
-from evaluation.robustness.quantisation import QUANTISED, Subject, Workplace
+from evaluation.robustness.quantisation import QUANTISED, Loaded, Subject, Workplace
 from evaluation.robustness.relearning import (
     Method,
     Relearning,
@@ -33,14 +34,8 @@ from evaluation.robustness.relearning import (
 )
 from evaluation.robustness.sampling import LEAKED_ROUGE, Draws, best_of, row_recalls
 from evaluation.robustness.verdicts import verdicts
-from evaluation.suite import EvalData, evaluate
-from unlearner.request.rows import spread
-
-if TYPE_CHECKING:
-    from evaluation.logs.records import EvalLog
-    from evaluation.robustness.quantisation import Loaded
-    from evaluation.suite import Effort
-    from unlearner.request.rows import Row
+from evaluation.suite import Effort, EvalData, evaluate
+from unlearner.request.rows import Row, spread
 
 KIND, SCHEMA = "unlearner-robustness", 1
 ATTACKS = ("states", "relearn", "sample", "paraphrase", "probe", "drop")
@@ -81,21 +76,18 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def wrong(name: str, rule: str) -> str:
-            return f"{name} {getattr(self, name)} is {rule}"
-
         problems = [f"there is no attack '{a}'" for a in self.attacks if a not in ATTACKS]
         problems += [] if self.attacks else ["no attack is given"]
-        for name in ("relearn_steps", "samples", "sample_rows", "paraphrase_rows", "probe_rows"):
-            if getattr(self, name) < 1:
-                problems.append(wrong(name, "below 1"))
+        counts = ("relearn_steps", "samples", "sample_rows", "paraphrase_rows", "probe_rows")
+        wrong = {name: "below 1" for name in counts if getattr(self, name) < 1}
         if not 0 < self.relearn_share < 1:
-            problems.append(wrong("relearn_share", "not between 0 and 1"))
+            wrong["relearn_share"] = "not between 0 and 1"
         if not 0 < self.top_p <= 1:
-            problems.append(wrong("top_p", "not above 0 and at most 1"))
+            wrong["top_p"] = "not above 0 and at most 1"
         for name in ("temperature", "relearn_lr"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                problems.append(wrong(name, "not above 0"))
+                wrong[name] = "not above 0"
+        problems += [f"{name} {getattr(self, name)} is {rule}" for name, rule in wrong.items()]
         if problems:
             raise UserError(
                 f"The settings of the attacks are not valid: {'; '.join(problems)}.",
@@ -244,21 +236,16 @@ class _Card:
 
     def states(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """The figures of every form, measured in the same way."""
-        inputs = {
-            "rows": self.data,
-            "protocol": self.protocol,
-            "limit": self.limit,
-            "reference": self.retain_log,
-        }
+        how: dict[str, Any] = {
+            "protocol": self.protocol, "limit": self.limit, "retain_log": self.retain_log
+        }  # fmt: skip
 
         def measure(name: str) -> dict[str, Any]:
             with self.place.loaded(name) as loaded:
                 log = evaluate(
                     *loaded,
                     self.data,
-                    protocol=self.protocol,
-                    retain_log=self.retain_log,
-                    limit=self.limit,
+                    **how,
                     key=f"{name}-{self.cache.key}",
                     resume_dir=self.cache.folder,
                     on_progress=lambda text, *counts: self.on_progress(f"{name}: {text}", *counts),
@@ -268,7 +255,9 @@ class _Card:
             return {key: figures[key] for key in STATE_KEYS}
 
         results = {
-            name: self.cache.entry(f"state-{name}", **inputs).result(partial(measure, name))
+            name: self.cache.entry(f"state-{name}", rows=self.data, **how).result(
+                partial(measure, name)
+            )
             for name in names
         }
         return [{"name": name, **figures} for name, figures in results.items()]
@@ -280,16 +269,13 @@ class _Card:
         rows = len(split.seen)
 
         def attack(state: str, name: str, **weights: Any) -> dict[str, Any]:
+            def tell(step: int, steps: int) -> None:  # in rows, as all other parts do
+                self.on_progress(f"relearning {name}", step * rows, steps * rows)
+
             def run() -> dict[str, Any]:
                 plan = settings.settled(place.weights(state))
-                label = f"relearning {name}"  # progress counts rows, as in all other parts
                 with place.loaded(state, float32=plan.method == "full") as loaded:
-                    points = relearn(
-                        loaded,
-                        split,
-                        plan,
-                        lambda i, n: self.on_progress(label, i * rows, n * rows),
-                    )
+                    points = relearn(loaded, split, plan, tell)
                 return {"learning_rate": plan.learning_rate, "with": plan.method, "points": points}
 
             entry = self.cache.entry(f"relearn-{name}", split=split, attack=settings, **weights)

@@ -10,15 +10,16 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from adapters.environment import FULL_LIMIT, attack_rates
+from adapters.lora.stack import add_trainable
+from adapters.lora.targets import default_targets
 from evaluation.inference.scoring import score_rows
+from evaluation.robustness.quantisation import Loaded
+from unlearner.config import LoraShape
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import TRAIN_MAX_LENGTH, Encoded, encode_rows, pad_batch, pad_id
-
-if TYPE_CHECKING:
-    from evaluation.robustness.quantisation import Loaded
 
 Method = Literal["auto", "full", "lora"]
 CURVE = (0, 5, 10, 20, 40)
@@ -138,10 +139,6 @@ def _trainable(model: Any, plan: Relearning) -> Any:
     import torch
     from peft import LoraConfig
 
-    from adapters.lora.stack import add_trainable
-    from adapters.lora.targets import default_targets
-    from unlearner.config import LoraShape
-
     shape = LoraShape()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(plan.seed)
@@ -166,9 +163,7 @@ def _backward(model: Any, rows: Sequence[Encoded], pad: int) -> None:
         (losses.per_token.sum() / len(rows)).backward()
 
 
-def recovery(
-    points: Sequence[dict[str, Any]], origin: dict[str, Any], step: int | None = None
-) -> float | None:
+def recovery(points: Sequence[dict[str, Any]], origin: dict[str, Any]) -> float | None:
     """How much of what was lost on unseen rows came back, 0 for nothing and 1 for all.
 
     `(P after - P before) / (P of Origin - P before)`; None where nothing had been lost.
@@ -176,9 +171,7 @@ def recovery(
     Args:
         points: the curve of the attacked model, step 0 first.
         origin: Origin's probabilities on the same rows.
-        step: which point is "after"; the last one by default.
     """
-    before = points[0]["unseen_answer_prob"]
-    last = points[-1] if step is None else next(p for p in points if p["step"] == step)
+    before, after = (points[i]["unseen_answer_prob"] for i in (0, -1))
     lost = origin["unseen_answer_prob"] - before
-    return None if lost <= 1e-3 else float((last["unseen_answer_prob"] - before) / lost)
+    return None if lost <= 1e-3 else float((after - before) / lost)

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from adapters.environment import evaluating
 from evaluation.inference import generation
 from evaluation.metrics.text import rouge_recall
+from evaluation.robustness.quantisation import Loaded
+from unlearner.request.rows import Row
 from unlearner.tokens import decoding
+from unlearner.tokens.prompts import PromptFormat
 
 if TYPE_CHECKING:
     import torch
-
-    from evaluation.robustness.quantisation import Loaded
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
 
 # ROUGE-L recall from which an answer counts as leaked; `verdicts` of the app uses the same value.
 LEAKED_ROUGE = 0.8
@@ -73,18 +72,15 @@ def best_of(recalls: Sequence[Sequence[float]], samples: int) -> list[dict[str, 
         recalls: for every question the ROUGE-L recall of each of its draws.
         samples: draws per question.
     """
-    points = []
-    for n in sizes(samples):
-        best = [expected_best(row, n) for row in recalls]
-        leaked = [expected_best([float(x >= LEAKED_ROUGE) for x in row], n) for row in recalls]
-        points.append(
-            {
-                "n": n,
-                "best_rouge_l_recall": math.fsum(best) / len(best),
-                "share_leaked": math.fsum(leaked) / len(leaked),
-            }
-        )
-    return points
+    leaks = [[float(recall >= LEAKED_ROUGE) for recall in row] for row in recalls]
+
+    def mean(rows: Sequence[Sequence[float]], n: int) -> float:
+        return math.fsum(expected_best(row, n) for row in rows) / len(rows)
+
+    return [
+        {"n": n, "best_rouge_l_recall": mean(recalls, n), "share_leaked": mean(leaks, n)}
+        for n in sizes(samples)
+    ]
 
 
 def row_recalls(loaded: Loaded, row: Row, draws: Draws) -> list[float]:

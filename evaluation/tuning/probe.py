@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evaluation.logs.records import EvalLog
 from evaluation.metrics.summary import summarise
 from evaluation.suite import EvalData, evaluate
+from unlearner.tokens.prompts import PromptFormat
 
 if TYPE_CHECKING:
     import torch
-
-    from evaluation.logs.records import EvalLog
-    from unlearner.tokens.prompts import PromptFormat
 
 # One in so many rows of the retained sets is measured, and all of the forget set.
 RETAIN_STRIDE, FACTS_STRIDE = 3, 2

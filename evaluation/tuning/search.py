@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.environment import free_memory
-from adapters.errors import UserError
+from adapters.errors import Diverged, UserError
 from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
 from evaluation.experiments.systems import (
@@ -45,6 +45,7 @@ from evaluation.tuning.probe import (
 )
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request
+from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.prompts import Template, prompt_format
 
 if TYPE_CHECKING:
@@ -213,16 +214,9 @@ def _study(optuna: Any, run: Tuning) -> Study:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    name = key_of(
-        objective=run.objective,
-        fixed=run.fixed,
-        space=run.space,
-        seed=run.seeds[0],
-        loss=FORMULA,
-        **run.inputs,
-    )
+    searched = {"objective": run.objective, "fixed": run.fixed, "space": run.space}
     study: Study = optuna.create_study(
-        study_name=name,
+        study_name=key_of(**searched, seed=run.seeds[0], loss=FORMULA, **run.inputs),
         storage=JournalStorage(JournalFileBackend(str(run.out / STUDY_FILE))),
         load_if_exists=True,
     )
@@ -251,8 +245,6 @@ def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
 
 def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report) -> None:
     """Trains and measures one trial, and tells the study its loss."""
-    from adapters.errors import Diverged
-
     trial = study.ask()
     config = run.config(_suggest(trial, run.space), search.retrain_nll, run.seeds[0])
     trial.set_user_attr("settings", config.to_json())
@@ -283,8 +275,6 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
 def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report) -> None:
     """Trains one adapter in a temporary store."""
-    from unlearner.run import RunOptions, unlearn
-
     free_memory()  # of the trial before
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=run.out) as folder:
         unlearn(
@@ -356,15 +346,9 @@ def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -
 
 
 def on_seed(
-    run: Tuning,
-    config: UnlearnConfig,
-    seed: int,
-    origin: Mapping[str, Any],
-    report: Report,
+    run: Tuning, config: UnlearnConfig, seed: int, origin: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
     """The settings trained with this seed and measured in full, answers and all."""
-    from unlearner.run import RunOptions
-
     report({"event": "stage", "text": f"Training and measuring seed {seed}"})
     seeded = replace(config, train=replace(config.train, seed=seed))
     work = run.out / f"seed-{seed}-{key_of(config=seeded, **run.inputs)[:12]}"

@@ -108,7 +108,6 @@ def test_recovery_is_the_share_of_what_was_lost() -> None:
     points = [{"step": s, "unseen_answer_prob": p} for s, p in ((0, 0.1), (5, 0.4), (20, 0.7))]
     origin = {"unseen_answer_prob": 0.9}
     assert recovery(points, origin) == pytest.approx(0.75)
-    assert recovery(points, origin, step=5) == pytest.approx(0.375)
     assert recovery(points, {"unseen_answer_prob": 0.1}) is None
 
 
