@@ -492,7 +492,7 @@ def quality_of(
     Raises:
         UserError: the reference holds other rows.
     """
-    quality = ForgetQuality(None, None, None, None, None, len(rows))
+    quality = ForgetQuality()
     if reference is not None and "forget" in reference.sets and rows:
         match = match_rows(rows, reference.sets["forget"].rows, subset=True)
         ours, theirs = (

@@ -16,6 +16,7 @@ from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, PromptFormat, pad
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 OnProgress = Callable[[str, int, int], None]
 BATCH_TOKENS = 4096
@@ -152,16 +153,14 @@ def _score_texts(
     batch_tokens: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[AnswerScore]:
-    """Scores in the order of `texts`; batches hold texts of like length, the longest first."""
+    """Scores in the order of `texts`."""
     import torch
 
     from unlearner.objectives.likelihood import answer_nll
 
-    device = next(model.parameters()).device
     scores: dict[int, AnswerScore] = {}
-    for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
-        batch = pad_batch([texts[i] for i in indices], pad)
-        result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
+    for indices, batch in padded_batches(model, texts, pad, batch_tokens):
+        result = answer_nll(model, batch)
         totals = result.nll.to(torch.float64).tolist()
         for i, total, n in zip(indices, totals, result.n.tolist(), strict=True):
             scores[i] = AnswerScore(total / n, n)
@@ -170,14 +169,20 @@ def _score_texts(
     return [scores[i] for i in range(len(texts))]
 
 
-def batches_of(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by falling length, so many that their padded size stays within `batch_tokens`."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + count]
-        start += count
+def padded_batches(
+    model: torch.nn.Module, texts: Sequence[Encoded], pad: int, batch_tokens: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Indices of texts of like length, the longest first, and their batch on the model's device.
+
+    A batch has so many texts that its padded size stays within `batch_tokens`.
+    """
+    device = next(model.parameters()).device
+    left = sorted(range(len(texts)), key=lambda i: -len(texts[i].input_ids))
+    while left:
+        count = max(1, batch_tokens // max(1, len(texts[left[0]].input_ids)))
+        indices, left = left[:count], left[count:]
+        batch = pad_batch([texts[i] for i in indices], pad)
+        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def judge_losses(

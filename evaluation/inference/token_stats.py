@@ -7,7 +7,7 @@ batched or padded, but for rounding (1e-5 in float32).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from adapters.environment import evaluating
 from adapters.lora.stack import base_only
-from evaluation.inference.scoring import BATCH_TOKENS, batches_of
-from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
+from evaluation.inference.scoring import BATCH_TOKENS, padded_batches
+from unlearner.tokens.prompts import IGNORE, Encoded
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def answer_tokens(
 
     results: dict[int, AnswerTokens] = {}
     with evaluating(model):
-        for indices, batch in _batches(model, texts, pad, batch_tokens):
+        for indices, batch in padded_batches(model, texts, pad, batch_tokens):
             rows = _row_columns(answers(model, batch), _four)
             for i, (log_p, mean, variance, first) in zip(indices, rows, strict=True):
                 labels = np.array([y for y in texts[i].labels if y != IGNORE], dtype=np.int64)
@@ -110,7 +110,7 @@ def base_kl(
 
     results: dict[int, float] = {}
     with evaluating(model):
-        for indices, batch in _batches(model, texts, pad, batch_tokens):
+        for indices, batch in padded_batches(model, texts, pad, batch_tokens):
             stack = answers(model, batch)
             with base_only(model):
                 base = answers(model, batch)
@@ -122,16 +122,6 @@ def base_kl(
             if on_batch is not None:
                 on_batch(len(results), len(texts))
     return [results[i] for i in range(len(texts))]
-
-
-def _batches(
-    model: torch.nn.Module, texts: Sequence[Encoded], pad: int, batch_tokens: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Indices of like length and their padded batch on the model's device."""
-    device = next(model.parameters()).device
-    for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
-        batch = pad_batch([texts[i] for i in indices], pad)
-        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _row_columns(

@@ -76,19 +76,17 @@ class ForgetQuality:
             Negative: the right answer is still preferred over the wrong ones more than a model
             that never saw it prefers it, under-forgotten. Positive: over-forgotten. Best is 0.
         direction: the word for it; "indistinguishable" where p > 0.05.
-        n: rows of the unlearned model.
         d_interval, shift_interval: 95 % over resampled rows. Resampling adds noise to a statistic
             that cannot be negative, so d's interval lies high: read its upper end.
         p_interval: the p-values of d_interval's ends, so it lies low: read its lower end.
         reason: why there is no value, else None.
     """
 
-    p: float | None
-    log10_p: float | None
-    d: float | None
-    shift: float | None
-    direction: Verdict | None
-    n: int
+    p: float | None = None
+    log10_p: float | None = None
+    d: float | None = None
+    shift: float | None = None
+    direction: Verdict | None = None
     d_interval: Interval | None = None
     shift_interval: Interval | None = None
     p_interval: Interval | None = None
@@ -96,7 +94,7 @@ class ForgetQuality:
 
 
 def forget_quality(
-    log_r: npt.ArrayLike, log_r_retrain: npt.ArrayLike | None, *, resamples: int = RESAMPLES
+    log_r: npt.ArrayLike, log_r_retrain: npt.ArrayLike, *, resamples: int = RESAMPLES
 ) -> ForgetQuality:
     """Forget quality with its error and direction; see `ForgetQuality`.
 
@@ -105,12 +103,10 @@ def forget_quality(
     Args:
         log_r: (rows,) of the unlearned model.
         log_r_retrain: (rows,) of the retrained one, row by row the same questions, resampled as
-            pairs; None gives a result without a value and the reason.
+            pairs.
         resamples: of the bootstrap; 0 leaves the intervals out.
     """
     ours = np.asarray(log_r, dtype=np.float64)
-    if log_r_retrain is None:
-        return ForgetQuality(None, None, None, None, None, ours.size, reason=NEEDS_RETRAIN)
     theirs = np.asarray(log_r_retrain, dtype=np.float64)
     if not ours.size or ours.size != theirs.size:
         raise ValueError("forget quality needs the same rows on both sides, and at least one")
@@ -137,7 +133,6 @@ def forget_quality(
         d=d,
         shift=shift,
         direction="indistinguishable" if p > ALPHA else word,
-        n=n,
         d_interval=d_interval,
         shift_interval=shift_interval,
         p_interval=p_interval,

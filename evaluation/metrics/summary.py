@@ -243,8 +243,7 @@ def _forget_quality(
         if pair is not None:
             return forget_quality(pair.ours, pair.theirs, resamples=resamples), pair.by
         reason = "needs perturbed answers of every forget row"
-    n = len(log.sets["forget"].rows) if "forget" in log.sets else 0
-    return ForgetQuality(None, None, None, None, None, n, reason=reason), None
+    return ForgetQuality(reason=reason), None
 
 
 class MatchedLogR(NamedTuple):

@@ -25,9 +25,7 @@ from evaluation.metrics.summary import matched_log_r, summarise
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.report.answers import AnswerSet, answer_sets
 from evaluation.report.cards import (
-    Calibration,
-    Robustness,
-    Search,
+    Card,
     read_calibration,
     read_object,
     read_robustness,
@@ -148,9 +146,9 @@ class Report:
     published: tuple[Published, ...]
     answers: tuple[AnswerSet, ...]
     without_answers: bool
-    robustness: tuple[Robustness, ...]
-    calibration: tuple[Calibration, ...]
-    searches: tuple[Search, ...]
+    robustness: tuple[Card, ...]
+    calibration: tuple[Card, ...]
+    searches: tuple[Card, ...]
     checks: tuple[Mapping[str, Any], ...]
     files: tuple[InputFile, ...]
     settings: Mapping[str, Any]
@@ -204,11 +202,9 @@ def gather(request: ReportRequest) -> tuple[Report, list[LoadedLog]]:
               each.log.meta)
         for each in logs
     ]  # fmt: skip
-    cards: dict[str, Mapping[Path, Robustness | Calibration | Search]] = {
-        "robustness": robustness, "calibration": calibration, "search": searches
-    }  # fmt: skip
+    cards = {"robustness": robustness, "calibration": calibration, "search": searches}
     for kind, found in cards.items():
-        files += [_file(kind, card.name, path, card.about) for path, card in found.items()]
+        files += [_file(kind, card["name"], path, card["about"]) for path, card in found.items()]
     for path, raw in reproductions.items():
         recorded = {key: raw[key] for key in RECORDED if key in raw}
         files.append(_file("reproduction", path.resolve().parent.name, path, recorded))
@@ -303,17 +299,15 @@ def ecdf(log: EvalLog, reference: EvalLog, protocol: Protocol) -> Ecdf | None:
     return Ecdf(tuple(ours.tolist()), tuple(theirs.tolist()), at, d, left, right)
 
 
-def _tried(
-    request: ReportRequest, searches: Iterable[Search], calibration: Iterable[Calibration]
-) -> str:
+def _tried(request: ReportRequest, searches: Iterable[Card], calibration: Iterable[Card]) -> str:
     """The number of configurations tried: as stated, or as searches and calibrations counted it."""
     if request.tried is not None:
         return f"{request.tried}, as stated by --tried"
-    parts = [f"{search.tried} by the search {search.name}" for search in searches]
+    parts = [f"{search['tried']} by the search {search['name']}" for search in searches]
     parts += [
-        f"{card.about['tried']} strengths of {card.name} by calibration"
+        f"{card['about']['tried']} strengths of {card['name']} by calibration"
         for card in calibration
-        if isinstance(card.about.get("tried"), int)
+        if isinstance(card["about"].get("tried"), int)
     ]
     return "; ".join(parts) or "not stated"
 

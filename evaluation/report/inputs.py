@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import UserError
@@ -25,11 +25,11 @@ class Inputs:
         tune: results of searches.
     """
 
-    logs: Mapping[str, Path] = field(default_factory=dict)
-    robustness: tuple[Path, ...] = ()
-    calibration: tuple[Path, ...] = ()
-    results: tuple[Path, ...] = ()
-    tune: tuple[Path, ...] = ()
+    logs: Mapping[str, Path]
+    robustness: tuple[Path, ...]
+    calibration: tuple[Path, ...]
+    results: tuple[Path, ...]
+    tune: tuple[Path, ...]
 
 
 def find_inputs(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -107,125 +107,123 @@ class Settings:
         return Draws(self.samples, self.temperature, self.top_p, self.seed)
 
 
-def robustness(
-    subject: Subject,
-    data: EvalData,
-    settings: Settings | None = None,
-    *,
-    split: str,
-    protocol: str = DEFAULT,
-    retain_log: EvalLog | None = None,
-    limit: int | None = None,
-    out: Path | None = None,
-    wordings: Sequence[attacks.Form] = (),
-    on_progress: OnProgress = silent,
-    effort: Effort | None = None,
-) -> dict[str, Any]:
-    """The card: states, relearning, sampling, paraphrase, probe, drop, and a verdict on each.
+@dataclass(frozen=True)
+class Examination:
+    """All attacks on one subject. Store and models are not changed.
 
-    Store and models are not changed. An attack that `settings` does not name is empty.
-
-    Args:
+    Attributes:
         subject: what is attacked.
         data: the four sets; the attacks use the forget rows.
         settings: how hard each attack tries.
         split: name of the forget split, for the card.
         protocol, retain_log: of the states' figures.
         limit: at most this many rows of each set.
-        wordings: more ways to ask, see `wordings.read_wordings`.
         out: folder of the cache, and of the merged weights while the attacks run.
+        wordings: more ways to ask, see `wordings.read_wordings`.
         on_progress: called with a label, the number done and the total.
         effort: sizes of batches.
-
-    Raises:
-        UserError: an unknown state or attack, too few rows, rows that differ from the reference's.
     """
-    settings = settings or Settings()
-    states = settings.states or subject.states
-    chosen = protocol_named(protocol)
-    forget = list(data.forget)[: chosen.max_rows][:limit]
-    _check(subject, len(forget), settings, states)
-    cache = Cache(out / "parts" if out else None, key_of(subject=subject.identity))
-    with Workplace(subject, out) as place:
-        work = _Card(
-            place, data, forget, settings, chosen.name, retain_log, limit,
-            (*attacks.FORMS, *wordings), cache, on_progress, effort,
-        )  # fmt: skip
-        wanted = settings.attacks
-        card: dict[str, Any] = {
-            "kind": KIND,
-            "schema": SCHEMA,
-            "base": subject.base.name,
-            "adapters": [slug for slug, _ in subject.stack],
-            "split": split,
-            "protocol": chosen.name,
-            "limit": limit,
-            "states": work.states(states) if "states" in wanted else [],
-            "relearning": work.relearning() if "relearn" in wanted else {},
-            "sampling": work.sampling() if "sample" in wanted else {},
-            "paraphrase": work.paraphrase() if "paraphrase" in wanted else [],
-            "probe": work.probe() if "probe" in wanted else {},
-            "drop": work.drop() if "drop" in wanted else {},
-        }
-    return {
-        **card,
-        "verdicts": verdicts(card),
-        "settings": {
-            **asdict(settings),
-            "states": list(states),
-            "stack": [list(pair) for pair in subject.stack],
-            "merged": None if subject.merged is None else str(subject.merged),
-            "retrain": subject.retrain,
-            "template": subject.template,
-            **({} if subject.system is None else {"system": subject.system}),
-            "base_digest": subject.identity["base"],
-            "leaked_rouge_l_recall": LEAKED_ROUGE,
-        },
-        "versions": versions(),
-        "seconds": sum(cache.seconds),
-    }
 
-
-def _check(subject: Subject, rows: int, settings: Settings, states: Sequence[str]) -> None:
-    unknown = [state for state in states if state not in subject.states]
-    if unknown:
-        raise UserError(
-            f"This model has no state '{unknown[0]}'.",
-            f"Choose among {', '.join(subject.states)}.",
-        )
-    quantised = [state for state in states if state in QUANTISED and "states" in settings.attacks]
-    if quantised and find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"The state {quantised[0]} needs the package bitsandbytes.",
-            "Install it with `pip install unlearner[quant]`, or name other --states.",
-        )
-    if "relearn" in settings.attacks and rows < 2:
-        raise UserError(
-            "Relearning needs at least two forget rows: one to train on, one to recover.",
-            "Give more rows, or leave `relearn` out of the attacks.",
-        )
-
-
-@dataclass(frozen=True)
-class _Card:
-    """The attacks of one card."""
-
-    place: Workplace
+    subject: Subject
     data: EvalData
-    forget: list[Row]
     settings: Settings
-    protocol: str
-    retain_log: EvalLog | None
-    limit: int | None
-    forms: Sequence[attacks.Form]
-    cache: Cache
-    on_progress: OnProgress
-    effort: Effort | None
+    split: str
+    protocol: str = DEFAULT
+    retain_log: EvalLog | None = None
+    limit: int | None = None
+    out: Path | None = None
+    wordings: Sequence[attacks.Form] = ()
+    on_progress: OnProgress = silent
+    effort: Effort | None = None
+
+    def card(self) -> dict[str, Any]:
+        """States, relearning, sampling, paraphrase, probe, drop, and a verdict on each.
+
+        An attack that the settings do not name is empty.
+
+        Raises:
+            UserError: an unknown state or protocol, too few rows, rows that differ from the
+                reference's.
+        """
+        subject, wanted = self.subject, self.settings.attacks
+        self._check()
+        with self.place:
+            card: dict[str, Any] = {
+                "kind": KIND,
+                "schema": SCHEMA,
+                "base": subject.base.name,
+                "adapters": [slug for slug, _ in subject.stack],
+                "split": self.split,
+                "protocol": self.protocol,
+                "limit": self.limit,
+                "states": self.states() if "states" in wanted else [],
+                "relearning": self.relearning() if "relearn" in wanted else {},
+                "sampling": self.sampling() if "sample" in wanted else {},
+                "paraphrase": self.paraphrase() if "paraphrase" in wanted else [],
+                "probe": self.probe() if "probe" in wanted else {},
+                "drop": self.drop() if "drop" in wanted else {},
+            }
+        return {
+            **card,
+            "verdicts": verdicts(card),
+            "settings": {
+                **asdict(self.settings),
+                "states": self._states,
+                "stack": [list(pair) for pair in subject.stack],
+                "merged": None if subject.merged is None else str(subject.merged),
+                "retrain": subject.retrain,
+                "template": subject.template,
+                **({} if subject.system is None else {"system": subject.system}),
+                "base_digest": subject.identity["base"],
+                "leaked_rouge_l_recall": LEAKED_ROUGE,
+            },
+            "versions": versions(),
+            "seconds": sum(self.cache.seconds),
+        }
+
+    @cached_property
+    def place(self) -> Workplace:
+        """Where the forms of the subject are loaded."""
+        return Workplace(self.subject, self.out)
+
+    @cached_property
+    def cache(self) -> Cache:
+        """The finished results."""
+        folder = self.out / "parts" if self.out else None
+        return Cache(folder, key_of(subject=self.subject.identity))
+
+    @cached_property
+    def forget(self) -> list[Row]:
+        """The forget rows of the protocol, up to the limit."""
+        return list(self.data.forget)[: protocol_named(self.protocol).max_rows][: self.limit]
+
+    @property
+    def _states(self) -> list[str]:
+        return list(self.settings.states or self.subject.states)
+
+    def _check(self) -> None:
+        unknown = [state for state in self._states if state not in self.subject.states]
+        if unknown:
+            raise UserError(
+                f"This model has no state '{unknown[0]}'.",
+                f"Choose among {', '.join(self.subject.states)}.",
+            )
+        quantised = [state for state in self._states if state in QUANTISED]
+        if "states" in self.settings.attacks and quantised and find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"The state {quantised[0]} needs the package bitsandbytes.",
+                "Install it with `pip install unlearner[quant]`, or name other --states.",
+            )
+        if "relearn" in self.settings.attacks and len(self.forget) < 2:
+            raise UserError(
+                "Relearning needs at least two forget rows: one to train on, one to recover.",
+                "Give more rows, or leave `relearn` out of the attacks.",
+            )
 
     @property
     def _models(self) -> dict[str, tuple[str, str]]:
         """State and identity of the weights of Origin, the unlearned model and the control."""
-        subject = self.place.subject
+        subject = self.subject
         models = {
             "origin": ("origin", "origin"),
             "unlearned": (subject.unlearned, subject.unlearned),
@@ -234,7 +232,7 @@ class _Card:
             models["retrain"] = ("retrain", str(subject.retrain_identity))
         return models
 
-    def states(self, names: Sequence[str]) -> list[dict[str, Any]]:
+    def states(self) -> list[dict[str, Any]]:
         """The figures of every form, measured in the same way."""
         how: dict[str, Any] = {
             "protocol": self.protocol, "limit": self.limit, "retain_log": self.retain_log
@@ -258,7 +256,7 @@ class _Card:
             name: self.cache.entry(f"state-{name}", rows=self.data, **how).result(
                 partial(measure, name)
             )
-            for name in names
+            for name in self._states
         }
         return [{"name": name, **figures} for name, figures in results.items()]
 
@@ -287,8 +285,8 @@ class _Card:
 
         unlearned = attack("merged", "unlearned")
         curves = [{"name": "unlearned", "points": unlearned["points"]}]
-        if place.subject.retrain:
-            control = attack("retrain", "retrain", weights=place.subject.retrain_identity)
+        if self.subject.retrain:
+            control = attack("retrain", "retrain", weights=self.subject.retrain_identity)
             curves.append({"name": "retrain", "points": control["points"]})
         origin = self.cache.entry("relearn-origin", split=split).result(bare)
         return {
@@ -331,7 +329,8 @@ class _Card:
         """Every wording, asked of the base, of the unlearned model and of the control."""
         rows = spread(self.forget, self.settings.paraphrase_rows)
         people = people_of(self.forget)
-        asked = {form: attacks.asked_in(form, rows, people) for form in self.forms}
+        forms = (*attacks.FORMS, *self.wordings)
+        asked = {form: attacks.asked_in(form, rows, people) for form in forms}
 
         def ask(model: Callable[[], Loaded], form: attacks.Form, state: str) -> Any:
             def report(label: str, done: int, total: int) -> None:
@@ -352,7 +351,7 @@ class _Card:
                 results.append(
                     [e.result(partial(ask, model, form, state)) for form, e in entries.items()]
                 )
-        return attacks.side_by_side(self.forms, *results)
+        return attacks.side_by_side(forms, *results)
 
     def probe(self) -> dict[str, Any]:
         """What a linear probe reads by layer, in base, unlearned model and control."""
@@ -384,7 +383,7 @@ class _Card:
 
     def drop(self) -> dict[str, Any]:
         """The model with its adapters deactivated."""
-        if not self.place.subject.stack:
+        if not self.subject.stack:
             return {"applies": False}
         entry = self.cache.entry("drop", rows=self.forget)
         return dict(entry.result(partial(attacks.drop, self.place, self.forget, self.on_progress)))

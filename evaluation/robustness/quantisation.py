@@ -19,7 +19,7 @@ from adapters.atomic_files import is_stale_temp, temporary_name
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.base.weights import weight_files
-from adapters.environment import SMALL_MODEL, free_memory, threads_for
+from adapters.environment import free_memory, threads_for
 from adapters.errors import UserError
 from adapters.lora.merge import fold_stack
 from adapters.lora.stack import load_stack
@@ -113,7 +113,6 @@ class Workplace:
         self.subject = subject
         self._scratch = scratch or (subject.store.path.parent if subject.store else Path.cwd())
         self._folded: Path | None = None
-        self._heavy = False
 
     def __enter__(self) -> Workplace:
         return self
@@ -134,9 +133,7 @@ class Workplace:
         tokenizer = load_tokenizer(spec.name, spec.revision)
         fmt = prompt_format(tokenizer, subject.template, subject.system)
         spec = replace(spec, dtype="float32") if float32 else spec
-        if self._heavy:  # small ones can wait for Python's own collector
-            free_memory()
-        self._heavy = self.weights(state) >= SMALL_MODEL
+        free_memory()  # of the form before
         model: Any = load_base(spec, int8=state.endswith("int8"))
         if state.startswith("adapter") and subject.store is not None:
             scales = dict(subject.stack)

@@ -65,14 +65,6 @@ def test_a_row_without_wrong_answers_has_no_truth_ratio() -> None:
         log_truth_ratio([1.0, 2.0], [[1.0], []])
 
 
-def test_forget_quality_has_no_number_without_a_reference() -> None:
-    found = forget_quality([0.1, 0.2, 0.3], None)
-    assert found.p is None
-    assert found.d is None
-    assert found.reason == "needs a retrain reference"
-    assert found.n == 3
-
-
 @pytest.mark.parametrize(
     ("shift", "p", "word"),
     [
@@ -206,7 +198,6 @@ def test_model_utility_is_the_harmonic_mean_of_nine() -> None:
     means = [values.mean() for columns in rows.values() for values in columns.values()]
     assert found.value == pytest.approx(hmean(means), rel=1e-12)
     assert len(found.parts) == 9
-    assert found.n == {"retain": 30, "real_authors": 20, "world_facts": 10}
     assert found.interval is not None
     assert found.interval.low < hmean(means) < found.interval.high
     assert found == model_utility(rows)
