@@ -50,6 +50,7 @@ class TokenPlan:
         data: all rows there are.
         max_rows, max_length: of the protocol: rows per set, tokens per text.
         limit: only so many rows of each set.
+        min_k: share of the tokens that Min-K and Min-K++ look at.
         reference: loss of every forget and holdout row under the other base, by set; empty
             without one. See `reference_losses`.
     """
@@ -59,6 +60,7 @@ class TokenPlan:
     max_rows: int | None = None
     max_length: int = EVAL_MAX_LENGTH
     limit: int | None = None
+    min_k: float = MIN_K
     reference: Mapping[str, Sequence[float]] | None = None
 
     @property
@@ -129,7 +131,7 @@ def measure_tokens(
         entry: Entry = cache.entry(
             f"{name}-tokens",
             rows=[[r.question, r.answer, t.input_ids] for r, t in zip(rows, texts, strict=True)],
-            min_k=MIN_K if attacked else None,
+            min_k=plan.min_k if attacked else None,
             kl=diverged,
             reference=reference,
         )
@@ -149,7 +151,7 @@ def measure_tokens(
                 if attacked:
                     other = None if reference is None else reference[i]
                     answer = rows[i].answer
-                    scores = attack_scores(tokens, answer, reference=other)
+                    scores = attack_scores(tokens, answer, k=plan.min_k, reference=other)
                 row = TokenRow(
                     question=rows[i].question,
                     n=len(labels),
@@ -176,7 +178,7 @@ def measure_tokens(
         }
     about = {
         "metrics": list(plan.metrics),
-        "min_k": MIN_K,
+        "min_k": plan.min_k,
         "max_length": plan.max_length,
         "limit": plan.limit,
         "key": key,

@@ -38,7 +38,7 @@ from evaluation.metrics.bootstrap import (
 if TYPE_CHECKING:
     from evaluation.inference.token_stats import AnswerTokens
 
-MIN_K = 0.4  # share of the tokens that Min-K and Min-K++ look at
+MIN_K = 0.4
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
 # A variance below this comes from one token that has it all; open-unlearning's floor.
 _LEAST_VARIANCE = 1e-6
@@ -128,7 +128,7 @@ def min_k_plus_plus_score(
 
 
 def attack_scores(
-    tokens: AnswerTokens, answer: str, *, reference: float | None = None
+    tokens: AnswerTokens, answer: str, *, k: float = MIN_K, reference: float | None = None
 ) -> dict[str, float]:
     """Every attack's score of one answer; `reference` is its loss under the other model.
 
@@ -137,8 +137,8 @@ def attack_scores(
     scores = {
         "loss": loss_score(tokens.log_p),
         "zlib": zlib_score(tokens.log_p, answer),
-        "min_k": min_k_score(tokens.log_p),
-        "min_k_plus_plus": min_k_plus_plus_score(tokens.log_p, tokens.mean, tokens.variance),
+        "min_k": min_k_score(tokens.log_p, k),
+        "min_k_plus_plus": min_k_plus_plus_score(tokens.log_p, tokens.mean, tokens.variance, k),
     }
     if reference is not None:
         scores["reference"] = tokens.mean_nll - reference

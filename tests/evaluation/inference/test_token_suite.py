@@ -141,6 +141,7 @@ def test_finished_sets_are_kept_and_other_settings_are_other_parts(
     assert measure_tokens(model, fmt, PLAN, key="a", resume_dir=tmp_path) == first
     for other in (
         {"key": "b", "plan": PLAN},
+        {"key": "a", "plan": replace(PLAN, min_k=0.2)},
         {"key": "a", "plan": replace(PLAN, reference={"forget": [1.0] * 3})},
         {"key": "a", "plan": replace(PLAN, data=replace(DATA, forget=rows_of("other")))},
     ):
