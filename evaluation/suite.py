@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from adapters.base.load import base_view
 from adapters.environment import evaluating, threads_for
@@ -40,9 +42,6 @@ from unlearner.request.rows import Row
 from unlearner.request.tofu import FORGET_SPLITS, load_split, split_name
 from unlearner.tokens.decoding import Draft, stop_tokens
 from unlearner.tokens.prompts import PromptFormat
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from adapters.errors import UserError, did_you_mean
 from evaluation.metrics.forget_quality import ALPHA
@@ -12,27 +12,23 @@ from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 from unlearner.config import LoraShape
 from unlearner.memory import plan as memory
-
-if TYPE_CHECKING:
-    from unlearner.tokens.prompts import Template
+from unlearner.tokens.prompts import Template
 
 # Two trainings with one recipe differ by about this much in model utility (two public retrained
 # models: .6137 and .6203).
 UTILITY_BAND = 0.02
 # Model cards of OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat and -forget10- (arXiv 2410.07163),
 # Llama-2-7b-chat: forget quality, utility.
-PUBLISHED_FORGET05 = {
-    "origin": (0.00, 0.62),
-    "retrain": (1.00, 0.62),
-    "npo": (0.79, 0.57),
-    "simnpo": (0.99, 0.58),
-}
-PUBLISHED_FORGET10 = {
-    "origin": (0.00, 0.62),
-    "retrain": (1.00, 0.62),
-    "npo": (0.29, 0.55),
-    "simnpo": (0.45, 0.62),
-}
+PUBLISHED_LLAMA2_7B = {
+    "forget05": {
+        "origin": (0.00, 0.62), "retrain": (1.00, 0.62), "npo": (0.79, 0.57),
+        "simnpo": (0.99, 0.58),
+    },
+    "forget10": {
+        "origin": (0.00, 0.62), "retrain": (1.00, 0.62), "npo": (0.29, 0.55),
+        "simnpo": (0.45, 0.62),
+    },
+}  # fmt: skip
 # open-unlearning's docs/repro.md, Llama-3.2-1B-Instruct, protocol `open-unlearning`; its settings
 # are untuned by its own words, the same for every split.
 PUBLISHED_LLAMA32_1B = {
@@ -257,7 +253,7 @@ LLAMA2_7B = Preset(
     shape=memory.LLAMA2_7B,
     reference_log="TOFU/data/{retain}_llama_wd0.01/eval_results/ds_size300/"
     "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
-    published={"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10},
+    published=PUBLISHED_LLAMA2_7B,
     published_protocol="simnpo",
     pretrained="meta-llama/Llama-2-7b-chat-hf",
     reasons=(

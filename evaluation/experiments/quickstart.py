@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
 from adapters.environment import threads_for
 from adapters.errors import UserError
@@ -391,15 +393,11 @@ def _answer(row: RowRecord) -> str | None:
 
 def world_requests(world: World) -> list[Request]:
     """The world's forget requests; none retains rows of another one."""
-    retain = [row for author in world.retain_authors for row in author.told]
+    retain = tuple(row for author in world.retain_authors for row in author.told)
+    forget = [tuple(row for author in each for row in author.told) for each in world.requests]
     return [
-        Request(
-            f"world-request-{number}",
-            "world",
-            tuple(r for a in authors for r in a.told),
-            tuple(retain),
-        )
-        for number, authors in enumerate(world.requests, start=1)
+        Request(f"world-request-{number}", "world", rows, retain)
+        for number, rows in enumerate(forget, start=1)
     ]
 
 
@@ -421,8 +419,6 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
     model with all adapters off with a freshly loaded base, `again` the reactivated stack with the
     stack before. 0 is bit-exact. `effect` is what the last adapter changes: it must not be 0.
     """
-    import torch
-
     opened = AdapterStore.open(store)
     slugs = [active.slug for active in opened.active()]
     tokenizer = load_tokenizer(base.name)
@@ -463,7 +459,6 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
 
 def merge_and_compare(base: BaseSpec, store: Path, out: Path) -> dict[str, Any]:
     """Merges the active stack into `out` and compares its logits with the stack's."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     opened = AdapterStore.open(store)

@@ -33,15 +33,16 @@ from evaluation.experiments.systems import (
     base_inputs,
     forget_and_measure,
     full_and_measure,
-    in_order,
     measure,
     table_rows,
+    tagged,
     teach,
     train_small,
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from unlearner.baselines.full import LARGEST, refuse_large, too_large
+from unlearner.baselines.tiny_llama import train_tokenizer
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.memory import plan as memory
 from unlearner.request.rows import Request, Row
@@ -152,11 +153,11 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     logs = {"origin": run.out / "logs" / "origin.json"}
     logs["retrain"] = run.out / "logs" / "retrain.json" if retrain else Path(str(run.reference_log))
     report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
-    measure(_named(report, "origin"), base=run.spec(origin), what=what, log=logs["origin"])
+    measure(tagged(report, job="origin"), base=run.spec(origin), what=what, log=logs["origin"])
     if retrain:
         # The reference is scored as it was published, not through 4-bit weights.
         spec = replace(run.spec(retrain), load_in_4bit=False)
-        measure(_named(report, "retrain"), base=spec, what=what, log=logs["retrain"])
+        measure(tagged(report, job="retrain"), base=spec, what=what, log=logs["retrain"])
     request = _request(run, origin, report)
     stores = {}
     for method in run.methods:
@@ -164,14 +165,15 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         stores[method], logs[method] = _unlearned(run, method, request, origin, what, report)
     table = [
         row
+        for protocol in run.protocols
         for name, log in logs.items()
-        for row in table_rows(name, log, logs["retrain"], run.protocols)
+        for row in table_rows(name, log, logs["retrain"], (protocol,))
     ]
     result = {
         "target": f"tofu-{run.split}",
         "preset": run.preset,
         "origin": origin,
-        "table": in_order(table),
+        "table": table,
         "published": published_rows(run.chosen, run.split),
         "published_protocol": run.chosen.published_protocol or None,
         "checks": [check._asdict() for check in against_published(table, run.chosen, run.split)],
@@ -196,21 +198,19 @@ def _unlearned(
         request=request, base=base_inputs(base), config=config, refusals=refusals,
         template=what.template, full=run.full, given=run.chosen.given,
     )  # fmt: skip
-    work, job = run.out / f"{method}-{key[:12]}", _named(report, method)
-    given: dict[str, Any] = {
-        "requests": [request],
-        "base": base,
-        "config": config,
-        "what": what,
-        "log": work / "log.json",
-    }
+    work, job = run.out / f"{method}-{key[:12]}", tagged(report, job=method)
+    log = work / "log.json"
+    given: dict[str, Any] = {"base": base, "config": config, "what": what, "log": log}
     if run.full:
         work.mkdir(parents=True, exist_ok=True)
-        full_and_measure(job, out=work, any_size=run.any_size, refusals=refusals, **given)
-        return Path(str(read_log(work / "log.json").meta["base"])), work / "log.json"
+        full_and_measure(
+            job, request=request, out=work, any_size=run.any_size, refusals=refusals, **given
+        )
+        return Path(str(read_log(log).meta["base"])), log
     how = RunOptions(refusals=refusals, given=run.chosen.given, summarise=True)
-    forget_and_measure(job, store=work / "forget-store", how=how, **given)
-    return work / "forget-store", work / "log.json"
+    store = work / "forget-store"
+    forget_and_measure(job, requests=[request], store=store, how=how, **given)
+    return store, log
 
 
 def _settings(run: Reproduction) -> dict[str, Any]:
@@ -219,10 +219,6 @@ def _settings(run: Reproduction) -> dict[str, Any]:
     for config in settings.values() if run.full else ():
         del config["lora"]
     return settings
-
-
-def _named(report: Report, name: str) -> Report:
-    return lambda event: report({**event, "job": name})
 
 
 def _memory(run: Reproduction) -> dict[str, Any] | None:
@@ -295,8 +291,6 @@ def _teaching(run: Reproduction, taught: Taught, given: Mapping[str, str | None]
 
 
 def _small_trainings(run: Reproduction, small: SmallModels, missing: Sequence[str]) -> list[Job]:
-    from unlearner.baselines.tiny_llama import train_tokenizer
-
     learned, background, forget = small_rows(run.data, run.split, small)
     rows = load_split("full", run.data)
     texts = [text for row in rows for text in (row.question, row.answer)]

@@ -33,6 +33,7 @@ from evaluation.experiments.systems import (
     Report,
     base_inputs,
     measure,
+    tagged,
     trained_adapter,
 )
 from evaluation.logs import read_log
@@ -246,6 +247,10 @@ class _Line:
     reference: EvalLog | None
 
     @cached_property
+    def tell(self) -> Report:
+        return tagged(self.report, job=self.policy)
+
+    @cached_property
     def key(self) -> str:
         """Of all that decides what is trained; a revert at the end closes the store."""
         plan = self.plan
@@ -296,7 +301,7 @@ class _Line:
     def measure(self, name: str, slugs: Sequence[str], *, generate: bool = False) -> EvalLog:
         """The log of the base with these adapters active, on the rows of all authors and sets."""
         measure(
-            self._tell,
+            self.tell,
             base=self.plan.base,
             what=self.plan.what,
             log=self._log_path(name),
@@ -311,10 +316,6 @@ class _Line:
     def _log_path(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.json"
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        if event.get("event") != "note":
-            self.report({**event, "job": self.policy})
-
     def _store(self) -> AdapterStore:
         return AdapterStore.open(self.folder / "store", create=True)
 
@@ -326,7 +327,7 @@ class _Line:
         return {"name": name, **stage, **values, "log": f"logs/{name}.json"}
 
     def _arrive(self, number: int) -> dict[str, Any]:
-        self._tell({"event": "arrive", "text": f"request {number} of {self.plan.count}"})
+        self.tell({"event": "arrive", "text": f"request {number} of {self.plan.count}"})
         label, earlier = f"request-{number}", range(1, number)
         if self.policy == "consolidated":
             last = [self._slug(f"request-{number - 1}")] if number > 1 else []
@@ -362,7 +363,7 @@ class _Line:
         )
         store = self._store()
         is_new = all(adapter.manifest.label != label for adapter in store.list())
-        adapter = trained_adapter(self._tell, store, request, plan.base, plan.config, options)
+        adapter = trained_adapter(self.tell, store, request, plan.base, plan.config, options)
         seconds = self.stages.entry(f"seconds-{label}")
         if is_new:
             seconds.write(time.monotonic() - started)
@@ -394,7 +395,7 @@ class _Line:
         number = self.plan.revert
         last = self.plan.count if self.policy == "consolidated" else number
         store, slug = self._store(), self._slug(f"request-{last}")
-        self._tell({"event": "revert", "text": f"reverting request {number}"})
+        self.tell({"event": "revert", "text": f"reverting request {number}"})
         if store.get(slug).active:
             store.revert(slug, reason="request withdrawn")
         return {"slug": slug} | self._state()

@@ -6,18 +6,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.environment import threads_for
+from evaluation.experiments.presets import SmallModels
 from evaluation.inference.scoring import score_rows
 from evaluation.logs.records import write_text
 from unlearner.request.rows import Author, Row
 from unlearner.request.tofu import load_authors, load_split
 from unlearner.tokens.prompts import Template, prompt_format
-
-if TYPE_CHECKING:
-    from evaluation.experiments.presets import SmallModels
 
 # The split whose rows have the paraphrases of all narrower ones.
 _WIDEST = "forget10_perturbed"

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.base.fingerprint import fingerprint_base
 from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
@@ -25,14 +24,11 @@ from evaluation.metrics.summary import summarise
 from evaluation.suite import EvalData, evaluate, load_eval_data
 from unlearner.baselines.finetune import FinetuneConfig, finetune
 from unlearner.baselines.full import forget_full
+from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_from_scratch
 from unlearner.config import LoraShape, UnlearnConfig
-from unlearner.request.past_requests import joined
 from unlearner.request.rows import Request, Row
 from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.prompts import Template, prompt_format
-
-if TYPE_CHECKING:
-    from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -76,8 +72,6 @@ def train_small(
 ) -> str:
     """Folder of a small Llama trained on `rows` from random weights, unless it exists already."""
     from transformers import AutoTokenizer
-
-    from unlearner.baselines.tiny_llama import train_from_scratch
 
     if not out.exists():
         train_from_scratch(
@@ -208,7 +202,7 @@ def forget_and_measure(
     for number, request in enumerate(requests, start=1):
         key = key_of(request=request, **inputs)
         labelled = replace(options, label=f"request-{number}-{key[:12]}")
-        tell = partial(_pass_on, report, number)
+        tell = tagged(report, request=number)
         slugs.append(trained_adapter(tell, opened, request, base, config, labelled).slug)
     for slug in [active.slug for active in opened.active() if active.slug not in slugs]:
         opened.revert(slug, reason="trained on other inputs")
@@ -235,7 +229,7 @@ def trained_adapter(
 def full_and_measure(
     report: Report,
     *,
-    requests: Sequence[Request],
+    request: Request,
     base: BaseSpec,
     config: UnlearnConfig,
     out: Path,
@@ -244,12 +238,11 @@ def full_and_measure(
     refusals: Sequence[str] = (),
     any_size: bool = False,
 ) -> str:
-    """The log of the base with all its weights trained on all requests at once, as papers do.
+    """The log of the base with all its weights trained on the request, as papers do.
 
     For comparison with an adapter, on small models: nothing of it can be reverted. The model is
     stored in a folder under `out` whose name hashes what it was trained on.
     """
-    request = joined(list(requests))
     key = key_of(
         request=request, base=base_inputs(base), config=config, refusals=refusals,
         template=what.prompts,
@@ -263,16 +256,23 @@ def full_and_measure(
             folder,
             RunOptions(template=what.template, system=what.system, refusals=refusals),
             any_size=any_size,
-            on_progress=partial(_pass_on, report, 1),
+            on_progress=tagged(report, request=1),
         )
     trained = BaseSpec(str(folder), dtype=base.dtype, device=base.device, attention=base.attention)
     return measure(report, base=trained, what=what, log=log)
 
 
-def _pass_on(report: Report, number: int, event: dict[str, Any]) -> None:
-    # Every training here tries to resume; a note that there was nothing to resume helps nobody.
-    if event.get("event") != "note":
-        report({**event, "request": number})
+def tagged(report: Report, **tags: Any) -> Report:
+    """What passes events on to `report` with `tags` added, except for notes.
+
+    Every training here tries to resume; a note that there was nothing to resume helps nobody.
+    """
+
+    def tell(event: dict[str, Any]) -> None:
+        if event.get("event") != "note":
+            report({**event, **tags})
+
+    return tell
 
 
 def table_rows(
@@ -281,12 +281,3 @@ def table_rows(
     """A system's rows of the table, one per protocol: its log summarised against the reference."""
     ours, retrain = read_log(log), read_log(retain_log)
     return [{"name": name, **summarise(ours, retrain, protocol=each)} for each in protocols]
-
-
-def in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows by protocol, Origin and Retrain first."""
-    first = {"origin": 0, "retrain": 1}
-    protocols = list(dict.fromkeys(row["protocol"] for row in table))
-    return sorted(
-        table, key=lambda row: (protocols.index(row["protocol"]), first.get(row["name"], 2))
-    )

@@ -75,11 +75,7 @@ def run_tasks(
     try:
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=BATCH_SIZE)
         results = lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            log_samples=False,
+            model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
         )
     finally:
         model.train(was_training)

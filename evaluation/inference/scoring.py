@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from adapters.environment import evaluating
 from adapters.errors import UserError
 from evaluation.inference.prefix_sharing import score_trees, sharing_problem
 from evaluation.logs.records import AnswerScore, RowRecord
 from evaluation.metrics.text import words_of
+from unlearner.objectives.likelihood import answer_nll, on_device
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, PromptFormat, pad_batch, pad_id
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 OnProgress = Callable[[str, int, int], None]
 BATCH_TOKENS = 4096
@@ -45,7 +45,6 @@ def silent(label: str, done: int, total: int) -> None:
 
 def about_model(model: Any, fmt: PromptFormat) -> dict[str, Any]:
     """What figures depend on besides weights and rows, for the `meta` of a log."""
-    import torch
     import transformers
 
     first = next(model.parameters())
@@ -154,10 +153,6 @@ def _score_texts(
     on_progress: Callable[[int, int], None] | None,
 ) -> list[AnswerScore]:
     """Scores in the order of `texts`."""
-    import torch
-
-    from unlearner.objectives.likelihood import answer_nll
-
     scores: dict[int, AnswerScore] = {}
     for indices, batch in padded_batches(model, texts, pad, batch_tokens):
         result = answer_nll(model, batch)
@@ -181,8 +176,7 @@ def padded_batches(
     while left:
         count = max(1, batch_tokens // max(1, len(texts[left[0]].input_ids)))
         indices, left = left[:count], left[count:]
-        batch = pad_batch([texts[i] for i in indices], pad)
-        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+        yield indices, on_device(pad_batch([texts[i] for i in indices], pad), device)
 
 
 def judge_losses(

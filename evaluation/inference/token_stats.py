@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from adapters.environment import evaluating
 from adapters.lora.stack import base_only
 from evaluation.inference.scoring import BATCH_TOKENS, padded_batches
+from unlearner.objectives.likelihood import AnswerHidden, Answers, answers, exact_nll, per_token
 from unlearner.tokens.prompts import IGNORE, Encoded
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from unlearner.objectives.likelihood import Answers
 
 OnBatch = Callable[[int, int], None]
 # Tokens whose logits exist at once, a few copies of them in float32: 4 x 128 x 32,000 are 62 MiB.
@@ -73,8 +70,6 @@ def answer_tokens(
         batch_tokens: tokens of a batch, padding included.
         on_batch: called with finished and all texts.
     """
-    from unlearner.objectives.likelihood import answers
-
     results: dict[int, AnswerTokens] = {}
     with evaluating(model):
         for indices, batch in padded_batches(model, texts, pad, batch_tokens):
@@ -104,10 +99,6 @@ def base_kl(
         model: with the stack active; its state is as before afterwards.
         texts, pad, batch_tokens, on_batch: see `answer_tokens`.
     """
-    import torch
-
-    from unlearner.objectives.likelihood import AnswerHidden, Answers, answers
-
     results: dict[int, float] = {}
     with evaluating(model):
         for indices, batch in padded_batches(model, texts, pad, batch_tokens):
@@ -128,10 +119,6 @@ def _row_columns(
     states: Answers, value: Callable[[Tensor, Tensor], Tensor]
 ) -> list[list[npt.NDArray[np.float64]]]:
     """`value(logits, targets)` (tokens, columns) of the batch, row by row, column by column."""
-    import torch
-
-    from unlearner.objectives.likelihood import per_token
-
     at = states.at
 
     def of_chunk(logits: Tensor, part: slice) -> Tensor:
@@ -145,10 +132,6 @@ def _row_columns(
 
 def _four(logits: Tensor, targets: Tensor) -> Tensor:
     """Log p(target), mean and variance of log p, and the first choice: (tokens, 4)."""
-    import torch
-
-    from unlearner.objectives.likelihood import exact_nll
-
     target = -exact_nll(logits, targets)
     log_p = _log_softmax(logits)
     p = log_p.exp()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from adapters.base.load import base_view
 from adapters.environment import threads_for
@@ -20,9 +22,6 @@ from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization,
 from unlearner import distributed as ranks
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, PromptFormat, pad_id
-
-if TYPE_CHECKING:
-    import torch
 
 # The metrics that need each set.
 NEEDS = {
@@ -142,16 +141,18 @@ def measure_tokens(
         def measure(indices: Sequence[int]) -> list[TokenRow]:
             part = [texts[i] for i in indices]
             report = partial(on_progress, f"{name}: tokens")
+            every = answer_tokens(model, part, pad, on_batch=report)
+            kls: Sequence[float | None] = [None] * len(part)
+            if diverged:
+                report = partial(on_progress, f"{name}: KL to the base")
+                kls = base_kl(model, part, pad, on_batch=report)
             measured = []
-            for i, tokens in zip(
-                indices, answer_tokens(model, part, pad, on_batch=report), strict=True
-            ):
+            for i, tokens, kl in zip(indices, every, kls, strict=True):
                 predicted, labels = tokens.first.tolist(), tokens.labels.tolist()
                 scores: dict[str, float] = {}
                 if attacked:
                     other = None if reference is None else reference[i]
-                    answer = rows[i].answer
-                    scores = attack_scores(tokens, answer, k=plan.min_k, reference=other)
+                    scores = attack_scores(tokens, rows[i].answer, k=plan.min_k, reference=other)
                 row = TokenRow(
                     question=rows[i].question,
                     n=len(labels),
@@ -159,13 +160,10 @@ def measure_tokens(
                     extraction_strength=extraction_strength(predicted, labels),
                     exact_memorization=exact_memorization(predicted, labels),
                     scores=scores,
+                    kl=kl,
                 )
                 measured.append(row)
-            if not diverged:
-                return measured
-            report = partial(on_progress, f"{name}: KL to the base")
-            kls = base_kl(model, part, pad, on_batch=report)
-            return [replace(row, kl=kl) for row, kl in zip(measured, kls, strict=True)]
+            return measured
 
         measured = ranks.spread(range(len(rows)), measure)
         entry.write([asdict(row) for row in measured])

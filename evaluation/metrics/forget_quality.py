@@ -46,8 +46,6 @@ def log_truth_ratio(
         raise ValueError("every row needs a paraphrase and at least one perturbed answer")
     if averaging == "geometric":
         return right - np.array([losses.mean() for losses in wrong], dtype=np.float64)
-    if averaging != "arithmetic":
-        raise ValueError(f"unknown averaging {averaging!r}")
     from scipy.special import logsumexp
 
     means = [float(logsumexp(-losses)) - math.log(losses.size) for losses in wrong]
@@ -118,12 +116,12 @@ def forget_quality(
     test = ks_2samp(ours, theirs, method="asymp")
     n = ours.size
     d = round(float(test.statistic) * n) / n
-    p, log10_p = _ks_p_value(d, n)
+    p, log10_p = ks_p_value(d, n)
     shift = float(np.median(ours) - np.median(theirs))
     d_interval = shift_interval = p_interval = None
     if resamples:
         d_interval, shift_interval = _bootstrap_shift(ours, theirs, resamples)
-        p_interval = Interval(*(ks_p_value(end, n) for end in reversed(d_interval)))
+        p_interval = Interval(*(ks_p_value(end, n)[0] for end in reversed(d_interval)))
     # Equal medians with unequal shapes: the side on which the distributions part furthest decides.
     low = shift < 0 if shift != 0 else int(test.statistic_sign) > 0
     word: Verdict = "under-forgotten" if low else "over-forgotten"
@@ -139,17 +137,13 @@ def forget_quality(
     )
 
 
-def ks_p_value(d: float, n: int) -> float:
-    """The two-sided p-value of a KS statistic `d` between two samples of `n` rows."""
-    return _ks_p_value(d, n)[0]
+def ks_p_value(d: float, n: int) -> tuple[float, float]:
+    """The two-sided p-value of a KS statistic `d` between two samples of `n` rows, and its log10.
 
-
-def _ks_p_value(d: float, n: int) -> tuple[float, float]:
-    """The p-value and its base-10 logarithm, which is finite where the p-value underflows.
-
-    Exact up to `EXACT_ROWS` rows: the share of the orders of 2n values that lie at least `d` apart,
-    by the reflection principle (Gnedenko and Koroljuk, 1951) in whole numbers, so that nothing is
-    rounded. Beyond that Kolmogorov's distribution for n / 2 rows.
+    The logarithm is finite where the p-value underflows. Exact up to `EXACT_ROWS` rows: the share
+    of the orders of 2n values that lie at least `d` apart, by the reflection principle (Gnedenko
+    and Koroljuk, 1951) in whole numbers, so that nothing is rounded. Beyond that Kolmogorov's
+    distribution for n / 2 rows.
     """
     if n > EXACT_ROWS:
         from scipy.stats import kstwo

@@ -55,8 +55,6 @@ def option_prob(answer: npt.ArrayLike, perturbed: Sequence[npt.ArrayLike]) -> Fl
 
     right = np.asarray(answer, dtype=np.float64)
     wrong = [np.asarray(losses, dtype=np.float64) for losses in perturbed]
-    if len(wrong) != right.size:
-        raise ValueError("every row needs its perturbed answers")
     logs = [
         -loss - logsumexp(np.append(-losses, -loss))
         for loss, losses in zip(right, wrong, strict=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from adapters.atomic_files import sha256_file
 from adapters.errors import UserError
-from evaluation.experiments.presets import PUBLISHED_FORGET05, PUBLISHED_FORGET10
+from evaluation.experiments.presets import LLAMA2_7B
 from evaluation.logs import read_log
 from evaluation.logs.records import EvalLog
 from evaluation.metrics.bootstrap import RESAMPLES
@@ -25,6 +25,9 @@ from evaluation.metrics.summary import matched_log_r, summarise
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.report.answers import AnswerSet, answer_sets
 from evaluation.report.cards import (
+    CALIBRATION,
+    ROBUSTNESS,
+    TUNE,
     Card,
     read_calibration,
     read_object,
@@ -32,7 +35,7 @@ from evaluation.report.cards import (
     read_rows,
     read_search,
 )
-from evaluation.report.inputs import RETRAIN, Inputs, find_inputs
+from evaluation.report.inputs import RESULT, RETRAIN, find_inputs
 
 SCHEMA, KIND = 1, "unlearner-report"
 MEASURED, REFERENCE, SECOND = "measured", "retrain reference", "second retrain reference"
@@ -40,7 +43,7 @@ PUBLISHED_SOURCE = (
     "model card of OPTML-Group/SimNPO-TOFU-{split}-Llama-2-7b-chat (arXiv 2410.07163), "
     "Llama-2-7b-chat on TOFU {split}, to two digits"
 )
-PUBLISHED = {"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10}
+PUBLISHED = LLAMA2_7B.published
 # What is shown of a reproduction's result.
 RECORDED = ("target", "preset", "origin", "seconds")
 PACKAGES = ("unlearner", "numpy", "scipy", "rouge-score", "matplotlib")
@@ -174,11 +177,11 @@ def gather(request: ReportRequest) -> tuple[Report, list[LoadedLog]]:
             cut at another length than the protocol's.
     """
     inputs = find_inputs(request.inputs, request.robustness, request.calibration)
-    logs = _load_logs(inputs, request)
-    robustness = {path: read_robustness(path) for path in inputs.robustness}
-    calibration = {path: read_calibration(path) for path in inputs.calibration}
-    searches = {path: read_search(path) for path in inputs.tune}
-    reproductions = {path: read_object(path) for path in inputs.results}
+    logs = _load_logs(inputs.logs, request)
+    robustness = {path: read_robustness(path) for path in inputs.cards[ROBUSTNESS]}
+    calibration = {path: read_calibration(path) for path in inputs.cards[CALIBRATION]}
+    searches = {path: read_search(path) for path in inputs.cards[TUNE]}
+    reproductions = {path: read_object(path) for path in inputs.cards[RESULT]}
     if not (logs or robustness or calibration or searches):
         raise UserError("There is nothing to report on.", "Name a log, a card or their folder.")
     reference = next((log for log in logs if log.role == REFERENCE), None)
@@ -238,9 +241,9 @@ def _file(kind: str, name: str, path: Path, about: Mapping[str, Any]) -> InputFi
     return InputFile(kind, name, str(path), sha256_file(path), dict(about))
 
 
-def _load_logs(inputs: Inputs, request: ReportRequest) -> list[LoadedLog]:
+def _load_logs(logs: Mapping[str, Path], request: ReportRequest) -> list[LoadedLog]:
     """Every log once, with its role; the references are rows of the table too."""
-    paths = dict(inputs.logs)
+    paths = dict(logs)
     references = {
         REFERENCE: request.reference_log or paths.get(RETRAIN),
         SECOND: request.second_reference_log,

@@ -55,11 +55,7 @@ def read_robustness(path: Path) -> Card:
     raw = _read_card(path, "robustness")
     about = ("base", "adapters", "split", "protocol", "limit", "settings", "versions")
     adapters = raw.get("adapters")
-    # Adapters are names, or pairs of a name and a strength.
-    names = [
-        str(adapter[0]) if isinstance(adapter, list) and adapter else str(adapter)
-        for adapter in (adapters if isinstance(adapters, list) else [])
-    ]
+    names = map(str, adapters if isinstance(adapters, list) else [])
     card: Card = {
         "name": ", ".join(names) or path.resolve().parent.name,
         "about": {key: raw[key] for key in about if key in raw},

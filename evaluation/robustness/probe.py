@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from adapters.environment import evaluating
 from evaluation.metrics.bootstrap import Floats, measure_mean
@@ -41,8 +42,6 @@ def layer_states(
 
     The true answer comes first. Layer 0 are the embeddings.
     """
-    import torch
-
     prompts = [
         loaded.fmt.encode_prompt(f"{row.question}\n{answer}\nIs this answer right?")
         for row in rows

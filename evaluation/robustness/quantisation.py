@@ -15,6 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from adapters.atomic_files import is_stale_temp, temporary_name
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
@@ -80,8 +82,6 @@ class Subject:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Digests of everything that decides the weights, as JSON."""
-        import torch
-
         device = "cuda" if torch.cuda.is_available() and self.base.device != "cpu" else "cpu"
         inputs: dict[str, Any] = {
             "base": fingerprint_base(resolve_base(self.base.name, self.base.revision)).digest,

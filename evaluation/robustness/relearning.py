@@ -12,12 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from adapters.environment import FULL_LIMIT, attack_rates
 from adapters.lora.stack import add_trainable
 from adapters.lora.targets import default_targets
 from evaluation.inference.scoring import score_rows
 from evaluation.robustness.quantisation import Loaded
 from unlearner.config import LoraShape
+from unlearner.objectives.likelihood import answer_nll, on_device
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import TRAIN_MAX_LENGTH, Encoded, encode_rows, pad_batch, pad_id
 
@@ -67,13 +70,7 @@ class Split(NamedTuple):
 
 
 def split_rows(rows: Sequence[Row], plan: Relearning) -> Split:
-    """A seeded choice of `plan.share` of the rows, and the rest, both in the order of the data.
-
-    Raises:
-        ValueError: fewer than two rows: one to train on and one to get back.
-    """
-    if len(rows) < 2:
-        raise ValueError("relearning needs two rows at least")
+    """A seeded choice of `plan.share` of two rows or more, and the rest, in the data's order."""
     count = min(len(rows) - 1, max(1, round(plan.share * len(rows))))
     chosen = set(random.Random(plan.seed).sample(range(len(rows)), count))
     plain = [Row(row.question, row.answer) for row in rows]
@@ -109,8 +106,6 @@ def relearn(
         plan: settled, see `Relearning.settled`.
         on_progress: called with steps done and all steps.
     """
-    import torch
-
     model = _trainable(loaded.model, plan)
     attacked = loaded._replace(model=model)
     pairs = [(row.question, row.answer) for row in split.seen]
@@ -136,7 +131,6 @@ def _trainable(model: Any, plan: Relearning) -> Any:
     if plan.method == "full":
         model.requires_grad_(True)
         return model
-    import torch
     from peft import LoraConfig
 
     shape = LoraShape()
@@ -155,11 +149,9 @@ def _trainable(model: Any, plan: Relearning) -> Any:
 
 def _backward(model: Any, rows: Sequence[Encoded], pad: int) -> None:
     """Gradients of the mean over rows of their mean NLL, a micro-batch at a time."""
-    from unlearner.objectives.likelihood import answer_nll
-
     for start in range(0, len(rows), MICRO_BATCH):
         batch = pad_batch(rows[start : start + MICRO_BATCH], pad)
-        losses = answer_nll(model, {name: t.to(model.device) for name, t in batch.items()})
+        losses = answer_nll(model, on_device(batch, model.device))
         (losses.per_token.sum() / len(rows)).backward()
 
 

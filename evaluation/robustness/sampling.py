@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from adapters.environment import evaluating
 from evaluation.inference import generation
@@ -18,9 +20,6 @@ from evaluation.robustness.quantisation import Loaded
 from unlearner.request.rows import Row
 from unlearner.tokens import decoding
 from unlearner.tokens.prompts import PromptFormat
-
-if TYPE_CHECKING:
-    import torch
 
 # ROUGE-L recall from which an answer counts as leaked; `verdicts` of the app uses the same value.
 LEAKED_ROUGE = 0.8
@@ -96,7 +95,6 @@ def draw_answers(model: Any, fmt: PromptFormat, question: str, draws: Draws) -> 
     question's tokens, so its answers do not depend on which others are asked. A prompt that leaves
     no budget gets empty answers.
     """
-    import torch
     from transformers import TopPLogitsWarper
 
     prompt = fmt.encode_prompt(question)
@@ -127,8 +125,6 @@ def _draw(
     choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Fills `answers`, the tokens of each draw; draws that ended leave the batch."""
-    import torch
-
     if budget <= 0:
         return
     stops = set(decoding.stop_tokens(model, fmt))

@@ -177,10 +177,7 @@ def _on_rows(point: Point, rows: Any) -> Point:
 
 
 def calibrate(
-    look: Look,
-    measure: Look,
-    retain_log: EvalLog,
-    settings: Settings | None = None,
+    look: Look, measure: Look, retain_log: EvalLog, settings: Settings | None = None
 ) -> dict[str, Any]:
     """The curve, the chosen scale or the reason why there is none, and what checks it.
 

@@ -9,7 +9,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from adapters.digests import normalised
 from adapters.errors import UserError
@@ -26,9 +27,6 @@ from unlearner.request.rows import Request, Row
 from unlearner.request.sources import rows_named
 from unlearner.request.tofu import FORGET_SPLITS, load_split
 from unlearner.tokens.prompts import PromptFormat
-
-if TYPE_CHECKING:
-    import torch
 
 
 def gap_rows(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,6 @@ from evaluation.tuning.probe import (
     Look,
     NotFinite,
     Probe,
-    Watch,
     loss_of,
     thinned,
 )
@@ -262,7 +261,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
     outcome: dict[str, Any] = {}
     try:
-        train_once(run, config, Watch(search.probe, LOOKS, tell), report)
+        train_once(run, config, search.probe, tell, report)
         outcome["values"] = looks[-1]["loss"]
     except optuna.TrialPruned:
         outcome["state"] = optuna.trial.TrialState.PRUNED
@@ -273,8 +272,22 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
     study.tell(trial, **outcome)
 
 
-def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report) -> None:
-    """Trains one adapter in a temporary store."""
+def train_once(
+    run: Tuning,
+    config: UnlearnConfig,
+    probe: Probe,
+    tell: Callable[[int, int, Look], None],
+    report: Report,
+) -> None:
+    """Trains one adapter in a temporary store; `tell` gets step, steps and figures at each look.
+
+    It may raise to end the training.
+    """
+
+    def after_step(step: int, steps: int, model: Any) -> None:
+        if step in {max(1, round(share * steps)) for share in LOOKS}:
+            tell(step, steps, probe.look(model))
+
     free_memory()  # of the trial before
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=run.out) as folder:
         unlearn(
@@ -285,7 +298,7 @@ def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report)
             RunOptions(
                 on_stack=False, template=run.template, system=run.system, refusals=run.refusals
             ),
-            after_step=watch,
+            after_step=after_step,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
 

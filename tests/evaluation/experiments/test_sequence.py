@@ -257,14 +257,14 @@ def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeyp
     assert line["arrivals"][1]["cost"]["seconds"] > 0
 
 
-def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
+def test_a_full_fine_tune_of_a_request_is_measured_and_kept(
     plan: Plan, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from evaluation.logs import read_log
     from unlearner.baselines.full import RECORD
 
     given: dict[str, Any] = {
-        "requests": [one.request for one in plan.authors[:2]],
+        "request": plan.authors[0].request,
         "base": plan.base,
         "config": plan.config,
         "out": tmp_path,
@@ -275,7 +275,7 @@ def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
     log = read_log(Path(systems.full_and_measure(events.append, **given)))
     (folder,) = tmp_path.glob("full-*")
     record = json.loads((folder / RECORD).read_text())
-    assert record["data"]["forget"]["n"] == 6
+    assert record["data"]["forget"]["n"] == 3
     assert log.meta["base"] == str(folder)
     assert len(log.sets["forget"].rows) == 2
     monkeypatch.setattr(systems, "forget_full", None)

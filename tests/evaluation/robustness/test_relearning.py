@@ -43,8 +43,6 @@ def test_rows_are_split_by_the_seed_and_nothing_is_shown_twice() -> None:
         row.question for row in ROWS
     )
     assert [len(half) for half in split_rows(ROWS[:2], Relearning(0.99))] == [1, 1]
-    with pytest.raises(ValueError, match="two rows"):
-        split_rows(ROWS[:1], Relearning())
 
 
 def test_points_end_with_the_last_step() -> None:
