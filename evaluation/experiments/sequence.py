@@ -38,7 +38,7 @@ from evaluation.experiments.systems import (
 )
 from evaluation.logs import read_log
 from evaluation.logs.matching import match_rows
-from evaluation.logs.records import EvalLog, RowRecord, write_json
+from evaluation.logs.records import SETS, EvalLog, RowRecord, write_json
 from evaluation.metrics.bootstrap import Floats
 from evaluation.metrics.forget_quality import ForgetQuality, forget_quality
 from evaluation.metrics.summary import set_values
@@ -168,8 +168,7 @@ def _key(row: Row) -> str:
 
 def utility_rows(data: Path | None, limit: int | None = None) -> EvalData:
     """Retain rows, real authors and world facts, at most `limit` of each; no forget rows."""
-    names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
-    return EvalData((), *(load_split(name, data)[:limit] for name in names))
+    return EvalData((), *(load_split(f"{name}_perturbed", data)[:limit] for name in SETS[1:]))
 
 
 def check_plan(plan: Plan, policies: Sequence[str]) -> None:

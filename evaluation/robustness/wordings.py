@@ -69,10 +69,6 @@ def _clues(row: Row, person: Person | None) -> str | None:
     return _TURN.join([*turns, unnamed(row.question, person.name)])
 
 
-def _alias(row: Row, person: Person | None) -> str | None:
-    return person and unnamed(row.question, person.name, initials(person.name))
-
-
 FORMS = (
     Form(PLAIN),
     Form("paraphrased-question", of=lambda row, person: row.paraphrased_question),
@@ -95,7 +91,7 @@ FORMS = (
     Form(
         "french-instruction", "Réponds, s'il te plaît, à la question suivante avec précision : {}"
     ),
-    Form("initials", of=_alias),
+    Form("initials", of=lambda row, p: p and unnamed(row.question, p.name, initials(p.name))),
     Form("multi-hop", of=_multi_hop),
     Form("clues", of=_clues),
 )

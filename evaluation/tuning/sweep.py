@@ -12,7 +12,7 @@ from adapters.lora.stack import activate
 from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
 from evaluation.inference.scoring import OnProgress, silent
-from evaluation.logs.records import EvalLog
+from evaluation.logs.records import SETS, EvalLog
 from evaluation.suite import EvalData, evaluate, load_eval_data
 from unlearner.request.formats import Columns
 from unlearner.request.rows import Row
@@ -73,8 +73,7 @@ def calibration_data(
             f"answers, for example {bare[0].question!r}.",
             "Add paraphrased_answer and perturbed_answer to every row: log R needs them.",
         )
-    names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
-    return EvalData(forget, *(load_split(name, data) for name in names))
+    return EvalData(forget, *(load_split(f"{name}_perturbed", data) for name in SETS[1:]))
 
 
 @dataclass(frozen=True)
