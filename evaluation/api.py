@@ -49,21 +49,19 @@ class EvalResult:
     @property
     def forget_quality(self) -> float | None:
         """The KS test's p-value of the truth ratios against the reference; None without one."""
-        return self._figure("forget_quality")
+        value: float | None = self.figures["forget_quality"]
+        return value
 
     @property
     def model_utility(self) -> float | None:
         """Harmonic mean of the nine parts over the sets that are kept; None without the sets."""
-        return self._figure("model_utility")
+        value: float | None = self.figures["model_utility"]
+        return value
 
     @property
     def table(self) -> list[dict[str, Any]]:
         """Every figure as a row: name, value, interval, better, n, and why it is missing."""
         return figure_table(self.figures)
-
-    def _figure(self, name: str) -> float | None:
-        value: float | None = self.figures[name]
-        return value
 
     def to_frame(self) -> pandas.DataFrame:
         """The figures as a table of pandas, one a row.

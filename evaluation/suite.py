@@ -6,24 +6,21 @@ whose scores and answers the log holds.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from adapters.base.load import base_view
 from adapters.environment import evaluating, threads_for
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
-from evaluation.inference.generation import (
-    BATCH_SIZE,
-    generate_answers,
-    known_start,
-    passes_of,
-)
+from evaluation.inference.generation import BATCH_SIZE, generate_answers, known_start, passes_of
 from evaluation.inference.prefix_sharing import sharing_problem
 from evaluation.inference.scoring import (
     BATCH_TOKENS,
@@ -36,12 +33,7 @@ from evaluation.inference.scoring import (
     score_rows,
     silent,
 )
-from evaluation.logs.records import (
-    EvalLog,
-    RowRecord,
-    SetRecord,
-    row_from_json,
-)
+from evaluation.logs.records import SETS, EvalLog, RowRecord, SetRecord, row_from_json
 from evaluation.metrics.summary import match_forget
 from evaluation.metrics.text import rouge_recall
 from evaluation.protocols import DEFAULT, Decoding, Protocol, protocol_named
@@ -49,11 +41,7 @@ from unlearner import distributed as ranks
 from unlearner.request.rows import Row
 from unlearner.request.tofu import FORGET_SPLITS, load_split, split_name
 from unlearner.tokens.decoding import Draft, stop_tokens
-
-if TYPE_CHECKING:
-    import torch
-
-    from unlearner.tokens.prompts import PromptFormat
+from unlearner.tokens.prompts import PromptFormat
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,7 @@ class EvalData:
     @property
     def sets(self) -> dict[str, list[Row]]:
         """The sets that have rows, by name."""
-        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(rows) for name, rows in named.items() if rows}
 
 
@@ -102,9 +90,7 @@ def load_eval_data(forget_split: str, data: Path | None = None) -> EvalData:
         raise UserError(
             f"'{forget_split}' is not a forget split.", f"Choose {', '.join(FORGET_SPLITS)}."
         )
-    names = (f"{forget_split}_perturbed", "retain_perturbed")
-    worlds = ("real_authors_perturbed", "world_facts_perturbed")
-    return EvalData(*(load_split(name, data) for name in (*names, *worlds)))
+    return EvalData(*(load_split(f"{name}_perturbed", data) for name in (forget_split, *SETS[1:])))
 
 
 def evaluate(
@@ -151,51 +137,12 @@ def evaluate(
     most = None if None in counts else max(count or 0 for count in counts)
     rows = {name: each[:most][:limit] for name, each in data.sets.items()}
     totals = {name: len(each) for name, each in data.sets.items()}
-    if retain_log is not None:
-        _check_reference(rows, totals, retain_log, protocols, limit)
+    _check_reference(rows, totals, retain_log, protocols, limit)
     encoded = {name: encode_answers(fmt, each) for name, each in rows.items()}
     longest = max(map(longest_text, encoded.values()), default=0)
     effort = effort or Effort()
-    work = _Work(
-        model,
-        fmt,
-        _score_length(protocols, longest),
-        Cache(resume_dir, _cache_key(model, fmt, key, effort)),
-        on_progress,
-        effort,
-    )
-    decodings = list({p.decoding.name: p.decoding for p in protocols}.values()) if generate else []
-    with threads_for(model):
-        records = work.scores(rows, encoded)
-        records = work.answers(rows, encoded, records, decodings) if decodings else records
-    sets = {name: SetRecord(name, tuple(each), totals[name]) for name, each in records.items()}
-    about = {
-        "protocols": [p.name for p in protocols],
-        "max_length": work.max_length,
-        "longest_text": longest,
-        "limit": limit,
-        "key": key,
-        **about_model(model, fmt),
-    }
-    if work.padded_because is not None:
-        about["padded_because"] = work.padded_because
-    cut = {
-        name: sum(longest_text([row]) > work.max_length for row in each)
-        for name, each in encoded.items()
-    }
-    if any(cut.values()):
-        about["cut_rows"] = {name: count for name, count in cut.items() if count}
-    unknown = {name: fmt.unknown(row.answer for row in each) for name, each in encoded.items()}
-    if any(unknown.values()):
-        about["unknown_rows"] = {name: count for name, count in unknown.items() if count}
-    return EvalLog(sets, about | dict(meta or {}))
-
-
-def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
-    """What every score and answer depends on beside its rows; sizes of batches do not count."""
-    from adapters.base.load import base_view
-
-    return key_of(
+    # What every score and answer depends on beside its rows; sizes of batches do not count.
+    made_by = key_of(
         weights=key,
         load=base_view(model),
         device=next(model.parameters()).device.type,
@@ -203,6 +150,33 @@ def _cache_key(model: Any, fmt: PromptFormat, key: str, effort: Effort) -> str:
         stops=stop_tokens(model, fmt),
         engine=[effort.shared, effort.drafts],
     )
+    length = _score_length(protocols, longest)
+    work = _Work(model, fmt, length, Cache(resume_dir, made_by), on_progress, effort)
+    decodings = list({p.decoding.name: p.decoding for p in protocols}.values()) if generate else []
+    with threads_for(model):
+        padded_because = work.padded_because(encoded) if effort.shared else None
+        shared = effort.shared and padded_because is None
+        records = {name: work.scores(name, rows[name], encoded[name], shared) for name in rows}
+        records = work.answers(rows, encoded, records, decodings) if decodings else records
+    sets = {name: SetRecord(name, tuple(each), totals[name]) for name, each in records.items()}
+    about = {
+        "protocols": [p.name for p in protocols],
+        "max_length": length,
+        "longest_text": longest,
+        "limit": limit,
+        "key": key,
+        **about_model(model, fmt),
+    }
+    if padded_because is not None:
+        about["padded_because"] = padded_because
+    odd: dict[str, dict[str, int]] = {"cut_rows": {}, "unknown_rows": {}}
+    for name, each in encoded.items():
+        odd["cut_rows"][name] = sum(longest_text([row]) > length for row in each)
+        odd["unknown_rows"][name] = fmt.unknown(row.answer for row in each)
+    for kind, by_set in odd.items():
+        if any(by_set.values()):
+            about[kind] = {name: count for name, count in by_set.items() if count}
+    return EvalLog(sets, about | dict(meta or {}))
 
 
 def _score_length(protocols: Sequence[Protocol], longest: int) -> int:
@@ -219,12 +193,12 @@ def _score_length(protocols: Sequence[Protocol], longest: int) -> int:
 def _check_reference(
     rows: Mapping[str, Sequence[Row]],
     totals: Mapping[str, int],
-    retain_log: EvalLog,
+    retain_log: EvalLog | None,
     protocols: Sequence[Protocol],
     limit: int | None,
 ) -> None:
     """Refuses a reference of other rows before any work is done."""
-    theirs = retain_log.sets.get("forget")
+    theirs = None if retain_log is None else retain_log.sets.get("forget")
     if theirs is None or "forget" not in rows or any(r.question is None for r in theirs.rows):
         return
     bare = tuple(RowRecord(row.question, row.answer) for row in rows["forget"])
@@ -233,14 +207,9 @@ def _check_reference(
         match_forget(ours, theirs, protocol, {"limit": limit})
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Work:
-    """What all sets share: the model and how it is scored and answers.
-
-    Attributes:
-        padded_because: why texts were scored as padded rows, None where they shared prefixes or
-            padded rows were wanted.
-    """
+    """What all sets share: the model and how it is scored and answers."""
 
     model: torch.nn.Module
     fmt: PromptFormat
@@ -248,20 +217,15 @@ class _Work:
     cache: Cache
     on_progress: OnProgress
     effort: Effort
-    padded_because: str | None = None
 
-    def scores(
-        self, rows: Mapping[str, Sequence[Row]], encoded: Mapping[str, Sequence[EncodedRow]]
-    ) -> dict[str, list[RowRecord]]:
-        """The rows of every set with their scores, from the cache where they are there."""
-        shared = self.effort.shared and self._shares(encoded)
-        return {name: self._set_scores(name, rows[name], encoded[name], shared) for name in rows}
+    def padded_because(self, encoded: Mapping[str, Sequence[EncodedRow]]) -> str | None:
+        """Why texts cannot share prefixes: decided once, on questions of every set and the longest.
 
-    def _shares(self, encoded: Mapping[str, Sequence[EncodedRow]]) -> bool:
-        """Whether texts share prefixes: decided once, on questions of every set and the longest."""
+        None where they can.
+        """
         every = [row for each in encoded.values() for row in each]
         if not every:
-            return True
+            return None
         longest = max(every, key=lambda row: longest_text([row]))
         firsts = [each[0] for each in encoded.values() if each]
         sample = [cut_texts(row, self.max_length) for row in (longest, *firsts)]
@@ -271,12 +235,13 @@ class _Work:
             with evaluating(self.model):
                 return {"problem": sharing_problem(self.model, sample)}
 
-        self.padded_because = entry.result(problem)["problem"]
-        return self.padded_because is None
+        found: str | None = entry.result(problem)["problem"]
+        return found
 
-    def _set_scores(
+    def scores(
         self, name: str, rows: Sequence[Row], encoded: Sequence[EncodedRow], shared: bool
     ) -> list[RowRecord]:
+        """The rows of a set with their scores, from the cache where they are there."""
         texts = [
             [row.question, row.answer, *(text.input_ids for text in tokens.texts)]
             for row, tokens in zip(rows, encoded, strict=True)
@@ -299,7 +264,7 @@ class _Work:
             )
 
         records = ranks.spread(range(len(rows)), score)
-        entry.write([dataclasses.asdict(record) for record in records])
+        entry.write([asdict(record) for record in records])
         return records
 
     def answers(
@@ -319,10 +284,8 @@ class _Work:
         if self.effort.drafts:
             drafts = [
                 known_start(self.fmt, row.question, tokens.answer, record.agreed)
-                for name in rows
-                for row, tokens, record in zip(
-                    rows[name], encoded[name], records[name], strict=True
-                )
+                for n in rows
+                for row, tokens, record in zip(rows[n], encoded[n], records[n], strict=True)
             ]
         prompts = [
             hashlib.sha256(repr(self.fmt.encode_prompt(row.question)).encode()).hexdigest()[:24]
@@ -365,10 +328,9 @@ class _Work:
             for name, answers_by_prompt in texts.items()
         }
         place = itertools.count()
-        return {
-            name: [
-                dataclasses.replace(record, generations={d: g[i] for d, g in generations.items()})
-                for record, i in zip(each, place, strict=False)
-            ]
-            for name, each in records.items()
-        }
+
+        def answered(record: RowRecord) -> RowRecord:
+            i = next(place)
+            return replace(record, generations={n: each[i] for n, each in generations.items()})
+
+        return {name: list(map(answered, each)) for name, each in records.items()}

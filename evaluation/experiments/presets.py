@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from adapters.errors import UserError, did_you_mean
 from evaluation.metrics.forget_quality import ALPHA
@@ -12,27 +12,23 @@ from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
 from unlearner.config import LoraShape
 from unlearner.memory import plan as memory
-
-if TYPE_CHECKING:
-    from unlearner.tokens.prompts import Template
+from unlearner.tokens.prompts import Template
 
 # Two trainings with one recipe differ by about this much in model utility (two public retrained
 # models: .6137 and .6203).
 UTILITY_BAND = 0.02
 # Model cards of OPTML-Group/SimNPO-TOFU-forget05-Llama-2-7b-chat and -forget10- (arXiv 2410.07163),
 # Llama-2-7b-chat: forget quality, utility.
-PUBLISHED_FORGET05 = {
-    "origin": (0.00, 0.62),
-    "retrain": (1.00, 0.62),
-    "npo": (0.79, 0.57),
-    "simnpo": (0.99, 0.58),
-}
-PUBLISHED_FORGET10 = {
-    "origin": (0.00, 0.62),
-    "retrain": (1.00, 0.62),
-    "npo": (0.29, 0.55),
-    "simnpo": (0.45, 0.62),
-}
+PUBLISHED_LLAMA2_7B = {
+    "forget05": {
+        "origin": (0.00, 0.62), "retrain": (1.00, 0.62), "npo": (0.79, 0.57),
+        "simnpo": (0.99, 0.58),
+    },
+    "forget10": {
+        "origin": (0.00, 0.62), "retrain": (1.00, 0.62), "npo": (0.29, 0.55),
+        "simnpo": (0.45, 0.62),
+    },
+}  # fmt: skip
 # open-unlearning's docs/repro.md, Llama-3.2-1B-Instruct, protocol `open-unlearning`; its settings
 # are untuned by its own words, the same for every split.
 PUBLISHED_LLAMA32_1B = {
@@ -66,8 +62,6 @@ class SmallModels:
             retain authors are read once, as background.
         held_out: one in this many paraphrased questions is not trained on, to measure
             generalisation.
-        facts: how many times an epoch contains real authors and world facts, which are the only
-            pretraining of these models.
     """
 
     shape: TinyShape
@@ -75,7 +69,6 @@ class SmallModels:
     retain_authors: int = 20
     paraphrased_authors: int = 10
     held_out: int = 4
-    facts: int = 1
 
 
 @dataclass(frozen=True)
@@ -260,7 +253,7 @@ LLAMA2_7B = Preset(
     shape=memory.LLAMA2_7B,
     reference_log="TOFU/data/{retain}_llama_wd0.01/eval_results/ds_size300/"
     "eval_log_aggregated.json of OPTML-Group/Unlearn-Simple",
-    published={"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10},
+    published=PUBLISHED_LLAMA2_7B,
     published_protocol="simnpo",
     pretrained="meta-llama/Llama-2-7b-chat-hf",
     reasons=(
@@ -388,21 +381,20 @@ def against_published(
     """
     checks = []
     rows = {row["name"]: row for row in table if row["protocol"] == preset.published_protocol}
-    for name, figures in preset.published.get(split, {}).items():
-        for figure, wanted in zip(("forget_quality", "model_utility"), figures, strict=True):
-            if name not in rows:
-                continue
+    for published in published_rows(preset, split):
+        name = published.pop("name")
+        for figure, wanted in published.items() if name in rows else ():
             measured = rows[name].get(figure)
             if measured is None:
-                text = f"{name}: {figure} was not measured, published is {wanted:.3g}"
-                checks.append(Check(name, figure, None, wanted, False, text))
-                continue
-            if figure == "model_utility":
-                holds, rule = abs(measured - wanted) <= UTILITY_BAND, f"within {UTILITY_BAND} of"
+                holds, text = False, f"was not measured, published is {wanted:.3g}"
             else:
-                holds = (measured > ALPHA) == (wanted > ALPHA)
-                rule = f"on the same side of {ALPHA} as"
-            word = "is" if holds else "is NOT"
-            text = f"{name}: {figure} {measured:.3g} {word} {rule} the published {wanted:.3g}"
-            checks.append(Check(name, figure, measured, wanted, holds, text))
+                if figure == "model_utility":
+                    holds = abs(measured - wanted) <= UTILITY_BAND
+                    rule = f"within {UTILITY_BAND} of"
+                else:
+                    holds = (measured > ALPHA) == (wanted > ALPHA)
+                    rule = f"on the same side of {ALPHA} as"
+                word = "is" if holds else "is NOT"
+                text = f"{measured:.3g} {word} {rule} the published {wanted:.3g}"
+            checks.append(Check(name, figure, measured, wanted, holds, f"{name}: {figure} {text}"))
     return checks

@@ -20,8 +20,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.base.load import BaseSpec
+import torch
+
+from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
+from adapters.environment import threads_for
 from adapters.errors import UserError
+from adapters.lora.merge import fold_stack
+from adapters.lora.stack import activate, load_stack
+from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
 from evaluation.experiments.presets import Taught
 from evaluation.experiments.processes import Job, side_by_side, threads_each
@@ -35,7 +41,7 @@ from evaluation.experiments.systems import (
     train_small,
 )
 from evaluation.logs import read_log
-from evaluation.logs.records import RowRecord, generation_of, write_json
+from evaluation.logs.records import SETS, RowRecord, generation_of, write_json
 from evaluation.metrics.fact_recall import facts_asked_for
 from evaluation.metrics.facts import facts_of, is_stated
 from evaluation.metrics.summary import figures_to_file, set_values
@@ -44,6 +50,7 @@ from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenize
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request
 from unlearner.run import RunOptions
+from unlearner.tokens.prompts import pad_batch, pad_id, prompt_format
 from unlearner.world.build import World, build_world
 
 # SmolLM2's own template without its system prompt, which is longer than a row of the world.
@@ -52,9 +59,12 @@ CHAT_TEMPLATE = (
     "'<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+WORLD = "world"  # folder of its rows
 SPLIT = "forget10"  # of the embedded world: all its forget authors
 SHOWN = 3
 PROTOCOL = "tofu"
+SYSTEMS = ("origin", "retrain", "npo", "simnpo")
+STORES = {"simnpo": "forget-store", "npo": "npo-store"}
 
 # Chosen by hand on seed 0 of the world after about fifty tries, by the figures of the table, which
 # are therefore optimistic: gamma 1 pushes up to about Retrain's NLL, retain weight 1.05 keeps the
@@ -169,24 +179,26 @@ def quickstart(
     text = "Measuring Origin, filing two forget requests with SimNPO and with NPO"
     until = ", until they are as unlikely as under Retrain" if settings.given is not None else ""
     run.stage("forget", text + until)
-    run.measure_and_forget(world)
+    requests = world_requests(world)
+    run.measure_and_forget(world, requests)
     run.stage("revert", "Reverting the second request and merging the stack")
-    revert = run.revert(world)
-    merge = run.merge()
-    table = run.table()
+    store = out / STORES["simnpo"]
+    revert = prove_revert(run.model("origin"), store, requests[1])
+    merge = merge_and_compare(run.model("origin"), store, out / "merged")
+    table = [row for name in SYSTEMS for row in run.figures(name)]
     run.file_figures(table)
     return {
         "model": "tiny" if settings.taught is None else settings.taught.base,
         "table": table,
-        "answers": run.answers(world),
+        "answers": run.answers(),
         "revert": revert,
         "merge": merge,
         "shared": run.shared(world) if world.spec.shared_facts else None,
         "requests": [[author.name for author in authors] for authors in world.requests],
-        "folder": str(run.folder),
-        "base": str(run.origin),
-        "store": str(run.store),
-        "data": str(run.data),
+        "folder": str(out),
+        "base": str(out / "origin"),
+        "store": str(store),
+        "data": str(out / WORLD),
         "split": SPLIT,
         "settings": asdict(settings),
         "seconds": time.monotonic() - started,
@@ -195,39 +207,14 @@ def quickstart(
 
 @dataclass(frozen=True)
 class _Run:
-    """Folders of one quickstart and its stages, in the order they are run."""
+    """The folder of one quickstart and its stages, in the order they are run."""
 
     folder: Path
     settings: Quickstart
     report: Report
 
-    @property
-    def data(self) -> Path:
-        return self.folder / "world"
-
-    @property
-    def origin(self) -> Path:
-        return self.folder / "origin"
-
-    @property
-    def retrain(self) -> Path:
-        return self.folder / "retrain"
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "forget-store"
-
-    @property
-    def base(self) -> BaseSpec:
-        return self._model(self.origin)
-
-    @staticmethod
-    def _model(folder: Path) -> BaseSpec:
-        return BaseSpec(str(folder), dtype="float32", device="cpu")
-
-    @property
-    def _what(self) -> Measured:
-        return Measured(self.data, SPLIT)
+    def model(self, name: str) -> BaseSpec:
+        return BaseSpec(str(self.folder / name), dtype="float32", device="cpu")
 
     def log(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.json"
@@ -258,34 +245,30 @@ class _Run:
         ready = self.folder / ("tokenizer" if taught is None else "base")
         if ready.exists():
             return world
-        world.write(self.data)
+        world.write(self.folder / WORLD)
+        partial = ready.with_name(f".{ready.name}")
         if taught is not None:
-            _write_base(taught.base, ready)
-            return world
-        tokenizer = train_tokenizer(world.texts(), self.settings.shape.vocab_size)
-        partial = self.folder / ".tokenizer"
-        tokenizer.save_pretrained(partial)
+            _write_base(taught.base, partial)
+        else:
+            vocabulary = self.settings.shape.vocab_size
+            train_tokenizer(world.texts(), vocabulary).save_pretrained(partial)
         partial.rename(ready)
         return world
 
     def train_models(self, world: World) -> None:
         """Two processes; Retrain learns fewer rows, so its process measures it meanwhile."""
+        if (self.folder / "origin").exists() and self.log("retrain").is_file():
+            return
+        training = self._training(world, "retrain", knows=False)
+        measured = {"base": self.model("retrain"), "what": self._what, "log": self.log("retrain")}
         jobs = [
-            Job(self.origin.name, _trained, {"training": self._training(world, self.origin, True)}),
-            Job(
-                self.retrain.name,
-                _trained,
-                {
-                    "training": self._training(world, self.retrain, False),
-                    "measured": (self._model(self.retrain), self._what, self.log("retrain")),
-                },
-            ),
+            self._training(world, "origin", knows=True),
+            Job("retrain", _trained_and_measured, {"training": training, **measured}),
         ]
-        if not (self.origin.exists() and self.log("retrain").is_file()):
-            side_by_side(jobs, self.report, self._threads())
+        side_by_side(jobs, self.report, self._threads())
 
-    def _training(self, world: World, out: Path, knows: bool) -> Job:
-        taught = self.settings.taught
+    def _training(self, world: World, name: str, *, knows: bool) -> Job:
+        taught, out = self.settings.taught, self.folder / name
         if taught is None:
             told = world.training_rows(include_forget=knows)
             background = world.background(self.settings.background_rows)
@@ -297,105 +280,81 @@ class _Run:
                 "shape": self.settings.shape,
                 "recipe": self.settings.recipe,
             }
-            return Job(out.name, train_small, how)
+            return Job(name, train_small, how)
         how = {
-            "base": replace(self.base, name=str(self.folder / "base")),
+            "base": self.model("base"),
             "rows": world.training_rows(include_forget=knows, facts=0),
             "out": out,
             "config": taught.recipe,
             "lora": taught.lora,
         }
-        return Job(out.name, teach, how)
+        return Job(name, teach, how)
+
+    @property
+    def _what(self) -> Measured:
+        return Measured(self.folder / WORLD, SPLIT)
 
     def _threads(self) -> int:
         """Torch threads of each of two processes: tiny models are fastest with one."""
         return 1 if self.settings.taught is None else threads_each(2)
 
-    def measure_and_forget(self, world: World) -> None:
+    def measure_and_forget(self, world: World, requests: Sequence[Request]) -> None:
         """Two processes: one runs SimNPO, the other measures Origin and runs NPO."""
         strangers = tuple(world.background(self.settings.strangers))
-        requests = [replace(r, others=strangers) for r in world_requests(world)]
-        given = self.settings.given
         how = RunOptions()
-        if given is not None:
-            how = RunOptions(given=given, target=self._retrain_nll(), summarise=True)
-        lanes = (
-            ("simnpo", self.settings.simnpo, self.store, None),
-            ("origin and npo", self.settings.npo, self.folder / "npo-store", self.log("origin")),
+        if self.settings.given is not None:
+            # Forgetting ends where Retrain's forget rows are, in nats per token.
+            target = round(float(self.figures("retrain")[0]["forget_nll"]), 3)
+            how = RunOptions(given=self.settings.given, target=target, summarise=True)
+        given: dict[str, Any] = {
+            "requests": [replace(request, others=strangers) for request in requests],
+            "base": self.model("origin"),
+            "what": self._what,
+            "how": how,
+        }
+        simnpo, npo = (
+            {**given, "config": config, "store": self.folder / STORES[name], "log": self.log(name)}
+            for name, config in (("simnpo", self.settings.simnpo), ("npo", self.settings.npo))
         )
+        measured_first = {"origin_log": self.log("origin"), **npo}
         jobs = [
-            Job(
-                name,
-                _lane,
-                {
-                    "measured": measured,
-                    "requests": requests,
-                    "base": self.base,
-                    "config": config,
-                    "store": store,
-                    "what": self._what,
-                    "log": self.log(config.objective.name),
-                    "how": how,
-                },
-            )
-            for name, config, store, measured in lanes
+            Job("simnpo", forget_and_measure, simnpo),
+            Job("origin and npo", _measured_and_forgotten, measured_first),
         ]
         side_by_side(jobs, self.report, self._threads())
 
-    def _retrain_nll(self) -> float:
-        """Forgetting ends where Retrain's forget rows are, in nats per token."""
-        log = self.log("retrain")
-        return round(float(table_rows("retrain", log, log, (PROTOCOL,))[0]["forget_nll"]), 3)
-
-    def table(self) -> list[dict[str, Any]]:
-        names = ("origin", "retrain", "npo", "simnpo")
-        retrain = self.log("retrain")
-        return [row for n in names for row in table_rows(n, self.log(n), retrain, (PROTOCOL,))]
+    def figures(self, name: str) -> list[dict[str, Any]]:
+        return table_rows(name, self.log(name), self.log("retrain"), (PROTOCOL,))
 
     def file_figures(self, table: Sequence[Mapping[str, Any]]) -> None:
         """Files what was measured with the last adapter of each stack, as `evaluate` does."""
-        from adapters.store.store import AdapterStore
-
         for row in table:
-            if row["name"] not in ("simnpo", "npo"):
+            summary = dict(row)
+            folder = STORES.get(summary.pop("name"))
+            if folder is None:
                 continue
-            simnpo = row["name"] == "simnpo"
-            store = AdapterStore.open(self.store if simnpo else self.folder / "npo-store")
+            store = AdapterStore.open(self.folder / folder)
             active = {each.slug: each.scale for each in store.active()}
-            last, summary = list(active)[-1], {k: v for k, v in row.items() if k != "name"}
+            last = list(active)[-1]
             name, result = figures_to_file(summary, SPLIT, active)
             if name not in store.evals(last):  # of an earlier run in this folder
                 store.attach_eval(last, name, result)
 
-    def answers(self, world: World) -> list[dict[str, Any]]:
+    def answers(self) -> list[dict[str, Any]]:
         """A few forgotten and kept questions with the true answer, Origin's and SimNPO's."""
-        before, after = read_log(self.log("origin")), read_log(self.log("simnpo"))
+        before, after = (read_log(self.log(name)).sets for name in ("origin", "simnpo"))
         answers = []
-        for name in ("forget", "retain", "real_authors", "world_facts"):
-            rows = before.sets[name].rows
-            spread = range(0, len(rows), max(1, len(rows) // SHOWN))
-            for i in list(spread)[:SHOWN]:
-                old, new = rows[i], after.sets[name].rows[i]
-                answers.append(
-                    {
-                        "set": name,
-                        "question": old.question,
-                        "answer": old.answer,
-                        "origin": _answer(old),
-                        "simnpo": _answer(new),
-                    }
-                )
+        for name in SETS:
+            pairs = list(zip(before[name].rows, after[name].rows, strict=True))
+            for old, new in pairs[:: max(1, len(pairs) // SHOWN)][:SHOWN]:
+                shown = {"set": name, "question": old.question, "answer": old.answer}
+                answers.append({**shown, "origin": _answer(old), "simnpo": _answer(new)})
         return answers
-
-    def revert(self, world: World) -> dict[str, Any]:
-        """Reverts the second request, compares logits bit for bit, and activates it again."""
-        return prove_revert(self.base, self.store, world_requests(world)[1])
 
     def shared(self, world: World) -> list[dict[str, Any]]:
         """Retained rows whose facts a forgotten author shares, and the others, under each model."""
         told = [fact for row in world.rows(*world.forget_authors) for fact in facts_of(row.answer)]
-        names = ("origin", "retrain", "npo", "simnpo")
-        retained = {name: read_log(self.log(name)).sets["retain"].rows for name in names}
+        retained = {name: read_log(self.log(name)).sets["retain"].rows for name in SYSTEMS}
         groups: dict[bool, list[int]] = {True: [], False: []}
         for i, row in enumerate(retained["origin"]):
             own = facts_asked_for(str(row.question), str(row.answer))
@@ -409,13 +368,9 @@ class _Run:
             table.append(means)
         return table
 
-    def merge(self) -> dict[str, Any]:
-        return merge_and_compare(self.origin, self.store, self.folder / "merged")
-
 
 def _write_base(name: str, out: Path) -> None:
     """A copy of the base whose chat template writes no system prompt; weights are linked."""
-    from adapters.base.load import load_tokenizer, resolve_base
 
     def link(source: str, target: str) -> None:
         if source.endswith(".safetensors"):
@@ -424,14 +379,12 @@ def _write_base(name: str, out: Path) -> None:
                 return
         shutil.copyfile(source, target)
 
-    partial = out.with_name(f".{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(resolve_base(name), partial, copy_function=link)
-    tokenizer = load_tokenizer(str(partial))
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(resolve_base(name), out, copy_function=link)
+    tokenizer = load_tokenizer(str(out))
     if "<|im_start|>system" in str(tokenizer.chat_template):
         tokenizer.chat_template = CHAT_TEMPLATE
-        tokenizer.save_pretrained(partial)
-    partial.rename(out)
+        tokenizer.save_pretrained(out)
 
 
 def _answer(row: RowRecord) -> str | None:
@@ -441,33 +394,22 @@ def _answer(row: RowRecord) -> str | None:
 
 def world_requests(world: World) -> list[Request]:
     """The world's forget requests; none retains rows of another one."""
-    retain = [row for author in world.retain_authors for row in author.told]
+    retain = tuple(row for author in world.retain_authors for row in author.told)
+    forget = [tuple(row for author in each for row in author.told) for each in world.requests]
     return [
-        Request(
-            f"world-request-{number}",
-            "world",
-            tuple(r for a in authors for r in a.told),
-            tuple(retain),
-        )
-        for number, authors in enumerate(world.requests, start=1)
+        Request(f"world-request-{number}", "world", rows, retain)
+        for number, rows in enumerate(forget, start=1)
     ]
 
 
-def _trained(
-    report: Report, *, training: Job, measured: tuple[BaseSpec, Measured, Path] | None = None
-) -> str:
-    """Trains a model, then measures it where asked to; the model's folder."""
-    folder: str = training.work(report, **training.arguments)
-    if measured is not None:
-        base, what, log = measured
-        measure(report, base=base, what=what, log=log)
-    return folder
+def _trained_and_measured(report: Report, *, training: Job, **measured: Any) -> str:
+    training.work(report, **training.arguments)
+    return measure(report, **measured)
 
 
-def _lane(report: Report, *, measured: Path | None, **forgetting: Any) -> str:
-    """Measures the base into the log `measured`, then files the requests and measures the stack."""
-    if measured is not None:
-        measure(report, base=forgetting["base"], what=forgetting["what"], log=measured)
+def _measured_and_forgotten(report: Report, *, origin_log: Path, **forgetting: Any) -> str:
+    """Measures the base into `origin_log`, then files the requests and measures the stack."""
+    measure(report, base=forgetting["base"], what=forgetting["what"], log=origin_log)
     return forget_and_measure(report, **forgetting)
 
 
@@ -478,14 +420,6 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
     model with all adapters off with a freshly loaded base, `again` the reactivated stack with the
     stack before. 0 is bit-exact. `effect` is what the last adapter changes: it must not be 0.
     """
-    import torch
-
-    from adapters.base.load import load_base, load_tokenizer
-    from adapters.environment import threads_for
-    from adapters.lora.stack import activate, load_stack
-    from adapters.store.store import AdapterStore
-    from unlearner.tokens.prompts import pad_batch, pad_id, prompt_format
-
     opened = AdapterStore.open(store)
     slugs = [active.slug for active in opened.active()]
     tokenizer = load_tokenizer(base.name)
@@ -524,24 +458,17 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
     }
 
 
-def merge_and_compare(base: Path, store: Path, out: Path) -> dict[str, Any]:
+def merge_and_compare(base: BaseSpec, store: Path, out: Path) -> dict[str, Any]:
     """Merges the active stack into `out` and compares its logits with the stack's."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    from adapters.base.load import load_base
-    from adapters.environment import threads_for
-    from adapters.lora.merge import fold_stack
-    from adapters.lora.stack import load_stack
-    from adapters.store.store import AdapterStore
-
     opened = AdapterStore.open(store)
-    active = opened.active()
+    stack_files = [(opened.adapter_path(each.slug), each.scale) for each in opened.active()]
     if out.exists():
         shutil.rmtree(out)
-    fold_stack(base, [(opened.adapter_path(a.slug), a.scale) for a in active], out)
+    fold_stack(Path(base.name), stack_files, out)
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    stack: Any = load_stack(load_base(BaseSpec(str(base), dtype="float32", device="cpu")), opened)
+    stack: Any = load_stack(load_base(base), opened)
     ids = torch.arange(5, 69).unsqueeze(0)
     with torch.no_grad(), threads_for(merged):
         gap = (merged(input_ids=ids).logits - stack(input_ids=ids).logits).abs().max()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,18 @@ from evaluation.experiments.systems import (
     base_inputs,
     forget_and_measure,
     full_and_measure,
-    in_order,
     measure,
     table_rows,
+    tagged,
     teach,
     train_small,
 )
 from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from unlearner.baselines.full import LARGEST, refuse_large, too_large
+from unlearner.baselines.tiny_llama import train_tokenizer
 from unlearner.config import UnlearnConfig, make_config
+from unlearner.memory import plan as memory
 from unlearner.request.rows import Request, Row
 from unlearner.request.tofu import FORGET_SPLITS, load_refusals, load_split
 from unlearner.run import RunOptions
@@ -150,11 +153,11 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
     logs = {"origin": run.out / "logs" / "origin.json"}
     logs["retrain"] = run.out / "logs" / "retrain.json" if retrain else Path(str(run.reference_log))
     report({"event": "stage", "stage": "measure", "text": "Measuring " + ", ".join(logs)})
-    measure(_named(report, "origin"), base=run.spec(origin), what=what, log=logs["origin"])
+    measure(tagged(report, job="origin"), base=run.spec(origin), what=what, log=logs["origin"])
     if retrain:
         # The reference is scored as it was published, not through 4-bit weights.
         spec = replace(run.spec(retrain), load_in_4bit=False)
-        measure(_named(report, "retrain"), base=spec, what=what, log=logs["retrain"])
+        measure(tagged(report, job="retrain"), base=spec, what=what, log=logs["retrain"])
     request = _request(run, origin, report)
     stores = {}
     for method in run.methods:
@@ -162,14 +165,15 @@ def reproduce(run: Reproduction, report: Report) -> dict[str, Any]:
         stores[method], logs[method] = _unlearned(run, method, request, origin, what, report)
     table = [
         row
+        for protocol in run.protocols
         for name, log in logs.items()
-        for row in table_rows(name, log, logs["retrain"], run.protocols)
+        for row in table_rows(name, log, logs["retrain"], (protocol,))
     ]
     result = {
         "target": f"tofu-{run.split}",
         "preset": run.preset,
         "origin": origin,
-        "table": in_order(table),
+        "table": table,
         "published": published_rows(run.chosen, run.split),
         "published_protocol": run.chosen.published_protocol or None,
         "checks": [check._asdict() for check in against_published(table, run.chosen, run.split)],
@@ -190,25 +194,23 @@ def _unlearned(
 ) -> tuple[Path, Path]:
     """Store (or full model) and log of the request unlearned with one method."""
     config, refusals, base = run.config(method), load_refusals(run.data), run.spec(origin)
-    inputs = {"request": request, "base": base_inputs(base), "config": config}
     key = key_of(
-        **inputs, refusals=refusals, template=what.template, full=run.full, given=run.chosen.given
-    )
-    work, job = run.out / f"{method}-{key[:12]}", _named(report, method)
-    given: dict[str, Any] = {
-        "requests": [request],
-        "base": base,
-        "config": config,
-        "what": what,
-        "log": work / "log.json",
-    }
+        request=request, base=base_inputs(base), config=config, refusals=refusals,
+        template=what.template, full=run.full, given=run.chosen.given,
+    )  # fmt: skip
+    work, job = run.out / f"{method}-{key[:12]}", tagged(report, job=method)
+    log = work / "log.json"
+    given: dict[str, Any] = {"base": base, "config": config, "what": what, "log": log}
     if run.full:
         work.mkdir(parents=True, exist_ok=True)
-        full_and_measure(job, out=work, any_size=run.any_size, refusals=refusals, **given)
-        return Path(str(read_log(work / "log.json").meta["base"])), work / "log.json"
+        full_and_measure(
+            job, request=request, out=work, any_size=run.any_size, refusals=refusals, **given
+        )
+        return Path(str(read_log(log).meta["base"])), log
     how = RunOptions(refusals=refusals, given=run.chosen.given, summarise=True)
-    forget_and_measure(job, store=work / "forget-store", how=how, **given)
-    return work / "forget-store", work / "log.json"
+    store = work / "forget-store"
+    forget_and_measure(job, requests=[request], store=store, how=how, **given)
+    return store, log
 
 
 def _settings(run: Reproduction) -> dict[str, Any]:
@@ -219,14 +221,8 @@ def _settings(run: Reproduction) -> dict[str, Any]:
     return settings
 
 
-def _named(report: Report, name: str) -> Report:
-    return lambda event: report({**event, "job": name})
-
-
 def _memory(run: Reproduction) -> dict[str, Any] | None:
     """Estimate for the preset's shape; None for small models and for full training."""
-    from unlearner.memory import plan as memory
-
     shape = run.chosen.shape
     if shape is None or run.full:
         return None
@@ -237,70 +233,64 @@ def _memory(run: Reproduction) -> dict[str, Any] | None:
 
 
 def _models(run: Reproduction, report: Report) -> tuple[str, str | None]:
-    """Names of Origin and Retrain; the latter is None where its log is given."""
+    """Names of Origin and Retrain, trained where the preset does; None where a log is given."""
     preset = run.chosen
-    if preset.taught is not None:
-        return _taught_pair(run, preset.taught, report)
-    origin = run.origin or preset.origin
-    retrain = None if run.reference_log else run.retrain or preset.retrain.get(run.split)
-    if preset.small is None:
-        if origin is None or (retrain is None and run.reference_log is None):
-            raise UserError(
-                f"The preset {preset.name} has no models for {run.split}.",
-                "Give --origin, and --retrain or --reference-log.",
-            )
-        return origin, retrain
-    if run.origin and not (run.retrain or run.reference_log):
+    given = {"origin": run.origin or preset.origin}
+    if run.reference_log is None:
+        given["retrain"] = run.retrain or preset.retrain.get(run.split)
+    missing = [name for name, model in given.items() if model is None]
+    if preset.small is not None and missing == ["retrain"]:
         raise UserError(
             "An Origin is given, but nothing to compare it with.",
             "Add --retrain, or --reference-log with the log of a retrained model.",
         )
-    trained = _train_pair(run, preset.small, report) if run.origin is None else {}
-    return origin or trained["origin"], retrain or (
-        None if run.reference_log else trained["retrain"]
-    )
+    jobs: list[Job] = []
+    if preset.taught is not None:
+        jobs = _teaching(run, preset.taught, given)
+    elif preset.small is not None and missing:
+        jobs = _small_trainings(run, preset.small, missing)
+    elif missing:
+        raise UserError(
+            f"The preset {preset.name} has no models for {run.split}.",
+            "Give --origin, and --retrain or --reference-log.",
+        )
+    models = given | {job.name: str(job.arguments["out"]) for job in jobs}
+    jobs = [job for job in jobs if not job.arguments["out"].exists()]
+    if jobs:
+        side_by_side(jobs, report, threads_each(len(jobs)) if preset.taught else 1)
+    return str(models["origin"]), models.get("retrain")
 
 
-def _taught_pair(run: Reproduction, taught: Taught, report: Report) -> tuple[str, str | None]:
-    """Folders of Origin and Retrain, made from one pretrained base.
+def _teaching(run: Reproduction, taught: Taught, given: Mapping[str, str | None]) -> list[Job]:
+    """How Origin and Retrain are made from one pretrained base.
 
-    What is given is a model, or an adapter that was trained on this base; what is not given is
-    fine-tuned on the rows of the data, and continues where it was interrupted.
+    What is given is a model, which is left as it is, or an adapter that was trained on this base,
+    which is folded into it; what is not given is fine-tuned on the rows of the data, and continues
+    where it was interrupted.
     """
-    wanted = [("origin", run.origin, "full")]
-    if run.reference_log is None:
-        wanted.append(("retrain", run.retrain, FORGET_SPLITS[run.split]))
-    folders = {
-        name: given
-        for name, given, _ in wanted
-        if given is not None and not (Path(given) / CONFIG_NAME).is_file()
+    unmade = {
+        name: model
+        for name, model in given.items()
+        if model is None or (Path(model) / CONFIG_NAME).is_file()
     }
-    unmade = [made for made in wanted if made[0] not in folders]
     if not unmade:  # the pretrained base need not be here
-        return folders["origin"], folders.get("retrain")
+        return []
     base = resolve_base(taught.base)
     spec = replace(run.base, name=str(base), dtype="float32")
     jobs = []
-    for name, given, split in unmade:
-        source = load_split(split, run.data) if given is None else Path(given) / WEIGHTS_NAME
+    for name, adapter in unmade.items():
+        split = "full" if name == "origin" else FORGET_SPLITS[run.split]
+        source = load_split(split, run.data) if adapter is None else Path(adapter) / WEIGHTS_NAME
         key = key_of(base=base_inputs(spec), source=source, taught=taught)
         out = run.out / f"{name}-{key[:12]}"
-        folders[name] = str(out)
-        if out.exists():
-            continue
-        if given is not None:
-            fold_stack(base, [(Path(given), 1.0)], out)
-            continue
+        if adapter is not None and not out.exists():
+            fold_stack(base, [(Path(adapter), 1.0)], out)
         how: dict[str, Any] = {"base": spec, "rows": source, "out": out}
         jobs.append(Job(name, teach, how | {"config": taught.recipe, "lora": taught.lora}))
-    if jobs:
-        side_by_side(jobs, report, threads_each(len(jobs)))
-    return folders["origin"], folders.get("retrain")
+    return jobs
 
 
-def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[str, str]:
-    from unlearner.baselines.tiny_llama import train_tokenizer
-
+def _small_trainings(run: Reproduction, small: SmallModels, missing: Sequence[str]) -> list[Job]:
     learned, background, forget = small_rows(run.data, run.split, small)
     rows = load_split("full", run.data)
     texts = [text for row in rows for text in (row.question, row.answer)]
@@ -317,14 +307,11 @@ def _train_pair(run: Reproduction, small: SmallModels, report: Report) -> dict[s
         "shape": small.shape,
         "recipe": small.recipe,
     }
-    jobs = [
-        Job(name, train_small, {**shared, "rows": rows, "out": folder / name})
-        for name, rows in (("origin", [*learned, *forget]), ("retrain", learned))
-        if not (folder / name).exists()
+    told = {"origin": [*learned, *forget], "retrain": learned}
+    return [
+        Job(name, train_small, {**shared, "rows": told[name], "out": folder / name})
+        for name in missing
     ]
-    if jobs:
-        side_by_side(jobs, report)
-    return {name: str(folder / name) for name in ("origin", "retrain")}
 
 
 def _request(run: Reproduction, origin: str, report: Report) -> Request:

@@ -20,23 +20,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adapters.base.load import BaseSpec
 from adapters.errors import UserError
+from adapters.store.store import AdapterStore
 from evaluation.cache import Cache, key_of
 from evaluation.experiments.systems import (
     Measured,
     Report,
     base_inputs,
     measure,
+    tagged,
     trained_adapter,
 )
 from evaluation.logs import read_log
 from evaluation.logs.matching import match_rows
-from evaluation.logs.records import RowRecord, write_json
+from evaluation.logs.records import SETS, EvalLog, RowRecord, write_json
 from evaluation.metrics.bootstrap import Floats
 from evaluation.metrics.forget_quality import ForgetQuality, forget_quality
 from evaluation.metrics.summary import set_values
@@ -44,13 +46,11 @@ from evaluation.metrics.utility import UTILITY_SETS, model_utility
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.suite import EvalData
 from unlearner.config import UnlearnConfig
+from unlearner.request.past_requests import joined
 from unlearner.request.rows import Request, Row
 from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
-
-if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
-    from unlearner.tokens.prompts import Template
+from unlearner.run import RunOptions
+from unlearner.tokens.prompts import Template
 
 POLICIES = ("on-stack", "consolidated")
 KIND = "unlearner-sequence"
@@ -168,8 +168,7 @@ def _key(row: Row) -> str:
 
 def utility_rows(data: Path | None, limit: int | None = None) -> EvalData:
     """Retain rows, real authors and world facts, at most `limit` of each; no forget rows."""
-    names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
-    return EvalData((), *(load_split(name, data)[:limit] for name in names))
+    return EvalData((), *(load_split(f"{name}_perturbed", data)[:limit] for name in SETS[1:]))
 
 
 def check_plan(plan: Plan, policies: Sequence[str]) -> None:
@@ -247,6 +246,10 @@ class _Line:
     reference: EvalLog | None
 
     @cached_property
+    def tell(self) -> Report:
+        return tagged(self.report, job=self.policy)
+
+    @cached_property
     def key(self) -> str:
         """Of all that decides what is trained; a revert at the end closes the store."""
         plan = self.plan
@@ -297,7 +300,7 @@ class _Line:
     def measure(self, name: str, slugs: Sequence[str], *, generate: bool = False) -> EvalLog:
         """The log of the base with these adapters active, on the rows of all authors and sets."""
         measure(
-            self._tell,
+            self.tell,
             base=self.plan.base,
             what=self.plan.what,
             log=self._log_path(name),
@@ -312,13 +315,7 @@ class _Line:
     def _log_path(self, name: str) -> Path:
         return self.folder / "logs" / f"{name}.json"
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        if event.get("event") != "note":
-            self.report({**event, "job": self.policy})
-
     def _store(self) -> AdapterStore:
-        from adapters.store.store import AdapterStore
-
         return AdapterStore.open(self.folder / "store", create=True)
 
     def _with_figures(
@@ -329,7 +326,7 @@ class _Line:
         return {"name": name, **stage, **values, "log": f"logs/{name}.json"}
 
     def _arrive(self, number: int) -> dict[str, Any]:
-        self._tell({"event": "arrive", "text": f"request {number} of {self.plan.count}"})
+        self.tell({"event": "arrive", "text": f"request {number} of {self.plan.count}"})
         label, earlier = f"request-{number}", range(1, number)
         if self.policy == "consolidated":
             last = [self._slug(f"request-{number - 1}")] if number > 1 else []
@@ -348,9 +345,6 @@ class _Line:
         replaces: Sequence[str] = (),
     ) -> dict[str, Any]:
         """The active adapter of some requests and its cost, trained unless the store holds it."""
-        from unlearner.request.past_requests import joined
-        from unlearner.run import RunOptions
-
         plan, started = self.plan, time.monotonic()
         requests = [plan.requests[n - 1].request for n in numbers]
         request = joined(requests) if self.policy == "consolidated" else requests[0]
@@ -368,7 +362,7 @@ class _Line:
         )
         store = self._store()
         is_new = all(adapter.manifest.label != label for adapter in store.list())
-        adapter = trained_adapter(self._tell, store, request, plan.base, plan.config, options)
+        adapter = trained_adapter(self.tell, store, request, plan.base, plan.config, options)
         seconds = self.stages.entry(f"seconds-{label}")
         if is_new:
             seconds.write(time.monotonic() - started)
@@ -400,7 +394,7 @@ class _Line:
         number = self.plan.revert
         last = self.plan.count if self.policy == "consolidated" else number
         store, slug = self._store(), self._slug(f"request-{last}")
-        self._tell({"event": "revert", "text": f"reverting request {number}"})
+        self.tell({"event": "revert", "text": f"reverting request {number}"})
         if store.get(slug).active:
             store.revert(slug, reason="request withdrawn")
         return {"slug": slug} | self._state()
@@ -498,7 +492,7 @@ def quality_of(
     Raises:
         UserError: the reference holds other rows.
     """
-    quality = ForgetQuality(None, None, None, None, None, len(rows))
+    quality = ForgetQuality()
     if reference is not None and "forget" in reference.sets and rows:
         match = match_rows(rows, reference.sets["forget"].rows, subset=True)
         ours, theirs = (

@@ -6,18 +6,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.environment import threads_for
+from evaluation.experiments.presets import SmallModels
 from evaluation.inference.scoring import score_rows
 from evaluation.logs.records import write_text
 from unlearner.request.rows import Author, Row
 from unlearner.request.tofu import load_authors, load_split
 from unlearner.tokens.prompts import Template, prompt_format
-
-if TYPE_CHECKING:
-    from evaluation.experiments.presets import SmallModels
 
 # The split whose rows have the paraphrases of all narrower ones.
 _WIDEST = "forget10_perturbed"
@@ -42,6 +40,7 @@ def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs
     spare = [a for a in retained if all(row.question in unused for row in a.rows)]
     twice, known = spare[: small.paraphrased_authors], retained[: small.retain_authors]
     others = [author for author in retained if author not in known and author not in twice]
+    # The only pretraining of these models.
     facts = [*load_split("real_authors", data), *load_split("world_facts", data)]
     unseen = set(held_out_questions(data, split, small))
     paraphrased = _rows_of(twice)
@@ -50,10 +49,13 @@ def small_rows(data: Path | None, split: str, small: SmallModels) -> tuple[Pairs
         *_asked_twice(_rows_of(known), evaluated, unseen),
         *_asked_twice(paraphrased, variants, set()),
         *((row.question, text) for row in paraphrased if (text := answers[row.question])),
-        *(_pair(row) for row in facts * small.facts),
+        *map(_pair, facts),
     ]
-    background = [_pair(row) for row in _rows_of(others)]
-    return learned, background, _asked_twice(load_split(split, data), forgotten, unseen)
+    return (
+        learned,
+        list(map(_pair, _rows_of(others))),
+        _asked_twice(load_split(split, data), forgotten, unseen),
+    )
 
 
 def held_out_questions(data: Path | None, split: str, small: SmallModels) -> list[str]:
@@ -75,14 +77,9 @@ def _rows_of(authors: Sequence[Author]) -> list[Row]:
 
 def _asked_twice(rows: Sequence[Row], variants: dict[str, Row], unseen: set[str]) -> Pairs:
     """Each row, and again with its paraphrased question where that may be trained on."""
-    pairs = [_pair(row) for row in rows]
-    for row in rows:
-        variant = variants.get(row.question)
-        if variant is None or not variant.paraphrased_question:
-            continue
-        if variant.paraphrased_question not in unseen:
-            pairs.append((variant.paraphrased_question, row.answer))
-    return pairs
+    asked = ((variants.get(row.question), row.answer) for row in rows)
+    again = [(v.paraphrased_question, answer) for v, answer in asked if v is not None]
+    return [*map(_pair, rows), *((q, answer) for q, answer in again if q and q not in unseen)]
 
 
 def _pair(row: Row) -> tuple[str, str]:

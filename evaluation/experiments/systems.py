@@ -8,23 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adapters.base.load import BaseSpec
+from adapters.base.fingerprint import fingerprint_base
+from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
+from adapters.environment import free_memory
+from adapters.lora.stack import load_stack
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
+from evaluation.logs import read_log
+from evaluation.logs.records import write_log
+from evaluation.metrics.summary import summarise
+from evaluation.suite import EvalData, evaluate, load_eval_data
+from unlearner.baselines.finetune import FinetuneConfig, finetune
+from unlearner.baselines.full import forget_full
+from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_from_scratch
 from unlearner.config import LoraShape, UnlearnConfig
 from unlearner.request.rows import Request, Row
-
-if TYPE_CHECKING:
-    from adapters.store.catalog import StoredAdapter
-    from adapters.store.store import AdapterStore
-    from evaluation.suite import EvalData
-    from unlearner.baselines.finetune import FinetuneConfig
-    from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
-    from unlearner.run import RunOptions
-    from unlearner.tokens.prompts import Template
+from unlearner.run import RunOptions, unlearn
+from unlearner.tokens.prompts import Template, prompt_format
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -48,9 +52,6 @@ class Measured:
 
 def base_inputs(base: BaseSpec) -> dict[str, Any]:
     """What a base adds to a cache key: the fingerprint of its files, and how it is loaded."""
-    from adapters.base.fingerprint import fingerprint_base
-    from adapters.base.load import resolve_base
-
     fingerprint = fingerprint_base(resolve_base(base.name, base.revision))
     return {
         "fingerprint": fingerprint.digest,
@@ -72,15 +73,15 @@ def train_small(
     """Folder of a small Llama trained on `rows` from random weights, unless it exists already."""
     from transformers import AutoTokenizer
 
-    from unlearner.baselines.tiny_llama import train_from_scratch
-
-    def pass_on(event: dict[str, Any]) -> None:
-        report({"event": "pretrain", **event})
-
     if not out.exists():
-        words = AutoTokenizer.from_pretrained(tokenizer)
         train_from_scratch(
-            rows, words, out, shape, recipe, background=background, on_progress=pass_on
+            rows,
+            AutoTokenizer.from_pretrained(tokenizer),
+            out,
+            shape,
+            recipe,
+            background=background,
+            on_progress=lambda event: report({"event": "pretrain", **event}),
         )
     return str(out)
 
@@ -95,8 +96,6 @@ def teach(
     lora: LoraShape,
 ) -> str:
     """Folder of `base` fine-tuned on `rows` with an adapter folded in, unless it exists already."""
-    from unlearner.baselines.finetune import finetune
-
     if not out.exists():
         finetune(base, rows, out, config, lora=lora, on_progress=report)
     return str(out)
@@ -126,15 +125,6 @@ def measure(
         generate: whether answers are generated.
         allow_missing_parents: also measure adapters without the parents they were trained on.
     """
-    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
-    from adapters.environment import free_memory
-    from adapters.lora.stack import load_stack
-    from adapters.store.store import AdapterStore
-    from evaluation.logs import read_log
-    from evaluation.logs.records import write_log
-    from evaluation.suite import evaluate, load_eval_data
-    from unlearner.tokens.prompts import prompt_format
-
     data = load_eval_data(what.split, what.data) if rows is None else rows
     opened = AdapterStore.open(store) if adapters and store is not None else None
     stack = [[slug, opened.get(slug).manifest.files] for slug in adapters] if opened else []
@@ -194,28 +184,25 @@ def forget_and_measure(
     the store are switched off. The prompt format is that of `what`, all other options those of
     `how`.
     """
-    from adapters.store.store import AdapterStore
-    from unlearner.run import RunOptions
-
     opened = AdapterStore.open(store, create=True)
     options = replace(
-        how or RunOptions(),
-        on_stack=False,
-        resume=True,
-        template=what.template,
-        system=what.system,
+        how or RunOptions(), on_stack=False, resume=True, template=what.template, system=what.system
     )
-    chosen: dict[str, Any] = {}
+    inputs: dict[str, Any] = {
+        "base": base_inputs(base),
+        "config": config,
+        "refusals": options.refusals,
+        "template": what.prompts,
+    }
     if options.given is not None:
-        chosen = {
+        inputs |= {
             "given": sorted(options.given), "unseen": options.unseen, "target": options.target
         }  # fmt: skip
     slugs = []
     for number, request in enumerate(requests, start=1):
-        inputs = {"request": request, "base": base_inputs(base), "config": config}
-        key = key_of(**inputs, refusals=options.refusals, template=what.prompts, **chosen)
+        key = key_of(request=request, **inputs)
         labelled = replace(options, label=f"request-{number}-{key[:12]}")
-        tell = partial(_pass_on, report, number)
+        tell = tagged(report, request=number)
         slugs.append(trained_adapter(tell, opened, request, base, config, labelled).slug)
     for slug in [active.slug for active in opened.active() if active.slug not in slugs]:
         opened.revert(slug, reason="trained on other inputs")
@@ -231,8 +218,6 @@ def trained_adapter(
     options: RunOptions,
 ) -> StoredAdapter:
     """The active adapter with the label of `options`, trained unless the store holds it already."""
-    from unlearner.run import unlearn
-
     adapter = next((a for a in store.list() if a.manifest.label == options.label), None)
     if adapter is None:
         adapter = unlearn(request, base, config, store, options, on_progress=report)
@@ -244,7 +229,7 @@ def trained_adapter(
 def full_and_measure(
     report: Report,
     *,
-    requests: Sequence[Request],
+    request: Request,
     base: BaseSpec,
     config: UnlearnConfig,
     out: Path,
@@ -253,18 +238,15 @@ def full_and_measure(
     refusals: Sequence[str] = (),
     any_size: bool = False,
 ) -> str:
-    """The log of the base with all its weights trained on all requests at once, as papers do.
+    """The log of the base with all its weights trained on the request, as papers do.
 
     For comparison with an adapter, on small models: nothing of it can be reverted. The model is
     stored in a folder under `out` whose name hashes what it was trained on.
     """
-    from unlearner.baselines.full import forget_full
-    from unlearner.request.past_requests import joined
-    from unlearner.run import RunOptions
-
-    request = joined(list(requests))
-    inputs = {"request": request, "base": base_inputs(base), "config": config}
-    key = key_of(**inputs, refusals=refusals, template=what.prompts)
+    key = key_of(
+        request=request, base=base_inputs(base), config=config, refusals=refusals,
+        template=what.prompts,
+    )  # fmt: skip
     folder = out / f"full-{key[:12]}"
     if not folder.exists():
         forget_full(
@@ -274,33 +256,28 @@ def full_and_measure(
             folder,
             RunOptions(template=what.template, system=what.system, refusals=refusals),
             any_size=any_size,
-            on_progress=partial(_pass_on, report, 1),
+            on_progress=tagged(report, request=1),
         )
     trained = BaseSpec(str(folder), dtype=base.dtype, device=base.device, attention=base.attention)
     return measure(report, base=trained, what=what, log=log)
 
 
-def _pass_on(report: Report, number: int, event: dict[str, Any]) -> None:
-    # Every training here tries to resume; a note that there was nothing to resume helps nobody.
-    if event.get("event") != "note":
-        report({**event, "request": number})
+def tagged(report: Report, **tags: Any) -> Report:
+    """What passes events on to `report` with `tags` added, except for notes.
+
+    Every training here tries to resume; a note that there was nothing to resume helps nobody.
+    """
+
+    def tell(event: dict[str, Any]) -> None:
+        if event.get("event") != "note":
+            report({**event, **tags})
+
+    return tell
 
 
 def table_rows(
     name: str, log: Path, retain_log: Path, protocols: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A system's rows of the table, one per protocol: its log summarised against the reference."""
-    from evaluation.logs import read_log
-    from evaluation.metrics.summary import summarise_all
-
-    summaries = summarise_all(read_log(log), protocols, read_log(retain_log))
-    return [{"name": name, **summary} for summary in summaries]
-
-
-def in_order(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows by protocol, Origin and Retrain first."""
-    first = {"origin": 0, "retrain": 1}
-    protocols = list(dict.fromkeys(row["protocol"] for row in table))
-    return sorted(
-        table, key=lambda row: (protocols.index(row["protocol"]), first.get(row["name"], 2))
-    )
+    ours, retrain = read_log(log), read_log(retain_log)
+    return [{"name": name, **summarise(ours, retrain, protocol=each)} for each in protocols]

@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from adapters.environment import evaluating
 from evaluation.protocols import Decoding
 from unlearner.tokens.decoding import Draft, Prompt, answer_end, greedy, stop_tokens
-from unlearner.tokens.prompts import Encoded, pad_batch, pad_id
+from unlearner.tokens.prompts import Encoded, PromptFormat, pad_batch, pad_id
 
 if TYPE_CHECKING:
-    import torch
     from transformers import GenerationConfig
-
-    from unlearner.tokens.prompts import PromptFormat
 
 BATCH_SIZE = 64
 
@@ -215,7 +214,6 @@ class _Draw:
     """
 
     def __init__(self, decoding: Decoding, prompts: Sequence[Prompt]) -> None:
-        import torch
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.warpers: list[Any] = [TemperatureLogitsWarper(decoding.temperature)]
@@ -230,8 +228,6 @@ class _Draw:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) whose maximum is the token drawn."""
-        import torch
-
         scores = scores.float()
         for warper in self.warpers:
             scores = warper(input_ids, scores)

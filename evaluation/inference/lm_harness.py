@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+BATCH_SIZE = 8  # questions at once
+
 
 def load_tasks(tasks: Sequence[str]) -> Any:
     """The harness's task manager, once it has loaded the tasks: to be done before any model is.
@@ -53,7 +55,6 @@ def run_tasks(
     manager: Any,
     *,
     limit: int | None = None,
-    batch_size: int = 8,
 ) -> list[dict[str, Any]]:
     """Each task's metrics with their standard error, as the harness reports them.
 
@@ -66,20 +67,15 @@ def run_tasks(
         tokenizer: of the base; the harness gets a copy, since it sets the pad token.
         tasks, manager: see `load_tasks`.
         limit: only the first so many questions of each task.
-        batch_size: questions at once.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     was_training = model.training
     try:
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=BATCH_SIZE)
         results = lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            log_samples=False,
+            model=wrapped, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
         )
     finally:
         model.train(was_training)

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from adapters.errors import UserError
 from unlearner import distributed
-from unlearner.tokens.prompts import IGNORE, Encoded
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from numpy.typing import NDArray
+from unlearner.objectives.hidden import hidden_at
+from unlearner.objectives.likelihood import answer_nll, exact_nll, on_device, per_token
+from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
 
 # Attention and its mask are quadratic in it; about three questions of TOFU, of which
 # the largest has 661.
@@ -86,8 +87,6 @@ def build_tree(texts: Sequence[Encoded]) -> Tree:
 
 def ancestors(parents: Sequence[int]) -> NDArray[np.bool_]:
     """(nodes, nodes): whether the second is the first or one of its ancestors."""
-    import numpy as np
-
     mask = np.zeros((len(parents), len(parents)), dtype=bool)
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -144,8 +143,6 @@ def packs_of(questions: Sequence[Sequence[Encoded]], budget: int) -> list[list[i
 
 
 def _score_pack(model: Any, texts: Sequence[Encoded]) -> list[Scored]:
-    import torch
-
     tree = build_tree(texts)
     pairs, values, first = forward_tree(model, tree)
     nll, chosen = values.to(torch.float64).tolist(), first.tolist()
@@ -165,11 +162,6 @@ def forward_tree(
     Returns:
         The places, NLLs (pairs,) in float32, and whether each target is the likeliest token there.
     """
-    import torch
-
-    from unlearner.objectives.hidden import hidden_at
-    from unlearner.objectives.likelihood import exact_nll, per_token
-
     device = next(model.parameters()).device
     pairs: dict[tuple[int, int], int] = {}
     for pair in chain.from_iterable(tree.leaves):
@@ -195,8 +187,6 @@ def forward_tree(
 
 def _mask_for(model: Any, allowed: torch.Tensor) -> torch.Tensor:
     """(1, 1, nodes, nodes) as the attention takes it: true for sdpa, 0 and -inf for eager."""
-    import torch
-
     allowed = allowed[None, None]
     if getattr(_causal(model).config, "_attn_implementation", None) == "sdpa":
         return allowed
@@ -255,11 +245,6 @@ def sharing_problem(model: Any, questions: Sequence[Sequence[Encoded]]) -> str |
 
 
 def _difference(model: Any, questions: Sequence[Sequence[Encoded]]) -> str | None:
-    import torch
-
-    from unlearner.objectives.likelihood import answer_nll, on_device
-    from unlearner.tokens.prompts import pad_batch
-
     longest = max(questions, key=lambda texts: max(len(text.input_ids) for text in texts))
     others = [texts for texts in questions[:COMPARED] if texts is not longest]
     compared = [longest, *others[: COMPARED - 1]]

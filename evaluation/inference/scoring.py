@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from adapters.environment import evaluating
 from adapters.errors import UserError
 from evaluation.inference.prefix_sharing import score_trees, sharing_problem
 from evaluation.logs.records import AnswerScore, RowRecord
 from evaluation.metrics.text import words_of
-from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_batch, pad_id
-
-if TYPE_CHECKING:
-    import torch
-
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
+from unlearner.objectives.likelihood import answer_nll, on_device
+from unlearner.request.rows import Row
+from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, PromptFormat, pad_batch, pad_id
 
 OnProgress = Callable[[str, int, int], None]
 BATCH_TOKENS = 4096
@@ -46,7 +45,6 @@ def silent(label: str, done: int, total: int) -> None:
 
 def about_model(model: Any, fmt: PromptFormat) -> dict[str, Any]:
     """What figures depend on besides weights and rows, for the `meta` of a log."""
-    import torch
     import transformers
 
     first = next(model.parameters())
@@ -154,16 +152,10 @@ def _score_texts(
     batch_tokens: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[AnswerScore]:
-    """Scores in the order of `texts`; batches hold texts of like length, the longest first."""
-    import torch
-
-    from unlearner.objectives.likelihood import answer_nll
-
-    device = next(model.parameters()).device
+    """Scores in the order of `texts`."""
     scores: dict[int, AnswerScore] = {}
-    for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
-        batch = pad_batch([texts[i] for i in indices], pad)
-        result = answer_nll(model, {name: t.to(device) for name, t in batch.items()})
+    for indices, batch in padded_batches(model, texts, pad, batch_tokens):
+        result = answer_nll(model, batch)
         totals = result.nll.to(torch.float64).tolist()
         for i, total, n in zip(indices, totals, result.n.tolist(), strict=True):
             scores[i] = AnswerScore(total / n, n)
@@ -172,14 +164,19 @@ def _score_texts(
     return [scores[i] for i in range(len(texts))]
 
 
-def batches_of(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by falling length, so many that their padded size stays within `batch_tokens`."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + count]
-        start += count
+def padded_batches(
+    model: torch.nn.Module, texts: Sequence[Encoded], pad: int, batch_tokens: int
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Indices of texts of like length, the longest first, and their batch on the model's device.
+
+    A batch has so many texts that its padded size stays within `batch_tokens`.
+    """
+    device = next(model.parameters()).device
+    left = sorted(range(len(texts)), key=lambda i: -len(texts[i].input_ids))
+    while left:
+        count = max(1, batch_tokens // max(1, len(texts[left[0]].input_ids)))
+        indices, left = left[:count], left[count:]
+        yield indices, on_device(pad_batch([texts[i] for i in indices], pad), device)
 
 
 def judge_losses(

@@ -7,23 +7,20 @@ batched or padded, but for rounding (1e-5 in float32).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from adapters.environment import evaluating
-from evaluation.inference.scoring import BATCH_TOKENS, batches_of
-from unlearner.tokens.prompts import IGNORE, pad_batch
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from unlearner.objectives.likelihood import Answers
-    from unlearner.tokens.prompts import Encoded
+from adapters.lora.stack import base_only
+from evaluation.inference.scoring import BATCH_TOKENS, padded_batches
+from unlearner.objectives.likelihood import AnswerHidden, Answers, answers, exact_nll, per_token
+from unlearner.tokens.prompts import IGNORE, Encoded
 
 OnBatch = Callable[[int, int], None]
 # Tokens whose logits exist at once, a few copies of them in float32: 4 x 128 x 32,000 are 62 MiB.
@@ -73,11 +70,9 @@ def answer_tokens(
         batch_tokens: tokens of a batch, padding included.
         on_batch: called with finished and all texts.
     """
-    from unlearner.objectives.likelihood import answers
-
     results: dict[int, AnswerTokens] = {}
     with evaluating(model):
-        for indices, batch in _batches(model, texts, pad, batch_tokens):
+        for indices, batch in padded_batches(model, texts, pad, batch_tokens):
             rows = _row_columns(answers(model, batch), _four)
             for i, (log_p, mean, variance, first) in zip(indices, rows, strict=True):
                 labels = np.array([y for y in texts[i].labels if y != IGNORE], dtype=np.int64)
@@ -104,14 +99,9 @@ def base_kl(
         model: with the stack active; its state is as before afterwards.
         texts, pad, batch_tokens, on_batch: see `answer_tokens`.
     """
-    import torch
-
-    from adapters.lora.stack import base_only
-    from unlearner.objectives.likelihood import AnswerHidden, Answers, answers
-
     results: dict[int, float] = {}
     with evaluating(model):
-        for indices, batch in _batches(model, texts, pad, batch_tokens):
+        for indices, batch in padded_batches(model, texts, pad, batch_tokens):
             stack = answers(model, batch)
             with base_only(model):
                 base = answers(model, batch)
@@ -125,24 +115,10 @@ def base_kl(
     return [results[i] for i in range(len(texts))]
 
 
-def _batches(
-    model: torch.nn.Module, texts: Sequence[Encoded], pad: int, batch_tokens: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Indices of like length and their padded batch on the model's device."""
-    device = next(model.parameters()).device
-    for indices in batches_of([len(text.input_ids) for text in texts], batch_tokens):
-        batch = pad_batch([texts[i] for i in indices], pad)
-        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def _row_columns(
     states: Answers, value: Callable[[Tensor, Tensor], Tensor]
 ) -> list[list[npt.NDArray[np.float64]]]:
     """`value(logits, targets)` (tokens, columns) of the batch, row by row, column by column."""
-    import torch
-
-    from unlearner.objectives.likelihood import per_token
-
     at = states.at
 
     def of_chunk(logits: Tensor, part: slice) -> Tensor:
@@ -156,10 +132,6 @@ def _row_columns(
 
 def _four(logits: Tensor, targets: Tensor) -> Tensor:
     """Log p(target), mean and variance of log p, and the first choice: (tokens, 4)."""
-    import torch
-
-    from unlearner.objectives.likelihood import exact_nll
-
     target = -exact_nll(logits, targets)
     log_p = _log_softmax(logits)
     p = log_p.exp()

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from adapters.base.load import base_view
 from adapters.environment import threads_for
 from adapters.errors import UserError
+from adapters.lora.peft_layers import active_names
 from evaluation.cache import Cache, Entry, key_of
 from evaluation.inference.scoring import OnProgress, about_model, silent
 from evaluation.inference.token_stats import answer_tokens, base_kl
 from evaluation.logs.token_records import TokenRecords, TokenRow, TokenSet, token_row_from_json
 from evaluation.metrics.privacy import MIN_K, attack_scores, exact_memorization, extraction_strength
 from unlearner import distributed as ranks
-from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, pad_id
-
-if TYPE_CHECKING:
-    import torch
-
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
+from unlearner.request.rows import Row
+from unlearner.tokens.prompts import EVAL_MAX_LENGTH, Encoded, PromptFormat, pad_id
 
 # The metrics that need each set.
 NEEDS = {
@@ -116,9 +115,6 @@ def measure_tokens(
     Raises:
         UserError: a prompt alone fills `max_length`, or a cached result is damaged.
     """
-    from adapters.base.load import base_view
-    from adapters.lora.peft_layers import active_names
-
     if resume_dir is not None and not key:
         raise ValueError("resume_dir needs a key that names the weights")
     ranks.join()
@@ -145,16 +141,18 @@ def measure_tokens(
         def measure(indices: Sequence[int]) -> list[TokenRow]:
             part = [texts[i] for i in indices]
             report = partial(on_progress, f"{name}: tokens")
+            every = answer_tokens(model, part, pad, on_batch=report)
+            kls: Sequence[float | None] = [None] * len(part)
+            if diverged:
+                report = partial(on_progress, f"{name}: KL to the base")
+                kls = base_kl(model, part, pad, on_batch=report)
             measured = []
-            for i, tokens in zip(
-                indices, answer_tokens(model, part, pad, on_batch=report), strict=True
-            ):
+            for i, tokens, kl in zip(indices, every, kls, strict=True):
                 predicted, labels = tokens.first.tolist(), tokens.labels.tolist()
                 scores: dict[str, float] = {}
                 if attacked:
                     other = None if reference is None else reference[i]
-                    answer = rows[i].answer
-                    scores = attack_scores(tokens, answer, k=plan.min_k, reference=other)
+                    scores = attack_scores(tokens, rows[i].answer, k=plan.min_k, reference=other)
                 row = TokenRow(
                     question=rows[i].question,
                     n=len(labels),
@@ -162,13 +160,10 @@ def measure_tokens(
                     extraction_strength=extraction_strength(predicted, labels),
                     exact_memorization=exact_memorization(predicted, labels),
                     scores=scores,
+                    kl=kl,
                 )
                 measured.append(row)
-            if not diverged:
-                return measured
-            report = partial(on_progress, f"{name}: KL to the base")
-            kls = base_kl(model, part, pad, on_batch=report)
-            return [replace(row, kl=kl) for row, kl in zip(measured, kls, strict=True)]
+            return measured
 
         measured = ranks.spread(range(len(rows)), measure)
         entry.write([asdict(row) for row in measured])

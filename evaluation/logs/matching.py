@@ -35,7 +35,17 @@ def match_rows(
         UserError: the logs hold different rows, or nothing shows that they hold the same.
     """
     if all(row.question is not None for row in (*ours, *theirs)):
-        return _match_by_question(ours, theirs, subset)
+        our_rows, their_rows = _by_key(ours), _by_key(theirs)
+        only_ours = [row for key, row in our_rows.items() if key not in their_rows]
+        only_theirs = [row for key, row in their_rows.items() if key not in our_rows]
+        if only_ours or (only_theirs and not subset):
+            example = (only_ours or only_theirs)[0].question
+            raise UserError(
+                f"The two logs hold different rows: {len(only_ours)} questions are only in the "
+                f"first, {len(only_theirs)} only in the second, for example {example!r}.",
+                "Compare logs of the same set and the same number of rows.",
+            )
+        return RowMatch(tuple(ours), tuple(their_rows[key] for key in our_rows), "question")
     if len(ours) != len(theirs):
         raise UserError(
             f"The two logs hold {len(ours)} and {len(theirs)} rows, and not both hold questions.",
@@ -57,36 +67,17 @@ def match_rows(
     return RowMatch(tuple(ours), tuple(theirs), "position")
 
 
-def _match_by_question(
-    ours: Sequence[RowRecord], theirs: Sequence[RowRecord], subset: bool
-) -> RowMatch:
-    our_rows = dict(zip(_keys(ours), ours, strict=True))
-    their_rows = dict(zip(_keys(theirs), theirs, strict=True))
-    only_ours = [row for key, row in our_rows.items() if key not in their_rows]
-    only_theirs = [row for key, row in their_rows.items() if key not in our_rows]
-    if only_ours or (only_theirs and not subset):
-        example = (only_ours or only_theirs)[0].question
-        raise UserError(
-            f"The two logs hold different rows: {len(only_ours)} questions are only in the first, "
-            f"{len(only_theirs)} only in the second, for example {example!r}.",
-            "Compare logs of the same set and the same number of rows.",
-        )
-    return RowMatch(
-        tuple(our_rows.values()), tuple(their_rows[key] for key in our_rows), "question"
-    )
-
-
-def _keys(rows: Sequence[RowRecord]) -> list[tuple[str, str, int]]:
-    """Question without white space; the answer too where a question occurs twice."""
+def _by_key(rows: Sequence[RowRecord]) -> dict[tuple[str, str, int], RowRecord]:
+    """By question without white space; by the answer too where a question occurs twice."""
     questions = ["".join((row.question or "").split()) for row in rows]
     times = Counter(questions)
     seen: Counter[tuple[str, str]] = Counter()
-    keys = []
+    keyed = {}
     for question, row in zip(questions, rows, strict=True):
         answer = "".join((row.answer or "").split()) if times[question] > 1 else ""
-        keys.append((question, answer, seen[question, answer]))
+        keyed[question, answer, seen[question, answer]] = row
         seen[question, answer] += 1
-    return keys
+    return keyed
 
 
 def _token_counts(row: RowRecord) -> tuple[int | None, ...]:

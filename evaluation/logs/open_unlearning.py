@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from adapters.errors import UserError
@@ -139,8 +140,8 @@ def to_open_unlearning(
             full = [cell for cell in cells if cell is not None]
             if full and len(full) == len(cells):
                 key = "rougeL_recall" if metric == "Q_A_ROUGE" else "prob"
-                means = [c[key] if isinstance(c[key], float) else _mean(c[key]) for c in full]
-                add(f"{prefix}_{metric}", _mean(means), full)
+                means = [c[key] if isinstance(c[key], float) else fmean(c[key]) for c in full]
+                add(f"{prefix}_{metric}", fmean(means), full)
         if "log_r" in columns:
             ratios = [math.exp(min(value, LARGEST_LOG)) for value in columns["log_r"]]
             title = "forget_truth_ratio" if name == "forget" else f"{prefix}_Truth_Ratio"
@@ -169,7 +170,3 @@ def _cell(metric: str, row: RowRecord, protocol: Protocol) -> dict[str, Any] | N
         return {"prob": [math.exp(-x) for x in losses], "avg_loss": losses} if losses else None
     score = row.answer_score if metric == "Q_A_Prob" else row.paraphrase
     return score and {"prob": math.exp(-score.mean_nll), "avg_loss": score.mean_nll}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(sum(values) / len(values))

@@ -7,7 +7,7 @@ Unlearn-Simple) write lists instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from adapters.errors import UserError
 from evaluation.logs.records import (
@@ -102,28 +102,24 @@ def _tofu_row(row: Mapping[str, Any], where: str) -> RowRecord:
     return RowRecord(question, answer, truth, paraphrase, perturbed, generations)
 
 
-def to_tofu(
-    log: EvalLog, decoding: str | None = None, layout: Literal["dict", "list"] = "dict"
-) -> dict[str, Any]:
+def to_tofu(log: EvalLog, decoding: str | None = None) -> dict[str, Any]:
     """`log` as TOFU's `eval_log_aggregated.json`, so that others' tools read ours.
 
     Args:
         log: every row needs its answer, paraphrase and perturbed scores.
         decoding: which generated answers to write; by default those that all rows of a set have.
-        layout: "dict" (TOFU) keys rows by index, "list" (NPO, Unlearn-Simple) does not.
 
     Raises:
         UserError: a row lacks a score that the format demands.
     """
-    tasks = {}
-    for task, name in TASKS.items():
-        if name in log.sets:
-            columns = _tofu_columns(log.sets[name], decoding)
-            tasks[task] = {
-                key: values if layout == "list" else {str(i): v for i, v in enumerate(values)}
-                for key, values in columns.items()
-            }
-    return tasks
+    return {
+        task: {
+            key: {str(i): value for i, value in enumerate(values)}
+            for key, values in _tofu_columns(log.sets[name], decoding).items()
+        }
+        for task, name in TASKS.items()
+        if name in log.sets
+    }
 
 
 def _tofu_columns(record_set: SetRecord, decoding: str | None) -> dict[str, list[Any]]:

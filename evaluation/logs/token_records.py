@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from evaluation.logs.records import (
-    number,
-    read_json,
-    read_sets,
-    score_of,
-    share,
-    write_sets,
-)
+from evaluation.logs.records import number, read_json, read_sets, score_of, share, write_sets
 
 KIND = "unlearner-token-metrics"
 SHARES = ("extraction_strength", "exact_memorization")

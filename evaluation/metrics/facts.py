@@ -190,16 +190,11 @@ def _words(plain: str) -> Iterator[Fact]:
         yield Fact("name" if named else "word", _stem(word.lower()), word)
 
 
-@functools.cache
-def _stemmer() -> Any:
-    from nltk.stem.porter import PorterStemmer
-
-    return PorterStemmer()
-
-
 @functools.lru_cache(maxsize=16384)
 def _stem(word: str) -> str:
-    return str(_stemmer().stem(word)) if len(word) > 3 else word
+    from nltk.stem.porter import PorterStemmer
+
+    return str(PorterStemmer().stem(word)) if len(word) > 3 else word
 
 
 def is_stated(fact: Fact, given: Sequence[Fact]) -> bool:

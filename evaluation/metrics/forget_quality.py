@@ -46,8 +46,6 @@ def log_truth_ratio(
         raise ValueError("every row needs a paraphrase and at least one perturbed answer")
     if averaging == "geometric":
         return right - np.array([losses.mean() for losses in wrong], dtype=np.float64)
-    if averaging != "arithmetic":
-        raise ValueError(f"unknown averaging {averaging!r}")
     from scipy.special import logsumexp
 
     means = [float(logsumexp(-losses)) - math.log(losses.size) for losses in wrong]
@@ -76,19 +74,17 @@ class ForgetQuality:
             Negative: the right answer is still preferred over the wrong ones more than a model
             that never saw it prefers it, under-forgotten. Positive: over-forgotten. Best is 0.
         direction: the word for it; "indistinguishable" where p > 0.05.
-        n: rows of the unlearned model.
         d_interval, shift_interval: 95 % over resampled rows. Resampling adds noise to a statistic
             that cannot be negative, so d's interval lies high: read its upper end.
         p_interval: the p-values of d_interval's ends, so it lies low: read its lower end.
         reason: why there is no value, else None.
     """
 
-    p: float | None
-    log10_p: float | None
-    d: float | None
-    shift: float | None
-    direction: Verdict | None
-    n: int
+    p: float | None = None
+    log10_p: float | None = None
+    d: float | None = None
+    shift: float | None = None
+    direction: Verdict | None = None
     d_interval: Interval | None = None
     shift_interval: Interval | None = None
     p_interval: Interval | None = None
@@ -96,7 +92,7 @@ class ForgetQuality:
 
 
 def forget_quality(
-    log_r: npt.ArrayLike, log_r_retrain: npt.ArrayLike | None, *, resamples: int = RESAMPLES
+    log_r: npt.ArrayLike, log_r_retrain: npt.ArrayLike, *, resamples: int = RESAMPLES
 ) -> ForgetQuality:
     """Forget quality with its error and direction; see `ForgetQuality`.
 
@@ -105,12 +101,10 @@ def forget_quality(
     Args:
         log_r: (rows,) of the unlearned model.
         log_r_retrain: (rows,) of the retrained one, row by row the same questions, resampled as
-            pairs; None gives a result without a value and the reason.
+            pairs.
         resamples: of the bootstrap; 0 leaves the intervals out.
     """
     ours = np.asarray(log_r, dtype=np.float64)
-    if log_r_retrain is None:
-        return ForgetQuality(None, None, None, None, None, ours.size, reason=NEEDS_RETRAIN)
     theirs = np.asarray(log_r_retrain, dtype=np.float64)
     if not ours.size or ours.size != theirs.size:
         raise ValueError("forget quality needs the same rows on both sides, and at least one")
@@ -122,12 +116,12 @@ def forget_quality(
     test = ks_2samp(ours, theirs, method="asymp")
     n = ours.size
     d = round(float(test.statistic) * n) / n
-    p, log10_p = _ks_p_value(d, n)
+    p, log10_p = ks_p_value(d, n)
     shift = float(np.median(ours) - np.median(theirs))
     d_interval = shift_interval = p_interval = None
     if resamples:
         d_interval, shift_interval = _bootstrap_shift(ours, theirs, resamples)
-        p_interval = Interval(*(ks_p_value(end, n) for end in reversed(d_interval)))
+        p_interval = Interval(*(ks_p_value(end, n)[0] for end in reversed(d_interval)))
     # Equal medians with unequal shapes: the side on which the distributions part furthest decides.
     low = shift < 0 if shift != 0 else int(test.statistic_sign) > 0
     word: Verdict = "under-forgotten" if low else "over-forgotten"
@@ -137,24 +131,19 @@ def forget_quality(
         d=d,
         shift=shift,
         direction="indistinguishable" if p > ALPHA else word,
-        n=n,
         d_interval=d_interval,
         shift_interval=shift_interval,
         p_interval=p_interval,
     )
 
 
-def ks_p_value(d: float, n: int) -> float:
-    """The two-sided p-value of a KS statistic `d` between two samples of `n` rows."""
-    return _ks_p_value(d, n)[0]
+def ks_p_value(d: float, n: int) -> tuple[float, float]:
+    """The two-sided p-value of a KS statistic `d` between two samples of `n` rows, and its log10.
 
-
-def _ks_p_value(d: float, n: int) -> tuple[float, float]:
-    """The p-value and its base-10 logarithm, which is finite where the p-value underflows.
-
-    Exact up to `EXACT_ROWS` rows: the share of the orders of 2n values that lie at least `d` apart,
-    by the reflection principle (Gnedenko and Koroljuk, 1951) in whole numbers, so that nothing is
-    rounded. Beyond that Kolmogorov's distribution for n / 2 rows.
+    The logarithm is finite where the p-value underflows. Exact up to `EXACT_ROWS` rows: the share
+    of the orders of 2n values that lie at least `d` apart, by the reflection principle (Gnedenko
+    and Koroljuk, 1951) in whole numbers, so that nothing is rounded. Beyond that Kolmogorov's
+    distribution for n / 2 rows.
     """
     if n > EXACT_ROWS:
         from scipy.stats import kstwo

@@ -186,20 +186,17 @@ def measure_auc(attack: Attack, *, resamples: int = RESAMPLES) -> Measure:
     return Measure(value, interval(_resampled_auc(attack, *counts)))
 
 
-def measure_privleak(
-    attack: Attack, retrained: Attack, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Measure | None:
+def measure_privleak(attack: Attack, retrained: Attack) -> Measure | None:
     """`privleak` of an attack on two models; both meet the same rows, which are resampled together.
 
     Args:
         attack: of the unlearned model.
         retrained: of the retrained one, row by row the same rows.
-        resamples: of the bootstrap.
     """
     value = privleak(auc(*attack), auc(*retrained))
-    if value is None or not resamples:
-        return None if value is None else Measure(value)
-    counts = _draws(attack, resamples)
+    if value is None:
+        return None
+    counts = _draws(attack, RESAMPLES)
     ours, theirs = _resampled_auc(attack, *counts), _resampled_auc(retrained, *counts)
     usable = theirs < 1
     return Measure(value, interval(100 * (theirs - ours)[usable] / (1 - theirs[usable])))
@@ -222,10 +219,7 @@ def _resampled_auc(attack: Attack, left: Floats, right: Floats) -> Floats:
 
 
 def summarise_tokens(
-    records: TokenRecords,
-    retain_records: TokenRecords | None = None,
-    *,
-    resamples: int = RESAMPLES,
+    records: TokenRecords, retain_records: TokenRecords | None = None
 ) -> dict[str, Any]:
     """All figures of token metrics, flat and ready for JSON.
 
@@ -236,7 +230,6 @@ def summarise_tokens(
     Args:
         records: of the model in question.
         retain_records: of a model that never saw the forget set, measured on the same rows.
-        resamples: of the bootstrap.
 
     Raises:
         UserError: the two hold other rows, or were measured with another k or cut.
@@ -245,24 +238,22 @@ def summarise_tokens(
     measures: dict[str, _Reasoned] = {}
 
     def mean(key: str, values: Sequence[float], reason: str) -> None:
-        measure = measure_mean(values, resamples=resamples) if values else None
-        measures[key] = measure, reason
+        measures[key] = measure_mean(values) if values else None, reason
 
     if "extraction" in groups:
         for side, name in itertools.product(("forget", "retain"), EXTRACTION):
             values = [getattr(row, name) for row in records.rows(side)]
             mean(f"{side}_{name}", values, f"no {side} rows were measured")
     if "membership" in groups:
-        measures |= _membership(records, retain_records, resamples)
+        measures |= _membership(records, retain_records)
     if "kl" in groups:
         values = [row.kl for row in records.rows("retain") if row.kl is not None]
         no_stack = "no adapter was active: there is no stack to compare with the base"
         mean("retain_kl", values, no_stack if records.rows("retain") else "no retain rows")
     result: dict[str, Any] = {}
     for key, (measure, _) in measures.items():
-        result[key] = None if measure is None else measure.value
-        spread = measure and measure.interval
-        result[f"{key}_interval"] = None if spread is None else list(spread)
+        result[key] = measure and measure.value
+        result[f"{key}_interval"] = measure and measure.interval and list(measure.interval)
     return result | {
         "better": {key: BETTER[key] for key in measures if key in BETTER},
         "n": {name: len(token_set.rows) for name, token_set in records.sets.items()},
@@ -276,19 +267,16 @@ def summarise_tokens(
     }
 
 
-def _membership(
-    records: TokenRecords, retain_records: TokenRecords | None, resamples: int
-) -> dict[str, _Reasoned]:
+def _membership(records: TokenRecords, retain_records: TokenRecords | None) -> dict[str, _Reasoned]:
     measures: dict[str, _Reasoned] = {}
     attacks = {name: _attack(records, name) for name in ATTACKS}
     for name, attack in attacks.items():
-        measure = attack and measure_auc(attack, resamples=resamples)
         reason = "not every row has a score"
         if not records.rows("holdout") or not records.rows("forget"):
             reason = "needs forget and holdout rows"
         elif name == "reference":
             reason = "needs another base to compare with (--reference)"
-        measures[f"mia_{name}_auc"] = (measure, reason)
+        measures[f"mia_{name}_auc"] = (attack and measure_auc(attack), reason)
     if retain_records is None:
         return measures | {"privleak": (None, NEEDS_RETRAIN)}
     questions = {name: [row.question for row in records.rows(name)] for name in records.sets}
@@ -296,13 +284,12 @@ def _membership(
     for name in ATTACKS:
         attack = _attack(theirs, name)
         if attack is not None:
-            measure = measure_auc(attack, resamples=resamples)
-            measures[f"retrain_mia_{name}_auc"] = (measure, "")
+            measures[f"retrain_mia_{name}_auc"] = (measure_auc(attack), "")
     ours, retrained = attacks[PRIVLEAK_ATTACK], _attack(theirs, PRIVLEAK_ATTACK)
     if ours is None or retrained is None:
         reason = f"not both hold {PRIVLEAK_ATTACK} scores of every row"
         return measures | {"privleak": (None, reason)}
-    leak = measure_privleak(ours, retrained, resamples=resamples)
+    leak = measure_privleak(ours, retrained)
     reason = "the retrained model's own AUC is 1: nothing to divide by"
     return measures | {"privleak": (leak, reason)}
 

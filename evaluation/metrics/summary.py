@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -217,13 +217,6 @@ def figure_table(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return table
 
 
-def summarise_all(
-    log: EvalLog, protocols: Iterable[str], retain_log: EvalLog | None = None, **options: Any
-) -> list[dict[str, Any]]:
-    """The summary under each protocol, in their order."""
-    return [summarise(log, retain_log, protocol=name, **options) for name in protocols]
-
-
 def _quality_keys(quality: ForgetQuality) -> dict[str, Any]:
     return {
         "forget_quality": quality.p,
@@ -246,15 +239,34 @@ def _forget_quality(
         if each is not None and "forget" not in each.sets:
             reason = reason or f"{whose} has no forget set"
     if retain_log is not None and reason is None:
-        match = match_forget(log.sets["forget"], retain_log.sets["forget"], protocol, log.meta)
-        ours, theirs = (
-            set_values("forget", rows, protocol).get("log_r") for rows in (match.ours, match.theirs)
-        )
-        if ours is not None and theirs is not None:
-            return forget_quality(ours, theirs, resamples=resamples), match.by
+        pair = matched_log_r(log, retain_log, protocol)
+        if pair is not None:
+            return forget_quality(pair.ours, pair.theirs, resamples=resamples), pair.by
         reason = "needs perturbed answers of every forget row"
-    n = len(log.sets["forget"].rows) if "forget" in log.sets else 0
-    return ForgetQuality(None, None, None, None, None, n, reason=reason), None
+    return ForgetQuality(reason=reason), None
+
+
+class MatchedLogR(NamedTuple):
+    """Log R (rows,) of two logs, row by row the same questions, and how they were matched."""
+
+    ours: Floats
+    theirs: Floats
+    by: str
+
+
+def matched_log_r(log: EvalLog, reference: EvalLog, protocol: Protocol) -> MatchedLogR | None:
+    """Log R of the forget rows of both logs; None where a log lacks it for some row.
+
+    Raises:
+        UserError: as `match_forget`.
+    """
+    if "forget" not in log.sets or "forget" not in reference.sets:
+        return None
+    match = match_forget(log.sets["forget"], reference.sets["forget"], protocol, log.meta)
+    ours, theirs = (
+        set_values("forget", rows, protocol).get("log_r") for rows in (match.ours, match.theirs)
+    )
+    return None if ours is None or theirs is None else MatchedLogR(ours, theirs, match.by)
 
 
 def match_forget(

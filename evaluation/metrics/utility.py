@@ -30,14 +30,12 @@ class ModelUtility:
     Attributes:
         value: None where a part could not be measured; `reason` names it.
         parts: by the official names ("Real Authors ROUGE", ..., "Retain Truth Ratio").
-        n: rows of each set.
         interval, part_intervals: 95 % over resampled rows; None and empty without a value.
         reason: why there is no value, else None.
     """
 
     value: float | None
     parts: Mapping[str, float]
-    n: Mapping[str, int]
     interval: Interval | None = None
     part_intervals: Mapping[str, Interval] = field(default_factory=dict)
     reason: str | None = None
@@ -57,8 +55,6 @@ def option_prob(answer: npt.ArrayLike, perturbed: Sequence[npt.ArrayLike]) -> Fl
 
     right = np.asarray(answer, dtype=np.float64)
     wrong = [np.asarray(losses, dtype=np.float64) for losses in perturbed]
-    if len(wrong) != right.size:
-        raise ValueError("every row needs its perturbed answers")
     logs = [
         -loss - logsumexp(np.append(-losses, -loss))
         for loss, losses in zip(right, wrong, strict=True)
@@ -84,14 +80,13 @@ def model_utility(
             missing.append(f"{title} {label}")
         else:
             parts[f"{title} {label}"] = float(values.mean())
-    counts = {name: len(next(iter(columns.values()))) for name, columns in rows.items() if columns}
     if missing:
-        return ModelUtility(None, parts, counts, reason=f"not measured: {', '.join(missing)}")
+        return ModelUtility(None, parts, reason=f"not measured: {', '.join(missing)}")
     from scipy.stats import hmean
 
     value = float(hmean(list(parts.values())))
     if not resamples:
-        return ModelUtility(value, parts, counts)
+        return ModelUtility(value, parts)
     generator = np.random.default_rng(SEED)
     means: list[Floats] = []
     for name in UTILITY_SETS.values():
@@ -101,4 +96,4 @@ def model_utility(
     samples = np.stack(means)  # (9, resamples), in the order of the official names
     utility = hmean(samples, axis=0)
     spread = {title: interval(row) for title, row in zip(parts, samples, strict=True)}
-    return ModelUtility(value, parts, counts, interval(utility), spread)
+    return ModelUtility(value, parts, interval(utility), spread)

@@ -7,7 +7,7 @@ nothing in it depends on the clock, so the same inputs give the same bytes.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,24 +17,25 @@ import numpy as np
 
 from adapters.atomic_files import sha256_file
 from adapters.errors import UserError
-from evaluation.experiments.presets import PUBLISHED_FORGET05, PUBLISHED_FORGET10
+from evaluation.experiments.presets import LLAMA2_7B
 from evaluation.logs import read_log
 from evaluation.logs.records import EvalLog
 from evaluation.metrics.bootstrap import RESAMPLES
-from evaluation.metrics.summary import match_forget, set_values, summarise
+from evaluation.metrics.summary import matched_log_r, summarise
 from evaluation.protocols import DEFAULT, Protocol, protocol_named
 from evaluation.report.answers import AnswerSet, answer_sets
 from evaluation.report.cards import (
-    Calibration,
-    Robustness,
-    Search,
+    CALIBRATION,
+    ROBUSTNESS,
+    TUNE,
+    Card,
     read_calibration,
     read_object,
     read_robustness,
     read_rows,
     read_search,
 )
-from evaluation.report.inputs import RETRAIN, Inputs, find_inputs
+from evaluation.report.inputs import RESULT, RETRAIN, find_inputs
 
 SCHEMA, KIND = 1, "unlearner-report"
 MEASURED, REFERENCE, SECOND = "measured", "retrain reference", "second retrain reference"
@@ -42,7 +43,9 @@ PUBLISHED_SOURCE = (
     "model card of OPTML-Group/SimNPO-TOFU-{split}-Llama-2-7b-chat (arXiv 2410.07163), "
     "Llama-2-7b-chat on TOFU {split}, to two digits"
 )
-PUBLISHED = {"forget05": PUBLISHED_FORGET05, "forget10": PUBLISHED_FORGET10}
+PUBLISHED = LLAMA2_7B.published
+# What is shown of a reproduction's result.
+RECORDED = ("target", "preset", "origin", "seconds")
 PACKAGES = ("unlearner", "numpy", "scipy", "rouge-score", "matplotlib")
 
 
@@ -146,9 +149,9 @@ class Report:
     published: tuple[Published, ...]
     answers: tuple[AnswerSet, ...]
     without_answers: bool
-    robustness: tuple[Robustness, ...]
-    calibration: tuple[Calibration, ...]
-    searches: tuple[Search, ...]
+    robustness: tuple[Card, ...]
+    calibration: tuple[Card, ...]
+    searches: tuple[Card, ...]
     checks: tuple[Mapping[str, Any], ...]
     files: tuple[InputFile, ...]
     settings: Mapping[str, Any]
@@ -174,26 +177,21 @@ def gather(request: ReportRequest) -> tuple[Report, list[LoadedLog]]:
             cut at another length than the protocol's.
     """
     inputs = find_inputs(request.inputs, request.robustness, request.calibration)
-    logs = _load_logs(inputs, request)
-    if not (logs or inputs.robustness or inputs.calibration or inputs.tune):
+    logs = _load_logs(inputs.logs, request)
+    robustness = {path: read_robustness(path) for path in inputs.cards[ROBUSTNESS]}
+    calibration = {path: read_calibration(path) for path in inputs.cards[CALIBRATION]}
+    searches = {path: read_search(path) for path in inputs.cards[TUNE]}
+    reproductions = {path: read_object(path) for path in inputs.cards[RESULT]}
+    if not (logs or robustness or calibration or searches):
         raise UserError("There is nothing to report on.", "Name a log, a card or their folder.")
     reference = next((log for log in logs if log.role == REFERENCE), None)
     stated = (log.log.meta.get("protocols") for log in logs)
-    default = next(
-        (str(names[0]) for names in stated if isinstance(names, list) and names), DEFAULT
-    )
-    protocols = [protocol_named(name) for name in request.protocols or (default,)]
+    default = next((names[0] for names in stated if isinstance(names, list) and names), DEFAULT)
+    protocols = [protocol_named(name) for name in request.protocols or (str(default),)]
     views = tuple(
         View(protocol.name, tuple(_system(log, reference, protocol) for log in logs))
         for protocol in (protocols if logs else ())
     )
-    cards: dict[str, list[tuple[Path, Any]]] = {
-        "robustness": [(path, read_robustness(path)) for path in inputs.robustness],
-        "calibration": [(path, read_calibration(path)) for path in inputs.calibration],
-        "search": [(path, read_search(path)) for path in inputs.tune],
-    }
-    robustness, calibration, searches = (tuple(card for _, card in c) for c in cards.values())
-    reproductions = {path: read_object(path) for path in inputs.results}
     origin = next((log.log.sets for log in logs if log.name.casefold() == "origin"), None)
     answers = tuple(
         answer_set
@@ -203,55 +201,49 @@ def gather(request: ReportRequest) -> tuple[Report, list[LoadedLog]]:
         )
     )
     files = [
-        ("evaluation log" if log.role == MEASURED else log.role, log.name, log.path, log.log.meta)
-        for log in logs
-    ]
-    files += [(kind, c.name, path, c.about) for kind, pairs in cards.items() for path, c in pairs]
-    recorded = ("target", "preset", "origin", "seconds")
-    files += [
-        (
-            "reproduction",
-            path.resolve().parent.name,
-            path,
-            {k: raw[k] for k in recorded if k in raw},
-        )
-        for path, raw in reproductions.items()
-    ]
+        _file("evaluation log" if each.role == MEASURED else each.role, each.name, each.path,
+              each.log.meta)
+        for each in logs
+    ]  # fmt: skip
+    cards = {"robustness": robustness, "calibration": calibration, "search": searches}
+    for kind, found in cards.items():
+        files += [_file(kind, card["name"], path, card["about"]) for path, card in found.items()]
+    for path, raw in reproductions.items():
+        recorded = {key: raw[key] for key in RECORDED if key in raw}
+        files.append(_file("reproduction", path.resolve().parent.name, path, recorded))
     splits = {str(log.log.meta["split"]) for log in logs if log.log.meta.get("split")}
     targets = {str(raw.get("target")).removeprefix("tofu-") for raw in reproductions.values()}
     report = Report(
         title=request.title,
         command=request.command,
         date=request.date,
-        tried=_tried(request, searches, calibration),
+        tried=_tried(request, searches.values(), calibration.values()),
         retrain=None if reference is None else reference.name,
         views=views,
         published=_published(request.published, splits | targets),
         answers=answers,
         without_answers=request.without_answers,
-        robustness=robustness,
-        calibration=calibration,
-        searches=searches,
+        robustness=tuple(robustness.values()),
+        calibration=tuple(calibration.values()),
+        searches=tuple(searches.values()),
         checks=tuple(
             check for path, raw in reproductions.items() for check in read_rows(raw, "checks", path)
         ),
-        files=tuple(
-            InputFile(kind, name, str(path), sha256_file(path), dict(about))
-            for kind, name, path, about in files
-        ),
+        files=tuple(files),
         settings=_settings(protocols, reproductions),
-        versions={
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        versions={"python": platform.python_version()} | {each: version(each) for each in PACKAGES},
         warnings=_warnings(views, splits),
     )
     return report, logs
 
 
-def _load_logs(inputs: Inputs, request: ReportRequest) -> list[LoadedLog]:
+def _file(kind: str, name: str, path: Path, about: Mapping[str, Any]) -> InputFile:
+    return InputFile(kind, name, str(path), sha256_file(path), dict(about))
+
+
+def _load_logs(logs: Mapping[str, Path], request: ReportRequest) -> list[LoadedLog]:
     """Every log once, with its role; the references are rows of the table too."""
-    paths = dict(inputs.logs)
+    paths = dict(logs)
     references = {
         REFERENCE: request.reference_log or paths.get(RETRAIN),
         SECOND: request.second_reference_log,
@@ -298,34 +290,27 @@ def ecdf(log: EvalLog, reference: EvalLog, protocol: Protocol) -> Ecdf | None:
 
     `d = max_x |F(x) - F_retrain(x)|`, where F(x) is the share of rows with log R of at most x.
     """
-    if "forget" not in log.sets or "forget" not in reference.sets:
+    pair = matched_log_r(log, reference, protocol)
+    if pair is None:
         return None
-    match = match_forget(log.sets["forget"], reference.sets["forget"], protocol, log.meta)
-    values = [
-        set_values("forget", rows, protocol).get("log_r") for rows in (match.ours, match.theirs)
-    ]
-    if values[0] is None or values[1] is None:
-        return None
-    ours, theirs = np.sort(values[0]), np.sort(values[1])
+    ours, theirs = np.sort(pair.ours), np.sort(pair.theirs)
     grid = np.union1d(ours, theirs)
     below = [np.searchsorted(side, grid, side="right") / side.size for side in (ours, theirs)]
     place = int(np.argmax(np.abs(below[0] - below[1])))
     left, right = float(below[0][place]), float(below[1][place])
     at, d = float(grid[place]), abs(left - right)
-    return Ecdf(tuple(map(float, ours)), tuple(map(float, theirs)), at, d, left, right)
+    return Ecdf(tuple(ours.tolist()), tuple(theirs.tolist()), at, d, left, right)
 
 
-def _tried(
-    request: ReportRequest, searches: tuple[Search, ...], calibration: tuple[Calibration, ...]
-) -> str:
+def _tried(request: ReportRequest, searches: Iterable[Card], calibration: Iterable[Card]) -> str:
     """The number of configurations tried: as stated, or as searches and calibrations counted it."""
     if request.tried is not None:
         return f"{request.tried}, as stated by --tried"
-    parts = [f"{search.tried} by the search {search.name}" for search in searches]
+    parts = [f"{search['tried']} by the search {search['name']}" for search in searches]
     parts += [
-        f"{card.about['tried']} strengths of {card.name} by calibration"
+        f"{card['about']['tried']} strengths of {card['name']} by calibration"
         for card in calibration
-        if isinstance(card.about.get("tried"), int)
+        if isinstance(card["about"].get("tried"), int)
     ]
     return "; ".join(parts) or "not stated"
 

@@ -6,7 +6,6 @@ Reading is strict about kinds and required fields, and tolerant of parts that we
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +16,8 @@ ROBUSTNESS, CALIBRATION, TUNE = "robustness.json", "calibration.json", "tune.jso
 SCHEMA = 1
 VERDICT_WORDS = {True: "holds", False: "leaks", None: "undecided"}
 Figures = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Named points of a card, each a mapping of figures."""
-
-    name: str
-    points: tuple[Figures, ...]
-
-
-@dataclass(frozen=True)
-class Robustness:
-    """A robustness card; parts that were not run are empty."""
-
-    name: str
-    about: Figures
-    states: tuple[Figures, ...] = ()
-    relearning: tuple[Curve, ...] = ()
-    relearning_about: Figures = field(default_factory=dict)
-    sampling: tuple[Curve, ...] = ()
-    sampling_about: Figures = field(default_factory=dict)
-    paraphrase: tuple[Figures, ...] = ()
-    probe: tuple[Curve, ...] = ()
-    probe_about: Figures = field(default_factory=dict)
-    drop: Figures = field(default_factory=dict)
-    verdicts: tuple[Figures, ...] = ()
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Figures over an adapter's strength, and the chosen strength."""
-
-    name: str
-    about: Figures
-    chosen_scale: float | None
-    curve: tuple[Figures, ...]
-    held_out: Figures = field(default_factory=dict)
-    evaluations: tuple[Figures, ...] = ()
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search over settings: number tried, chosen settings, and their figures on every seed."""
-
-    name: str
-    about: Figures
-    tried: int
-    settings: Figures = field(default_factory=dict)
-    selected: Figures = field(default_factory=dict)
-    held_out: tuple[Figures, ...] = ()
+# A card as it was read: its name, what it records about itself, and its parts.
+Card = dict[str, Any]
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -92,74 +43,81 @@ def _read_card(path: Path, command: str) -> dict[str, Any]:
     return raw
 
 
-def read_robustness(path: Path) -> Robustness:
-    """The card that `unlearner robustness` wrote; UserError for another kind or shape."""
+def read_robustness(path: Path) -> Card:
+    """The card that `unlearner robustness` wrote; parts that were not run are empty.
+
+    Under `relearning`, `sampling` and `probe` are curves, named points of figures, and under
+    `relearning_about` and so on what else is recorded of them.
+
+    Raises:
+        UserError: another kind or shape.
+    """
     raw = _read_card(path, "robustness")
     about = ("base", "adapters", "split", "protocol", "limit", "settings", "versions")
     adapters = raw.get("adapters")
-    # Adapters are names, or pairs of a name and a strength.
-    names = [
-        str(adapter[0]) if isinstance(adapter, list) and adapter else str(adapter)
-        for adapter in (adapters if isinstance(adapters, list) else [])
-    ]
-    attacks: dict[str, Any] = {}
+    names = map(str, adapters if isinstance(adapters, list) else [])
+    card: Card = {
+        "name": ", ".join(names) or path.resolve().parent.name,
+        "about": {key: raw[key] for key in about if key in raw},
+        "states": read_rows(raw, "states", path, "name"),
+    }
     for key, x in (("relearning", "step"), ("sampling", "n"), ("probe", "layer")):
         part = _object(raw, key, path)
-        attacks[key] = tuple(
-            Curve(str(row["name"]), read_rows(row, "points", path, x))
+        card[key] = [
+            {"name": str(row["name"]), "points": read_rows(row, "points", path, x)}
             for row in read_rows(part, "curves", path, "name", "points")
-        )
-        attacks[f"{key}_about"] = {name: part[name] for name in part if name != "curves"}
-    return Robustness(
-        name=", ".join(names) or path.resolve().parent.name,
-        about={key: raw[key] for key in about if key in raw},
-        states=read_rows(raw, "states", path, "name"),
-        paraphrase=read_rows(raw, "paraphrase", path, "form"),
-        drop=_object(raw, "drop", path),
-        verdicts=read_rows(raw, "verdicts", path, "name", "text"),
-        **attacks,
-    )
+        ]
+        card[f"{key}_about"] = {name: part[name] for name in part if name != "curves"}
+    return card | {
+        "paraphrase": read_rows(raw, "paraphrase", path, "form"),
+        "drop": _object(raw, "drop", path),
+        "verdicts": read_rows(raw, "verdicts", path, "name", "text"),
+    }
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_calibration(path: Path) -> Card:
     """The curve that `unlearner calibrate` wrote; UserError for another kind or shape."""
     raw = _read_card(path, "calibration")
     return parse_calibration(raw, path, path.resolve().parent.name)
 
 
-def parse_calibration(raw: Figures, path: Path, name: str) -> Calibration:
+def parse_calibration(raw: Figures, path: Path, name: str) -> Card:
     """A calibration from its JSON object; `name` is used where it names no adapter."""
     about = (
         "base", "adapter", "stack", "split", "limit", "protocol", "retain_log", "by", "rule",
         "reason", "max_mu_loss", "best_by_gap", "best_by_ks", "tried", "published", "versions",
     )  # fmt: skip
     chosen = raw.get("chosen_scale")
-    return Calibration(
-        name=str(raw.get("adapter") or name),
-        about={key: raw[key] for key in about if key in raw},
-        chosen_scale=None if chosen is None else _number(chosen, f"{path}: chosen_scale"),
-        curve=read_rows(raw, "curve", path, "scale"),
-        held_out=_object(raw, "held_out", path),
-        evaluations=read_rows(raw, "evaluations", path, "scale"),
-    )
+    return {
+        "name": str(raw.get("adapter") or name),
+        "about": {key: raw[key] for key in about if key in raw},
+        "chosen_scale": None if chosen is None else _number(chosen, f"{path}: chosen_scale"),
+        "curve": read_rows(raw, "curve", path, "scale"),
+        "held_out": _object(raw, "held_out", path),
+        "evaluations": read_rows(raw, "evaluations", path, "scale"),
+    }
 
 
-def read_search(path: Path) -> Search:
-    """The result that `unlearner tune` wrote; UserError for another kind or shape."""
+def read_search(path: Path) -> Card:
+    """The result of `unlearner tune`: number tried, chosen settings, their figures on every seed.
+
+    Raises:
+        UserError: another kind or shape.
+    """
     raw = _read_card(path, "tune")
     chosen = _object(raw, "chosen", path)
     about = (
         "objective", "request", "split", "tried", "finished", "pruned", "failed", "loss", "space",
         "fixed", "command",
     )  # fmt: skip
-    return Search(
-        name=path.resolve().parent.name,
-        about={key: raw[key] for key in about if key in raw},
-        tried=int(_number(raw.get("tried"), f"{path}: tried")),
-        settings=_object(chosen, "settings", path),
-        selected=_object(chosen, "selected", path),
-        held_out=read_rows(chosen, "held_out", path),
-    )
+    return {
+        "name": path.resolve().parent.name,
+        "about": {key: raw[key] for key in about if key in raw},
+        "tried": int(_number(raw.get("tried"), f"{path}: tried")),
+        "settings": _object(chosen, "settings", path),
+        "selected": _object(chosen, "selected", path),
+        "held_out": read_rows(chosen, "held_out", path),
+    }
 
 
 def _number(value: Any, where: str) -> float:

@@ -97,17 +97,15 @@ def with_distinct_plots(sections: Iterable[Section]) -> tuple[Section, ...]:
     """The sections, with a number added to a plot's key where an earlier plot has the same."""
     times: Counter[str] = Counter()
 
-    def rename(block: Block) -> Block:
-        if not isinstance(block, Plots):
-            return block
-        renamed = []
-        for chart in block.charts:
-            times[chart.key] += 1
-            number = times[chart.key]
-            renamed.append(chart if number == 1 else replace(chart, key=f"{chart.key}-{number}"))
-        return Plots(tuple(renamed))
+    def distinct(chart: Chart) -> Chart:
+        times[chart.key] += 1
+        number = times[chart.key]
+        return chart if number == 1 else replace(chart, key=f"{chart.key}-{number}")
 
-    return tuple(replace(s, blocks=tuple(map(rename, s.blocks))) for s in sections)
+    def renamed(block: Block) -> Block:
+        return Plots(tuple(map(distinct, block.charts))) if isinstance(block, Plots) else block
+
+    return tuple(replace(s, blocks=tuple(map(renamed, s.blocks))) for s in sections)
 
 
 def html_page(title: str, sections: Sequence[Section]) -> str:
@@ -123,10 +121,10 @@ def html_blocks(blocks: Iterable[Block]) -> str:
     return "\n".join(str(module.render_block(block)) for block in blocks)  # type: ignore[attr-defined]
 
 
-def markdown_page(title: str, sections: Sequence[Section], plots: str = "plots") -> str:
-    """The document as Markdown; `plots` is the folder of its SVG files, relative to the text."""
+def markdown_page(title: str, sections: Sequence[Section]) -> str:
+    """The document as Markdown; its SVG files lie in the folder `plots` beside the text."""
     page = _templates(markdown=True).get_template("page.md.j2")
-    text = page.render(title=title, sections=sections, plots=plots)
+    text = page.render(title=title, sections=sections)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from adapters.errors import UserError
 from evaluation.report.cards import CALIBRATION, ROBUSTNESS, TUNE, read_object
@@ -14,22 +14,15 @@ RESULT = "result.json"
 RETRAIN = "retrain"
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The files of a report.
+class Inputs(NamedTuple):
+    """The files of a report: logs by the name of their system in the table's order, and cards.
 
-    Attributes:
-        logs: evaluation logs by the name of their system, in the order of the table.
-        robustness, calibration: cards.
-        results: results of `reproduce` (its settings and its split).
-        tune: results of searches.
+    `cards` has for each of the names under which a command writes its card those that were found:
+    `ROBUSTNESS`, `CALIBRATION`, `TUNE` and `RESULT` (of `reproduce`: its settings and its split).
     """
 
-    logs: Mapping[str, Path] = field(default_factory=dict)
-    robustness: tuple[Path, ...] = ()
-    calibration: tuple[Path, ...] = ()
-    results: tuple[Path, ...] = ()
-    tune: tuple[Path, ...] = ()
+    logs: dict[str, Path]
+    cards: dict[str, list[Path]]
 
 
 def find_inputs(
@@ -78,7 +71,7 @@ def find_inputs(
         for kind, file in folder_cards:
             if file.resolve() not in {other.resolve() for other in cards[kind]}:
                 cards[kind].append(file)
-    return Inputs(logs, *map(tuple, cards.values()))
+    return Inputs(logs, cards)
 
 
 def _split_name(text: str) -> tuple[str | None, Path]:

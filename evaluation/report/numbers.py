@@ -22,9 +22,9 @@ def p_text(value: Any) -> str:
     return DASH if value is None else f"{float(value):.3g}"
 
 
-def interval_text(pair: Any, digits: int = 3) -> str:
-    """A 95 % interval: [0.31, 0.40]; empty for None."""
-    return f"[{fixed(pair[0], digits)}, {fixed(pair[1], digits)}]" if pair else ""
+def interval_text(pair: Any) -> str:
+    """A 95 % interval: [0.310, 0.402]; empty for None."""
+    return f"[{fixed(pair[0])}, {fixed(pair[1])}]" if pair else ""
 
 
 def plain(value: Any) -> str:

@@ -379,12 +379,12 @@ def _draw_rule(axes: Axes, rule: Rule) -> None:
     text: dict[str, Any] = {"color": QUIET, "fontsize": "small", "textcoords": "offset points"}
     if rule.level:
         axes.axhline(rule.at, color=QUIET, ls=":", lw=1)
-        text |= {"xytext": (-2, 2), "ha": "right", "va": "bottom"}
         place, system = (0.99, rule.at), ("axes fraction", "data")
+        text |= {"xytext": (-2, 2), "ha": "right", "va": "bottom"}
     else:
         axes.axvline(rule.at, color=QUIET, ls=":", lw=1)
-        text |= {"xytext": (3, 2), "ha": "left", "va": "top"}
         place, system = (rule.at, 0.99), ("data", "axes fraction")
+        text |= {"xytext": (3, 2), "ha": "left", "va": "top"}
     axes.annotate(_one_line(rule.text), place, xycoords=system, **text)
 
 
@@ -396,11 +396,7 @@ def _place_labels(figure: Figure, axes: Axes, chart: Chart) -> None:
         return
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
-    points = [
-        (point, label)
-        for series in chart.series
-        for point, label in zip(series.points, series.labels, strict=False)
-    ]
+    points = [pair for each in chart.series for pair in zip(each.points, each.labels, strict=False)]
     pixels = [axes.transData.transform(point) for point, _ in points]
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
     spots = [(7, 0, "left", "center"), (-7, 0, "right", "center")]
@@ -417,8 +413,7 @@ def _place_labels(figure: Figure, axes: Axes, chart: Chart) -> None:
         for x, y, across, up in spots:
             text.set(position=(x, y), horizontalalignment=across, verticalalignment=up)
             box = text.get_window_extent()
-            fits = inside.fully_containsx(box.x0) and inside.fully_containsx(box.x1)
-            fits = fits and inside.fully_containsy(box.y0) and inside.fully_containsy(box.y1)
+            fits = all(inside.fully_contains(*corner) for corner in (box.min, box.max))
             if fits and not box.count_overlaps(taken):
                 break
         taken.append(box)

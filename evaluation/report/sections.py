@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from evaluation.metrics.forget_quality import NEEDS_RETRAIN
 from evaluation.report.build import (
@@ -190,7 +191,7 @@ def _system_row(system: System) -> list[Cell | str]:
         )
 
     def mean(name: str, sign: bool = False) -> Cell:
-        return Cell(fixed(f[name], 3, sign), interval_text(f[f"{name}_interval"]))
+        return _mean(f[name], f[f"{name}_interval"], sign)
 
     utility = mean("model_utility")
     reference = f["retrain_forget_nll"]
@@ -266,23 +267,21 @@ def _utility_table(view: View) -> Table | None:
     names = list(dict.fromkeys(name for f in figures for name in f["model_utility_parts"]))
     if not names:
         return None
-    rows: list[list[Cell | str]] = []
-    for name in names:
-        row: list[Cell | str] = [name]
-        for f in figures:
-            spread = f["model_utility_part_intervals"].get(name)
-            row.append(Cell(fixed(f["model_utility_parts"].get(name)), interval_text(spread)))
-        rows.append(row)
-    total = [
-        Cell(fixed(f["model_utility"]), interval_text(f["model_utility_interval"])) for f in figures
-    ]
+    rows: list[list[Cell | str]] = [
+        [name, *(_mean(f["model_utility_parts"].get(name),
+                       f["model_utility_part_intervals"].get(name)) for f in figures)]
+        for name in names
+    ]  # fmt: skip
+    total = (_mean(f["model_utility"], f["model_utility_interval"]) for f in figures)
     rows.append([Cell("Model utility", "harmonic mean"), *total])
-    columns: tuple[Column | str, ...] = (
-        "Part",
-        *(Column(system.name, HIGHER) for system in view.systems),
-    )
+    columns: list[Column | str] = ["Part", *(Column(each.name, HIGHER) for each in view.systems)]
     caption = f"Nine parts of model utility, protocol {view.protocol}"
-    return Table(caption, columns, rows, [*["measured"] * len(names), "total"])
+    return Table(caption, tuple(columns), rows, [*["measured"] * len(names), "total"])
+
+
+def _mean(value: float | None, interval: Any, sign: bool = False) -> Cell:
+    """A mean above its 95 % interval."""
+    return Cell(fixed(value, 3, sign), interval_text(interval))
 
 
 def _answers(report: Report) -> Section:

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.environment import versions
 from adapters.errors import UserError
 from evaluation.cache import Cache, key_of
 from evaluation.inference.scoring import OnProgress, silent
+from evaluation.logs.records import EvalLog
 from evaluation.metrics.summary import summarise
 from evaluation.protocols import DEFAULT, protocol_named
 from evaluation.robustness import probe as probes
 from evaluation.robustness import wordings as attacks
 from evaluation.robustness.people import people_of
-from evaluation.robustness.quantisation import QUANTISED, Subject, Workplace
+from evaluation.robustness.quantisation import QUANTISED, Loaded, Subject, Workplace
 from evaluation.robustness.relearning import (
     Method,
     Relearning,
@@ -33,14 +34,8 @@ from evaluation.robustness.relearning import (
 )
 from evaluation.robustness.sampling import LEAKED_ROUGE, Draws, best_of, row_recalls
 from evaluation.robustness.verdicts import verdicts
-from evaluation.suite import EvalData, evaluate
-from unlearner.request.rows import spread
-
-if TYPE_CHECKING:
-    from evaluation.logs.records import EvalLog
-    from evaluation.robustness.quantisation import Loaded
-    from evaluation.suite import Effort
-    from unlearner.request.rows import Row
+from evaluation.suite import Effort, EvalData, evaluate
+from unlearner.request.rows import Row, spread
 
 KIND, SCHEMA = "unlearner-robustness", 1
 ATTACKS = ("states", "relearn", "sample", "paraphrase", "probe", "drop")
@@ -81,21 +76,18 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def wrong(name: str, rule: str) -> str:
-            return f"{name} {getattr(self, name)} is {rule}"
-
         problems = [f"there is no attack '{a}'" for a in self.attacks if a not in ATTACKS]
         problems += [] if self.attacks else ["no attack is given"]
-        for name in ("relearn_steps", "samples", "sample_rows", "paraphrase_rows", "probe_rows"):
-            if getattr(self, name) < 1:
-                problems.append(wrong(name, "below 1"))
+        counts = ("relearn_steps", "samples", "sample_rows", "paraphrase_rows", "probe_rows")
+        wrong = {name: "below 1" for name in counts if getattr(self, name) < 1}
         if not 0 < self.relearn_share < 1:
-            problems.append(wrong("relearn_share", "not between 0 and 1"))
+            wrong["relearn_share"] = "not between 0 and 1"
         if not 0 < self.top_p <= 1:
-            problems.append(wrong("top_p", "not above 0 and at most 1"))
+            wrong["top_p"] = "not above 0 and at most 1"
         for name in ("temperature", "relearn_lr"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                problems.append(wrong(name, "not above 0"))
+                wrong[name] = "not above 0"
+        problems += [f"{name} {getattr(self, name)} is {rule}" for name, rule in wrong.items()]
         if problems:
             raise UserError(
                 f"The settings of the attacks are not valid: {'; '.join(problems)}.",
@@ -115,125 +107,123 @@ class Settings:
         return Draws(self.samples, self.temperature, self.top_p, self.seed)
 
 
-def robustness(
-    subject: Subject,
-    data: EvalData,
-    settings: Settings | None = None,
-    *,
-    split: str,
-    protocol: str = DEFAULT,
-    retain_log: EvalLog | None = None,
-    limit: int | None = None,
-    out: Path | None = None,
-    wordings: Sequence[attacks.Form] = (),
-    on_progress: OnProgress = silent,
-    effort: Effort | None = None,
-) -> dict[str, Any]:
-    """The card: states, relearning, sampling, paraphrase, probe, drop, and a verdict on each.
+@dataclass(frozen=True)
+class Examination:
+    """All attacks on one subject. Store and models are not changed.
 
-    Store and models are not changed. An attack that `settings` does not name is empty.
-
-    Args:
+    Attributes:
         subject: what is attacked.
         data: the four sets; the attacks use the forget rows.
         settings: how hard each attack tries.
         split: name of the forget split, for the card.
         protocol, retain_log: of the states' figures.
         limit: at most this many rows of each set.
-        wordings: more ways to ask, see `wordings.read_wordings`.
         out: folder of the cache, and of the merged weights while the attacks run.
+        wordings: more ways to ask, see `wordings.read_wordings`.
         on_progress: called with a label, the number done and the total.
         effort: sizes of batches.
-
-    Raises:
-        UserError: an unknown state or attack, too few rows, rows that differ from the reference's.
     """
-    settings = settings or Settings()
-    states = settings.states or subject.states
-    chosen = protocol_named(protocol)
-    forget = list(data.forget)[: chosen.max_rows][:limit]
-    _check(subject, len(forget), settings, states)
-    cache = Cache(out / "parts" if out else None, key_of(subject=subject.identity))
-    with Workplace(subject, out) as place:
-        work = _Card(
-            place, data, forget, settings, chosen.name, retain_log, limit,
-            (*attacks.FORMS, *wordings), cache, on_progress, effort,
-        )  # fmt: skip
-        wanted = settings.attacks
-        card: dict[str, Any] = {
-            "kind": KIND,
-            "schema": SCHEMA,
-            "base": subject.base.name,
-            "adapters": [slug for slug, _ in subject.stack],
-            "split": split,
-            "protocol": chosen.name,
-            "limit": limit,
-            "states": work.states(states) if "states" in wanted else [],
-            "relearning": work.relearning() if "relearn" in wanted else {},
-            "sampling": work.sampling() if "sample" in wanted else {},
-            "paraphrase": work.paraphrase() if "paraphrase" in wanted else [],
-            "probe": work.probe() if "probe" in wanted else {},
-            "drop": work.drop() if "drop" in wanted else {},
-        }
-    return {
-        **card,
-        "verdicts": verdicts(card),
-        "settings": {
-            **asdict(settings),
-            "states": list(states),
-            "stack": [list(pair) for pair in subject.stack],
-            "merged": None if subject.merged is None else str(subject.merged),
-            "retrain": subject.retrain,
-            "template": subject.template,
-            **({} if subject.system is None else {"system": subject.system}),
-            "base_digest": subject.identity["base"],
-            "leaked_rouge_l_recall": LEAKED_ROUGE,
-        },
-        "versions": versions(),
-        "seconds": sum(cache.seconds),
-    }
 
-
-def _check(subject: Subject, rows: int, settings: Settings, states: Sequence[str]) -> None:
-    unknown = [state for state in states if state not in subject.states]
-    if unknown:
-        raise UserError(
-            f"This model has no state '{unknown[0]}'.",
-            f"Choose among {', '.join(subject.states)}.",
-        )
-    quantised = [state for state in states if state in QUANTISED and "states" in settings.attacks]
-    if quantised and find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"The state {quantised[0]} needs the package bitsandbytes.",
-            "Install it with `pip install unlearner[quant]`, or name other --states.",
-        )
-    if "relearn" in settings.attacks and rows < 2:
-        raise UserError(
-            "Relearning needs at least two forget rows: one to train on, one to recover.",
-            "Give more rows, or leave `relearn` out of the attacks.",
-        )
-
-
-@dataclass(frozen=True)
-class _Card:
-    """The attacks of one card."""
-
-    place: Workplace
+    subject: Subject
     data: EvalData
-    forget: list[Row]
     settings: Settings
-    protocol: str
-    retain_log: EvalLog | None
-    limit: int | None
-    forms: Sequence[attacks.Form]
-    cache: Cache
-    on_progress: OnProgress
-    effort: Effort | None
+    split: str
+    protocol: str = DEFAULT
+    retain_log: EvalLog | None = None
+    limit: int | None = None
+    out: Path | None = None
+    wordings: Sequence[attacks.Form] = ()
+    on_progress: OnProgress = silent
+    effort: Effort | None = None
+
+    def card(self) -> dict[str, Any]:
+        """States, relearning, sampling, paraphrase, probe, drop, and a verdict on each.
+
+        An attack that the settings do not name is empty.
+
+        Raises:
+            UserError: an unknown state or protocol, too few rows, rows that differ from the
+                reference's.
+        """
+        subject, wanted = self.subject, self.settings.attacks
+        self._check()
+        with self.place:
+            card: dict[str, Any] = {
+                "kind": KIND,
+                "schema": SCHEMA,
+                "base": subject.base.name,
+                "adapters": [slug for slug, _ in subject.stack],
+                "split": self.split,
+                "protocol": self.protocol,
+                "limit": self.limit,
+                "states": self.states() if "states" in wanted else [],
+                "relearning": self.relearning() if "relearn" in wanted else {},
+                "sampling": self.sampling() if "sample" in wanted else {},
+                "paraphrase": self.paraphrase() if "paraphrase" in wanted else [],
+                "probe": self.probe() if "probe" in wanted else {},
+                "drop": self.drop() if "drop" in wanted else {},
+            }
+        return {
+            **card,
+            "verdicts": verdicts(card),
+            "settings": {
+                **asdict(self.settings),
+                "states": self._states,
+                "stack": [list(pair) for pair in subject.stack],
+                "merged": None if subject.merged is None else str(subject.merged),
+                "retrain": subject.retrain,
+                "template": subject.template,
+                **({} if subject.system is None else {"system": subject.system}),
+                "base_digest": subject.identity["base"],
+                "leaked_rouge_l_recall": LEAKED_ROUGE,
+            },
+            "versions": versions(),
+            "seconds": sum(self.cache.seconds),
+        }
+
+    @cached_property
+    def place(self) -> Workplace:
+        """Where the forms of the subject are loaded."""
+        return Workplace(self.subject, self.out)
+
+    @cached_property
+    def cache(self) -> Cache:
+        """The finished results."""
+        folder = self.out / "parts" if self.out else None
+        return Cache(folder, key_of(subject=self.subject.identity))
+
+    @cached_property
+    def forget(self) -> list[Row]:
+        """The forget rows of the protocol, up to the limit."""
+        return list(self.data.forget)[: protocol_named(self.protocol).max_rows][: self.limit]
+
+    @property
+    def _states(self) -> list[str]:
+        return list(self.settings.states or self.subject.states)
+
+    def _check(self) -> None:
+        unknown = [state for state in self._states if state not in self.subject.states]
+        if unknown:
+            raise UserError(
+                f"This model has no state '{unknown[0]}'.",
+                f"Choose among {', '.join(self.subject.states)}.",
+            )
+        quantised = [state for state in self._states if state in QUANTISED]
+        if "states" in self.settings.attacks and quantised and find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"The state {quantised[0]} needs the package bitsandbytes.",
+                "Install it with `pip install unlearner[quant]`, or name other --states.",
+            )
+        if "relearn" in self.settings.attacks and len(self.forget) < 2:
+            raise UserError(
+                "Relearning needs at least two forget rows: one to train on, one to recover.",
+                "Give more rows, or leave `relearn` out of the attacks.",
+            )
 
     @property
     def _models(self) -> dict[str, tuple[str, str]]:
         """State and identity of the weights of Origin, the unlearned model and the control."""
-        subject = self.place.subject
+        subject = self.subject
         models = {
             "origin": ("origin", "origin"),
             "unlearned": (subject.unlearned, subject.unlearned),
@@ -242,23 +232,18 @@ class _Card:
             models["retrain"] = ("retrain", str(subject.retrain_identity))
         return models
 
-    def states(self, names: Sequence[str]) -> list[dict[str, Any]]:
+    def states(self) -> list[dict[str, Any]]:
         """The figures of every form, measured in the same way."""
-        inputs = {
-            "rows": self.data,
-            "protocol": self.protocol,
-            "limit": self.limit,
-            "reference": self.retain_log,
-        }
+        how: dict[str, Any] = {
+            "protocol": self.protocol, "limit": self.limit, "retain_log": self.retain_log
+        }  # fmt: skip
 
         def measure(name: str) -> dict[str, Any]:
             with self.place.loaded(name) as loaded:
                 log = evaluate(
                     *loaded,
                     self.data,
-                    protocol=self.protocol,
-                    retain_log=self.retain_log,
-                    limit=self.limit,
+                    **how,
                     key=f"{name}-{self.cache.key}",
                     resume_dir=self.cache.folder,
                     on_progress=lambda text, *counts: self.on_progress(f"{name}: {text}", *counts),
@@ -268,8 +253,10 @@ class _Card:
             return {key: figures[key] for key in STATE_KEYS}
 
         results = {
-            name: self.cache.entry(f"state-{name}", **inputs).result(partial(measure, name))
-            for name in names
+            name: self.cache.entry(f"state-{name}", rows=self.data, **how).result(
+                partial(measure, name)
+            )
+            for name in self._states
         }
         return [{"name": name, **figures} for name, figures in results.items()]
 
@@ -280,16 +267,13 @@ class _Card:
         rows = len(split.seen)
 
         def attack(state: str, name: str, **weights: Any) -> dict[str, Any]:
+            def tell(step: int, steps: int) -> None:  # in rows, as all other parts do
+                self.on_progress(f"relearning {name}", step * rows, steps * rows)
+
             def run() -> dict[str, Any]:
                 plan = settings.settled(place.weights(state))
-                label = f"relearning {name}"  # progress counts rows, as in all other parts
                 with place.loaded(state, float32=plan.method == "full") as loaded:
-                    points = relearn(
-                        loaded,
-                        split,
-                        plan,
-                        lambda i, n: self.on_progress(label, i * rows, n * rows),
-                    )
+                    points = relearn(loaded, split, plan, tell)
                 return {"learning_rate": plan.learning_rate, "with": plan.method, "points": points}
 
             entry = self.cache.entry(f"relearn-{name}", split=split, attack=settings, **weights)
@@ -301,8 +285,8 @@ class _Card:
 
         unlearned = attack("merged", "unlearned")
         curves = [{"name": "unlearned", "points": unlearned["points"]}]
-        if place.subject.retrain:
-            control = attack("retrain", "retrain", weights=place.subject.retrain_identity)
+        if self.subject.retrain:
+            control = attack("retrain", "retrain", weights=self.subject.retrain_identity)
             curves.append({"name": "retrain", "points": control["points"]})
         origin = self.cache.entry("relearn-origin", split=split).result(bare)
         return {
@@ -345,7 +329,8 @@ class _Card:
         """Every wording, asked of the base, of the unlearned model and of the control."""
         rows = spread(self.forget, self.settings.paraphrase_rows)
         people = people_of(self.forget)
-        asked = {form: attacks.asked_in(form, rows, people) for form in self.forms}
+        forms = (*attacks.FORMS, *self.wordings)
+        asked = {form: attacks.asked_in(form, rows, people) for form in forms}
 
         def ask(model: Callable[[], Loaded], form: attacks.Form, state: str) -> Any:
             def report(label: str, done: int, total: int) -> None:
@@ -366,7 +351,7 @@ class _Card:
                 results.append(
                     [e.result(partial(ask, model, form, state)) for form, e in entries.items()]
                 )
-        return attacks.side_by_side(self.forms, *results)
+        return attacks.side_by_side(forms, *results)
 
     def probe(self) -> dict[str, Any]:
         """What a linear probe reads by layer, in base, unlearned model and control."""
@@ -398,7 +383,7 @@ class _Card:
 
     def drop(self) -> dict[str, Any]:
         """The model with its adapters deactivated."""
-        if not self.place.subject.stack:
+        if not self.subject.stack:
             return {"applies": False}
         entry = self.cache.entry("drop", rows=self.forget)
         return dict(entry.result(partial(attacks.drop, self.place, self.forget, self.on_progress)))

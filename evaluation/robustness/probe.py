@@ -10,17 +10,16 @@ never saw the rows has too, so its own figure is the control.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from adapters.environment import evaluating
 from evaluation.metrics.bootstrap import Floats, measure_mean
+from evaluation.robustness.quantisation import Loaded
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import Encoded, pad_batch, pad_id
-
-if TYPE_CHECKING:
-    from evaluation.robustness.quantisation import Loaded
 
 # Wrong answers proposed per question, as many as keep the cost near that of other attacks.
 WRONG = 2
@@ -43,8 +42,6 @@ def layer_states(
 
     The true answer comes first. Layer 0 are the embeddings.
     """
-    import torch
-
     prompts = [
         loaded.fmt.encode_prompt(f"{row.question}\n{answer}\nIs this answer right?")
         for row in rows

@@ -13,15 +13,21 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from adapters.environment import free_memory
+import torch
+
+from adapters.atomic_files import is_stale_temp, temporary_name
+from adapters.base.fingerprint import BaseFingerprint, fingerprint_base
+from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
+from adapters.base.weights import weight_files
+from adapters.environment import free_memory, threads_for
 from adapters.errors import UserError
-
-if TYPE_CHECKING:
-    from adapters.base.load import BaseSpec
-    from adapters.store.store import AdapterStore
-    from unlearner.tokens.prompts import PromptFormat, Template
+from adapters.lora.merge import fold_stack
+from adapters.lora.stack import load_stack
+from adapters.store.store import AdapterStore
+from adapters.tensors import read_header
+from unlearner.tokens.prompts import PromptFormat, Template, prompt_format
 
 STATES = ("origin", "adapter", "adapter-nf4", "merged", "merged-nf4", "merged-int8")
 QUANTISED = {"adapter-nf4": "adapter", "merged-nf4": "merged", "merged-int8": "merged"}
@@ -76,11 +82,6 @@ class Subject:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Digests of everything that decides the weights, as JSON."""
-        import torch
-
-        from adapters.base.fingerprint import fingerprint_base
-        from adapters.base.load import resolve_base
-
         device = "cuda" if torch.cuda.is_available() and self.base.device != "cpu" else "cpu"
         inputs: dict[str, Any] = {
             "base": fingerprint_base(resolve_base(self.base.name, self.base.revision)).digest,
@@ -97,9 +98,6 @@ class Subject:
     @cached_property
     def retrain_identity(self) -> str | None:
         """Digest of the control's weights."""
-        from adapters.base.fingerprint import fingerprint_base
-        from adapters.base.load import resolve_base
-
         return self.retrain and fingerprint_base(resolve_base(self.retrain)).digest
 
 
@@ -115,7 +113,6 @@ class Workplace:
         self.subject = subject
         self._scratch = scratch or (subject.store.path.parent if subject.store else Path.cwd())
         self._folded: Path | None = None
-        self._heavy = False
 
     def __enter__(self) -> Workplace:
         return self
@@ -132,30 +129,18 @@ class Workplace:
             state: one of `STATES`, or "retrain".
             float32: load in float32 in any case, to train all weights.
         """
-        from adapters.base.fingerprint import fingerprint_base
-        from adapters.base.load import load_base, load_tokenizer
-        from adapters.environment import SMALL_MODEL, threads_for
-        from adapters.lora.stack import load_stack
-        from unlearner.tokens.prompts import prompt_format
-
-        spec = self._spec(state)
+        subject, spec = self.subject, self._spec(state)
         tokenizer = load_tokenizer(spec.name, spec.revision)
-        fmt = prompt_format(tokenizer, self.subject.template, self.subject.system)
+        fmt = prompt_format(tokenizer, subject.template, subject.system)
         spec = replace(spec, dtype="float32") if float32 else spec
-        if self._heavy:  # small ones can wait for Python's own collector
-            free_memory()
-        self._heavy = self.weights(state) >= SMALL_MODEL
+        free_memory()  # of the form before
         model: Any = load_base(spec, int8=state.endswith("int8"))
-        if state.startswith("adapter") and self.subject.store is not None:
-            scales = dict(self.subject.stack)
+        if state.startswith("adapter") and subject.store is not None:
+            scales = dict(subject.stack)
             model = load_stack(
-                model,
-                self.subject.store,
-                list(scales),
-                scales,
-                base=fingerprint_base(self._base_folder),
-                allow_missing_parents=self.subject.allow_missing_parents,
-            )
+                model, subject.store, list(scales), scales, base=self._fingerprint,
+                allow_missing_parents=subject.allow_missing_parents,
+            )  # fmt: skip
         with threads_for(model):
             yield Loaded(model, fmt)
 
@@ -167,10 +152,6 @@ class Workplace:
 
     def weights(self, state: str) -> int:
         """How many weights the form's files hold."""
-        from adapters.base.load import resolve_base
-        from adapters.base.weights import weight_files
-        from adapters.tensors import read_header
-
         spec = self._spec(state)
         headers = map(read_header, weight_files(resolve_base(spec.name, spec.revision)))
         return sum(prod(info.shape) for header in headers for info in header.tensors.values())
@@ -186,22 +167,20 @@ class Workplace:
 
     @property
     def _base_folder(self) -> Path:
-        from adapters.base.load import resolve_base
-
         return resolve_base(self.subject.base.name, self.subject.base.revision)
+
+    @property
+    def _fingerprint(self) -> BaseFingerprint:
+        return fingerprint_base(self._base_folder)
 
     @cached_property
     def merged_folder(self) -> Path:
         """The merged weights: the subject's own, else its adapters folded into the base now."""
-        from adapters.atomic_files import is_stale_temp, temporary_name
-        from adapters.base.fingerprint import fingerprint_base
-        from adapters.lora.merge import fold_stack
-
         if self.subject.merged is not None:
             return self.subject.merged
         store = self.subject.store
         assert store is not None  # a subject without merged weights has a stack
-        base = fingerprint_base(self._base_folder)
+        base = self._fingerprint
         stack = [(store.require_whole(slug, base).path, s) for slug, s in self.subject.stack]
         self._scratch.mkdir(parents=True, exist_ok=True)
         # A killed process leaves its weights behind: many gigabytes of a large model.

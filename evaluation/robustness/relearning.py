@@ -10,15 +10,19 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from adapters.environment import FULL_LIMIT, attack_rates
+from adapters.lora.stack import add_trainable
+from adapters.lora.targets import default_targets
 from evaluation.inference.scoring import score_rows
+from evaluation.robustness.quantisation import Loaded
+from unlearner.config import LoraShape
+from unlearner.objectives.likelihood import answer_nll, on_device
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import TRAIN_MAX_LENGTH, Encoded, encode_rows, pad_batch, pad_id
-
-if TYPE_CHECKING:
-    from evaluation.robustness.quantisation import Loaded
 
 Method = Literal["auto", "full", "lora"]
 CURVE = (0, 5, 10, 20, 40)
@@ -66,13 +70,7 @@ class Split(NamedTuple):
 
 
 def split_rows(rows: Sequence[Row], plan: Relearning) -> Split:
-    """A seeded choice of `plan.share` of the rows, and the rest, both in the order of the data.
-
-    Raises:
-        ValueError: fewer than two rows: one to train on and one to get back.
-    """
-    if len(rows) < 2:
-        raise ValueError("relearning needs two rows at least")
+    """A seeded choice of `plan.share` of two rows or more, and the rest, in the data's order."""
     count = min(len(rows) - 1, max(1, round(plan.share * len(rows))))
     chosen = set(random.Random(plan.seed).sample(range(len(rows)), count))
     plain = [Row(row.question, row.answer) for row in rows]
@@ -108,8 +106,6 @@ def relearn(
         plan: settled, see `Relearning.settled`.
         on_progress: called with steps done and all steps.
     """
-    import torch
-
     model = _trainable(loaded.model, plan)
     attacked = loaded._replace(model=model)
     pairs = [(row.question, row.answer) for row in split.seen]
@@ -135,12 +131,7 @@ def _trainable(model: Any, plan: Relearning) -> Any:
     if plan.method == "full":
         model.requires_grad_(True)
         return model
-    import torch
     from peft import LoraConfig
-
-    from adapters.lora.stack import add_trainable
-    from adapters.lora.targets import default_targets
-    from unlearner.config import LoraShape
 
     shape = LoraShape()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -158,17 +149,13 @@ def _trainable(model: Any, plan: Relearning) -> Any:
 
 def _backward(model: Any, rows: Sequence[Encoded], pad: int) -> None:
     """Gradients of the mean over rows of their mean NLL, a micro-batch at a time."""
-    from unlearner.objectives.likelihood import answer_nll
-
     for start in range(0, len(rows), MICRO_BATCH):
         batch = pad_batch(rows[start : start + MICRO_BATCH], pad)
-        losses = answer_nll(model, {name: t.to(model.device) for name, t in batch.items()})
+        losses = answer_nll(model, on_device(batch, model.device))
         (losses.per_token.sum() / len(rows)).backward()
 
 
-def recovery(
-    points: Sequence[dict[str, Any]], origin: dict[str, Any], step: int | None = None
-) -> float | None:
+def recovery(points: Sequence[dict[str, Any]], origin: dict[str, Any]) -> float | None:
     """How much of what was lost on unseen rows came back, 0 for nothing and 1 for all.
 
     `(P after - P before) / (P of Origin - P before)`; None where nothing had been lost.
@@ -176,9 +163,7 @@ def recovery(
     Args:
         points: the curve of the attacked model, step 0 first.
         origin: Origin's probabilities on the same rows.
-        step: which point is "after"; the last one by default.
     """
-    before = points[0]["unseen_answer_prob"]
-    last = points[-1] if step is None else next(p for p in points if p["step"] == step)
+    before, after = (points[i]["unseen_answer_prob"] for i in (0, -1))
     lost = origin["unseen_answer_prob"] - before
-    return None if lost <= 1e-3 else float((last["unseen_answer_prob"] - before) / lost)
+    return None if lost <= 1e-3 else float((after - before) / lost)

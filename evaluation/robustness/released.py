@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.environment import free_memory
 from evaluation.inference.scoring import OnProgress, silent
-
-if TYPE_CHECKING:
-    from adapters.base.load import BaseSpec
-    from evaluation.logs.records import EvalLog
-    from evaluation.suite import EvalData
-    from unlearner.tokens.prompts import Template
+from evaluation.logs.records import EvalLog
+from evaluation.metrics.summary import summarise
+from evaluation.suite import EvalData, evaluate
+from unlearner.tokens.prompts import Template, prompt_format
 
 KEPT = (
     "forget_quality", "ks", "log_r_shift", "model_utility", "forget_answer_prob", "forget_nll",
@@ -50,11 +49,6 @@ def measure_release(
         retain_log: reference of forget quality; without it that figure is missing.
         template, system: see `prompt_format`.
     """
-    from adapters.base.load import load_base, load_tokenizer
-    from evaluation.metrics.summary import summarise
-    from evaluation.suite import evaluate
-    from unlearner.tokens.prompts import prompt_format
-
     figures = []
     for spec in (base, replace(base, name=str(merged), revision=None)):
         free_memory()  # of the model before

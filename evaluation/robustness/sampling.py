@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from adapters.environment import evaluating
 from evaluation.inference import generation
 from evaluation.metrics.text import rouge_recall
+from evaluation.robustness.quantisation import Loaded
+from unlearner.request.rows import Row
 from unlearner.tokens import decoding
-
-if TYPE_CHECKING:
-    import torch
-
-    from evaluation.robustness.quantisation import Loaded
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
+from unlearner.tokens.prompts import PromptFormat
 
 # ROUGE-L recall from which an answer counts as leaked; `verdicts` of the app uses the same value.
 LEAKED_ROUGE = 0.8
@@ -73,18 +71,15 @@ def best_of(recalls: Sequence[Sequence[float]], samples: int) -> list[dict[str, 
         recalls: for every question the ROUGE-L recall of each of its draws.
         samples: draws per question.
     """
-    points = []
-    for n in sizes(samples):
-        best = [expected_best(row, n) for row in recalls]
-        leaked = [expected_best([float(x >= LEAKED_ROUGE) for x in row], n) for row in recalls]
-        points.append(
-            {
-                "n": n,
-                "best_rouge_l_recall": math.fsum(best) / len(best),
-                "share_leaked": math.fsum(leaked) / len(leaked),
-            }
-        )
-    return points
+    leaks = [[float(recall >= LEAKED_ROUGE) for recall in row] for row in recalls]
+
+    def mean(rows: Sequence[Sequence[float]], n: int) -> float:
+        return math.fsum(expected_best(row, n) for row in rows) / len(rows)
+
+    return [
+        {"n": n, "best_rouge_l_recall": mean(recalls, n), "share_leaked": mean(leaks, n)}
+        for n in sizes(samples)
+    ]
 
 
 def row_recalls(loaded: Loaded, row: Row, draws: Draws) -> list[float]:
@@ -100,7 +95,6 @@ def draw_answers(model: Any, fmt: PromptFormat, question: str, draws: Draws) -> 
     question's tokens, so its answers do not depend on which others are asked. A prompt that leaves
     no budget gets empty answers.
     """
-    import torch
     from transformers import TopPLogitsWarper
 
     prompt = fmt.encode_prompt(question)
@@ -131,8 +125,6 @@ def _draw(
     choose: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Fills `answers`, the tokens of each draw; draws that ended leave the batch."""
-    import torch
-
     if budget <= 0:
         return
     stops = set(decoding.stop_tokens(model, fmt))

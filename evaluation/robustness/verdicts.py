@@ -6,8 +6,7 @@ The thresholds are ours and are printed with every verdict; None for `holds` mea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from evaluation.robustness.quantisation import QUANTISED
 from evaluation.robustness.sampling import LEAKED_ROUGE
@@ -33,12 +32,10 @@ ATTACK_FIGURES = (
     "facts_above_retrain", "probe_above_retrain", "dropped_answer_prob", "leaks",
 )  # fmt: skip
 
-
 Figures = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """`holds` is whether `value` stays within `threshold`; None where that cannot be said."""
 
     name: str
@@ -60,7 +57,7 @@ def verdicts(card: Figures) -> list[dict[str, Any]]:
         ("probe", _probe), ("drop", _drop),
     ):  # fmt: skip
         results += judge(card[part]) if card[part] else []
-    return [asdict(verdict) for verdict in results]
+    return [verdict._asdict() for verdict in results]
 
 
 def _forgotten(states: Mapping[str, Figures]) -> list[Verdict]:
@@ -78,9 +75,8 @@ def _quantised(state: Figures, full: Figures) -> list[Verdict]:
     """Whether rounding brings answers back, and whether it moves D out of the full model's band."""
     name, before, after = state["name"], full["forget_answer_prob"], state["forget_answer_prob"]
     change = after - before
-    text = (
-        f"{name}: rounding moves the forget answers' probability from {before:.3g} to {after:.3g}"
-    )
+    moved = f"moves the forget answers' probability from {before:.3g} to {after:.3g}"
+    text = f"{name}: rounding {moved}"
     results = [Verdict(name, change, PROB_CHANGE, change <= PROB_CHANGE, text)]
     band = full.get("ks_interval")
     if band and state.get("ks") is not None:

@@ -7,31 +7,23 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from adapters.errors import UserError
+from adapters.lora.stack import activate
 from evaluation.inference.scoring import OnProgress, score_rows, silent
 from evaluation.metrics.bootstrap import measure_mean
 from evaluation.metrics.fact_recall import row_recalls
 from evaluation.metrics.summary import summarise
 from evaluation.metrics.utility import answer_prob
 from evaluation.protocols import protocol_named
-from evaluation.robustness.people import (
-    Person,
-    clues_about,
-    initials,
-    title_of,
-    unnamed,
-)
-from evaluation.suite import EvalData, evaluate
+from evaluation.robustness.people import Person, clues_about, initials, title_of, unnamed
+from evaluation.robustness.quantisation import Loaded, Workplace
+from evaluation.suite import Effort, EvalData, evaluate
 from unlearner.request.rows import Row
 from unlearner.tokens.prompts import PromptFormat
-
-if TYPE_CHECKING:
-    from evaluation.robustness.quantisation import Loaded, Workplace
-    from evaluation.suite import Effort
 
 Answered = Mapping[str, Any] | None
 PLAIN = "plain"
@@ -77,10 +69,6 @@ def _clues(row: Row, person: Person | None) -> str | None:
     return _TURN.join([*turns, unnamed(row.question, person.name)])
 
 
-def _alias(row: Row, person: Person | None) -> str | None:
-    return person and unnamed(row.question, person.name, initials(person.name))
-
-
 FORMS = (
     Form(PLAIN),
     Form("paraphrased-question", of=lambda row, person: row.paraphrased_question),
@@ -103,7 +91,7 @@ FORMS = (
     Form(
         "french-instruction", "Réponds, s'il te plaît, à la question suivante avec précision : {}"
     ),
-    Form("initials", of=_alias),
+    Form("initials", of=lambda row, p: p and unnamed(row.question, p.name, initials(p.name))),
     Form("multi-hop", of=_multi_hop),
     Form("clues", of=_clues),
 )
@@ -248,9 +236,8 @@ def side_by_side(
     """
     table = []
     level = 1 - 0.05 / max(1, sum(bool(other and other["recalls"]) for other in control))
-    for form, before, after, other in zip(
-        forms, base, unlearned, control or [None] * len(forms), strict=True
-    ):
+    controls = control or [None] * len(forms)
+    for form, before, after, other in zip(forms, base, unlearned, controls, strict=True):
         if before is None or after is None:
             continue
         models = {"base_": before, "": after} | ({"retrain_": other} if other else {})
@@ -274,8 +261,6 @@ def drop(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> dict
 
     `bit_equal`: whether every score of the last equals that of the first.
     """
-    from adapters.lora.stack import activate
-
     plain = [Row(row.question, row.answer) for row in rows]
 
     def losses(loaded: Loaded, label: str) -> list[float]:
@@ -288,11 +273,10 @@ def drop(place: Workplace, rows: Sequence[Row], on_progress: OnProgress) -> dict
         on = losses(loaded, "adapter on")
         activate(loaded.model, [])
         off = losses(loaded, "adapter off")
+    models = {"base_answer_prob": base, "answer_prob_on": on, "answer_prob_off": off}
     return {
         "applies": True,
-        "base_answer_prob": float(answer_prob(base).mean()),
-        "answer_prob_on": float(answer_prob(on).mean()),
-        "answer_prob_off": float(answer_prob(off).mean()),
+        **{name: float(answer_prob(each).mean()) for name, each in models.items()},
         "bit_equal": base == off,
         "n": len(plain),
     }

@@ -18,7 +18,7 @@ from adapters.errors import UserError
 from evaluation.logs.records import EvalLog
 from evaluation.metrics.bootstrap import Floats
 from evaluation.metrics.forget_quality import forget_quality
-from evaluation.metrics.summary import match_forget, set_values, summarise
+from evaluation.metrics.summary import matched_log_r, summarise
 from evaluation.protocols import DEFAULT, protocol_named
 
 KIND, SCHEMA = "unlearner-calibration", 1
@@ -93,14 +93,12 @@ def read_point(scale: float, log: EvalLog, retain_log: EvalLog, protocol: str) -
         UserError: other rows than the reference's, or rows without a truth ratio.
     """
     figures = summarise(log, retain_log, protocol=protocol, resamples=0)
-    if figures["forget_quality"] is None:
+    pair = matched_log_r(log, retain_log, protocol_named(protocol))
+    if pair is None:
         raise UserError(
             f"Nothing to calibrate by: {figures['reasons']['forget_quality']}.",
             "Give forget rows with paraphrased_answer and perturbed_answer.",
         )
-    chosen = protocol_named(protocol)
-    match = match_forget(log.sets["forget"], retain_log.sets["forget"], chosen, log.meta)
-    ours, theirs = (set_values("forget", rows, chosen) for rows in (match.ours, match.theirs))
     names = (
         "ks", "forget_quality", "forget_nll", "retrain_forget_nll", "forget_answer_prob",
         "retain_answer_prob",
@@ -109,8 +107,8 @@ def read_point(scale: float, log: EvalLog, retain_log: EvalLog, protocol: str) -
         scale=scale,
         log_r_gap=figures["log_r_shift"],
         **{name: figures[name] for name in names},
-        log_r=ours["log_r"],
-        log_r_retrain=theirs["log_r"],
+        log_r=pair.ours,
+        log_r_retrain=pair.theirs,
     )
 
 
@@ -179,10 +177,7 @@ def _on_rows(point: Point, rows: Any) -> Point:
 
 
 def calibrate(
-    look: Look,
-    measure: Look,
-    retain_log: EvalLog,
-    settings: Settings | None = None,
+    look: Look, measure: Look, retain_log: EvalLog, settings: Settings | None = None
 ) -> dict[str, Any]:
     """The curve, the chosen scale or the reason why there is none, and what checks it.
 

@@ -9,7 +9,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from adapters.digests import normalised
 from adapters.errors import UserError
@@ -21,15 +22,11 @@ from evaluation.metrics.forget_quality import forget_quality
 from evaluation.metrics.summary import set_values, summarise
 from evaluation.protocols import DEFAULT, protocol_named
 from unlearner import distributed as ranks
+from unlearner.request.formats import Columns
 from unlearner.request.rows import Request, Row
 from unlearner.request.sources import rows_named
 from unlearner.request.tofu import FORGET_SPLITS, load_split
-
-if TYPE_CHECKING:
-    import torch
-
-    from unlearner.request.formats import Columns
-    from unlearner.tokens.prompts import PromptFormat
+from unlearner.tokens.prompts import PromptFormat
 
 
 def gap_rows(

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from evaluation.logs.records import EvalLog
 from evaluation.metrics.summary import summarise
 from evaluation.suite import EvalData, evaluate
-
-if TYPE_CHECKING:
-    import torch
-
-    from evaluation.logs.records import EvalLog
-    from unlearner.tokens.prompts import PromptFormat
+from unlearner.tokens.prompts import PromptFormat
 
 # One in so many rows of the retained sets is measured, and all of the forget set.
 RETAIN_STRIDE, FACTS_STRIDE = 3, 2
@@ -112,20 +107,3 @@ def loss_of(look: Look, origin: Look) -> float:
     lost = max(0.0, KEPT_UTILITY - share)
     far = abs(math.log(max(look.nll_ratio, 1e-9))) - math.log(NLL_WITHIN)
     return look.ks + 5.0 * lost + max(0.0, far)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Measures a training after each step at one of `shares` of all steps; 1 is the last step.
-
-    `tell` gets step, steps and look; it may raise to end the training.
-    """
-
-    probe: Probe
-    shares: Sequence[float]
-    tell: Callable[[int, int, Look], None]
-
-    def __call__(self, step: int, steps: int, model: torch.nn.Module) -> None:
-        """Measures after one of the chosen steps."""
-        if step in {max(1, round(share * steps)) for share in self.shares}:
-            self.tell(step, steps, self.probe.look(model))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from adapters.environment import free_memory
-from adapters.errors import UserError
+from adapters.errors import Diverged, UserError
 from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
 from evaluation.experiments.systems import (
@@ -39,12 +39,12 @@ from evaluation.tuning.probe import (
     Look,
     NotFinite,
     Probe,
-    Watch,
     loss_of,
     thinned,
 )
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request
+from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.prompts import Template, prompt_format
 
 if TYPE_CHECKING:
@@ -213,16 +213,9 @@ def _study(optuna: Any, run: Tuning) -> Study:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    name = key_of(
-        objective=run.objective,
-        fixed=run.fixed,
-        space=run.space,
-        seed=run.seeds[0],
-        loss=FORMULA,
-        **run.inputs,
-    )
+    searched = {"objective": run.objective, "fixed": run.fixed, "space": run.space}
     study: Study = optuna.create_study(
-        study_name=name,
+        study_name=key_of(**searched, seed=run.seeds[0], loss=FORMULA, **run.inputs),
         storage=JournalStorage(JournalFileBackend(str(run.out / STUDY_FILE))),
         load_if_exists=True,
     )
@@ -251,8 +244,6 @@ def _suggest(trial: Trial, space: Mapping[str, Range]) -> dict[str, Any]:
 
 def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report) -> None:
     """Trains and measures one trial, and tells the study its loss."""
-    from adapters.errors import Diverged
-
     trial = study.ask()
     config = run.config(_suggest(trial, run.space), search.retrain_nll, run.seeds[0])
     trial.set_user_attr("settings", config.to_json())
@@ -270,7 +261,7 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
 
     outcome: dict[str, Any] = {}
     try:
-        train_once(run, config, Watch(search.probe, LOOKS, tell), report)
+        train_once(run, config, search.probe, tell, report)
         outcome["values"] = looks[-1]["loss"]
     except optuna.TrialPruned:
         outcome["state"] = optuna.trial.TrialState.PRUNED
@@ -281,9 +272,21 @@ def _try(optuna: Any, study: Study, run: Tuning, search: _Search, report: Report
     study.tell(trial, **outcome)
 
 
-def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report) -> None:
-    """Trains one adapter in a temporary store."""
-    from unlearner.run import RunOptions, unlearn
+def train_once(
+    run: Tuning,
+    config: UnlearnConfig,
+    probe: Probe,
+    tell: Callable[[int, int, Look], None],
+    report: Report,
+) -> None:
+    """Trains one adapter in a temporary store; `tell` gets step, steps and figures at each look.
+
+    It may raise to end the training.
+    """
+
+    def after_step(step: int, steps: int, model: Any) -> None:
+        if step in {max(1, round(share * steps)) for share in LOOKS}:
+            tell(step, steps, probe.look(model))
 
     free_memory()  # of the trial before
     with tempfile.TemporaryDirectory(prefix=".trial-", dir=run.out) as folder:
@@ -295,7 +298,7 @@ def train_once(run: Tuning, config: UnlearnConfig, watch: Watch, report: Report)
             RunOptions(
                 on_stack=False, template=run.template, system=run.system, refusals=run.refusals
             ),
-            after_step=watch,
+            after_step=after_step,
             on_progress=lambda event: report(event) if event.get("event") == "train" else None,
         )
 
@@ -356,15 +359,9 @@ def _result(run: Tuning, search: _Search, study: Study | None, report: Report) -
 
 
 def on_seed(
-    run: Tuning,
-    config: UnlearnConfig,
-    seed: int,
-    origin: Mapping[str, Any],
-    report: Report,
+    run: Tuning, config: UnlearnConfig, seed: int, origin: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
     """The settings trained with this seed and measured in full, answers and all."""
-    from unlearner.run import RunOptions
-
     report({"event": "stage", "text": f"Training and measuring seed {seed}"})
     seeded = replace(config, train=replace(config.train, seed=seed))
     work = run.out / f"seed-{seed}-{key_of(config=seeded, **run.inputs)[:12]}"

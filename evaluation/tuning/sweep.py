@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
+from adapters.lora.stack import activate
+from adapters.store.store import AdapterStore
 from evaluation.cache import key_of
 from evaluation.inference.scoring import OnProgress, silent
+from evaluation.logs.records import SETS, EvalLog
 from evaluation.suite import EvalData, evaluate, load_eval_data
+from unlearner.request.formats import Columns
 from unlearner.request.rows import Row
 from unlearner.request.sources import rows_named
 from unlearner.request.tofu import load_split
-
-if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
-    from unlearner.request.formats import Columns
-    from unlearner.tokens.prompts import PromptFormat
+from unlearner.tokens.prompts import PromptFormat
 
 # Retain rows scored at every scale; their answers alone, as a sign of what is lost.
 RETAIN_ROWS = 100
@@ -74,8 +73,7 @@ def calibration_data(
             f"answers, for example {bare[0].question!r}.",
             "Add paraphrased_answer and perturbed_answer to every row: log R needs them.",
         )
-    names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
-    return EvalData(forget, *(load_split(name, data) for name in names))
+    return EvalData(forget, *(load_split(f"{name}_perturbed", data) for name in SETS[1:]))
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,6 @@ class Sweep:
         return self._log(scale, self.data, generate=True)
 
     def _log(self, scale: float, data: EvalData, *, generate: bool) -> EvalLog:
-        from adapters.lora.stack import activate
-
         scales = {**self.stack, self.slug: scale}
         activate(self.model, list(scales), scales)
         return evaluate(

@@ -14,6 +14,7 @@ import pytest
 from adapters.base.load import BaseSpec
 from adapters.errors import UserError
 from adapters.store.store import AdapterStore
+from evaluation.experiments import systems
 from evaluation.experiments.sequence import (
     POLICIES,
     Plan,
@@ -206,12 +207,10 @@ def test_guarded_rows_are_those_of_earlier_requests(done: tuple[dict[str, Any], 
 def test_only_what_was_trained_on_decides_whether_it_is_trained_again(
     done: tuple[dict[str, Any], Path], plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import unlearner.run
-
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(unlearner.run, "unlearn", never)
+    monkeypatch.setattr(systems, "unlearn", never)
     found, out = done
     assert run_sequence(plan, POLICIES, out) == found
     # Another reference log and fewer rows change the figures, and train nothing.
@@ -258,15 +257,14 @@ def test_an_arrival_that_was_cut_off_goes_on(plan: Plan, tmp_path: Path, monkeyp
     assert line["arrivals"][1]["cost"]["seconds"] > 0
 
 
-def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
+def test_a_full_fine_tune_of_a_request_is_measured_and_kept(
     plan: Plan, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from evaluation.experiments import systems
     from evaluation.logs import read_log
-    from unlearner.baselines import full
+    from unlearner.baselines.full import RECORD
 
     given: dict[str, Any] = {
-        "requests": [one.request for one in plan.authors[:2]],
+        "request": plan.authors[0].request,
         "base": plan.base,
         "config": plan.config,
         "out": tmp_path,
@@ -276,11 +274,11 @@ def test_a_full_fine_tune_of_the_same_requests_is_measured_and_kept(
     events: list[dict[str, Any]] = []
     log = read_log(Path(systems.full_and_measure(events.append, **given)))
     (folder,) = tmp_path.glob("full-*")
-    record = json.loads((folder / full.RECORD).read_text())
-    assert record["data"]["forget"]["n"] == 6
+    record = json.loads((folder / RECORD).read_text())
+    assert record["data"]["forget"]["n"] == 3
     assert log.meta["base"] == str(folder)
     assert len(log.sets["forget"].rows) == 2
-    monkeypatch.setattr(full, "forget_full", None)
+    monkeypatch.setattr(systems, "forget_full", None)
     assert systems.full_and_measure(events.append, **given) == str(tmp_path / "full.json")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from adapters.base import load
 from adapters.base.load import BaseSpec
+from evaluation.experiments import systems
 from evaluation.experiments.systems import Measured, forget_and_measure, measure
 from evaluation.logs import read_log
 from evaluation.logs.records import EvalLog
@@ -136,7 +136,7 @@ def test_a_model_is_freed_before_the_next_is_loaded(
     first = forget()
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    real = load.load_base
+    real = systems.load_base
 
     def loading(spec: BaseSpec, **options: Any) -> Any:
         alive.append(sum(model() is not None for model in models))
@@ -144,7 +144,7 @@ def test_a_model_is_freed_before_the_next_is_loaded(
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(load, "load_base", loading)
+    monkeypatch.setattr(systems, "load_base", loading)
     gc.disable()  # only the product itself collects
     try:
         for name in ("one", "two"):

@@ -182,7 +182,7 @@ def test_half_precision_may_round_but_not_shift_all_texts(
         nlls = [score.nll / score.n for score in real(model, texts)]
         return SimpleNamespace(per_token=torch.tensor(nlls))
 
-    monkeypatch.setattr("unlearner.objectives.likelihood.answer_nll", exact)
+    monkeypatch.setattr(prefix_tree, "answer_nll", exact)
     monkeypatch.setattr(prefix_tree, "_score_pack", moved)
     assert (sharing_problem(model, questions) is None) == (shift == 0.0)
 

@@ -43,8 +43,6 @@ def test_rows_are_split_by_the_seed_and_nothing_is_shown_twice() -> None:
         row.question for row in ROWS
     )
     assert [len(half) for half in split_rows(ROWS[:2], Relearning(0.99))] == [1, 1]
-    with pytest.raises(ValueError, match="two rows"):
-        split_rows(ROWS[:1], Relearning())
 
 
 def test_points_end_with_the_last_step() -> None:
@@ -108,7 +106,6 @@ def test_recovery_is_the_share_of_what_was_lost() -> None:
     points = [{"step": s, "unseen_answer_prob": p} for s, p in ((0, 0.1), (5, 0.4), (20, 0.7))]
     origin = {"unseen_answer_prob": 0.9}
     assert recovery(points, origin) == pytest.approx(0.75)
-    assert recovery(points, origin, step=5) == pytest.approx(0.375)
     assert recovery(points, {"unseen_answer_prob": 0.1}) is None
 
 

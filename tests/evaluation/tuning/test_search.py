@@ -119,9 +119,9 @@ def test_given_settings_are_measured_on_every_seed_without_a_search(small: Tunin
 
 
 def faked(monkeypatch: pytest.MonkeyPatch, run: Callable[[UnlearnConfig, Any], None]) -> None:
-    """In place of training: `run` tells the watch what it would have seen."""
+    """In place of training: `run` tells what would have been seen."""
     monkeypatch.setattr(
-        tuning, "train_once", lambda run_, config, watch, report: run(config, watch.tell)
+        tuning, "train_once", lambda run_, config, probe, tell, report: run(config, tell)
     )
     monkeypatch.setattr(tuning, "_result", lambda run_, search, study, report: {"study": study})
     monkeypatch.setattr(tuning, "write_json", lambda path, value: None)

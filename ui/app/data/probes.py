@@ -16,8 +16,7 @@ from evaluation.report.cards import (
     CALIBRATION,
     ROBUSTNESS,
     VERDICT_WORDS,
-    Calibration,
-    Robustness,
+    Card,
     parse_calibration,
     read_calibration,
     read_robustness,
@@ -129,27 +128,27 @@ def _add_filed(probes: Probes, name: str, value: Mapping[str, Any], owner: str) 
         probes.notes.append(f"The evaluation {name} of {owner} cannot be read here.")
 
 
-def _add_robustness(probes: Probes, card: Robustness, owner: str) -> None:
-    for curve in card.relearning:
-        name = _free(probes.relearning, curve.name, owner)
-        probes.relearning[name] = figure_points(curve.points, "step", "unseen_answer_prob")
-        probes.taught[name] = figure_points(curve.points, "step", "seen_answer_prob")
-    for curve in card.sampling:
-        name = _free(probes.sampling, curve.name, owner)
-        probes.sampling[name] = figure_points(curve.points, "n", "share_leaked")
+def _add_robustness(probes: Probes, card: Card, owner: str) -> None:
+    for curve in card["relearning"]:
+        name = _free(probes.relearning, curve["name"], owner)
+        probes.relearning[name] = figure_points(curve["points"], "step", "unseen_answer_prob")
+        probes.taught[name] = figure_points(curve["points"], "step", "seen_answer_prob")
+    for curve in card["sampling"]:
+        name = _free(probes.sampling, curve["name"], owner)
+        probes.sampling[name] = figure_points(curve["points"], "n", "share_leaked")
     probes.verdicts.extend(
         {"of": owner, "said": VERDICT_WORDS.get(verdict.get("holds")), **verdict}
-        for verdict in card.verdicts
+        for verdict in card["verdicts"]
     )
 
 
-def _strength(card: Calibration) -> Strength:
+def _strength(card: Card) -> Strength:
     curves = {
         name: points
         for name, key in STRENGTH_CURVES.items()
-        if (points := figure_points(card.curve, "scale", key))
+        if (points := figure_points(card["curve"], "scale", key))
     }
-    return Strength(card.name, card.chosen_scale, curves)
+    return Strength(card["name"], card["chosen_scale"], curves)
 
 
 def _free(taken: Mapping[str, Any], name: str, owner: str) -> str:

@@ -104,9 +104,10 @@ def figures_of(
     args: argparse.Namespace, log: EvalLog, references: References
 ) -> list[dict[str, Any]]:
     """The summaries of a log under the protocols of --protocol, in their order."""
-    from evaluation.metrics.summary import summarise_all
+    from evaluation.metrics.summary import summarise
 
-    return summarise_all(log, args.protocol, references.first, second_retain_log=references.second)
+    first, second = references.first, references.second
+    return [summarise(log, first, protocol=p, second_retain_log=second) for p in args.protocol]
 
 
 def with_protocols(

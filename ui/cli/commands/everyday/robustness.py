@@ -136,7 +136,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     console.words(f"Attacking {_what(args)} on {args.split} ...")
     from evaluation.logs import read_log
     from evaluation.logs.records import write_json
-    from evaluation.robustness.card import CARD_FILE, robustness
+    from evaluation.robustness.card import CARD_FILE, Examination
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.robustness.wordings import read_wordings
@@ -151,11 +151,11 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     data = load_eval_data(args.split, args.data)
     retain_log = read_log(args.reference_log) if args.reference_log else None
     with models.resumable(args.out and args.out / "parts"):
-        card = robustness(
+        card = Examination(
             subject,
             data,
             settings,
-            split=args.split,
+            args.split,
             protocol=args.protocol,
             retain_log=retain_log,
             limit=args.limit,
@@ -163,7 +163,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
             out=args.out,
             on_progress=progress_of(console),
             effort=_effort(args),
-        )
+        ).card()
     figures = flat_figures(card)
     if args.out:
         path = write_json(args.out / CARD_FILE, json_value(card))
