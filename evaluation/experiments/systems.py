@@ -263,13 +263,14 @@ def full_and_measure(
 
 
 def tagged(report: Report, **tags: Any) -> Report:
-    """What passes events on to `report` with `tags` added, except for notes.
+    """What passes events on to `report` with `tags` added.
 
-    Every training here tries to resume; a note that there was nothing to resume helps nobody.
+    Settings that were chosen are in the plan, and every training here tries to resume: that is not
+    said again.
     """
 
     def tell(event: dict[str, Any]) -> None:
-        if event.get("event") != "note":
+        if event.get("event") not in ("chosen", "from-start"):
             report({**event, **tags})
 
     return tell
