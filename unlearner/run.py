@@ -10,20 +10,35 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from peft import LoraConfig
 
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base, require_same_base
 from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
 from adapters.digests import digest_rows, key_id, mark, store_key
-from adapters.environment import return_freed_memory
+from adapters.environment import describe, return_freed_memory, threads_for
 from adapters.errors import Diverged, DoesNotFit, Interrupted, UserError
 from adapters.guard_records import teacher_path, write_teacher
 from adapters.lora.format import WEIGHTS_NAME
-from adapters.lora.stack import detach
+from adapters.lora.stack import add_trainable, detach, load_stack, parents_only, save_adapter
+from adapters.lora.targets import check_coverage, default_targets
+from adapters.store.catalog import StoredAdapter
 from adapters.store.manifest import ForgetManifest
+from adapters.store.states import ActiveAdapter
+from adapters.store.store import AdapterStore
 from unlearner import distributed
 from unlearner.config import ALL_LINEAR, TARGET_MODULES, LoraShape, UnlearnConfig, streams_of
 from unlearner.defaults import CAUSES, suited
+from unlearner.interrupt import Progress, StopRequest
+from unlearner.memory.plan import BasePrecision, MemoryPlan, meta_model, read_shape
+from unlearner.memory.probe import budget, is_out_of_memory, size_text
+from unlearner.objectives.directions import ProtectedDirections, protected_rows
+from unlearner.objectives.guard import GuardRow, pack_teacher, read_teacher, teach, without_target
+from unlearner.objectives.hidden import layer_of
+from unlearner.objectives.likelihood import packs_exactly
 from unlearner.request.alternates import alternate_answers
 from unlearner.request.facts import common_words, facts_only
 from unlearner.request.neighbours import nearest_rows
@@ -37,6 +52,7 @@ from unlearner.request.past_requests import (
 )
 from unlearner.request.rows import Request, Row
 from unlearner.tokens.batch_plan import Rows, plan_of
+from unlearner.tokens.packing import pack_attention
 from unlearner.tokens.prompts import (
     NO_SYSTEM,
     Encoded,
@@ -46,19 +62,23 @@ from unlearner.tokens.prompts import (
     pad_id,
     prompt_format,
 )
+from unlearner.training.checkpoint import last_checkpoint
+from unlearner.training.early_stop import EarlyStop, StopAt
+from unlearner.training.general import longest_rows, own_prompts, split_held_out, taught_prompts
+from unlearner.training.loop import TrainingLoop
 from unlearner.training.optimizer import check_names
-
-if TYPE_CHECKING:
-    import torch
-
-    from adapters.store.catalog import StoredAdapter
-    from adapters.store.states import ActiveAdapter
-    from adapters.store.store import AdapterStore
-    from unlearner.interrupt import Progress
-    from unlearner.memory.plan import BasePrecision, MemoryPlan
-    from unlearner.objectives.directions import ProtectedDirections
-    from unlearner.objectives.guard import GuardRow
-    from unlearner.training.early_stop import StopAt
+from unlearner.training.outcome import hardly_known, measured, outcome, watched_rows
+from unlearner.training.references import reference_nlls
+from unlearner.training.target import (
+    RETRAIN_NLL,
+    SETTLE,
+    WORDS,
+    mean_nll,
+    pushed_nll,
+    stop_at_target,
+    with_target,
+)
+from unlearner.training.unlearning import UnlearnData, UnlearnTask
 
 # The name of the adapter in training.
 NEW = "new"
@@ -242,12 +262,6 @@ def prepare(
             token, an empty stack, an unknown schedule or optimizer.
         BaseMismatch: the store belongs to another base.
     """
-    import torch
-
-    from unlearner.memory.plan import meta_model
-    from unlearner.training.general import longest_rows, own_prompts
-    from unlearner.training.target import pushed_nll, with_target
-
     options = options or RunOptions()
     key, notes = store_key(), list[str]()
     replaced = _replaced(store, options.replaces, request.rows, key)
@@ -428,9 +442,6 @@ def _check_rows(request: Request, config: UnlearnConfig, refusals: Sequence[str]
 
 def _check_layer(config: UnlearnConfig, folder: Path) -> None:
     """Refuse a block that the model does not have."""
-    from unlearner.memory.plan import read_shape
-    from unlearner.objectives.hidden import layer_of
-
     layer_of(config.objective.rmu_layer, read_shape(folder).layers)
 
 
@@ -538,8 +549,6 @@ def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
     With `memory_limit` in bytes it also says whether the high end of the estimate fits, and if not
     the smallest changes that would.
     """
-    from unlearner.memory.plan import BasePrecision
-
     on_gpu = run.base.device.startswith("cuda") or (run.base.device == "auto" and _has_gpu())
     float32 = run.base.dtype == "float32" or (run.base.dtype == "auto" and not on_gpu)
     precision = BasePrecision(run.base.load_in_4bit, 4 if float32 else 2, on_gpu)
@@ -576,14 +585,10 @@ def plan(run: Prepared, memory_limit: int | None = None) -> dict[str, Any]:
 
 
 def _has_gpu() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
 def _memory_plan(run: Prepared, precision: BasePrecision) -> MemoryPlan:
-    from unlearner.memory.plan import MemoryPlan, read_shape
-
     shape = read_shape(resolve_base(run.base.name, run.base.revision))
     return MemoryPlan(shape, run.config, precision, run.rows.lengths, len(run.rows.forget))
 
@@ -595,10 +600,6 @@ def load_with_adapter(
     run: Prepared, store: AdapterStore, base: Any = None
 ) -> tuple[Any, dict[str, Any]]:
     """The base with frozen, active parents and one new trainable adapter; and how it is held."""
-    import torch
-
-    from adapters.lora.stack import add_trainable, load_stack
-
     base = base if base is not None else load_base(run.base)
     view = base_view(base)
     slugs = [parent.slug for parent in run.parents]
@@ -614,8 +615,6 @@ def with_targets(shape: LoraShape, model: Any) -> LoraShape:
     Raises:
         UserError: a target that is not a linear layer of every block; those that are are named.
     """
-    from adapters.lora.targets import check_coverage, default_targets
-
     if shape.target_modules != ALL_LINEAR:
         check_coverage(model, shape.target_modules)
         return shape
@@ -627,8 +626,6 @@ def with_targets(shape: LoraShape, model: Any) -> LoraShape:
 
 def lora_config(shape: LoraShape) -> Any:
     """PEFT's configuration of an adapter whose targets are resolved."""
-    from peft import LoraConfig
-
     return LoraConfig(
         r=shape.lora_r,
         lora_alpha=shape.lora_alpha,
@@ -643,9 +640,6 @@ def guard_targets(
     model: Any, run: Prepared, store: AdapterStore, report: Progress
 ) -> tuple[Prepared, list[GuardRow]]:
     """The run with its guard rows, and their teachers: the stack's own answers, or records."""
-    from adapters.lora.stack import parents_only
-    from unlearner.objectives.guard import teach
-
     slugs = [parent.slug for parent in run.parents]
     if not slugs or run.config.objective.guard_weight == 0:
         return replace(run, rows=replace(run.rows, guard=())), []
@@ -671,8 +665,6 @@ def _recorded_teachers(run: Prepared, store: AdapterStore) -> list[GuardRow]:
     A parent at another strength has another NLL on its rows than its record: that half of the
     guard would undo a calibration, so it is left out.
     """
-    from unlearner.objectives.guard import read_teacher, without_target
-
     teachers: list[GuardRow] = []
     for parent in run.parents:
         path = teacher_path(store.get(parent.slug).manifest.files[WEIGHTS_NAME]["sha256"])
@@ -685,8 +677,6 @@ def hold_general(
     model: Any, run: Prepared, report: Progress
 ) -> tuple[Prepared, list[GuardRow], list[GuardRow]]:
     """The run with its general rows, their teachers, and those that are only measured."""
-    from unlearner.training.general import split_held_out, taught_prompts
-
     if not run.prompts:
         return run, [], []
     taught = taught_prompts(model, run.fmt, run.prompts, run.fingerprint.digest, report)
@@ -698,16 +688,6 @@ def find_target(
     model: Any, run: Prepared, stop_at: StopAt | None, report: Progress
 ) -> tuple[Prepared, StopAt | None]:
     """The run with its target, measured where it has to be, and what stops it there."""
-    from unlearner.training.target import (
-        RETRAIN_NLL,
-        SETTLE,
-        WORDS,
-        mean_nll,
-        pushed_nll,
-        stop_at_target,
-        with_target,
-    )
-
     usual = pushed_nll(RETRAIN_NLL, run.config.objective.forget_tokens)
     pad = pad_id(run.fmt.tokenizer)
     if run.unseen:
@@ -734,8 +714,6 @@ def _summary(
     model: Any, run: Prepared, held_out: Sequence[GuardRow], report: Progress
 ) -> Callable[[], dict[str, Any]]:
     """Measures now; what is returned measures again and gives the entries for the manifest."""
-    from unlearner.training.outcome import hardly_known, measured, outcome, watched_rows
-
     if not run.options.summarise:
         return dict
     rows, pad = run.rows, pad_id(run.fmt.tokenizer)
@@ -775,10 +753,6 @@ def run_folder(
         UserError: an interrupted run is in it and nothing says what to do with it, or another
             process is training it.
     """
-    from filelock import FileLock, Timeout
-
-    from unlearner.training.checkpoint import last_checkpoint
-
     # By one process: another could create the folder between its removal and its creation.
     work = distributed.from_first(lambda: store.work_dir(key))
     lock = FileLock(work / ".lock", timeout=0)
@@ -856,15 +830,6 @@ def train(
         DoesNotFit: two steps on the heaviest micro-batch need too much, or memory ran out.
         Interrupted: stopped on request; a checkpoint is kept.
     """
-    from adapters.environment import threads_for
-    from unlearner.interrupt import StopRequest
-    from unlearner.memory.probe import budget, is_out_of_memory
-    from unlearner.tokens.packing import pack_attention
-    from unlearner.training.checkpoint import last_checkpoint
-    from unlearner.training.early_stop import EarlyStop
-    from unlearner.training.loop import TrainingLoop
-    from unlearner.training.unlearning import UnlearnTask
-
     limit = run.options.memory_limit
     memory = _memory_plan(run, base_precision(model))
     allowed = budget(next(model.parameters()).device, limit)
@@ -926,8 +891,6 @@ def _protected(
     model: Any, run: Prepared, general: Sequence[GuardRow], report: Progress
 ) -> ProtectedDirections | None:
     """What the new adapter leaves alone, where there is anything."""
-    from unlearner.objectives.directions import ProtectedDirections, protected_rows
-
     objective = run.config.objective
     if not (general and objective.protected_directions):
         return None
@@ -950,9 +913,6 @@ def _training_data(
     protected: ProtectedDirections | None,
 ) -> Any:
     """Rows, the plan of their pairs, and the NLLs of the reference."""
-    from unlearner.training.references import reference_nlls
-    from unlearner.training.unlearning import UnlearnData
-
     rows, parents = run.rows, tuple(parent.slug for parent in run.parents)
     pairs = plan_of(rows, run.config.train)
     pad, name = pad_id(run.fmt.tokenizer), run.config.objective.name
@@ -964,8 +924,6 @@ def _training_data(
 
 def _can_pack(model: Any, rows: Rows, report: Progress) -> bool:
     """Whether packs score as rows do on this model; a note where they do not."""
-    from unlearner.objectives.likelihood import packs_exactly
-
     by_length = sorted([*rows.forget, *rows.retain], key=lambda row: len(row.input_ids))
     sample = [by_length[0], by_length[-1], by_length[len(by_length) // 2]]
     fits, gap = packs_exactly(model, sample)
@@ -977,8 +935,6 @@ def _can_pack(model: Any, rows: Rows, report: Progress) -> bool:
 
 def base_precision(model: Any) -> BasePrecision:
     """How the loaded base is held."""
-    from unlearner.memory.plan import BasePrecision
-
     view = base_view(model)
     width = 4 if view["dtype"] == "float32" else 2
     return BasePrecision(view["quantization"] == "nf4", width, next(model.parameters()).is_cuda)
@@ -986,8 +942,6 @@ def base_precision(model: Any) -> BasePrecision:
 
 def _require_fit(loop: Any, memory: MemoryPlan, limit: int | None, report: Progress) -> int:
     """The peak of two steps in bytes; refused where it is more than may be used."""
-    from unlearner.memory.probe import size_text
-
     measured = loop.probe(limit)
     # On a CPU up to half of the peak is freed memory that the allocator keeps.
     near = loop.device.type == "cpu" and measured.limit < measured.peak < 2 * measured.limit
@@ -1011,8 +965,6 @@ def _require_fit(loop: Any, memory: MemoryPlan, limit: int | None, report: Progr
 
 def _ran_out(loop: Any, memory: MemoryPlan, allowed: float) -> DoesNotFit:
     """The error of a run whose memory ran out; the last whole step is saved."""
-    import torch
-
     loop.bare.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -1062,9 +1014,6 @@ def publish(
     metrics: Path,
 ) -> StoredAdapter:
     """The adapter in the store, with its training curve as `evals/training.jsonl`."""
-    from adapters.environment import describe
-    from adapters.lora.stack import save_adapter
-
     config = run.config
     device = next(model.parameters()).device.type
     manifest = ForgetManifest(
@@ -1096,7 +1045,5 @@ def publish(
 
 def record_teacher(model: Any, run: Prepared, adapter: StoredAdapter) -> None:
     """Keep what the trained stack answers on the forget rows, for the guard of later requests."""
-    from unlearner.objectives.guard import pack_teacher, teach
-
     rows = teach(model, run.whole, pad_id(run.fmt.tokenizer))
     write_teacher(adapter.manifest.files[WEIGHTS_NAME]["sha256"], pack_teacher(rows))

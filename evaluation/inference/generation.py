@@ -6,17 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from adapters.environment import evaluating
 from evaluation.protocols import Decoding
 from unlearner.tokens.decoding import Draft, Prompt, answer_end, greedy, stop_tokens
 from unlearner.tokens.prompts import Encoded, PromptFormat, pad_batch, pad_id
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
 
 BATCH_SIZE = 64
 

@@ -11,18 +11,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from unlearner.baselines.muon import Muon
 from unlearner.objectives.likelihood import answer_logits
 from unlearner.tokens.prompts import Encoded, pad_batch, pad_id, prompt_format
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 # TOFU's text, as a chat template, so that every tool that reads templates agrees with it.
 CHAT_TEMPLATE = (

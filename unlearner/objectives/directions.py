@@ -14,17 +14,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapters.environment import evaluating
 from unlearner.objectives.registry import protected_of
 from unlearner.request.rows import spread
 from unlearner.tokens.prompts import Encoded
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Rows of one forward.
 BATCH = 16

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from adapters.environment import evaluating
 from adapters.errors import StoreCorrupt
@@ -26,9 +27,6 @@ from unlearner.objectives.likelihood import (
     sum_by_row,
 )
 from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TOP = 256
 # Keeps the logarithm of a vanishing rest finite.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapters.errors import UserError
 from unlearner.objectives.likelihood import (
@@ -18,11 +19,6 @@ from unlearner.objectives.likelihood import (
     scored,
     scored_logits,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
 
 
 def layer_of(asked: int, depth: int) -> int:

@@ -8,22 +8,18 @@ ever whole. What a batch is (padded rows or one pack) is written in its keys, se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from adapters.environment import evaluating
 from unlearner.tokens.batch_plan import TAUGHT
 from unlearner.tokens.packing import PACK_ATTENTION, pack_rows
 from unlearner.tokens.prompts import IGNORE, Encoded, pad_batch
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
 
 # Rows of logits that exist at once: 512 x 32,000 in float32 are 62 MiB.
 CHUNK = 512

@@ -9,13 +9,9 @@ micro-batch instead, see docs/objectives.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 
 def token_nll(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

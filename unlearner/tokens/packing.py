@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from unlearner.tokens.prompts import Encoded
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # The name of the attention below, which keeps the rows of a pack apart by itself.
 PACK_ATTENTION = "unlearner_varlen"

@@ -15,17 +15,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from adapters.errors import Diverged, StoreCorrupt
 from unlearner import distributed
 from unlearner.interrupt import Progress
 from unlearner.tokens.packing import plain_attention
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PROBES = 20
 STATE_FILE, WEIGHTS_FILE = "gap.json", "gap.safetensors"

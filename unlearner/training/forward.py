@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapters.environment import evaluating
 from adapters.lora.stack import parents_only
@@ -21,9 +22,6 @@ from unlearner.objectives.likelihood import (
 )
 from unlearner.objectives.sequence import AnswerTokens, token_kl
 from unlearner.tokens.batch_plan import TAUGHT
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # A batch's tensor of reference NLLs of a stream, where they were computed before.
 REFERENCE = "reference_{}"

@@ -21,18 +21,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapters.environment import attack_rates
 from adapters.lora.targets import default_targets
+from unlearner.config import TrainConfig
 from unlearner.training.checkpoint import read_state, write_state
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from unlearner.config import TrainConfig
 
 # alpha / r of the attacker, that of an adapter by default.
 SCALE = 2.0

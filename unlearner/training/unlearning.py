@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapters.errors import UserError
 from unlearner import distributed
@@ -26,13 +27,9 @@ from unlearner.tokens.packing import pack_rows
 from unlearner.tokens.prompts import pad_batch
 from unlearner.training.checkpoint import trainable
 from unlearner.training.forward import REFERENCE, StepForwards, of_streams
+from unlearner.training.loop import Batch, Gradients
 from unlearner.training.references import References, row_key
 from unlearner.training.relearning_attack import Attacker
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from unlearner.training.loop import Batch, Gradients
 
 # The rows whose answers are to stay as they are.
 KEPT = ("retain", "guard", "alternate", "general")

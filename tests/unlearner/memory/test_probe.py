@@ -18,7 +18,6 @@ from adapters.store.store import AdapterStore
 from unlearner.config import UnlearnConfig
 from unlearner.memory import probe
 from unlearner.memory.probe import Measured
-from unlearner.objectives import likelihood
 from unlearner.request.rows import Request
 from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.batch_plan import Pair, Rows
@@ -238,7 +237,7 @@ def test_packs_and_padding_train_the_same_adapter(
 def test_a_model_that_cannot_pack_is_trained_padded_and_says_so(
     request_: Request, base: BaseSpec, store: AdapterStore, quick: Config, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(likelihood, "packs_exactly", lambda model, rows: (False, 0.3))
+    monkeypatch.setattr("unlearner.run.packs_exactly", lambda model, rows: (False, 0.3))
     events: list[dict[str, Any]] = []
     adapter = unlearn(request_, base, quick(), store, on_progress=events.append)
     assert adapter.manifest.train["packed"] is False
