@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
+from adapters.store.activation import StackChange
+from adapters.store.store import AdapterStore
 from ui.cli import options
-
-if TYPE_CHECKING:
-    from adapters.store.activation import StackChange
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
+from ui.console import Console
 
 SEE_LIST = "See `unlearner adapters list`."
 
 
-def verb(verbs: Any, name: str, run: Any, text: str) -> options.Parser:
+def verb(verbs: Any, name: str, run: Callable[..., int], text: str) -> options.Parser:
     """The parser of `adapters NAME`, with the flags that all of them have."""
-    parser: options.Parser = verbs.add_parser(
-        name,
-        parents=[options.store(), options.common()],
-        help=text,
-        description=f"{text[:1].upper()}{text[1:]}.",
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def open_store(args: argparse.Namespace) -> AdapterStore:
-    """The store that --store names, which must exist."""
-    from adapters.store.store import AdapterStore
-
-    return AdapterStore.open(options.store_path(args))
+    about = f"{text[:1].upper()}{text[1:]}."
+    return options.add_command(verbs, name, run, "store", help=text, description=about)
 
 
 def report_change(change: StackChange, store: AdapterStore, console: Console) -> int:

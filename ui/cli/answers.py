@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from adapters.errors import UserError
 from ui.cli import options
-
-if TYPE_CHECKING:
-    from unlearner.config import UnlearnConfig
-    from unlearner.request.rows import Row
+from unlearner.config import UnlearnConfig, streams_of
+from unlearner.request.rows import Row
+from unlearner.request.sources import rows_named
+from unlearner.request.tofu import load_refusals
 
 
 def add_alternates_from(parser: options.Parser) -> None:
@@ -29,8 +28,6 @@ def other_rows(args: argparse.Namespace) -> tuple[Row, ...]:
     Raises:
         UserError: it was given without --alternates.
     """
-    from unlearner.request.sources import rows_named
-
     if args.alternates_from is None:
         return ()
     if not args.alternates:
@@ -40,7 +37,4 @@ def other_rows(args: argparse.Namespace) -> tuple[Row, ...]:
 
 def refusals(args: argparse.Namespace, config: UnlearnConfig) -> tuple[str, ...]:
     """Answers that refuse, where the objective trains on them."""
-    from unlearner.config import streams_of
-    from unlearner.request.tofu import load_refusals
-
     return tuple(load_refusals(args.data)) if "refusal" in streams_of(config.objective) else ()

@@ -9,19 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapters.base.fingerprint import BaseFingerprint, fingerprint_base
+from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
 from adapters.errors import Interrupted
+from adapters.store.store import AdapterStore
+from evaluation.logs.records import EvalLog
 from ui.cli import options, own_rows
 from ui.cli.output.events import progress_of
 from ui.cli.output.scoring import PARTS, effort_of
+from ui.console import Console
+from unlearner.tokens.prompts import PromptFormat, prompt_format
 
 if TYPE_CHECKING:
-    from adapters.base.fingerprint import BaseFingerprint
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
     from evaluation.suite import EvalData
     from ui.cli.commands.everyday.evaluate_metrics import Extras
-    from ui.console import Console
-    from unlearner.tokens.prompts import PromptFormat
 
 Stack = list[tuple[str, float]]
 
@@ -37,10 +38,6 @@ class LoadedBase(NamedTuple):
 
 def load(args: argparse.Namespace) -> LoadedBase:
     """The base that the flags name."""
-    from adapters.base.fingerprint import fingerprint_base
-    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
-    from unlearner.tokens.prompts import prompt_format
-
     fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     model = load_base(options.base_spec(args))

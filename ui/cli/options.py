@@ -6,20 +6,19 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapters.base.load import BaseSpec
 from adapters.errors import UserError
+from adapters.store.store import AdapterStore
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
 from ui.cli.parser import Parser as Parser
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
 from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.formats import Columns
 from unlearner.request.tofu import split_name
-
-if TYPE_CHECKING:
-    from adapters.base.load import BaseSpec
-    from unlearner.request.formats import Columns
 
 DEFAULT_STORE = "./forget-store"
 PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
@@ -90,6 +89,15 @@ def name_list(text: str) -> list[str]:
     return [] if names == ["none"] else names
 
 
+# What a flag takes, for `add_argument`.
+COUNT: dict[str, Any] = {"type": positive_int, "metavar": "N"}
+NUMBER: dict[str, Any] = {"type": float, "metavar": "X"}
+NAMES: dict[str, Any] = {"type": name_list, "metavar": "A,B"}
+FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+LOG: dict[str, Any] = {"type": Path, "metavar": "LOG"}
+
+
 def parse_with(register: Callable[[Any], None], words: Sequence[str]) -> argparse.Namespace:
     """The arguments of `words`, the command that `register` adds and its flags.
 
@@ -101,20 +109,40 @@ def parse_with(register: Callable[[Any], None], words: Sequence[str]) -> argpars
     return parser.parse_args(list(words))
 
 
-def common() -> Parser:
-    """--json and --debug, which every command has."""
-    parser = Parser(add_help=False)
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[..., int],
+    takes: str = "",
+    *,
+    config: Sequence[str] | None = None,
+    **words: str,
+) -> Parser:
+    """The parser of a command, with the flags that several commands share.
+
+    Args:
+        commands: of the parser above it.
+        name: of the command.
+        run: called with the arguments and the console; gives the exit code.
+        takes: which flags of `SHARED`, divided by blanks.
+        config: adds --config, and --preset where a preset has some of these settings.
+        words: help, description and epilog.
+    """
+    parser: Parser = commands.add_parser(name, **words)
+    for each in takes.split():
+        SHARED[each](parser)
+    if config is not None:
+        _add_config(parser, config)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--json", action="store_true", help="one JSON object on stdout instead of text"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
     return parser
 
 
-def config(*preset_keys: str) -> Parser:
-    """--config, and --preset where a preset has some of the settings `preset_keys`."""
-    parser = Parser(add_help=False)
+def _add_config(parser: Parser, preset_keys: Sequence[str]) -> None:
     group = parser.add_argument_group("settings from a file")
     group.add_argument(
         "--config",
@@ -129,12 +157,9 @@ def config(*preset_keys: str) -> Parser:
             help=f"settings of a preset of `reproduce`: {', '.join(PRESETS)}",
         )
         parser.set_defaults(preset_keys=preset_keys)
-    return parser
 
 
-def data() -> Parser:
-    """--data."""
-    parser = Parser(add_help=False)
+def _add_data(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         type=_data_folder,
@@ -143,7 +168,6 @@ def data() -> Parser:
         help="folder of TOFU's JSON-lines files instead of the hub's locuslab/TOFU "
         "(environment: UNLEARNER_DATA)",
     )
-    return parser
 
 
 def _data_folder(text: str) -> Path:
@@ -159,18 +183,14 @@ def _env_path(name: str) -> Path | None:
     return Path(os.environ[name]) if os.environ.get(name) else None
 
 
-def store() -> Parser:
-    """--store."""
-    parser = Parser(add_help=False)
+def _add_store(parser: Parser) -> None:
     parser.add_argument(
         "--store",
-        type=Path,
-        metavar="DIR",
+        **FOLDER,
         default=_env_path("UNLEARNER_STORE"),
         help="folder of the forget adapters "
         f"(environment: UNLEARNER_STORE; default: {DEFAULT_STORE})",
     )
-    return parser
 
 
 def store_path(args: argparse.Namespace) -> Path:
@@ -178,11 +198,9 @@ def store_path(args: argparse.Namespace) -> Path:
     return args.store if args.store is not None else Path(DEFAULT_STORE)
 
 
-def base(*, required: bool = True) -> Parser:
-    """--base and --revision."""
-    parser = Parser(add_help=False)
-    add_base(parser.add_argument_group("base model"), required=required)
-    return parser
+def open_store(args: argparse.Namespace) -> AdapterStore:
+    """The store that was named, which must exist."""
+    return AdapterStore.open(store_path(args))
 
 
 def add_base(
@@ -222,9 +240,8 @@ def add_reference_log(
     """--reference-log; `use` says what this command does with it."""
     flags.add_argument(
         "--reference-log",
-        type=Path,
+        **LOG,
         required=required,
-        metavar="LOG",
         help=f"evaluation log of a model that never saw the forget set: {use}",
     )
 
@@ -233,8 +250,7 @@ def add_second_reference_log(flags: Flags) -> None:
     """--second-reference-log."""
     flags.add_argument(
         "--second-reference-log",
-        type=Path,
-        metavar="LOG",
+        **LOG,
         help="log of a second such model; the difference between the two references is the range "
         "within which forget quality cannot tell models apart",
     )
@@ -266,8 +282,7 @@ def add_limit(flags: Flags, text: str = "measure only the first N rows of each s
     """--limit."""
     flags.add_argument(
         "--limit",
-        type=positive_int,
-        metavar="N",
+        **COUNT,
         help=f"{text}: a quick look, not comparable with full figures",
     )
 
@@ -291,8 +306,7 @@ def add_adapters(flags: Flags, text: str = "use these adapters in this order, or
     """--adapters."""
     flags.add_argument(
         "--adapters",
-        type=name_list,
-        metavar="A,B",
+        **NAMES,
         help=f"{text}; each by {REF} (default: those active in the store)",
     )
 
@@ -328,8 +342,7 @@ def add_questions_per_batch(flags: Flags) -> None:
     """--questions-per-batch."""
     flags.add_argument(
         "--questions-per-batch",
-        type=positive_int,
-        metavar="N",
+        **COUNT,
         help="questions answered at once; reduce it when out of memory",
     )
 
@@ -365,14 +378,11 @@ def add_columns(flags: Flags) -> None:
 
 def columns(args: argparse.Namespace) -> Columns:
     """The columns that these flags name."""
-    from unlearner.request.formats import Columns
-
     return Columns(args.question_column, args.answer_column)
 
 
-def template() -> Parser:
+def _add_template(parser: Parser) -> None:
     """--template and --system, of every command that reads prompts."""
-    parser = Parser(add_help=False)
     parser.add_argument(
         "--system",
         metavar="TEXT",
@@ -387,15 +397,13 @@ def template() -> Parser:
         "template as open-unlearning's Llama-3 models were trained with it (system prompt and "
         "date), or whichever of the first two fits the tokenizer (default: auto)",
     )
-    return parser
 
 
-def loading(*, either_way: bool = False) -> Parser:
+def add_loading(parser: Parser, *, either_way: bool = False) -> None:
     """--dtype, --load-in-4bit, --device, --attention: how the base is held in memory.
 
     `either_way` adds --no-load-in-4bit, for commands where 4 bit may be the default.
     """
-    parser = Parser(add_help=False)
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--dtype",
@@ -418,13 +426,10 @@ def loading(*, either_way: bool = False) -> Parser:
         default="auto",
         help="attention kernel (default: auto: flash_attention_2 where it is installed, else sdpa)",
     )
-    return parser
 
 
 def base_spec(args: argparse.Namespace) -> BaseSpec:
-    """The base that the flags of `base` and `loading` name."""
-    from adapters.base.load import BaseSpec
-
+    """The base that --base and the flags of `add_loading` name."""
     return BaseSpec(
         name=args.base,
         revision=args.revision,
@@ -496,54 +501,44 @@ SETTINGS = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
 OF_BASE = ("base", "template", "load_in_4bit")
 
 
-def settings(*, objective: bool = True) -> Parser:
+def _add_settings(parser: Parser) -> None:
     """--objective, and one flag for each field of the config dataclasses (None = its default)."""
-    parser = Parser(add_help=False)
-    if objective:
-        group = parser.add_argument_group("objective")
-        group.add_argument(
-            "--objective",
-            metavar="NAME",
-            default=ObjectiveConfig().name,
-            help=f"{', '.join(OBJECTIVES)} (default: {ObjectiveConfig().name})",
-        )
-        for name in OBJECTIVE_FIELDS:
-            kind = type(getattr(ObjectiveConfig(), name))
-            _add_setting(group, name, kind, _objective_default(name))
-    add_fields(parser.add_argument_group("adapter"), LoraShape, LORA_FIELDS)
-    add_fields(parser.add_argument_group("training"), TrainConfig, TRAIN_FIELDS)
-    return parser
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--objective",
+        metavar="NAME",
+        default=ObjectiveConfig().name,
+        help=f"{', '.join(OBJECTIVES)} (default: {ObjectiveConfig().name})",
+    )
+    for name in OBJECTIVE_FIELDS:
+        kind = type(getattr(ObjectiveConfig(), name))
+        _add_setting(group, name, kind, _objective_default(name))
+    add_fields(parser.add_argument_group("adapter"), LoraShape)
+    add_fields(parser.add_argument_group("training"), TrainConfig)
 
 
-def add_fields(group: argparse._ArgumentGroup, kind: type, names: Sequence[str]) -> None:
-    """One flag for each of the dataclass `kind`'s fields in `names`."""
+def add_fields(group: argparse._ArgumentGroup, kind: type) -> None:
+    """One flag for each field of the dataclass `kind`."""
     for field in fields(kind):
-        if field.name not in names:
-            continue
-        if field.default is MISSING:
-            raise TypeError(f"{kind.__name__}.{field.name} has no plain default")
-        value = field.default
+        value: Any = field.default
         shown = ", ".join(value) if isinstance(value, tuple) else str(value)
-        shown = "off" if value is False else shown
-        _add_setting(group, field.name, type(value), shown)
+        _add_setting(group, field.name, type(value), "off" if value is False else shown)
 
 
 def _add_setting(group: argparse._ArgumentGroup, name: str, kind: type, default: str) -> None:
     flag = "--" + name.replace("_", "-")
     text = f"{SETTING_HELP[name]} (default: {default})"
     if name == "gradient_checkpointing" and kind is str:
-        group.add_argument(flag, nargs="?", const="all", default=None, metavar="HOW", help=text)
+        group.add_argument(flag, nargs="?", const="all", metavar="HOW", help=text)
     elif kind is bool:
         group.add_argument(flag, action="store_true", default=None, help=text)
     elif kind is tuple:
-        group.add_argument(flag, type=_name_tuple, default=None, metavar="A,B", help=text)
+        group.add_argument(
+            flag, type=lambda names: tuple(name_list(names)), metavar="A,B", help=text
+        )
     else:
         metavar = {int: "N", float: "X"}.get(kind, "NAME")
-        group.add_argument(flag, type=kind, default=None, metavar=metavar, help=text)
-
-
-def _name_tuple(text: str) -> tuple[str, ...]:
-    return tuple(name_list(text))
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def _objective_default(name: str) -> str:
@@ -560,3 +555,14 @@ def given_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
     """The settings among `names` that were given on the command line."""
     found = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in found.items() if value is not None}
+
+
+# The flags that `add_command` can add, by what they name.
+SHARED: dict[str, Callable[[Parser], None]] = {
+    "base": lambda parser: add_base(parser.add_argument_group("base model")),
+    "template": _add_template,
+    "loading": add_loading,
+    "settings": _add_settings,
+    "store": _add_store,
+    "data": _add_data,
+}

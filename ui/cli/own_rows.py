@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from adapters.digests import normalised
 from adapters.errors import UserError
 from ui.cli import options
+from ui.console import Console
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Row
+from unlearner.request.sources import refuse_overlap, rows_named
+from unlearner.request.tofu import load_split
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from evaluation.suite import EvalData
-    from ui.console import Console
-    from unlearner.request.rows import Row
 
 OWN = "own-rows"
 OF_OWN_ROWS = ("retain", "neighbours", "variants", "question_column", "answer_column")
@@ -36,14 +38,12 @@ def add_flags(parser: options.Parser) -> None:
     options.add_columns(group)
     group.add_argument(
         "--neighbours",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="of the rows of --retain only the N nearest to the forget rows, by their words",
     )
     group.add_argument(
         "--variants",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="JSONL with paraphrased_answer and perturbed_answer of these rows, by question",
     )
 
@@ -69,9 +69,6 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
             flag = given[0].replace("_", "-")
             raise UserError(f"--{flag} belongs to --rows.", "TOFU's splits bring their own.")
         return load_eval_data(args.split, args.data)
-    from unlearner.request.sources import refuse_overlap, rows_named
-    from unlearner.request.tofu import load_split
-
     forget: Sequence[Row] = rows_named(args.rows, args.data, columns=options.columns(args))
     if args.variants:
         forget = with_variants(forget, read_rows_of_variants(args.variants))
@@ -87,8 +84,6 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
 
 def kept_rows(args: argparse.Namespace, forget: Sequence[Row], console: Console) -> Sequence[Row]:
     """The rows of --retain, or the nearest of them."""
-    from unlearner.request.sources import rows_named
-
     if args.retain is None:
         if args.neighbours:
             raise UserError("--neighbours needs rows to choose from.", "Name them with --retain.")
@@ -122,8 +117,6 @@ def read_rows_of_variants(path: Path) -> list[Row]:
     Raises:
         UserError: every line that is no row, at once.
     """
-    from unlearner.request.formats import read_rows
-
     return read_rows(path, unique=False, needs_answer=False)
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError, did_you_mean
 from ui.cli import config_file, options
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "config",
-        parents=[options.common()],
+        run_config,
         help="print the settings of a command as YAML, for its --config",
         description="Prints every setting of a command that takes --config, as its flags, a "
         "--config and a --preset resolve it. Edit the file and pass it back with --config.",
@@ -29,7 +28,6 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="...", help="what the command takes"
     )
-    parser.set_defaults(run=run_config)
 
 
 def run_config(args: argparse.Namespace, console: Console) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 SET_METRICS = ("rouge_l_recall", "answer_prob", "truth_ratio", "nll")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evaluation.report.cards import VERDICT_WORDS
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console
 
 STATE_COLUMNS = (
     "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",

@@ -5,55 +5,45 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation.protocols import protocol_named
+from adapters.errors import UserError
+from evaluation.logs import read_log
+from evaluation.logs.lm_eval import to_lm_eval
+from evaluation.logs.records import RECORDED, EvalLog, write_json
+from evaluation.logs.tofu import to_tofu
+from evaluation.protocols import Protocol, protocol_named
 from ui.cli import options
-from ui.cli.output.gates import parse_gate
+from ui.cli.output.gates import Gate, parse_gate
+from ui.console import Console
 
 if TYPE_CHECKING:
-    from evaluation.logs.records import EvalLog
-    from evaluation.protocols import Protocol
     from evaluation.suite import Effort
-    from ui.cli.output.gates import Gate
-    from ui.console import Console
 
 LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
 
 
-def reference_flags() -> options.Parser:
-    """--reference-log, --second-reference-log and --protocol."""
-    parser = options.Parser(add_help=False)
+def add_flags(parser: options.Parser) -> None:
+    """--reference-log, --protocol, --fail-if and --write-...: what is made of a log's rows."""
     options.add_reference_log(parser)
     options.add_second_reference_log(parser)
     options.add_protocol(parser, several=True)
-    return parser
-
-
-def scoring_flags() -> options.Parser:
-    """The flags of `reference_flags`, --fail-if, --write-tofu and --write-open-unlearning."""
-    parser = options.Parser(add_help=False, parents=[reference_flags()])
     options.add_fail_if(parser, "model_utility<0.55")
     parser.add_argument(
         "--write-tofu",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="write the rows as TOFU's eval_log_aggregated.json, for other tools",
     )
     parser.add_argument(
         "--write-open-unlearning",
-        type=Path,
-        metavar="DIR",
+        **options.FOLDER,
         help="write open-unlearning's TOFU_EVAL.json and TOFU_SUMMARY.json into this folder",
     )
     parser.add_argument(
         "--write-lm-eval",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="write the figures in the layout of the lm-evaluation-harness's results",
     )
-    return parser
 
 
 def effort_of(args: argparse.Namespace) -> Effort:
@@ -78,9 +68,6 @@ def read_references(args: argparse.Namespace) -> References:
     Raises:
         UserError: a log that cannot be read, or a second one without a first.
     """
-    from adapters.errors import UserError
-    from evaluation.logs import read_log
-
     if args.second_reference_log and not args.reference_log:
         raise UserError(
             "--second-reference-log is measured against --reference-log, which is missing.",
@@ -128,8 +115,6 @@ def write_for_others(
     Raises:
         UserError: a row lacks a score that the format demands.
     """
-    from evaluation.logs.records import RECORDED, write_json
-    from evaluation.logs.tofu import to_tofu
     from evaluation.metrics.summary import write_open_unlearning
 
     protocols = [protocol_named(name) for name in args.protocol]
@@ -146,8 +131,6 @@ def write_for_others(
         for path in write_open_unlearning(log, folder, references.first, chosen.name):
             console.words(f"Wrote {path} (protocol {chosen.name})")
     if args.write_lm_eval:
-        from evaluation.logs.lm_eval import to_lm_eval
-
         name = str(args.log if hasattr(args, "log") else args.base)
         split = str(log.meta.get("split", "forget"))
         results = to_lm_eval(figures_of(args, log, references), split, name)
@@ -160,8 +143,6 @@ def _has_answers(log: EvalLog, decoding: str) -> bool:
 
 def _is_answered(log: EvalLog, protocol: Protocol) -> bool:
     """Whether figures under `protocol` can be had from the log's scores and answers."""
-    from evaluation.logs.records import RECORDED
-
     cut, longest = log.meta.get("max_length"), log.meta.get("longest_text")
     if cut is not None and longest is not None and longest > min(cut, protocol.max_length):
         return bool(cut == protocol.max_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
 from ui.cli import options
@@ -13,25 +13,17 @@ from ui.cli.commands.everyday.forget import (
     resolved_settings,
     train_request,
 )
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "consolidate",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.settings(),
-            options.store(),
-            options.data(),
-            options.config(*options.OF_BASE, *options.SETTINGS),
-            options.common(),
-        ],
+        run_consolidate,
+        "base template loading settings store data",
+        config=(*options.OF_BASE, *options.SETTINGS),
         help="retrain several requests into one adapter that supersedes them",
         description="Trains one adapter for the rows of several requests. It supersedes their "
         "adapters: activating it takes them off the stack. With one REF this is a rebase: its "
@@ -47,7 +39,7 @@ def register(commands: Any) -> None:
     )
     options.add_columns(parser)
     add_run_flags(parser)
-    parser.set_defaults(run=run_consolidate, resolve=resolved_settings)
+    parser.set_defaults(resolve=resolved_settings)
 
 
 def run_consolidate(args: argparse.Namespace, console: Console) -> int:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
+from adapters.store.store import AdapterStore
 from ui.adapter_row import adapter_row
 from ui.cli import options
-from ui.cli.adapter_rows import (
-    open_store,
-    verb,
-)
-
-if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
+from ui.cli.adapter_rows import verb
+from ui.cli.options import open_store
+from ui.console import Console
 
 FORMATS = ("peft", "vllm", "llama.cpp")
 
 
 def register(verbs: Any) -> None:
     """Adds its commands to those of `adapters`."""
-    _register_combine(verbs)
-    _register_moves(verbs)
-
-
-def _register_combine(verbs: Any) -> None:
     parser = verb(verbs, "combine", run_combine, "add adapters up into one new adapter")
     parser.add_argument(
         "refs", metavar="REF", nargs="*", help=f"{options.REF}; the stack by default"
@@ -35,16 +27,12 @@ def _register_combine(verbs: Any) -> None:
     options.add_scales(parser, "named here")
     parser.add_argument(
         "--rank",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="cut to this rank: another adapter, to be evaluated (default: exact)",
     )
     parser.add_argument(
         "--label", metavar="NAME", help="what to call the sum; it is stored in the clear"
     )
-
-
-def _register_moves(verbs: Any) -> None:
     parser = verb(verbs, "import", run_import, "publish a PEFT LoRA from elsewhere")
     parser.add_argument("source", metavar="FOLDER", type=Path, help="folder of the adapter")
     options.add_base(parser, text="the base it was trained on")
@@ -130,7 +118,6 @@ def _publish(folder: Path, name: str, args: argparse.Namespace, console: Console
     """Publishes the adapter in `folder`, called `name` in words, and prints its row."""
     console.words(f"Checking {name} against {args.base} ...")
     from adapters.base.load import resolve_base
-    from adapters.store.store import AdapterStore
 
     base = resolve_base(args.base, args.revision)
     store = AdapterStore.open(options.store_path(args), create=True)
@@ -144,8 +131,6 @@ def _publish(folder: Path, name: str, args: argparse.Namespace, console: Console
 def run_pull(args: argparse.Namespace, console: Console) -> int:
     """Downloads an adapter, checks it as `import` does, and prints its row."""
     console.words(f"Downloading {args.repo} ...")
-    import tempfile
-
     from adapters.lora.hub import pull_adapter
 
     with tempfile.TemporaryDirectory(prefix="unlearner-") as scratch:

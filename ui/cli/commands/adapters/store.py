@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
+from adapters.store.store import AdapterStore
 from ui.adapter_row import adapter_row
 from ui.cli import options
-from ui.cli.adapter_rows import (
-    SEE_LIST,
-    open_store,
-    report_change,
-    verb,
-)
+from ui.cli.adapter_rows import SEE_LIST, report_change, verb
 from ui.cli.commands.adapters import exchange
+from ui.cli.options import open_store
 from ui.cli.output.events import outcome_lines
-from ui.console import size_text
-
-if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
+from ui.console import Console, size_text
 
 REVERSIBLE = (
     "An adapter suppresses, it does not erase: whoever can switch it off has everything back."

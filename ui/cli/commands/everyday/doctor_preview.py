@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ui.cli import options
+from ui.console import Console
+from ui.preview import Preview, make_preview, row_text
 from unlearner.config import TrainConfig
-
-if TYPE_CHECKING:
-    from ui.console import Console
-    from ui.preview import Preview
 
 SHOWN_AT_ONCE = 3
 
 
 def register(commands: Any) -> None:
     """Adds the two commands."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "doctor",
-        parents=[options.store(), options.common()],
+        run_doctor,
+        "store",
         help="what this machine can run, each finding with its fix",
         description="Checks this machine and says how to fix what is missing.",
         epilog="examples:\n  unlearner doctor\n  unlearner doctor --full --store S",
@@ -27,10 +27,11 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--full", action="store_true", help="also use torch and bitsandbytes, which takes seconds"
     )
-    parser.set_defaults(run=run_doctor)
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "preview",
-        parents=[options.base(), options.template(), options.data(), options.common()],
+        run_preview,
+        "base template data",
         help="what a request is trained on, token by token",
         description="Shows each row as it is trained on: the prompt dim, the loss tokens "
         "underlined (in brackets off a terminal). Needs the tokenizer's files only.",
@@ -41,19 +42,16 @@ def register(commands: Any) -> None:
     options.add_columns(parser)
     parser.add_argument(
         "--max-length",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         default=TrainConfig().max_length,
         help=f"cut rows at this many tokens (default: {TrainConfig().max_length})",
     )
     parser.add_argument(
         "--rows",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         default=SHOWN_AT_ONCE,
         help=f"rows to print; --json prints all (default: {SHOWN_AT_ONCE})",
     )
-    parser.set_defaults(run=run_preview)
 
 
 def run_doctor(args: argparse.Namespace, console: Console) -> int:
@@ -76,8 +74,6 @@ def run_doctor(args: argparse.Namespace, console: Console) -> int:
 def run_preview(args: argparse.Namespace, console: Console) -> int:
     """Prints the first rows of a request, or all of them as JSON."""
     console.words(f"Loading the tokenizer of {args.base} ...")
-    from ui.preview import make_preview
-
     preview = make_preview(
         args.request,
         args.base,
@@ -101,8 +97,6 @@ def run_preview(args: argparse.Namespace, console: Console) -> int:
 
 
 def _print_preview(preview: Preview, shown: int, console: Console) -> None:
-    from ui.preview import row_text
-
     for row in [*preview.forget[:shown], *preview.retain[:shown]]:
         tokens = f"{row.encoded.n_prompt} prompt + {row.encoded.n_targets} loss tokens"
         console.text(f"{row.name}  ({tokens})")

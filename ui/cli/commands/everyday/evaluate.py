@@ -6,6 +6,9 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import BaseMismatch
+from adapters.lora.stack import load_stack
+from adapters.store.store import AdapterStore
+from evaluation.logs.records import EvalLog, write_json, write_log
 from evaluation.protocols import protocol_named
 from ui.cli import models, options, own_rows
 from ui.cli.commands.everyday.evaluate_metrics import (
@@ -17,41 +20,30 @@ from ui.cli.commands.everyday.evaluate_metrics import (
 from ui.cli.commands.everyday.evaluate_systems import parse_systems, run_systems
 from ui.cli.models import Stack
 from ui.cli.output import scoring
+from ui.cli.output.figures import report_figures
 from ui.cli.output.gates import check_gates
+from ui.console import Console, json_value
 from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
     from evaluation.suite import EvalData
-    from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "evaluate",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.store(),
-            options.data(),
-            scoring.scoring_flags(),
-            options.config(*options.OF_BASE, "protocol"),
-            options.common(),
-        ],
+        run_evaluate,
+        "base template loading store data",
+        config=(*options.OF_BASE, "protocol"),
         help="measure a base with its active adapters, or merged weights",
         description="Scores and answers TOFU's four sets with the base and its adapters. With "
         "--out finished results are cached: the same command continues after an interruption.",
         epilog="example:\n  unlearner evaluate --base B --store S --split forget05 "
         "--reference-log retrain.json --out results",
     )
-    _add_evaluate_flags(parser)
-    parser.set_defaults(run=run_evaluate)
-
-
-def _add_evaluate_flags(parser: options.Parser) -> None:
+    scoring.add_flags(parser)
     own_rows.add_flags(parser)
     options.add_adapters(parser)
     options.add_scales(parser)
@@ -81,10 +73,6 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     stack = models.chosen_stack(args, store) if store is not None else []
     what = own_rows.name_of(args)
     console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {what} ...")
-    from evaluation.logs.records import write_json, write_log
-    from ui.cli.output.figures import report_figures
-    from ui.console import json_value
-
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)
     extras = plan_extras(args, data, protocol_named(args.protocol[0]), console)
@@ -122,8 +110,6 @@ def _store_of(args: argparse.Namespace) -> AdapterStore | None:
     unnamed = args.store is None and args.adapters is None
     if args.adapters == [] or (unnamed and not (path / "store.json").is_file()):
         return None
-    from adapters.store.store import AdapterStore
-
     return AdapterStore.open(path)
 
 
@@ -143,8 +129,6 @@ def _measure(
     console: Console,
 ) -> EvalLog:
     """Loads the base with its adapters, and measures it."""
-    from adapters.lora.stack import load_stack
-
     base = models.load(args)
     model = base.model
     if store is not None and stack:

@@ -6,28 +6,33 @@ import argparse
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.base.load import load_base, load_tokenizer
+from adapters.environment import threads_for
 from adapters.errors import UserError
+from evaluation.protocols import Protocol
 from ui.cli import options
+from ui.cli.output.events import Progress, progress_of
+from ui.cli.output.scoring import PARTS
+from ui.console import Console
 from unlearner import distributed as ranks
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Row
+from unlearner.request.tofu import HOLDOUT_SPLITS, load_split
+from unlearner.tokens.prompts import PromptFormat, prompt_format
 
 if TYPE_CHECKING:
     from evaluation.inference.token_suite import TokenPlan
     from evaluation.logs.token_records import TokenRecords
-    from evaluation.protocols import Protocol
     from evaluation.suite import EvalData
-    from ui.console import Console
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
 
 TOKEN_FILE = "token_metrics.json"
 # The keys of evaluation.metrics.privacy.GROUPS, which cannot be imported at start.
 METRICS = ("extraction", "membership", "kl")
-Progress = Callable[[str, int, int], None]
 
 
 def add_metric_flags(parser: options.Parser) -> None:
@@ -51,8 +56,7 @@ def add_metric_flags(parser: options.Parser) -> None:
     )
     group.add_argument(
         "--retain-metrics",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help=f"{TOKEN_FILE} of a model that never saw the forget set: privleak needs it",
     )
     group.add_argument(
@@ -104,9 +108,6 @@ class Extras:
         on_progress: Progress,
     ) -> None:
         """Measures all of it on the loaded model; with --out finished sets are cached."""
-        from adapters.environment import threads_for
-        from ui.cli.output.scoring import PARTS
-
         out = self.args.out
         if self.plan is not None:
             from evaluation.inference.token_suite import measure_tokens
@@ -225,8 +226,6 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _holdout_name(args: argparse.Namespace) -> str | None:
     """The name of the holdout rows, by default those of the forget split."""
-    from unlearner.request.tofu import HOLDOUT_SPLITS
-
     if "membership" not in args.metrics:
         return None
     name: str | None = args.holdout or HOLDOUT_SPLITS.get(args.split or "")
@@ -234,9 +233,6 @@ def _holdout_name(args: argparse.Namespace) -> str | None:
 
 
 def _holdout_rows(args: argparse.Namespace) -> Sequence[Row]:
-    from unlearner.request.formats import read_rows
-    from unlearner.request.tofu import HOLDOUT_SPLITS, load_split
-
     name = _holdout_name(args)
     if name is None:
         raise UserError(
@@ -257,11 +253,7 @@ def _holdout_rows(args: argparse.Namespace) -> Sequence[Row]:
 def _reference_losses(
     args: argparse.Namespace, plan: TokenPlan, console: Console
 ) -> dict[str, list[float]]:
-    from adapters.base.load import load_base, load_tokenizer
-    from adapters.environment import threads_for
     from evaluation.inference.token_suite import reference_losses
-    from ui.cli.output.events import progress_of
-    from unlearner.tokens.prompts import prompt_format
 
     console.words(f"Measuring the reference base {args.reference} ...")
     measured = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)

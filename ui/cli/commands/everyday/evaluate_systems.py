@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from adapters.errors import UserError
+from adapters.lora.stack import load_stack
+from evaluation.logs.records import write_log
 from ui.cli import models, options, own_rows
 from ui.cli.output import scoring
+from ui.console import Console
 from unlearner import distributed as ranks
-
-if TYPE_CHECKING:
-    from ui.console import Console
 
 COLUMNS = (
     "name", "protocol", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
@@ -51,11 +50,7 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
     states are others, from the first adapted layer on.
     """
     _check(args)
-    from adapters.lora.stack import load_stack
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import write_log
-
-    store = AdapterStore.open(options.store_path(args))
+    store = options.open_store(args)
     systems = [[store.get(ref).slug for ref in refs] for refs in args.systems]
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)

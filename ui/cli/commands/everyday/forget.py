@@ -9,41 +9,37 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.base.load import load_tokenizer, resolve_base
 from adapters.errors import UserError, counted
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
+from evaluation.logs import read_log
 from ui.adapter_row import adapter_row
 from ui.cli import config_file, options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.options import LORA_FIELDS, SETTINGS, given_settings
 from ui.cli.output.events import outcome_lines, show_event
-from ui.console import size_text
+from ui.console import Console, size_text
 from unlearner import distributed as ranks
-from unlearner.config import make_config
+from unlearner.config import UnlearnConfig, make_config
 from unlearner.defaults import CHOSEN
+from unlearner.request.rows import Request
+from unlearner.request.sources import parse_request, rows_named
 from unlearner.request.tofu import FORGET_SPLITS
+from unlearner.tokens.prompts import prompt_format
 
 if TYPE_CHECKING:
-    from adapters.store.catalog import StoredAdapter
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
-    from unlearner.config import UnlearnConfig
-    from unlearner.request.rows import Request
     from unlearner.training.early_stop import StopAt
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "forget",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.settings(),
-            options.store(),
-            options.data(),
-            options.config(*options.OF_BASE, *options.SETTINGS),
-            options.common(),
-        ],
+        run_forget,
+        "base template loading settings store data",
+        config=(*options.OF_BASE, *options.SETTINGS),
         help="train an adapter that forgets a request, and store it",
         description="Turns a request into one forget adapter on the frozen base. Batch, learning "
         "rate, weights and target that are not given are chosen for the number of rows and the "
@@ -61,8 +57,7 @@ def register(commands: Any) -> None:
     full = parser.add_argument_group("all weights, for comparison on small models")
     full.add_argument(
         "--full",
-        type=Path,
-        metavar="DIR",
+        **options.FOLDER,
         help="train all weights and write the model to DIR instead of storing an adapter: nothing "
         "of it can be reverted; use a --learning-rate about ten times lower",
     )
@@ -71,7 +66,7 @@ def register(commands: Any) -> None:
         action="store_true",
         help="with --full: also where the model has more than 300 million weights",
     )
-    parser.set_defaults(run=run_forget, resolve=resolved_settings)
+    parser.set_defaults(resolve=resolved_settings)
 
 
 def add_run_flags(parser: options.Parser) -> None:
@@ -131,16 +126,14 @@ def _add_retain_flags(parser: options.Parser) -> None:
     options.add_retain(parser, default="the rest of TOFU")
     parser.add_argument(
         "--neighbours",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="of these rows keep only the N nearest to the request, by their words: what is most "
         "at risk of going with it",
     )
     add_alternates_from(parser)
     parser.add_argument(
         "--general-prompts",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="neutral prompts, one a line, whose answers by the base are held (default: 80 to 260 "
         "of the package, by the length of the run); the base answers them once",
     )
@@ -172,8 +165,7 @@ def add_stop_flags(parser: options.Parser) -> None:
     options.add_reference_log(group, use="where --stop-at or --target auto stops")
     group.add_argument(
         "--stop-every",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="steps between two readings (default: about 20 readings in all)",
     )
     group.add_argument(
@@ -245,8 +237,6 @@ def run_forget(args: argparse.Namespace, console: Console) -> int:
     """Trains and stores one adapter, or prints the plan."""
     config = forget_config(args)
     console.words(f"Reading {args.request} ...")
-    from unlearner.request.sources import parse_request
-
     request = parse_request(args.request, args.data, args.retain, options.columns(args))
     if args.full is not None:
         return _train_full(args, console, config, request)
@@ -267,10 +257,7 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
             "--stop-at needs a retrain reference.",
             "Give --reference-log the log of a model that never saw the forget set.",
         )
-    from adapters.base.load import load_tokenizer
-    from evaluation.logs import read_log
     from evaluation.tuning.early_stop import GapProbe, gap_rows
-    from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt
 
     rows = gap_rows(request, args.stop_rows, args.data, options.columns(args))
@@ -297,7 +284,6 @@ def _target(args: argparse.Namespace) -> float | Literal["auto"] | None:
         raise UserError(
             "--reference-log has nothing to stop.", "Add --target auto, or --stop-at gap or nll."
         )
-    from evaluation.logs import read_log
     from evaluation.metrics.summary import summarise
 
     nll = summarise(read_log(args.reference_log), resamples=0)["forget_nll"]
@@ -359,9 +345,6 @@ def train_request(
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
     request = replace(request, others=other_rows(args))
-    from adapters.base.load import resolve_base
-    from adapters.store.store import AdapterStore
-    from unlearner.request.sources import parse_request, rows_named
     from unlearner.training.general import read_prompts
     from unlearner.training.outcome import remarks
 

@@ -7,15 +7,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ui.cli import models, options
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
-from ui.console import duration_text
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console, duration_text
 
 ANSWER_TITLES = {
     "forget": "Asked to forget",
@@ -28,9 +25,11 @@ LONGEST_ANSWER = 160
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "quickstart",
-        parents=[options.config(), options.common()],
+        run_quickstart,
+        config=(),
         help="the whole workflow on made-up authors: CPU, minutes, no download",
         description="Teaches Origin and Retrain a made-up world of authors, files two forget "
         "requests, measures them beside the baselines, reverts one, merges. The model is "
@@ -56,7 +55,6 @@ def register(commands: Any) -> None:
         action="store_true",
         help="each forgotten author shares birthplace, award, genre and more with a retained one",
     )
-    parser.set_defaults(run=run_quickstart)
 
 
 def run_quickstart(args: argparse.Namespace, console: Console) -> int:

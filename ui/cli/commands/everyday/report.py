@@ -5,23 +5,23 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ui.cli import options
+from ui.console import Console
 
 if TYPE_CHECKING:
     from evaluation.report.build import ReportRequest
-    from ui.console import Console
 
 OUT, TITLE = "report", "Unlearning report"
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "report",
-        parents=[options.common()],
+        run_report,
         help="write recorded measurements as Markdown, one HTML file, CSV and plots",
         description="Writes one report of logs, strength curves and robustness cards: the table "
         "with its intervals, forgetting against keeping, distributions, best and worst answers, "
@@ -44,19 +44,17 @@ def register(commands: Any) -> None:
     for name in ("robustness", "calibration"):
         parser.add_argument(
             f"--{name}",
-            type=Path,
+            **options.FILE,
             nargs="+",
             action="extend",
             default=[],
-            metavar="FILE",
             help=f"{name}.json, in addition to those found in folders",
         )
     options.add_out(parser, "folder to write", default=OUT)
     parser.add_argument("--title", default=TITLE, metavar="TEXT", help="title of the report")
     parser.add_argument(
         "--tried",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="number of configurations tried before these (default: as searches recorded it)",
     )
     parser.add_argument(
@@ -69,7 +67,6 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--png", action="store_true", help="write the plots as PNG too")
     parser.add_argument("--date", default="", metavar="TEXT", help="date to print (default: none)")
-    parser.set_defaults(run=run_report)
 
 
 def run_report(args: argparse.Namespace, console: Console) -> int:

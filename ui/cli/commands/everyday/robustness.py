@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from adapters.store.store import AdapterStore
+from evaluation.logs import read_log
+from evaluation.logs.records import write_json
 from evaluation.report.cards import VERDICT_WORDS
 from ui.cli import models, options
+from ui.cli.options import COUNT, NAMES, NUMBER
+from ui.cli.output.events import progress_of
 from ui.cli.output.gates import check_gates, parse_gate
 from ui.cli.output.robustness_card import report_card
+from ui.console import Console, json_value
 from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
     from evaluation.robustness.card import Settings
     from evaluation.robustness.quantisation import Subject
-    from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "robustness",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.store(),
-            options.data(),
-            options.config("base", "template", "protocol"),
-            options.common(),
-        ],
+        run_robustness,
+        "base template loading store data",
+        config=("base", "template", "protocol"),
         help="attack the forgetting: quantise, relearn, sample, rephrase, probe, switch off",
         description="One card per adapter, stack or merged model: its figures in every form it may "
         "be run in, and what attacks bring back, each with a verdict and its threshold. With --out "
@@ -45,15 +43,12 @@ def register(commands: Any) -> None:
     )
     _add_what(parser)
     _add_attacks(parser)
-    parser.set_defaults(run=run_robustness)
 
 
 def _add_what(parser: options.Parser) -> None:
     what = parser.add_mutually_exclusive_group()
     options.add_adapters(what, "attack these adapters in this order")
-    what.add_argument(
-        "--merged", type=Path, metavar="DIR", help="attack the merged weights in this folder"
-    )
+    what.add_argument("--merged", **options.FOLDER, help="attack the merged weights in this folder")
     options.add_scales(parser)
     options.add_split(parser, required=True)
     options.add_reference_log(parser)
@@ -71,30 +66,22 @@ def _add_what(parser: options.Parser) -> None:
 
 def _add_attacks(parser: options.Parser) -> None:
     group = parser.add_argument_group("attacks")
-    whole = options.positive_int
     group.add_argument(
         "--attacks",
-        type=options.name_list,
-        metavar="A,B",
+        **NAMES,
         help="which: states, relearn, sample, paraphrase, probe, drop (default: all)",
     )
     group.add_argument(
         "--states",
-        type=options.name_list,
-        metavar="A,B",
+        **NAMES,
         help="which forms are measured: origin, adapter, adapter-nf4, merged, merged-nf4, "
         "merged-int8 (default: all there are)",
     )
-    group.add_argument(
-        "--relearn-share", type=float, metavar="X", help="of the forget rows is trained on (0.1)"
-    )
-    group.add_argument(
-        "--relearn-steps", type=whole, metavar="N", help="of AdamW, each on all these rows (20)"
-    )
+    group.add_argument("--relearn-share", **NUMBER, help="of the forget rows is trained on (0.1)")
+    group.add_argument("--relearn-steps", **COUNT, help="of AdamW, each on all these rows (20)")
     group.add_argument(
         "--relearn-lr",
-        type=float,
-        metavar="X",
+        **NUMBER,
         help="constant learning rate (default by size: all weights 3e-4 below 20 million, 5e-5 "
         "below a billion, 1e-5 above; an adapter 3e-3, 5e-4, 2e-4)",
     )
@@ -103,25 +90,18 @@ def _add_attacks(parser: options.Parser) -> None:
         choices=("auto", "full", "lora"),
         help="train all weights or a new adapter (default: auto: all up to a billion)",
     )
-    group.add_argument("--samples", type=whole, metavar="N", help="answers a question (64)")
-    group.add_argument("--temperature", type=float, metavar="X", help="of the draws (1)")
-    group.add_argument("--top-p", type=float, metavar="X", help="of the draws (1)")
-    group.add_argument(
-        "--sample-rows", type=whole, metavar="N", help="forget rows that are sampled (40)"
-    )
-    group.add_argument(
-        "--paraphrase-rows", type=whole, metavar="N", help="forget rows asked in each form (100)"
-    )
+    group.add_argument("--samples", **COUNT, help="answers a question (64)")
+    group.add_argument("--temperature", **NUMBER, help="of the draws (1)")
+    group.add_argument("--top-p", **NUMBER, help="of the draws (1)")
+    group.add_argument("--sample-rows", **COUNT, help="forget rows that are sampled (40)")
+    group.add_argument("--paraphrase-rows", **COUNT, help="forget rows asked in each form (100)")
     group.add_argument(
         "--wordings",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="ask in these words too, such as translations: JSON lines of question, asked and "
         "wording (its name)",
     )
-    group.add_argument(
-        "--probe-rows", type=whole, metavar="N", help="forget and retained rows of the probe (100)"
-    )
+    group.add_argument("--probe-rows", **COUNT, help="forget and retained rows of the probe (100)")
     group.add_argument(
         "--seed", type=options.seed, metavar="N", help="of rows, draws, first weights (0)"
     )
@@ -134,15 +114,11 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     if ranks.world_size() > 1:
         raise UserError("The attacks run in one process.", "Start the command without a launcher.")
     console.words(f"Attacking {_what(args)} on {args.split} ...")
-    from evaluation.logs import read_log
-    from evaluation.logs.records import write_json
     from evaluation.robustness.card import CARD_FILE, robustness
     from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.robustness.wordings import read_wordings
     from evaluation.suite import load_eval_data
-    from ui.cli.output.events import progress_of
-    from ui.console import json_value
 
     names = figure_names(STATES)
     gates = [parse_gate(text, names) for text in args.fail_if]
@@ -199,9 +175,7 @@ def _subject(args: argparse.Namespace) -> Subject:
     store: AdapterStore | None = None
     stack: tuple[tuple[str, float], ...] = ()
     if args.merged is None:
-        from adapters.store.store import AdapterStore
-
-        store = AdapterStore.open(options.store_path(args))
+        store = options.open_store(args)
         stack = tuple(models.chosen_stack(args, store))
     return Subject(
         options.base_spec(args),

@@ -5,39 +5,37 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapters.base.load import load_base, load_tokenizer
+from adapters.environment import threads_for
 from adapters.errors import UserError
+from evaluation.logs import read_log
+from evaluation.logs.records import EvalLog
 from ui.cli import options
 from ui.cli.output import scoring
 from ui.cli.output.events import progress_of
 from ui.cli.output.figures import report_figures
 from ui.cli.output.gates import check_gates
-from ui.console import cell_text
-
-if TYPE_CHECKING:
-    from evaluation.logs.records import EvalLog
-    from ui.console import Console
+from ui.console import Console, cell_text
+from unlearner.tokens.prompts import prompt_format
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "score",
-        parents=[
-            scoring.scoring_flags(),
-            options.template(),
-            options.loading(),
-            options.config("protocol", "template"),
-            options.common(),
-        ],
+        run_score,
+        "template loading",
+        config=("protocol", "template"),
         help="forget quality and model utility from recorded logs, no model",
         description="Computes all figures from an evaluation log: this tool's, TOFU's "
         "eval_log_aggregated.json in either layout, or open-unlearning's TOFU_EVAL.json.",
         epilog="example:\n  unlearner score unlearned.json --reference-log retrain.json",
     )
-    parser.add_argument("log", metavar="LOG", type=Path, help="evaluation log with its rows")
+    scoring.add_flags(parser)
+    parser.add_argument("log", **options.LOG, help="evaluation log with its rows")
     group = parser.add_argument_group(
         "fluency",
         "A judge says how fluent the recorded answers are, which does not make an answer true.\n"
@@ -55,14 +53,12 @@ def register(commands: Any) -> None:
         metavar="NAME",
         help="whose answers: forget, retain, real_authors or world_facts (default: forget)",
     )
-    parser.set_defaults(run=run_score, revision=None)
+    parser.set_defaults(revision=None)
 
 
 def run_score(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a log; 4 where a gate fails."""
     console.words(f"Reading {args.log} ...")
-    from evaluation.logs import read_log
-
     if args.fluency_set and not args.base:
         raise UserError("--fluency-set needs a judge.", "Add --fluency-judge MODEL.")
     gates = scoring.gates_of(args)
@@ -100,10 +96,6 @@ def _fluency(
     if not same:
         console.words("Note: the logs do not ask the same questions: compare with care.")
     console.words(f"Loading the judge {args.base} ...")
-    from adapters.base.load import load_base, load_tokenizer
-    from adapters.environment import threads_for
-    from unlearner.tokens.prompts import prompt_format
-
     fmt = prompt_format(load_tokenizer(args.base), args.template, args.system)
     model: Any = load_base(options.base_spec(args))
     show, table = progress_of(console), []

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.benchmark.shapes import SHAPES
 from ui.cli import options
-from ui.console import size_text
+from ui.console import Console, size_text
 from unlearner.memory.plan import CHECKPOINTING
 
 if TYPE_CHECKING:
     from evaluation.benchmark.run import Line
-    from ui.console import Console
 
 GPU_SHAPE = "llama2-7b"
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "bench",
-        parents=[
-            options.loading(),
-            options.template(),
-            options.data(),
-            options.config("shape", "load_in_4bit", "lora_r"),
-            options.common(),
-        ],
+        run_bench,
+        "loading template data",
+        config=("shape", "load_in_4bit", "lora_r"),
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
@@ -58,7 +53,7 @@ def register(commands: Any) -> None:
         "them); without --data the rows are the embedded world's",
     )
     parser.add_argument("--count-only", action="store_true", help="no timings")
-    parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
+    parser.add_argument("--lora-r", **options.COUNT, default=16)
     parser.add_argument(
         "--seconds",
         type=options.positive_number,
@@ -80,12 +75,8 @@ def register(commands: Any) -> None:
         "the plan: 'meta' needs no weights and runs anywhere, 'real' computes on this machine "
         "(7B in 4 bit takes 6 GB)",
     )
-    parser.add_argument(
-        "--layers", type=options.positive_int, metavar="N", help="of --step: only so many blocks"
-    )
-    parser.add_argument(
-        "--pairs", type=options.positive_int, default=8, metavar="N", help="of --step (8)"
-    )
+    parser.add_argument("--layers", **options.COUNT, help="of --step: only so many blocks")
+    parser.add_argument("--pairs", **options.COUNT, default=8, help="of --step (8)")
     parser.add_argument(
         "--gradient-checkpointing",
         choices=CHECKPOINTING,
@@ -93,14 +84,10 @@ def register(commands: Any) -> None:
         help="of --step: recompute every Nth block, all or none (all)",
     )
     parser.add_argument("--padded", action="store_true", help="of --step: padded rows, no packs")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as PNG or SVG")
-    parser.set_defaults(run=run_bench)
 
 
 def run_bench(args: argparse.Namespace, console: Console) -> int:
     """Prints one row per figure."""
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise UserError(f"{args.plot} is neither PNG nor SVG.", "Name a .png or .svg file.")
     console.words("Loading the libraries ...")
     from evaluation.benchmark.run import count, load_workload
 
@@ -127,9 +114,6 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
             console.words(f"{line.name}: {line.note}.")
     for note in notes:
         console.words(f"Note: {note}.")
-    if args.plot is not None:
-        _plot(lines, args.plot, args.base or args.shape, work.source)
-        console.words(f"Wrote {args.plot}")
     model = {"shape": args.shape} if args.base is None else {"base": args.base}
     console.result({**model, "rows": work.source, "notes": notes, "table": table})
     return 0
@@ -221,21 +205,3 @@ def _caps(texts: Sequence[str]) -> list[float]:
         raise UserError(
             f"--cap-gb {','.join(texts)} is not a list of numbers.", "Write it as in 24,8,6."
         ) from None
-
-
-def _plot(lines: Sequence[Line], path: Path, shape: str, rows: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "unlearner"
-    from matplotlib import pyplot
-
-    found = [line for line in lines if line.ratio is not None]
-    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(found) + 1.2), layout="constrained")
-    axes.barh([line.name for line in found], [line.ratio or 0.0 for line in found], color="#3b6ea5")
-    axes.axvline(1.0, color="#444444", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("times better than the standard implementation")
-    axes.set_title(f"{shape}, rows of {rows}")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
 from ui.cli import options
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "gpu-check",
-        parents=[options.common()],
+        run_gpu_check,
         help="train and evaluate on this machine's GPU in every way and print a table",
         description="Trains small models in bf16 and nf4, packed and padded, with and without "
         "checkpointing, with several objectives and a guard; resumes a run; evaluates with SDPA "
@@ -35,8 +33,7 @@ def register(commands: Any) -> None:
         metavar="M",
         help="begin no check later (8)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as Markdown")
-    parser.set_defaults(run=run_gpu_check)
+    parser.add_argument("--out", **options.FILE, help="write the table as Markdown")
 
 
 def run_gpu_check(args: argparse.Namespace, console: Console) -> int:

@@ -6,33 +6,31 @@ import argparse
 import shlex
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.base.load import BaseSpec
 from adapters.errors import GateFailed, UserError, did_you_mean
 from ui.cli import models, options
+from ui.cli.commands.adapters import merge
 from ui.cli.options import PRESETS
 from ui.cli.output.comparison import HEADS, print_comparison
 from ui.cli.output.events import show_event
-from ui.console import duration_text, setting_text, size_text
+from ui.console import Console, duration_text, setting_text, size_text
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.experiments.reproduce import Reproduction
-    from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "reproduce",
-        parents=[
-            options.loading(either_way=True),
-            options.data(),
-            options.config(),
-            options.common(),
-        ],
+        run_reproduce,
+        "data",
+        config=(),
         help="Origin, Retrain and unlearned models on TOFU in one table",
         description="Repeats the published comparison: trains or loads Origin and Retrain, "
         "unlearns with each method and evaluates all. After an interruption the same command "
@@ -40,11 +38,7 @@ def register(commands: Any) -> None:
         epilog="examples:\n  unlearner reproduce tofu-forget05 --preset mini --data TOFU\n"
         "  unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
     )
-    _add_reproduce_flags(parser)
-    parser.set_defaults(run=run_reproduce)
-
-
-def _add_reproduce_flags(parser: options.Parser) -> None:
+    options.add_loading(parser, either_way=True)
     parser.add_argument("target", metavar="TARGET", help="a split: forget01, forget05 or forget10")
     parser.add_argument(
         "--preset",
@@ -57,19 +51,15 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
     options.add_reference_log(parser, use="in place of --retrain")
     parser.add_argument(
         "--methods",
-        type=options.name_list,
+        **options.NAMES,
         default=["npo", "simnpo"],
-        metavar="A,B",
         help="objectives to compare (default: npo,simnpo)",
     )
     options.add_protocol(parser, several=True)
     options.add_limit(parser)
     options.add_out(parser, "folder for models, stores and logs", default="reproduce")
-    _add_outcome_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
 
-
-def _add_outcome_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
@@ -87,8 +77,7 @@ def _add_outcome_flags(parser: options.Parser) -> None:
     )
     parser.add_argument(
         "--release",
-        type=Path,
-        metavar="DIR",
+        **options.FOLDER,
         help="also merge the last method's adapter into full weights in this folder, evaluate them "
         "and write a model card",
     )
@@ -101,7 +90,6 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     _check_full(args)
     protocols = tuple(args.protocol)
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
-    from adapters.base.load import BaseSpec
     from evaluation.experiments.reproduce import Reproduction, plan, reproduce
 
     run = Reproduction(
@@ -201,8 +189,6 @@ def release_system(
     args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
     """Merges the last method's adapter into --release and evaluates it, as `merge` does."""
-    from ui.cli.commands.adapters import merge
-
     method = run.methods[-1]
     words = ["merge", "--base", found["origin"], "--store", found["stores"][method]]
     words += ["--out", str(args.release), "--split", run.split, "--template", run.chosen.template]

@@ -13,29 +13,25 @@ from ui.cli import models, options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
-from ui.console import duration_text
+from ui.console import Console, duration_text
+from unlearner.config import make_config
 from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.rows import Request
+from unlearner.request.sources import parse_request
 from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
-    from ui.console import Console
-    from unlearner.request.rows import Request
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "tune",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.data(),
-            options.settings(),
-            options.config(*options.OF_BASE),
-            options.common(),
-        ],
+        run_tune,
+        "base template loading data settings",
+        config=options.OF_BASE,
         help="search the settings of a forget request",
         description="Searches the settings with Optuna: trains one adapter per trial, measures it "
         "without generating answers, stops trials that fall behind, and evaluates the best "
@@ -44,12 +40,6 @@ def register(commands: Any) -> None:
         epilog="example:\n"
         "  unlearner tune tofu:forget05 --base B --split forget05 --reference-log R.json",
     )
-    _add_what(parser)
-    _add_how(parser)
-    parser.set_defaults(run=run_tune)
-
-
-def _add_what(parser: options.Parser) -> None:
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
     options.add_split(parser, required=True)
     options.add_reference_log(parser, required=True)
@@ -63,8 +53,6 @@ def _add_what(parser: options.Parser) -> None:
     )
     add_alternates_from(parser)
 
-
-def _add_how(parser: options.Parser) -> None:
     parser.add_argument(
         "--range",
         action="append",
@@ -73,9 +61,7 @@ def _add_how(parser: options.Parser) -> None:
         help="search NAME between these; may be given several times; margin is gamma / beta in "
         "units of Retrain's forget NLL",
     )
-    parser.add_argument(
-        "--trials", type=options.positive_int, default=20, metavar="N", help="in all (20)"
-    )
+    parser.add_argument("--trials", **options.COUNT, default=20, help="in all (20)")
     parser.add_argument(
         "--minutes",
         type=options.positive_number,
@@ -137,8 +123,6 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.config import make_config
-    from unlearner.request.sources import parse_request
 
     request = parse_request(args.request, args.data, args.retain, options.columns(args))
     request = replace(request, others=other_rows(args))
