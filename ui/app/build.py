@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,7 @@ class App:
     session: Session
     jobs: Jobs
     settings_of: Callable[[Sequence[str]], tuple[UnlearnConfig, str]]
-    logs: tuple[Path, ...] = ()
-    retain_log: Path | None = None
-    robustness: tuple[Path, ...] = ()
-    calibration: tuple[Path, ...] = ()
+    files: Sources = field(default_factory=Sources)
     stops: dict[str, dict[str, threading.Event]] = field(default_factory=dict)
     scratch: Path | None = None
 
@@ -58,9 +55,7 @@ class App:
 
     def sources(self) -> Sources:
         """Where the Runs tab reads."""
-        return Sources(
-            self.session.store(), self.logs, self.retain_log, self.robustness, self.calibration
-        )
+        return replace(self.files, store=self.session.store())
 
     def stop_of(self, request: gr.Request, what: str = "answer") -> threading.Event:
         """A new stop button for this browser's next answer; what was being answered ends."""
@@ -132,7 +127,7 @@ def _live(app: App, page: gr.Blocks) -> None:
         strengths = gr.State({})
         clear = gr.Button("Clear = base", elem_id="un-clear", size="md", scale=1, min_width=120)
     _strengths(app, stack, strengths, again)
-    logs_alone = bool(app.logs) and app.session.base is None
+    logs_alone = bool(app.files.logs) and app.session.base is None
     with gr.Tabs(selected="runs" if logs_alone else "compare"):
         with gr.Tab("Compare", id="compare"):
             compare, wire, examples = app_compare.compare(app, stack, strengths)

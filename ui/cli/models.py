@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from adapters.base.load import base_view, load_base, load_tokenizer, resolve_bas
 from adapters.errors import Interrupted
 from adapters.store.store import AdapterStore
 from evaluation.logs.records import EvalLog
+from ui.app.data.commands import command
 from ui.cli import options, own_rows
 from ui.cli.output.events import progress_of
 from ui.cli.output.scoring import PARTS, effort_of
@@ -72,8 +72,8 @@ def measure(
     from evaluation.suite import evaluate
 
     key, show = key_of(base=base.fingerprint.digest, adapters=stack), progress_of(console)
-    command = shlex.join(["unlearner", *args.words])
-    meta = {"split": own_rows.name_of(args), "adapters": stack, "command": command, **base.view}
+    about = {"split": own_rows.name_of(args), "command": command(*args.words)}
+    meta = {**about, "adapters": stack, **base.view}
     log = evaluate(
         model,
         base.fmt,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from adapters.base.load import BaseSpec
-from adapters.errors import UserError
+from adapters.errors import UserError, did_you_mean
 from adapters.store.store import AdapterStore
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
 from ui.cli.parser import Parser as Parser
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.formats import Columns
-from unlearner.request.tofu import split_name
+from unlearner.request.tofu import FORGET_SPLITS, split_name
 
 DEFAULT_STORE = "./forget-store"
 PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
@@ -96,6 +96,17 @@ NAMES: dict[str, Any] = {"type": name_list, "metavar": "A,B"}
 FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
 FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 LOG: dict[str, Any] = {"type": Path, "metavar": "LOG"}
+
+
+def require_known(name: str, known: Iterable[str], problem: str) -> None:
+    """Refuses a name that is not known, with the nearest one that is."""
+    if name not in (names := list(known)):
+        raise UserError(problem, did_you_mean(name, names))
+
+
+def require_split(name: str) -> None:
+    """Refuses what is no forget split of TOFU, with the nearest one."""
+    require_known(name, FORGET_SPLITS, f"'{name}' is not a forget split.")
 
 
 def parse_with(register: Callable[[Any], None], words: Sequence[str]) -> argparse.Namespace:

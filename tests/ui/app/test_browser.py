@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ui.app.data.runs import Sources
 from ui.cli.commands.everyday.ui import settings_of
 
 pytestmark = pytest.mark.browser
@@ -500,8 +501,11 @@ def test_runs_draw_what_is_chosen_and_make_files(
             }
         )
     )  # fmt: skip
-    app.logs = (logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
-    app.retain_log, app.robustness = logs / "llama2-7b_retain90_tofu.json", (beside,)
+    app.files = Sources(
+        logs=(logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json"),
+        retain_log=logs / "llama2-7b_retain90_tofu.json",
+        robustness=(beside,),
+    )
     try:
         _tab(page, "Runs")  # opening the tab reads anew
         page.wait_for_selector("#un-log-r svg.un-plot")
@@ -531,7 +535,7 @@ def test_runs_draw_what_is_chosen_and_make_files(
             page.get_by_role("button", name="LLM Comparator JSON").last.click()
         assert len(json.loads(Path(download.value.path()).read_text())["models"]) == 2
     finally:
-        app.logs, app.retain_log, app.robustness = (), None, ()
+        app.files = Sources()
 
 
 def _pull_and_sort_a_column(page: Any) -> None:
@@ -748,9 +752,8 @@ def test_five_tasks_are_done_by_labels_alone(
     page.get_by_text("Done.").first.wait_for()
 
     logs = shared / "reference-logs"
-    app.logs, app.retain_log = (
-        (logs / "llama2-7b_full.json",),
-        logs / "llama2-7b_retain90_tofu.json",
+    app.files = Sources(
+        logs=(logs / "llama2-7b_full.json",), retain_log=logs / "llama2-7b_retain90_tofu.json"
     )
     try:
         _tab(page, "Runs")
@@ -759,7 +762,7 @@ def test_five_tasks_are_done_by_labels_alone(
         row = page.locator("#un-runs [role=row]", has_text="llama2-7b_full").first.inner_text()
         assert {"0.6227", "300", "whole set"} <= {cell.strip() for cell in row.split("\n")}
     finally:
-        app.logs, app.retain_log = (), None
+        app.files = Sources()
 
 
 def test_gradio_client_drives_the_same_functions(served: Any) -> None:

@@ -61,9 +61,9 @@ def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
     assert (base.name, base.revision, base.dtype, base.load_in_4bit) == ("b", "r", "float32", True)
     assert (app.session.store_path, app.session.data) == (Path("s"), Path("d"))
     assert app.session.template == "llama2"
-    assert (app.logs, app.retain_log) == ((Path("x.json"),), Path("ref.json"))
+    assert (app.files.logs, app.files.retain_log) == ((Path("x.json"),), Path("ref.json"))
     assert (seen["host"], seen["port"], seen["auth"]) == ("0.0.0.0", 7999, [("mira", "secret")])
-    assert (app.robustness, app.calibration) == ((robust,), (strength,))
+    assert (app.files.robustness, app.files.calibration) == ((robust,), (strength,))
     assert seen["open_browser"]
     assert ran.out.startswith("http://127.0.0.1:1/")
     assert ran.code == 130

@@ -18,7 +18,7 @@ from evaluation.logs import read_log
 from evaluation.logs.records import EvalLog, SetRecord, write_log
 from evaluation.report.inputs import find_inputs, named_logs
 from ui.app.build import App
-from ui.app.data import commands, requests, runs
+from ui.app.data import requests, runs
 from ui.app.data.answers import Answer, Frame, judged
 from ui.app.data.comparator import comparator, recorded_pairs
 from ui.app.data.decoding import PairDecoder, Sampling
@@ -85,7 +85,7 @@ def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
 def test_runs_hold_the_reference_and_export(shared: Path) -> None:
     logs = shared / "reference-logs"
     retrain = logs / "llama2-7b_retain90_tofu.json"
-    found = runs.gather(None, [logs / "llama2-7b_full.json"], retrain)
+    found = runs.Sources(None, (logs / "llama2-7b_full.json",), retrain).runs()
     by_name = {row["name"]: row for row in found.table}
     published = json.loads((logs / "published.json").read_text())["model_utility"]
     full = published["llama2-7b_full.json"]["geometric"]["Model Utility"]
@@ -111,14 +111,18 @@ def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> 
         for place in (tmp_path / folder, tmp_path / "more" / folder):
             made.append(few_rows(name, place / "eval_log.json"))
     retrain = "llama2-7b_retain90_tofu"
-    found = runs.gather(None, made, few_rows(retrain, tmp_path / f"{retrain}.json"))
+    reference = few_rows(retrain, tmp_path / f"{retrain}.json")
+    found = runs.Sources(None, tuple(made), reference).runs()
     names = [row["name"] for row in found.table]
     assert names == ["full", "full (2)", "npo", "npo (2)", "llama2-7b_retain90_tofu"]
     assert set(found.log_r) == set(names)
     assert found.log_r["full"] == found.log_r["full (2)"] != found.log_r["npo"]
     assert list(find_inputs(named_logs(made)).logs) == names[:4], "the report takes them too"
-    assert f"'full (2)={made[1]}'" in commands.report(made, None, (), ())
-    app: Any = SimpleNamespace(logs=made, retain_log=None, new_file=lambda name: tmp_path / name)
+    sources = runs.Sources(None, tuple(made))
+    request = sources.report_request()
+    assert request is not None
+    assert f"'full (2)={made[1]}'" in request.command
+    app: Any = SimpleNamespace(sources=lambda: sources, new_file=lambda name: tmp_path / name)
     for chosen in (["npo (2)", "full"], ["full (2)", "full"]):
         *_, file = Reading(app).answers(*chosen)
         layout = json.loads(Path(file["value"]).read_text())

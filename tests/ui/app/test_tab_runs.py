@@ -201,7 +201,7 @@ def test_published_points_are_those_of_the_same_model_and_split(tmp_path: Path) 
     def published(**meta: str) -> int:
         name = "-".join(meta.values()).replace("/", "-")
         log = write_log(EvalLog({}, meta), tmp_path / f"{name}.json")
-        return len(runs.gather(None, [log]).published)
+        return len(runs.Sources(None, (log,)).runs().published)
 
     assert published(base="org/Llama-2-7b-chat-hf", split="forget05") > 0
     assert published(base="org/Llama-2-7b-chat-hf", split="forget01") == 0

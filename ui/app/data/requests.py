@@ -9,16 +9,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from adapters.base.load import load_tokenizer
 from adapters.errors import UserError
-from ui.app.data.commands import command, where
+from ui.app.data.commands import command, flag_words, where
 from ui.app.jobs import REQUEST, RETAIN
 from ui.console import size_text
-from unlearner.request.formats import COLUMNS
+from ui.preview import Preview, make_preview
+from unlearner.config import UnlearnConfig
+from unlearner.objectives.registry import OBJECTIVES
+from unlearner.request.formats import COLUMNS, read_rows
+from unlearner.request.sources import parse_request
+from unlearner.request.tofu import load_refusals
+from unlearner.tokens.prompts import prompt_format
 
 if TYPE_CHECKING:
     from ui.app.session import Session
-    from ui.preview import Preview
-    from unlearner.config import UnlearnConfig
 
 LARGEST_UPLOAD = 5_000_000
 
@@ -54,14 +59,14 @@ class Draft:
         if session.base is None:
             raise UserError("No base model was named.", "Start the app with --base B.")
         named = f"tofu:author={self.author}" if self.author else REQUEST
-        words = ["forget", named, *where(session)]
-        words += ["--retain", RETAIN] if self.retain else []
-        words += ["--preset", self.preset] if self.preset else []
-        words += ["--objective", self.objective]
-        words += ["--label", self.label] if self.label.strip() else []
-        for flag, value in self.settings:
-            words += [flag, value]
-        return words
+        flags = flag_words(
+            retain=RETAIN if self.retain else None,
+            preset=self.preset or None,
+            objective=self.objective,
+            label=self.label or None,
+        )
+        numbers = [word for pair in self.settings for word in pair]
+        return ["forget", named, *where(session), *flags, *numbers]
 
     def command(self, session: Session) -> str:
         """The same for a shell; rows are named as files of the reader's own."""
@@ -102,8 +107,6 @@ def draft(
 
 def _json_lines(what: str, pasted: str | None, upload: str | None) -> str:
     """Pasted or uploaded rows of any format that `forget` reads, as JSON lines; "" without any."""
-    from unlearner.request.formats import read_rows
-
     if not upload and not (pasted or "").strip():
         return ""
     with TemporaryDirectory(prefix="unlearner-") as folder:  # mode 0700
@@ -159,10 +162,6 @@ def look(
     Raises:
         UserError: a store of another base, no retain rows, a question that is in both sets.
     """
-    from ui.preview import make_preview
-    from unlearner.objectives.registry import OBJECTIVES
-    from unlearner.request.sources import parse_request
-    from unlearner.request.tofu import load_refusals
     from unlearner.run import RunOptions, plan, prepare
 
     words = asked.words(session)
@@ -180,22 +179,20 @@ def look(
         except UserError as error:
             problem = error.problem.replace(str(paths.get(REQUEST)), "The request")
             raise UserError(problem.replace(str(retain), "the rows to keep"), error.fix) from None
-        preview = make_preview(
-            named, base.name, revision=base.revision, data=session.data, retain=None,
-            template=session.template, system=session.system, max_length=config.train.max_length,
-        )  # fmt: skip
+        tokenizer = load_tokenizer(base.name, base.revision)
+        fmt = prompt_format(tokenizer, session.template, session.system)
+        preview = make_preview(request, fmt, config.train.max_length)
         needs = "refusal" in OBJECTIVES[config.objective.name].streams
         refusals = load_refusals(session.data) if needs else []
         nearest = int(dict(asked.settings).get("--neighbours", 0)) or None
         # A preset is taken as it is; without one, what is not given is chosen for the request.
         flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
-        given = None if asked.preset else flags
         options = RunOptions(
             template=session.template,
             system=session.system,
             refusals=refusals,
             neighbours=nearest,
-            given=given,
+            given=None if asked.preset else flags,
         )
         planned = plan(prepare(request, base, config, session.store(), options))
         return Look(preview, planned, settings)

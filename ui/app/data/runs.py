@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,85 +58,84 @@ class Sources:
     robustness: tuple[Path, ...] = ()
     calibration: tuple[Path, ...] = ()
 
-    def runs(self) -> Runs:
-        """The evaluations."""
-        return gather(self.store, self.logs, self.retain_log)
+    def named_logs(self) -> list[tuple[str, Path]]:
+        """The logs that are shown by name: those given, and the reference if it is none of them."""
+        from evaluation.report.inputs import log_names
+
+        paths, reference = list(self.logs), self.retain_log
+        if reference and reference.resolve() not in [path.resolve() for path in paths]:
+            paths.append(reference)
+        return list(zip(log_names(paths), paths, strict=True))
 
     def probes(self) -> Probes:
         """The probes."""
         return gather_probes(self.store, self.logs, self.robustness, self.calibration)
 
+    def report_request(self) -> ReportRequest | None:
+        """What `unlearner report` is asked for; None without any log or file of a probe."""
+        from evaluation.report.build import ReportRequest
+        from evaluation.report.inputs import named_logs
 
-def report_request(sources: Sources) -> ReportRequest | None:
-    """What `unlearner report` is asked for; None without any log or file of a probe."""
-    from evaluation.report.build import ReportRequest
-    from evaluation.report.inputs import named_logs
+        if not (self.logs or self.robustness or self.calibration):
+            return None
+        request = ReportRequest(
+            tuple(named_logs(self.logs)),
+            reference_log=self.retain_log,
+            robustness=self.robustness,
+            calibration=self.calibration,
+        )
+        # The command line reports on logs; probes alone have no command.
+        return replace(request, command=commands.report(request)) if self.logs else request
 
-    if not (sources.logs or sources.robustness or sources.calibration):
-        return None
-    request = ReportRequest(
-        tuple(named_logs(sources.logs)),
-        reference_log=sources.retain_log,
-        robustness=sources.robustness,
-        calibration=sources.calibration,
-    )
-    words = commands.report(
-        sources.logs, sources.retain_log, sources.robustness, sources.calibration
-    )
-    return replace(request, command=words)
+    def runs(self) -> Runs:
+        """All evaluations that can be found, measured before; no model is run.
+
+        Each log is summarised under the protocol it states, the default one otherwise. Published
+        rows are added if the evaluations name one split that has some, and all are of their model.
+
+        Raises:
+            UserError: a log that cannot be read.
+        """
+        reference = None if self.retain_log is None else _version(self.retain_log)
+        runs, models = Runs([], {}, [], []), set()
+        for name, path in self.named_logs():
+            measured = _measured(_version(path), reference)
+            is_reference = reference is not None and path.resolve() == reference[0]
+            source = REFERENCE if is_reference else "log"
+            runs.table.append({"name": name, "source": source, **measured.figures})
+            runs.notes.extend([f"{name}: {measured.problem}"] if measured.problem else [])
+            if measured.log_r is not None:
+                runs.log_r[name] = list(measured.log_r)
+            models.add(measured.model)
+        filed = [] if self.store is None else _filed_rows(self.store)
+        if self.store is not None and filed:
+            models.add(self.store.base_name())
+        runs.table.extend(filed)
+        if models and all(PUBLISHED_MODEL.search(model) for model in models):
+            from evaluation.report.build import PUBLISHED
+
+            for name, (quality, utility) in PUBLISHED.get(split_of(runs) or "", {}).items():
+                if quality > 0:
+                    runs.published.append((name, math.log10(quality), utility))
+        return runs
 
 
-def gather(
-    store: AdapterStore | None, logs: Sequence[Path] = (), retain_log: Path | None = None
-) -> Runs:
-    """All evaluations that can be found, measured before; no model is run.
-
-    Each log is summarised under the protocol it states, the default one otherwise. Published rows
-    are added if the evaluations name one split that has some, and all are of their model.
-
-    Raises:
-        UserError: a log that cannot be read.
-    """
-    from evaluation.report.build import PUBLISHED
-    from evaluation.report.inputs import log_names
-
-    table: list[dict[str, Any]] = []
-    log_r: dict[str, list[float]] = {}
-    notes: list[str] = []
-    paths = all_logs(logs, retain_log)
-    reference = None if retain_log is None else _version(retain_log)
-    for name, path in zip(log_names(paths), paths, strict=True):
-        measured = _measured(_version(path), reference)
-        is_reference = reference is not None and path.resolve() == reference[0]
-        source = REFERENCE if is_reference else "log"
-        table.append({"name": name, "source": source, **measured.figures})
-        notes += [f"{name}: {measured.problem}"] if measured.problem else []
-        if measured.log_r is not None:
-            log_r[name] = list(measured.log_r)
-    adapters = [] if store is None else store.list()
+def _filed_rows(store: AdapterStore) -> list[dict[str, Any]]:
+    """Rows of the evaluations that a store keeps."""
+    rows: list[dict[str, Any]] = []
+    adapters = store.list()
     names = {adapter.slug: readable_name(adapter) for adapter in adapters}
     for adapter in adapters:
-        if adapter.problem or store is None:
-            continue
-        for key, figures in store.evals(adapter.slug).items():
+        evals = {} if adapter.problem else store.evals(adapter.slug)
+        for key, figures in evals.items():
             if not is_probe(key):
-                limited = figures.get("limited", figures.get("limit") is not None)
                 # Figures are filed with the last adapter of the stack that was measured.
                 stack = figures.get("stack") or [adapter.slug]
                 who = " + ".join(names.get(slug, slug) for slug in stack)
+                limited = figures.get("limited", figures.get("limit") is not None)
                 row = {"name": f"{who} {key}", "source": adapter.slug, **figures}
-                table.append({**row, "limited": limited})
-    runs = Runs(table, log_r, [], notes)
-    models = {_measured(_version(path), reference).model for path in paths}
-    models |= {store.base_name()} if store is not None and len(table) > len(paths) else set()
-    comparable = models and all(PUBLISHED_MODEL.search(model) for model in models)
-    rows = PUBLISHED.get(split_of(runs) or "", {}) if comparable else {}
-    published = [
-        (name, math.log10(quality), utility)
-        for name, (quality, utility) in rows.items()
-        if quality > 0
-    ]
-    return replace(runs, published=published)
+                rows.append({**row, "limited": limited})
+    return rows
 
 
 Version = tuple[Path, int, int]  # a file's path, time of change and size
@@ -189,13 +188,6 @@ def _measured(log_version: Version, reference_version: Version | None) -> _Measu
     # A public log states no model: then its file's name must.
     model = str(log.meta.get("base") or log.meta.get("command") or log_version[0].stem)
     return _Measured(figures, log_r, model, problem)
-
-
-def all_logs(logs: Sequence[Path], retain_log: Path | None) -> list[Path]:
-    """The logs that are shown: those given, and the reference where it is none of them."""
-    if retain_log is None or retain_log.resolve() in [path.resolve() for path in logs]:
-        return list(logs)
-    return [*logs, retain_log]
 
 
 LABELS = {

@@ -156,7 +156,7 @@ def write_report(sources: runs.Sources, out: Path) -> Path:
     Figures filed in a store have no rows and no log to hash: where they are all there is, the
     page's own tables and plots are written instead. Made in the one place for button and tests.
     """
-    request = runs.report_request(sources)
+    request = sources.report_request()
     if request is None:
         out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
         return out

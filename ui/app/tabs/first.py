@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from ui.app.data import commands
+from ui.app.data.runs import Sources
 from ui.app.html import request_page, views
 from ui.app.tabs.pages import PRIVATE, command_box, told
 
@@ -53,7 +54,7 @@ def first(app: App) -> First:
 
 def offers(app: App) -> bool:
     """Whether there is nothing to work on: no base, no adapter and no log."""
-    return app.session.base is None and not app.session.adapters() and not app.logs
+    return app.session.base is None and not app.session.adapters() and not app.files.logs
 
 
 def folder(app: App) -> Path:
@@ -113,6 +114,6 @@ def adopt(app: App) -> None:
     session, logs = app.session, Path(found["folder"]) / "logs"
     session.base = BaseSpec(str(base))
     session.data, session.store_path = Path(found["data"]), Path(found["store"])
-    app.logs = tuple(sorted(logs.glob("*.json")))
-    app.retain_log = logs / "retrain.json"
+    found_logs = tuple(sorted(logs.glob("*.json")))
+    app.files = Sources(logs=found_logs, retain_log=logs / "retrain.json")
     session.start()

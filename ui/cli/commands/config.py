@@ -33,10 +33,7 @@ def register(commands: Any) -> None:
 def run_config(args: argparse.Namespace, console: Console) -> int:
     """Prints the YAML; nothing is read but the config."""
     known = {name: leaf for name, leaf in args.leaves.items() if "--config" in leaf.option_names()}
-    if args.name not in known:
-        raise UserError(
-            f"There are no settings of a command '{args.name}'.", did_you_mean(args.name, known)
-        )
+    options.require_known(args.name, known, f"There are no settings of a command '{args.name}'.")
     parser = known[args.name]
     flags = config_file.apply_config(parser, [args.name, *args.flags])[1:]
     with config_file.nothing_required(parser):

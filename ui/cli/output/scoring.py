@@ -50,7 +50,8 @@ def effort_of(args: argparse.Namespace) -> Effort:
     """What the flags say of how the work is done; none of it changes a figure."""
     from evaluation.suite import Effort
 
-    chosen = Effort(shared=not args.plain, drafts=not args.plain)
+    fast = not getattr(args, "plain", False)
+    chosen = Effort(shared=fast, drafts=fast)
     size = args.questions_per_batch
     return replace(chosen, batch_size=size) if size else chosen
 

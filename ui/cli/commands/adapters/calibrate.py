@@ -120,18 +120,20 @@ def run_calibrate(args: argparse.Namespace, console: Console) -> int:
 
 def _settings(args: argparse.Namespace) -> Settings:
     """Grid, rule and bound; everything that can be refused before a model is loaded."""
-    from evaluation.tuning.calibrate import MAX_MU_LOSS, Settings
+    from evaluation.tuning.calibrate import Settings
 
     if args.reference_log is None:
         raise UserError(
             "Calibration needs a retrain reference: without one nothing says how much is enough.",
             "Give --reference-log the log of a model that never saw the forget set.",
         )
-    bound = MAX_MU_LOSS if args.max_mu_loss is None else args.max_mu_loss
-    if not 0 <= bound <= 1:
-        raise UserError(f"--max-mu-loss {bound:g} is not between 0 and 1.", "Use 0.05, say.")
-    scales = {} if args.scales is None else {"scales": args.scales}
-    return Settings(by=args.by, max_mu_loss=bound, protocol=args.protocol, **scales)
+    given = options.given_settings(args, ("by", "max_mu_loss", "protocol", "scales"))
+    settings = Settings(**given)
+    if not 0 <= settings.max_mu_loss <= 1:
+        raise UserError(
+            f"--max-mu-loss {settings.max_mu_loss:g} is not between 0 and 1.", "Use 0.05, say."
+        )
+    return settings
 
 
 def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> Sweep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from adapters.errors import UserError
 from adapters.store.store import AdapterStore
 from ui.adapter_row import adapter_row
 from ui.cli import options
-from ui.cli.adapter_rows import verb
 from ui.cli.options import open_store
 from ui.console import Console
 
 FORMATS = ("peft", "vllm", "llama.cpp")
+
+
+def verb(verbs: Any, name: str, run: Callable[..., int], text: str) -> options.Parser:
+    """The parser of `adapters NAME`, with the flags that all of them have."""
+    about = f"{text[:1].upper()}{text[1:]}."
+    return options.add_command(verbs, name, run, "store", help=text, description=about)
 
 
 def register(verbs: Any) -> None:

@@ -110,16 +110,6 @@ def _loaded_dtype(stack: list[tuple[StoredAdapter, float]]) -> Any:
     return dtypes[0] if dtypes else None
 
 
-def _refuse_4bit(args: argparse.Namespace) -> None:
-    if args.load_in_4bit:
-        raise UserError(
-            "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
-            "the forgetting.",
-            "Leave out --load-in-4bit, then quantise and evaluate; --from-4bit-view folds a QLoRA "
-            "adapter into the base as it saw it.",
-        )
-
-
 def run_merge(args: argparse.Namespace, console: Console) -> int:
     """Writes the merged model and prints where it is."""
     made = merge_release(args, console)
@@ -130,7 +120,13 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
 
 def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The merged model's folder, adapters and figures, once its weights and card are written."""
-    _refuse_4bit(args)
+    if args.load_in_4bit:
+        raise UserError(
+            "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
+            "the forgetting.",
+            "Leave out --load-in-4bit, then quantise and evaluate; --from-4bit-view folds a QLoRA "
+            "adapter into the base as it saw it.",
+        )
     store = options.open_store(args)
     chosen = _chosen(args, store)
     console.words(f"Reading {args.base} ...")

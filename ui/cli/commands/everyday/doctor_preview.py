@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from adapters.base.load import load_tokenizer
 from ui.cli import options
 from ui.console import Console
 from ui.preview import Preview, make_preview, row_text
 from unlearner.config import TrainConfig
+from unlearner.request.sources import parse_request
+from unlearner.tokens.prompts import prompt_format
 
 SHOWN_AT_ONCE = 3
 
@@ -74,17 +77,9 @@ def run_doctor(args: argparse.Namespace, console: Console) -> int:
 def run_preview(args: argparse.Namespace, console: Console) -> int:
     """Prints the first rows of a request, or all of them as JSON."""
     console.words(f"Loading the tokenizer of {args.base} ...")
-    preview = make_preview(
-        args.request,
-        args.base,
-        revision=args.revision,
-        data=args.data,
-        retain=args.retain,
-        template=args.template,
-        max_length=args.max_length,
-        system=args.system,
-        columns=options.columns(args),
-    )
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
+    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    preview = make_preview(request, fmt, args.max_length, with_retain=args.retain is not None)
     _print_preview(preview, args.rows, console)
     console.result(preview.to_json())
     if preview.without_targets:

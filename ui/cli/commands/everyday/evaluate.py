@@ -73,6 +73,8 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     stack = models.chosen_stack(args, store) if store is not None else []
     what = own_rows.name_of(args)
     console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {what} ...")
+    from evaluation.metrics.summary import figures_to_file
+
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)
     extras = plan_extras(args, data, protocol_named(args.protocol[0]), console)
@@ -92,9 +94,11 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         write_log(log, args.out / scoring.LOG_FILE)
         write_json(args.out / scoring.FIGURES_FILE, json_value(named))
         console.words(f"Wrote {args.out / scoring.LOG_FILE} and {args.out / scoring.FIGURES_FILE}")
-    if ranks.rank() == 0:
+    if ranks.rank() == 0 and store is not None and stack:
+        # Filed with the last adapter of the stack: numbers and words, never a text.
         for figures in summaries:
-            _attach(store, stack, args, figures)
+            name, result = figures_to_file(figures, what, dict(stack), args.limit)
+            store.attach_eval(stack[-1][0], name, result)
     report_figures(named, console)
     extras.report(named, console)
     if ranks.rank() == 0:  # last: a format may need what the rows lack, and the figures are shown
@@ -147,15 +151,3 @@ def _measure(
                 error.problem, f"{error.fix} `--adapters none` evaluates the bare base."
             ) from error
     return models.measure(args, base, model, stack, data, retain_log, args.out, console, extras)
-
-
-def _attach(
-    store: AdapterStore | None, stack: Stack, args: argparse.Namespace, figures: dict[str, Any]
-) -> None:
-    """Files the figures with the last adapter of the stack: numbers and words, never a text."""
-    if store is None or not stack:
-        return
-    from evaluation.metrics.summary import figures_to_file
-
-    name, result = figures_to_file(figures, own_rows.name_of(args), dict(stack), args.limit)
-    store.attach_eval(stack[-1][0], name, result)

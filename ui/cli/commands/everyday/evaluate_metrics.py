@@ -113,6 +113,8 @@ class Extras:
             from evaluation.inference.token_suite import measure_tokens
             from evaluation.logs.token_records import write_records
 
+            named = self.args.reference
+            reference = {"reference": named} if named else {}
             self.records = measure_tokens(
                 model,
                 fmt,
@@ -120,7 +122,7 @@ class Extras:
                 key=key,
                 resume_dir=out / PARTS if out else None,
                 on_progress=on_progress,
-                meta={**meta, "holdout": _holdout_name(self.args), **self._reference()},
+                meta={**meta, "holdout": _holdout_name(self.args), **reference},
             )
             if out and ranks.rank() == 0:
                 write_records(self.records, out / TOKEN_FILE)
@@ -128,13 +130,12 @@ class Extras:
             from evaluation.inference.lm_harness import run_tasks
 
             named, limit = self.args.lm_eval, self.args.limit
-            with threads_for(model), _bars(self.live):
+            # The harness draws its own progress bars: only on a terminal, where they may move.
+            quiet = contextlib.redirect_stderr(io.StringIO())
+            with threads_for(model), contextlib.nullcontext() if self.live else quiet:
                 self.lm_eval = ranks.from_first(
                     lambda: run_tasks(model, fmt.tokenizer, named, self.tasks, limit=limit)
                 )
-
-    def _reference(self) -> dict[str, Any]:
-        return {"reference": self.args.reference} if self.args.reference else {}
 
     def join(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """The evaluation's figures with what was measured beside them."""
@@ -161,11 +162,6 @@ class Extras:
             console.table(self.lm_eval)
 
 
-def _bars(live: bool) -> contextlib.AbstractContextManager[Any]:
-    """The harness draws its own progress bars: only on a terminal, where they may move."""
-    return contextlib.nullcontext() if live else contextlib.redirect_stderr(io.StringIO())
-
-
 def _line(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     low, high = figures.get(f"{name}_interval") or (None, None)
     better = figures["better"][name]
@@ -185,7 +181,12 @@ def plan_extras(
         UserError: a flag without the metric it is for, rows or files that cannot be had, a task
             the harness does not know.
     """
-    _check_flags(args)
+    for flag in ("holdout", "reference", "retain_metrics"):
+        if getattr(args, flag) is not None and "membership" not in args.metrics:
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for membership inference, which is not measured.",
+                "Add --metrics membership.",
+            )
     extras = Extras(args, console.live)
     if args.lm_eval:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -213,15 +214,6 @@ def plan_extras(
         plan = replace(plan, reference=_reference_losses(args, plan, console))
     extras.plan = plan
     return extras
-
-
-def _check_flags(args: argparse.Namespace) -> None:
-    for flag in ("holdout", "reference", "retain_metrics"):
-        if getattr(args, flag) is not None and "membership" not in args.metrics:
-            raise UserError(
-                f"--{flag.replace('_', '-')} is for membership inference, which is not measured.",
-                "Add --metrics membership.",
-            )
 
 
 def _holdout_name(args: argparse.Namespace) -> str | None:

@@ -9,13 +9,9 @@ from adapters.lora.stack import load_stack
 from evaluation.logs.records import write_log
 from ui.cli import models, options, own_rows
 from ui.cli.output import scoring
+from ui.cli.output.figures import COLUMNS
 from ui.console import Console
 from unlearner import distributed as ranks
-
-COLUMNS = (
-    "name", "protocol", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
-    "forget_answer_prob", "forget_nll", "retain_answer_prob", "retain_nll",
-)  # fmt: skip
 
 
 def parse_systems(text: str) -> list[list[str]]:
@@ -29,18 +25,14 @@ def parse_systems(text: str) -> list[list[str]]:
 def _check(args: argparse.Namespace) -> None:
     if args.adapters is not None:
         raise UserError("--systems names the adapters already.", "Leave out --adapters.")
-    if args.scales is not None:
-        raise UserError("--scales is for one system.", "Evaluate that one with --adapters.")
-    if args.fail_if:
-        raise UserError("--fail-if is for one system.", "Evaluate that one with --adapters.")
+    for name in ("scales", "fail_if", "metrics", "lm_eval"):
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is for one system.", "Evaluate that one with --adapters.")
     if args.write_tofu or args.write_open_unlearning or args.write_lm_eval:
         raise UserError(
             "--systems measures several models, a public log holds one.",
             "Convert a log of --out with `unlearner score LOG --write-tofu FILE`.",
-        )
-    if args.metrics or args.lm_eval:
-        raise UserError(
-            "--metrics and --lm-eval are for one system.", "Evaluate that one with --adapters."
         )
 
 
@@ -69,7 +61,8 @@ def run_systems(args: argparse.Namespace, console: Console) -> int:
             write_log(log, out / scoring.LOG_FILE)
         for figures in scoring.figures_of(args, log, references):
             table.append({**figures, "name": name, "adapters": slugs})
-    console.table([{c: row.get(c) for c in COLUMNS} for row in table], list(COLUMNS))
+    columns = ("name", "protocol", *COLUMNS[1:])
+    console.table([{key: row.get(key) for key in columns} for row in table])
     console.text(f"split {what}")
     console.result({"base": args.base, "split": what, "table": table})
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from adapters.store.catalog import StoredAdapter
 from adapters.store.store import AdapterStore
 from evaluation.logs import read_log
 from ui.adapter_row import adapter_row
+from ui.app.data.commands import command, flag_words
 from ui.cli import config_file, options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.options import LORA_FIELDS, SETTINGS, given_settings
@@ -71,7 +71,20 @@ def register(commands: Any) -> None:
 
 def add_run_flags(parser: options.Parser) -> None:
     """What every command has that trains an adapter: retain rows, guard, place, label."""
-    _add_retain_flags(parser)
+    options.add_retain(parser, default="the rest of TOFU")
+    parser.add_argument(
+        "--neighbours",
+        **options.COUNT,
+        help="of these rows keep only the N nearest to the request, by their words: what is most "
+        "at risk of going with it",
+    )
+    add_alternates_from(parser)
+    parser.add_argument(
+        "--general-prompts",
+        **options.FILE,
+        help="neutral prompts, one a line, whose answers by the base are held (default: 80 to 260 "
+        "of the package, by the length of the run); the base answers them once",
+    )
     parser.add_argument(
         "--label", metavar="NAME", help="what to call the adapter; it is stored in the clear"
     )
@@ -119,23 +132,6 @@ def add_run_flags(parser: options.Parser) -> None:
     )
     again.add_argument(
         "--restart", action="store_true", help="discard the interrupted run of the same request"
-    )
-
-
-def _add_retain_flags(parser: options.Parser) -> None:
-    options.add_retain(parser, default="the rest of TOFU")
-    parser.add_argument(
-        "--neighbours",
-        **options.COUNT,
-        help="of these rows keep only the N nearest to the request, by their words: what is most "
-        "at risk of going with it",
-    )
-    add_alternates_from(parser)
-    parser.add_argument(
-        "--general-prompts",
-        **options.FILE,
-        help="neutral prompts, one a line, whose answers by the base are held (default: 80 to 260 "
-        "of the package, by the length of the run); the base answers them once",
     )
 
 
@@ -227,10 +223,7 @@ def target_nll(text: str) -> float | Literal["auto"]:
 
 def gib_size(text: str) -> int:
     """Bytes of a number of GiB above 0."""
-    value = options.number(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return round(value * 1024**3)
+    return round(options.positive_number(text) * 1024**3)
 
 
 def run_forget(args: argparse.Namespace, console: Console) -> int:
@@ -301,7 +294,9 @@ def _train_full(
         *("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at", "target", "unseen"),
         *("general_weight", "protected_directions", "settle", "general_prompts", "reference_log"),
     )
-    named += [name for name in of_adapters if _is_given(getattr(args, name))]
+    values = {name: getattr(args, name) for name in of_adapters}
+    # 0 is a value; a flag that was left out holds one of these.
+    named += [n for n, v in values.items() if v is not False and v not in (None, [], "")]
     named += ["store"] if "--store" in args.words else []  # else it may be the environment's
     if named:
         flag = "--" + named[0].replace("_", "-")
@@ -327,11 +322,6 @@ def _train_full(
     console.hint(f"measure it with `unlearner evaluate --base {out} ...`.")
     console.result({"out": out, "base": args.base, "request": request.name})
     return 0
-
-
-def _is_given(value: Any) -> bool:
-    """Whether a flag was given; 0 is a value."""
-    return value not in (None, [], "") and value is not False
 
 
 def train_request(
@@ -410,17 +400,17 @@ def train_request(
 
 def _next_commands(args: argparse.Namespace, slug: str, store: Path) -> list[str]:
     """Commands that switch the adapter on and measure it, where its rows are a split or a file."""
-    kept = ["--store", str(store)]
-    commands = [["adapters", "activate", slug, *kept]]
+    commands = [command("adapters", "activate", slug, "--store", store)]
     request = str(getattr(args, "request", "")).removeprefix("tofu:")
-    base = ["--base", args.base, *(["--load-in-4bit"] if args.load_in_4bit else [])]
-    base += ["--data", str(args.data)] if args.data else []
+    where = flag_words(
+        adapters=slug, base=args.base, load_in_4bit=args.load_in_4bit, data=args.data, store=store
+    )
     if request in FORGET_SPLITS:
-        commands.append(["evaluate", "--split", request, "--adapters", slug, *base, *kept])
+        commands.append(command("evaluate", "--split", request, *where))
     elif request and args.retain and Path(request).exists():
-        rows = ["--rows", request, "--retain", str(args.retain)]
-        commands.append(["evaluate", *rows, "--adapters", slug, *base, *kept])
-    return [shlex.join(["unlearner", *words]) for words in commands]
+        rows = flag_words(rows=request, retain=args.retain)
+        commands.append(command("evaluate", *rows, *where))
+    return commands
 
 
 def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter, store: AdapterStore) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ui.cli import models, options
-from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
+from ui.cli.output.figures import print_comparison
 from ui.console import Console, duration_text
 
 ANSWER_TITLES = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ui.app.data import commands as command_lines
 from ui.cli import options
 from ui.console import Console
 
@@ -75,7 +75,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     from evaluation.report.files import make_report
 
     request = report_request(args)
-    request = replace(request, command=command_text(request, png=args.png))
+    request = replace(request, command=command_lines.report(request, png=args.png))
     written = make_report(request, args.out, png=args.png)
     report = written.report
     for text in report.warnings:
@@ -107,39 +107,13 @@ def report_request(args: argparse.Namespace) -> ReportRequest:
     """The request that the flags describe."""
     from evaluation.report.build import ReportRequest
 
+    same = ("title", "tried", "published", "without_answers", "date")
     return ReportRequest(
-        inputs=tuple(args.inputs),
-        reference_log=args.reference_log,
-        second_reference_log=args.second_reference_log,
-        protocols=tuple(args.protocol or ()),
-        robustness=tuple(args.robustness),
-        calibration=tuple(args.calibration),
-        title=args.title,
-        tried=args.tried,
-        published=args.published,
-        without_answers=args.without_answers,
-        date=args.date,
+        tuple(args.inputs),
+        args.reference_log,
+        args.second_reference_log,
+        tuple(args.protocol or ()),
+        tuple(args.robustness),
+        tuple(args.calibration),
+        **{name: getattr(args, name) for name in same},
     )
-
-
-def command_text(request: ReportRequest, *, png: bool = False) -> str:
-    """The command that makes the same report; `--out` is left out, as it changes no byte."""
-    words: list[object] = ["unlearner", "report", *request.inputs]
-    values = {
-        "--reference-log": request.reference_log,
-        "--second-reference-log": request.second_reference_log,
-        "--protocol": ",".join(request.protocols) or None,
-        "--tried": request.tried,
-        "--published": request.published,
-        "--title": request.title if request.title != TITLE else None,
-        "--date": request.date or None,
-    }
-    for flag, value in values.items():
-        words += [] if value is None else [flag, value]
-    for flag, files in {
-        "--robustness": request.robustness,
-        "--calibration": request.calibration,
-    }.items():
-        words += [flag, *files] if files else []
-    words += ["--without-answers"] * request.without_answers + ["--png"] * png
-    return shlex.join(map(str, words))

@@ -16,6 +16,7 @@ from ui.cli.options import COUNT, NAMES, NUMBER
 from ui.cli.output.events import progress_of
 from ui.cli.output.gates import check_gates, parse_gate
 from ui.cli.output.robustness_card import report_card
+from ui.cli.output.scoring import effort_of
 from ui.console import Console, json_value
 from unlearner import distributed as ranks
 
@@ -138,7 +139,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
             wordings=wordings,
             out=args.out,
             on_progress=progress_of(console),
-            effort=_effort(args),
+            effort=effort_of(args),
         )
     figures = flat_figures(card)
     if args.out:
@@ -187,13 +188,6 @@ def _subject(args: argparse.Namespace) -> Subject:
         args.system,
         allow_missing_parents=args.adapters is None,
     )
-
-
-def _effort(args: argparse.Namespace) -> Any:
-    from evaluation.suite import Effort
-
-    size = args.questions_per_batch
-    return Effort(batch_size=size) if size else None
 
 
 def _attach(

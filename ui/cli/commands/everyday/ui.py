@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
+from ui.app.data.runs import Sources
 from ui.app.session import Session
 from ui.cli import config_file, options
 from ui.cli.commands.everyday import forget
@@ -131,10 +132,13 @@ def _serve(
         args.template,
         args.system,
     )
-    app = App(
-        session, Jobs(jobs_folder()), settings_of, tuple(args.logs), args.reference_log,
-        robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
-    )  # fmt: skip
+    files = Sources(
+        logs=tuple(args.logs),
+        retain_log=args.reference_log,
+        robustness=tuple(args.robustness),
+        calibration=tuple(args.calibration),
+    )
+    app = App(session, Jobs(jobs_folder()), settings_of, files, scratch=scratch)
     app.sources().probes()  # a file that is none is refused before the page opens
     page, url = launch(app, host=args.host, port=args.port, auth=auth, open_browser=args.open)
     console.text(url)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
@@ -64,8 +63,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--cap-gb",
         metavar="A,B",
-        type=options.name_list,
-        default=[],
+        type=options.number_list,
+        default=(),
         help="GPU only: time again with the memory capped to these sizes, as on smaller cards",
     )
     parser.add_argument(
@@ -172,7 +171,7 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
     device = "cuda" if on_gpu else "cpu"
     lines: list[Line] = []
     notes: list[str] = []
-    for cap in [None, *_caps(args.cap_gb)]:
+    for cap in [None, *args.cap_gb]:
         free_memory()  # of the model before
         if cap is not None:
             total = torch.cuda.get_device_properties(0).total_memory
@@ -196,12 +195,3 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
                 torch.cuda.set_per_process_memory_fraction(1.0)
         lines += [line if cap is None else line.under(f"{cap:g} GB: ") for line in timed]
     return lines, notes
-
-
-def _caps(texts: Sequence[str]) -> list[float]:
-    try:
-        return [float(text) for text in texts]
-    except ValueError:
-        raise UserError(
-            f"--cap-gb {','.join(texts)} is not a list of numbers.", "Write it as in 24,8,6."
-        ) from None

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from adapters.errors import UserError, did_you_mean
+from adapters.errors import UserError
 from ui.cli import options
 from ui.cli.options import LORA_FIELDS, given_settings
 from ui.cli.output.events import show_event
@@ -55,9 +55,7 @@ def run_finetune(args: argparse.Namespace, console: Console) -> int:
     if shape and not args.lora:
         flag = "--" + next(iter(shape)).replace("_", "-")
         raise UserError(f"{flag} says nothing without --lora.", "Add --lora, or leave it away.")
-    if args.split not in FORGET_SPLITS:
-        hint = did_you_mean(args.split, FORGET_SPLITS)
-        raise UserError(f"'{args.split}' is not a forget split.", hint)
+    options.require_split(args.split)
     name = "full" if args.kind == "origin" else FORGET_SPLITS[args.split]
     console.words(f"Reading {name} ...")
     rows = load_split(name, args.data)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapters.base.load import BaseSpec
-from adapters.errors import GateFailed, UserError, did_you_mean
+from adapters.errors import GateFailed, UserError
+from ui.app.data.commands import command, flag_words
 from ui.cli import models, options
 from ui.cli.commands.adapters import merge
 from ui.cli.options import PRESETS
-from ui.cli.output.comparison import HEADS, print_comparison
 from ui.cli.output.events import show_event
+from ui.cli.output.figures import HEADS, print_comparison
 from ui.console import Console, duration_text, setting_text, size_text
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.tofu import FORGET_SPLITS
@@ -86,7 +86,10 @@ def register(commands: Any) -> None:
 def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     """Runs the comparison and prints its table beside the published rows."""
     split = args.target.removeprefix("tofu:").removeprefix("tofu-")
-    _check_names(args, split)
+    options.require_known(split, FORGET_SPLITS, f"'{args.target}' cannot be reproduced.")
+    options.require_known(args.preset, PRESETS, f"There is no preset '{args.preset}'.")
+    for method in args.methods:
+        options.require_known(method, OBJECTIVES, f"There is no objective '{method}'.")
     _check_full(args)
     protocols = tuple(args.protocol)
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
@@ -126,20 +129,6 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     console.result(found)
     _require_published(args, found)
     return 0
-
-
-def _check_names(args: argparse.Namespace, split: str) -> None:
-    """Refuses unknown names, with the nearest known one."""
-    if split not in FORGET_SPLITS:
-        hint = did_you_mean(split, FORGET_SPLITS)
-        raise UserError(f"'{args.target}' cannot be reproduced.", hint)
-    if args.preset not in PRESETS:
-        hint = did_you_mean(args.preset, PRESETS)
-        raise UserError(f"There is no preset '{args.preset}'.", hint)
-    for method in args.methods:
-        if method not in OBJECTIVES:
-            hint = did_you_mean(method, OBJECTIVES)
-            raise UserError(f"There is no objective '{method}'.", hint)
 
 
 def _check_full(args: argparse.Namespace) -> None:
@@ -190,13 +179,19 @@ def release_system(
 ) -> dict[str, Any]:
     """Merges the last method's adapter into --release and evaluates it, as `merge` does."""
     method = run.methods[-1]
-    words = ["merge", "--base", found["origin"], "--store", found["stores"][method]]
-    words += ["--out", str(args.release), "--split", run.split, "--template", run.chosen.template]
-    words += ["--reference-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
-    words += ["--data", str(args.data)] if args.data else []
-    words += ["--limit", str(args.limit)] if args.limit else []
-    console.words(f"Releasing {method}: unlearner {shlex.join(words)}")
-    return merge.merge_release(options.parse_with(merge.register, words), console)
+    flags = flag_words(
+        base=found["origin"],
+        store=found["stores"][method],
+        out=args.release,
+        split=run.split,
+        template=run.chosen.template,
+        reference_log=found["logs"]["retrain"],
+        protocol=run.protocols[0],
+        data=args.data,
+        limit=args.limit,
+    )
+    console.words(f"Releasing {method}: {command('merge', *flags)}")
+    return merge.merge_release(options.parse_with(merge.register, ["merge", *flags]), console)
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:

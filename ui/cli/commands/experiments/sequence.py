@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError, counted
+from adapters.errors import counted
 from evaluation.logs.records import write_text
 from ui.cli import options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
@@ -15,7 +15,7 @@ from ui.cli.commands.everyday.forget import chosen_by_user, forget_config
 from ui.cli.output.events import show_event
 from ui.console import Console
 from unlearner.request.sources import parse_request
-from unlearner.request.tofu import FORGET_SPLITS, split_name
+from unlearner.request.tofu import split_name
 
 if TYPE_CHECKING:
     from evaluation.experiments.sequence import Plan
@@ -104,8 +104,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
     """Runs the sequence and prints one row per stage."""
-    if args.split not in FORGET_SPLITS:
-        raise UserError(f"'{args.split}' is not a forget split.", "Give one such as forget05.")
+    options.require_split(args.split)
     console.words(f"Reading {args.split} ...")
     plan = _plan(args)
     console.words("Loading the libraries ...")

@@ -9,16 +9,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError, did_you_mean
+from ui.app.data.commands import flag_words
 from ui.cli import models, options
 from ui.cli.answers import add_alternates_from, other_rows, refusals
-from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
+from ui.cli.output.figures import print_comparison
 from ui.console import Console, duration_text
 from unlearner.config import make_config
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import Request
 from unlearner.request.sources import parse_request
-from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
@@ -106,13 +106,9 @@ def run_tune(args: argparse.Namespace, console: Console) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be seen to be wrong before a library is loaded."""
-    if args.split not in FORGET_SPLITS:
-        raise UserError(
-            f"'{args.split}' is not a forget split.", did_you_mean(args.split, FORGET_SPLITS)
-        )
-    if args.objective not in OBJECTIVES:
-        hint = did_you_mean(args.objective, OBJECTIVES)
-        raise UserError(f"There is no objective '{args.objective}'.", hint)
+    options.require_split(args.split)
+    objective = args.objective
+    options.require_known(objective, OBJECTIVES, f"There is no objective '{objective}'.")
     if args.seed is not None:
         raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
     if args.retain_known is not None and not 0 <= args.retain_known < 1:
@@ -156,21 +152,12 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
 
 
 def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
-    words = ["unlearner", "forget", args.request, "--base", args.base]
-    told = {
-        "--revision": args.revision,
-        "--data": args.data,
-        "--retain": kept,
-        "--system": args.system,
-        "--question-column": args.question_column,
-        "--answer-column": args.answer_column,
-    }
-    for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
-        words += [] if value is None else [flag, str(value)]
-    for flag in ("template", "dtype", "device", "attention"):
-        value = getattr(args, flag)
-        words += [] if value == "auto" else [f"--{flag}", value]
-    return tuple([*words, "--load-in-4bit"] if args.load_in_4bit else words)
+    same = [
+        *("base", "revision", "data", "system", "question_column", "answer_column"),
+        *("alternates_from", "template", "dtype", "device", "attention", "load_in_4bit"),
+    ]
+    flags = flag_words(**{name: getattr(args, name) for name in same}, retain=kept)
+    return ("unlearner", "forget", args.request, *flags)
 
 
 def _known(args: argparse.Namespace, request: Request, console: Console) -> tuple[Request, str]:
