@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.base.fingerprint import BaseFingerprint, fingerprint_base
-from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
+from adapters.base.load import base_view, load_base, resolve_base
 from adapters.errors import Interrupted
 from adapters.store.store import AdapterStore
+from evaluation.cache import key_of
 from evaluation.logs.records import EvalLog
 from ui.app.data.commands import command
 from ui.cli import options, own_rows
 from ui.cli.output.events import progress_of
 from ui.cli.output.scoring import PARTS, effort_of
 from ui.console import Console
-from unlearner.tokens.prompts import PromptFormat, prompt_format
+from unlearner.tokens.prompts import PromptFormat
 
 if TYPE_CHECKING:
     from evaluation.suite import EvalData
@@ -38,7 +39,7 @@ class LoadedBase(NamedTuple):
 
 def load(args: argparse.Namespace) -> LoadedBase:
     """The base that the flags name."""
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    fmt = options.prompts(args)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     model = load_base(options.base_spec(args))
     return LoadedBase(model, fmt, fingerprint, base_view(model))
@@ -68,7 +69,6 @@ def measure(
     extras: Extras | None = None,
 ) -> EvalLog:
     """The log of `model`, which is `base` with `stack` active; parts are cached in `out`."""
-    from evaluation.cache import key_of
     from evaluation.suite import evaluate
 
     key, show = key_of(base=base.fingerprint.digest, adapters=stack), progress_of(console)

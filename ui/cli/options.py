@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from adapters.base.load import BaseSpec
+from adapters.base.load import BaseSpec, load_tokenizer
 from adapters.errors import UserError, did_you_mean
 from adapters.store.store import AdapterStore
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
@@ -19,6 +19,7 @@ from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_ob
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.formats import Columns
 from unlearner.request.tofu import FORGET_SPLITS, split_name
+from unlearner.tokens.prompts import PromptFormat, prompt_format
 
 DEFAULT_STORE = "./forget-store"
 PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
@@ -31,14 +32,6 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def number(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def positive_int(text: str) -> int:
@@ -59,7 +52,10 @@ def seed(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A finite number above 0."""
-    value = number(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
@@ -107,17 +103,6 @@ def require_known(name: str, known: Iterable[str], problem: str) -> None:
 def require_split(name: str) -> None:
     """Refuses what is no forget split of TOFU, with the nearest one."""
     require_known(name, FORGET_SPLITS, f"'{name}' is not a forget split.")
-
-
-def parse_with(register: Callable[[Any], None], words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of `words`, the command that `register` adds and its flags.
-
-    Raises:
-        UserError: another command, an unknown flag, or a missing or bad value.
-    """
-    parser = Parser(prog="unlearner")
-    register(parser.add_subparsers(dest="command", parser_class=Parser))
-    return parser.parse_args(list(words))
 
 
 def add_command(
@@ -175,7 +160,7 @@ def _add_data(parser: Parser) -> None:
         "--data",
         type=_data_folder,
         metavar="DIR",
-        default=_env_path("UNLEARNER_DATA"),
+        default=os.environ.get("UNLEARNER_DATA") or None,
         help="folder of TOFU's JSON-lines files instead of the hub's locuslab/TOFU "
         "(environment: UNLEARNER_DATA)",
     )
@@ -190,15 +175,11 @@ def _data_folder(text: str) -> Path:
     return Path(text)
 
 
-def _env_path(name: str) -> Path | None:
-    return Path(os.environ[name]) if os.environ.get(name) else None
-
-
 def _add_store(parser: Parser) -> None:
     parser.add_argument(
         "--store",
         **FOLDER,
-        default=_env_path("UNLEARNER_STORE"),
+        default=os.environ.get("UNLEARNER_STORE") or None,
         help="folder of the forget adapters "
         f"(environment: UNLEARNER_STORE; default: {DEFAULT_STORE})",
     )
@@ -270,7 +251,7 @@ def add_second_reference_log(flags: Flags) -> None:
 def add_protocol(flags: Flags, *, several: bool = False, default: str | None = DEFAULT) -> None:
     """--protocol: one name, or with `several` a list of names."""
     choices = ", ".join(PROTOCOLS)
-    kind: Callable[[str], Any] = _protocol_list if several else _protocol
+    kind: Callable[[str], Any] = _protocols if several else lambda text: protocol_named(text).name
     flags.add_argument(
         "--protocol",
         type=kind,
@@ -281,11 +262,7 @@ def add_protocol(flags: Flags, *, several: bool = False, default: str | None = D
     )
 
 
-def _protocol(text: str) -> str:
-    return protocol_named(text).name
-
-
-def _protocol_list(text: str) -> list[str]:
+def _protocols(text: str) -> list[str]:
     return [protocol.name for protocol in protocols_named(text)]
 
 
@@ -304,7 +281,7 @@ def add_out(flags: Flags, text: str, *, default: str | None = None, required: bo
         "--out",
         type=folder,
         required=required,
-        default=Path(default) if default else None,
+        default=default,
         metavar="DIR",
         help=f"{text} (default: ./{default})" if default else text,
     )
@@ -449,6 +426,11 @@ def base_spec(args: argparse.Namespace) -> BaseSpec:
         device=args.device,
         attention=args.attention,
     )
+
+
+def prompts(args: argparse.Namespace) -> PromptFormat:
+    """The prompts of --base, by its tokenizer and the flags --template and --system."""
+    return prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
 
 
 # One line on what to turn a knob for; names, types and defaults come from the dataclasses.

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ui.app.data.runs import Sources
-from ui.cli.commands.everyday.ui import settings_of
+from ui.cli.commands.everyday.ui import planned
 
 pytestmark = pytest.mark.browser
 PATIENCE = 180_000  # milliseconds; only a broken page waits so long
@@ -96,7 +96,7 @@ def _publish(home: Path, label: str, seed: int) -> str:
 def short_answers() -> Iterator[None]:
     """A random model never ends its answers: 24 tokens instead of 200, and in a sheet."""
     from ui.app.data import sheet
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     start, answers = PairDecoder.__init__, sheet._answers
 
@@ -120,7 +120,7 @@ def served(world: Path) -> Iterator[tuple[Any, str]]:
 
     base = BaseSpec(str(world / "base"), dtype="float32", device="cpu")
     session = Session(world / "store", base, world / "world")
-    app = App(session, Jobs(world / "jobs"), settings_of)
+    app = App(session, Jobs(world / "jobs"), planned)
     page, url = launch(app)
     assert session.wait(60)
     assert session.state == "ready", session.problem
@@ -206,7 +206,7 @@ def _question(app: Any) -> str:
 def test_a_new_page_has_asked_its_first_question(page: Any, served: Any) -> None:
     session = served[0].session
     shown, key = session.choices()[0]
-    rows = session.askable()[key]
+    rows = session.askable()[key][1]
     _asked(page, rows[0].question)
     assert page.locator("#un-author input").input_value() == shown
     assert page.locator("#un-list input").input_value() == rows[0].question
@@ -257,7 +257,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
 def test_a_strength_that_moves_answers_the_right_side_alone(
     page: Any, served: Any, monkeypatch: Any
 ) -> None:
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     page.get_by_label("request-1").check()
     _done(page, "the right side alone")  # its own answer, which would end one that is asked before
@@ -293,7 +293,7 @@ def test_a_strength_that_moves_answers_the_right_side_alone(
 
 
 def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatch: Any) -> None:
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     step = PairDecoder.step
 
@@ -323,7 +323,7 @@ def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatc
 def test_two_browsers_take_turns_and_see_their_place(
     browser: Any, page: Any, served: Any, monkeypatch: Any
 ) -> None:
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     step = PairDecoder.step
 

@@ -12,8 +12,7 @@ import pytest
 from adapters.base.load import BaseSpec
 from tests.conftest import A100, T4
 from ui.app.data import commands, requests, runs
-from ui.app.data.answers import Answer, Frame
-from ui.app.data.decoding import Sampling
+from ui.app.data.answers import Answer, Frame, Sampling
 from ui.app.session import Session
 from ui.cli.main import parse
 

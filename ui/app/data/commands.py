@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ui.app.data.decoding import Sampling
+from ui.app.data.answers import Sampling
 
 if TYPE_CHECKING:
     from evaluation.report.build import ReportRequest

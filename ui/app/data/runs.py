@@ -5,27 +5,78 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from evaluation.report import cards
+from evaluation.report.card_sections import figure_points
 from ui.app.data import commands
 from ui.app.data.library import readable_name
-from ui.app.data.probes import Probes, gather_probes, is_probe
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.report.build import ReportRequest
 
+KINDS = ("robustness", "calibration")
+STRENGTH_CURVES = {
+    "KS distance": "ks",
+    "retain probability": "retain_answer_prob",
+    "model utility": "model_utility",
+}
+Points = list[tuple[float, float]]
 REFERENCE = "retrain reference"
 PUBLISHED_MODEL = re.compile(r"llama-?2.?7b", re.IGNORECASE)  # whose figures were published
-COLUMNS = (
-    "name", "source", "forget_quality", "model_utility", "n", "protocol", "limited",
-    "forget_fact_recall", "retain_fact_recall", "forget_quality_log10", "ks", "log_r_shift",
-    "direction", "forget_rouge_l_recall", "forget_answer_prob",
-)  # fmt: skip
+# The columns of the table, by the keys of their figures.
+LABELS = {
+    "name": "Run", "source": "Source", "forget_quality": "Forget quality (p)",
+    "model_utility": "Model utility", "n": "Forget rows", "protocol": "Protocol",
+    "limited": "Extent", "forget_fact_recall": "Forget facts stated",
+    "retain_fact_recall": "Retain facts stated", "forget_quality_log10": "log10 FQ",
+    "ks": "KS distance", "log_r_shift": "log R shift", "direction": "Direction",
+    "forget_rouge_l_recall": "Forget ROUGE-L", "forget_answer_prob": "Forget probability",
+}  # fmt: skip
+COLUMNS = tuple(LABELS)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One adapter at several strengths, and the strength that was chosen."""
+
+    name: str
+    chosen: float | None
+    curves: dict[str, Points]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Curves by name: relearning and sampling, strengths, and the verdicts in words.
+
+    `relearning` is the answer probability of rows that are not taught again, `taught` of those
+    that are.
+    """
+
+    relearning: dict[str, Points] = field(default_factory=dict)
+    taught: dict[str, Points] = field(default_factory=dict)
+    sampling: dict[str, Points] = field(default_factory=dict)
+    strengths: list[Strength] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def is_probe(name: str) -> bool:
+    """Whether an evaluation filed under this name is a probe, not a table of figures."""
+    return name.split("-", 1)[0] in KINDS
+
+
+def probe_text(name: str, value: Mapping[str, Any]) -> str:
+    """What a filed probe found, in a few words."""
+    if name.startswith("calibration"):
+        chosen = value.get("chosen_scale")
+        return f"{name}: strength {chosen:g}" if chosen is not None else f"{name}: none chosen"
+    return f"{name}: {value.get('leaks', 0)} of {len(value.get('verdicts', ()))} probes leak"
 
 
 @dataclass(frozen=True)
@@ -68,8 +119,24 @@ class Sources:
         return list(zip(log_names(paths), paths, strict=True))
 
     def probes(self) -> Probes:
-        """The probes."""
-        return gather_probes(self.store, self.logs, self.robustness, self.calibration)
+        """All probes that can be found, those named first; read as written, nothing is computed.
+
+        They are named on the command line, lie beside the logs, or are filed with an adapter.
+
+        Raises:
+            UserError: a file of another kind or schema, or one that cannot be read.
+        """
+        probes, store = Probes(), self.store
+        for path in _files(self.robustness, self.logs, cards.ROBUSTNESS):
+            _add_robustness(probes, cards.read_robustness(path), path.parent.name or path.stem)
+        for path in _files(self.calibration, self.logs, cards.CALIBRATION):
+            probes.strengths.append(_strength(cards.read_calibration(path)))
+        for adapter in store.list() if store is not None else ():
+            evals = store.evals(adapter.slug) if store is not None and not adapter.problem else {}
+            for name, value in evals.items():
+                if is_probe(name):
+                    _add_filed(probes, name, value, readable_name(adapter))
+        return probes
 
     def report_request(self) -> ReportRequest | None:
         """What `unlearner report` is asked for; None without any log or file of a probe."""
@@ -138,6 +205,59 @@ def _filed_rows(store: AdapterStore) -> list[dict[str, Any]]:
     return rows
 
 
+def _files(named: Sequence[Path], logs: Sequence[Path], name: str) -> list[Path]:
+    """The files that are named, then those beside the logs, each once."""
+    beside = [path for log in logs if (path := log.parent / name).is_file()]
+    return list({path.resolve(): path for path in reversed([*named, *beside])}.values())[::-1]
+
+
+def _add_filed(probes: Probes, name: str, value: Mapping[str, Any], owner: str) -> None:
+    """A probe as a store keeps it: columns in place of rows, verdicts without their sentences."""
+    curve, verdicts = value.get("curve"), value.get("verdicts")
+    if name.startswith("calibration") and isinstance(curve, Mapping):
+        columns = zip(*curve.values(), strict=True)
+        rows = [dict(zip(curve, row, strict=True)) for row in columns]
+        card = cards.parse_calibration({**value, "curve": rows}, Path(name), owner)
+        probes.strengths.append(_strength(card))
+    elif name.startswith("robustness") and isinstance(verdicts, Mapping):
+        holds = {word: value for value, word in cards.VERDICT_WORDS.items()}
+        probes.verdicts.extend(
+            {"of": owner, "name": probe, "said": word, "holds": holds.get(word),
+             "text": f"filed as {name}"}
+            for probe, word in verdicts.items()
+        )  # fmt: skip
+    else:
+        probes.notes.append(f"The evaluation {name} of {owner} cannot be read here.")
+
+
+def _add_robustness(probes: Probes, card: cards.Robustness, owner: str) -> None:
+    for curve in card.relearning:
+        name = _free(probes.relearning, curve.name, owner)
+        probes.relearning[name] = figure_points(curve.points, "step", "unseen_answer_prob")
+        probes.taught[name] = figure_points(curve.points, "step", "seen_answer_prob")
+    for curve in card.sampling:
+        name = _free(probes.sampling, curve.name, owner)
+        probes.sampling[name] = figure_points(curve.points, "n", "share_leaked")
+    probes.verdicts.extend(
+        {"of": owner, "said": cards.VERDICT_WORDS.get(verdict.get("holds")), **verdict}
+        for verdict in card.verdicts
+    )
+
+
+def _strength(card: cards.Calibration) -> Strength:
+    curves = {
+        name: points
+        for name, key in STRENGTH_CURVES.items()
+        if (points := figure_points(card.curve, "scale", key))
+    }
+    return Strength(card.name, card.chosen_scale, curves)
+
+
+def _free(taken: Mapping[str, Any], name: str, owner: str) -> str:
+    """`name`, with its owner where another file has a curve of that name."""
+    return name if name not in taken else f"{name} ({owner})"
+
+
 Version = tuple[Path, int, int]  # a file's path, time of change and size
 
 
@@ -188,16 +308,6 @@ def _measured(log_version: Version, reference_version: Version | None) -> _Measu
     # A public log states no model: then its file's name must.
     model = str(log.meta.get("base") or log.meta.get("command") or log_version[0].stem)
     return _Measured(figures, log_r, model, problem)
-
-
-LABELS = {
-    "name": "Run", "source": "Source", "forget_quality": "Forget quality (p)",
-    "forget_quality_log10": "log10 FQ", "ks": "KS distance", "log_r_shift": "log R shift",
-    "direction": "Direction", "model_utility": "Model utility",
-    "forget_fact_recall": "Forget facts stated", "retain_fact_recall": "Retain facts stated",
-    "forget_rouge_l_recall": "Forget ROUGE-L", "forget_answer_prob": "Forget probability",
-    "n": "Forget rows", "protocol": "Protocol", "limited": "Extent",
-}  # fmt: skip
 
 
 def cells(row: Mapping[str, Any]) -> list[Any]:

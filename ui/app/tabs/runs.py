@@ -10,12 +10,13 @@ import gradio as gr
 from adapters.errors import UserError
 from ui.app.data import commands
 from ui.app.data import runs as runs_data
-from ui.app.data.comparator import recorded_pairs
+from ui.app.data.sheet import recorded_pairs
 from ui.app.html import runs_page, views
 from ui.app.tabs.pages import (
     PRIVATE,
     QUIET,
     TABLE_BUTTONS,
+    button,
     command_box,
     comparator_file,
     note,
@@ -118,9 +119,7 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
         with gr.Row():
             first = gr.Dropdown([], label="Log", elem_id="un-first-log")
             second = gr.Dropdown([], label="beside", elem_id="un-second-log")
-            answers = gr.Button(
-                "Show their answers", size="md", elem_id="un-pair", scale=0, min_width=190
-            )
+            answers = button("Show their answers", "un-pair", 190)
         pair = rows_table("un-logs", "Recorded answers: click a heading to sort, a row to compare")
         pair_file = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
     outputs = [said, grid, chosen, spread, figures, table, report, box, first, second, two_logs]

@@ -43,8 +43,10 @@ def run_config(args: argparse.Namespace, console: Console) -> int:
             f"`{parser.prog}` has no option {extra[0]}.",
             did_you_mean(extra[0], parser.option_names()),
         )
+    import yaml
+
     with config_file.lines_named(given.config_lines):
         text = config_file.resolved(parser, given)
     console.text(text.rstrip())
-    console.result({"command": args.name, "settings": config_file.values_in(text)})
+    console.result({"command": args.name, "settings": yaml.safe_load(text)})
     return 0

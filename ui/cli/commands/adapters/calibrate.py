@@ -6,10 +6,13 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import versions
 from adapters.errors import UserError
 from adapters.lora.stack import MAX_SCALE, load_stack
 from adapters.store.catalog import StoredAdapter
+from adapters.store.derive import scaled
 from adapters.store.store import AdapterStore
+from evaluation.cache import key_of
 from evaluation.logs import read_log
 from evaluation.logs.records import write_json, write_log
 from evaluation.report.inputs import LOG_FILE
@@ -138,7 +141,6 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> Sweep:
     """The loaded model with the adapter's stack attached."""
-    from evaluation.cache import key_of
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
 
     slug, stack = stack_of(store, args.ref)
@@ -171,7 +173,6 @@ def _finish(
     console: Console,
 ) -> None:
     """Publishes, writes, attaches and prints what was found."""
-    from adapters.environment import versions
     from evaluation.tuning.sweep import flat
 
     made = ranks.from_first(lambda: _publish(args, store, sweep, found))
@@ -199,7 +200,6 @@ def _publish(
     args: argparse.Namespace, store: AdapterStore, sweep: Sweep, found: Mapping[str, Any]
 ) -> StoredAdapter | None:
     """The scaled adapter with the figures it was chosen by, where there is one to publish."""
-    from adapters.store.derive import scaled
     from evaluation.metrics.summary import figures_to_file
 
     scale = found["chosen_scale"]

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adapters.base.load import resolve_base
 from adapters.errors import UserError
+from adapters.lora.export import export_serving
+from adapters.lora.hub import pull_adapter, push_adapter
 from adapters.store.store import AdapterStore
-from ui.adapter_row import adapter_row
+from ui.app.data.library import adapter_row
 from ui.cli import options
 from ui.cli.options import open_store
 from ui.console import Console
@@ -123,8 +126,6 @@ def run_import(args: argparse.Namespace, console: Console) -> int:
 def _publish(folder: Path, name: str, args: argparse.Namespace, console: Console) -> int:
     """Publishes the adapter in `folder`, called `name` in words, and prints its row."""
     console.words(f"Checking {name} against {args.base} ...")
-    from adapters.base.load import resolve_base
-
     base = resolve_base(args.base, args.revision)
     store = AdapterStore.open(options.store_path(args), create=True)
     adapter = store.import_folder(folder, base, base_name=args.base)
@@ -137,8 +138,6 @@ def _publish(folder: Path, name: str, args: argparse.Namespace, console: Console
 def run_pull(args: argparse.Namespace, console: Console) -> int:
     """Downloads an adapter, checks it as `import` does, and prints its row."""
     console.words(f"Downloading {args.repo} ...")
-    from adapters.lora.hub import pull_adapter
-
     with tempfile.TemporaryDirectory(prefix="unlearner-") as scratch:
         folder = pull_adapter(args.repo, args.adapter_revision, Path(scratch))
         return _publish(folder, args.repo, args, console)
@@ -155,8 +154,6 @@ def run_push(args: argparse.Namespace, console: Console) -> int:
             "Push the sum of both, which `unlearner adapters combine` makes.",
         )
     console.words(f"Uploading {adapter.slug} to {args.repo} ...")
-    from adapters.lora.hub import push_adapter
-
     evals = store.evals(adapter.slug)
     url = push_adapter(adapter.path, adapter.manifest, evals, args.repo, private=args.private)
     console.text(url)
@@ -181,8 +178,6 @@ def run_export(args: argparse.Namespace, console: Console) -> int:
 
 
 def _export_serving(args: argparse.Namespace, store: AdapterStore, console: Console) -> int:
-    from adapters.lora.export import export_serving
-
     slug = _usable(args.ref, store)
     name = args.base_name if args.base_name is not None else store.base_name()
     if not name:

@@ -9,6 +9,8 @@ from typing import Any
 from adapters.base.fingerprint import fingerprint_base
 from adapters.base.load import BaseSpec, resolve_base
 from adapters.errors import UserError
+from adapters.lora.merge import fold_stack, require_full_weights
+from adapters.lora.model_card import Release, write_release
 from adapters.store.catalog import StoredAdapter
 from adapters.store.states import after
 from adapters.store.store import AdapterStore
@@ -130,9 +132,6 @@ def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     store = options.open_store(args)
     chosen = _chosen(args, store)
     console.words(f"Reading {args.base} ...")
-    from adapters.lora.merge import fold_stack, require_full_weights
-    from adapters.lora.model_card import Release, write_release
-
     base = resolve_base(args.base, args.revision)
     require_full_weights(base)  # before it is compared: a quantised copy is another base too
     fingerprint = fingerprint_base(base)

@@ -6,10 +6,12 @@ import argparse
 import sys
 from typing import Any
 
+from adapters.base.fingerprint import fingerprint_base
+from adapters.base.load import resolve_base
 from adapters.errors import UserError
 from adapters.store.activation import StackChange
 from adapters.store.store import AdapterStore
-from ui.adapter_row import adapter_row
+from ui.app.data.library import adapter_row
 from ui.cli import options
 from ui.cli.commands.adapters import exchange
 from ui.cli.commands.adapters.exchange import verb
@@ -135,9 +137,6 @@ def run_verify(args: argparse.Namespace, console: Console) -> int:
     base = None
     if args.base:
         console.words(f"Reading {args.base} ...")
-        from adapters.base.fingerprint import fingerprint_base
-        from adapters.base.load import resolve_base
-
         base = fingerprint_base(resolve_base(args.base, args.revision))
     results = store.verify(args.ref, base)
     log = store.verify_log()

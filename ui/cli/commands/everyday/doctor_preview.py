@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from adapters.base.load import load_tokenizer
 from ui.cli import options
 from ui.console import Console
 from ui.preview import Preview, make_preview, row_text
 from unlearner.config import TrainConfig
 from unlearner.request.sources import parse_request
-from unlearner.tokens.prompts import prompt_format
 
 SHOWN_AT_ONCE = 3
 
@@ -69,7 +67,7 @@ def run_doctor(args: argparse.Namespace, console: Console) -> int:
         if finding.fix:
             console.text(f"{'':<23} -> {finding.fix}")
     failed = sum(finding.status == "fail" for finding in found)
-    console.result({"ok": failed == 0, "table": [finding.to_json() for finding in found]})
+    console.result({"ok": failed == 0, "table": [vars(finding) for finding in found]})
     console.words(f"{failed} of {len(found)} failed." if failed else "Nothing stands in the way.")
     return 1 if failed else 0
 
@@ -78,7 +76,7 @@ def run_preview(args: argparse.Namespace, console: Console) -> int:
     """Prints the first rows of a request, or all of them as JSON."""
     console.words(f"Loading the tokenizer of {args.base} ...")
     request = parse_request(args.request, args.data, args.retain, options.columns(args))
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    fmt = options.prompts(args)
     preview = make_preview(request, fmt, args.max_length, with_retain=args.retain is not None)
     _print_preview(preview, args.rows, console)
     console.result(preview.to_json())

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from adapters.base.load import load_base, load_tokenizer
 from adapters.environment import threads_for
 from adapters.errors import UserError
+from evaluation.inference.lm_harness import load_tasks, run_tasks
+from evaluation.logs.token_records import TokenRecords, read_records, write_records
 from evaluation.protocols import Protocol
 from ui.cli import options
 from ui.cli.output.events import Progress, progress_of
@@ -27,7 +29,6 @@ from unlearner.tokens.prompts import PromptFormat, prompt_format
 
 if TYPE_CHECKING:
     from evaluation.inference.token_suite import TokenPlan
-    from evaluation.logs.token_records import TokenRecords
     from evaluation.suite import EvalData
 
 TOKEN_FILE = "token_metrics.json"
@@ -111,7 +112,6 @@ class Extras:
         out = self.args.out
         if self.plan is not None:
             from evaluation.inference.token_suite import measure_tokens
-            from evaluation.logs.token_records import write_records
 
             named = self.args.reference
             reference = {"reference": named} if named else {}
@@ -127,8 +127,6 @@ class Extras:
             if out and ranks.rank() == 0:
                 write_records(self.records, out / TOKEN_FILE)
         if self.tasks is not None:
-            from evaluation.inference.lm_harness import run_tasks
-
             named, limit = self.args.lm_eval, self.args.limit
             # The harness draws its own progress bars: only on a terminal, where they may move.
             quiet = contextlib.redirect_stderr(io.StringIO())
@@ -190,14 +188,11 @@ def plan_extras(
     extras = Extras(args, console.live)
     if args.lm_eval:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        from evaluation.inference.lm_harness import load_tasks
-
         console.words("Loading the tasks of lm-eval ...")
         extras.tasks = load_tasks(args.lm_eval)
     if not args.metrics:
         return extras
     from evaluation.inference.token_suite import TokenData, TokenPlan, check_holdout
-    from evaluation.logs.token_records import read_records
     from evaluation.metrics.privacy import match_retrained
 
     attacked = "membership" in args.metrics
@@ -248,7 +243,7 @@ def _reference_losses(
     from evaluation.inference.token_suite import reference_losses
 
     console.words(f"Measuring the reference base {args.reference} ...")
-    measured = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    measured = options.prompts(args)
     fmt = prompt_format(load_tokenizer(args.reference), args.template, args.system)
     spec = replace(options.base_spec(args), name=args.reference, revision=None)
     model: Any = load_base(spec)

@@ -8,17 +8,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from adapters.base.load import load_tokenizer, resolve_base
+from adapters.base.load import resolve_base
 from adapters.errors import UserError, counted
 from adapters.store.catalog import StoredAdapter
 from adapters.store.store import AdapterStore
 from evaluation.logs import read_log
-from ui.adapter_row import adapter_row
 from ui.app.data.commands import command, flag_words
+from ui.app.data.library import adapter_row
 from ui.cli import config_file, options
-from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.options import LORA_FIELDS, SETTINGS, given_settings
 from ui.cli.output.events import outcome_lines, show_event
+from ui.cli.own_rows import add_alternates_from, other_rows, refusals
 from ui.console import Console, size_text
 from unlearner import distributed as ranks
 from unlearner.config import UnlearnConfig, make_config
@@ -26,9 +26,9 @@ from unlearner.defaults import CHOSEN
 from unlearner.request.rows import Request
 from unlearner.request.sources import parse_request, rows_named
 from unlearner.request.tofu import FORGET_SPLITS
-from unlearner.tokens.prompts import prompt_format
 
 if TYPE_CHECKING:
+    from unlearner.run import RunOptions
     from unlearner.training.early_stop import StopAt
 
 
@@ -107,7 +107,6 @@ def add_run_flags(parser: options.Parser) -> None:
         "--on-stack",
         action="store_true",
         default=None,
-        dest="on_stack",
         help="train on top of the active adapters (default where some are active)",
     )
     placing.add_argument(
@@ -226,11 +225,17 @@ def gib_size(text: str) -> int:
     return round(options.positive_number(text) * 1024**3)
 
 
+def read_request(args: argparse.Namespace) -> Request:
+    """The request of the flags, with the answers that it takes of other rows."""
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
+    return replace(request, others=other_rows(args))
+
+
 def run_forget(args: argparse.Namespace, console: Console) -> int:
     """Trains and stores one adapter, or prints the plan."""
     config = forget_config(args)
     console.words(f"Reading {args.request} ...")
-    request = parse_request(args.request, args.data, args.retain, options.columns(args))
+    request = read_request(args)
     if args.full is not None:
         return _train_full(args, console, config, request)
     target, stop_at = _target(args), _stop_at(args, request)
@@ -254,7 +259,7 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
     from unlearner.training.early_stop import StopAt
 
     rows = gap_rows(request, args.stop_rows, args.data, options.columns(args))
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    fmt = options.prompts(args)
     probe = GapProbe(fmt, rows, read_log(args.reference_log))
     quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
     return StopAt(probe, quantity, f"{probe.key}-{quantity}", args.stop_every)
@@ -305,7 +310,7 @@ def _train_full(
     from unlearner.run import RunOptions
 
     out = forget_full(
-        replace(request, others=other_rows(args)),
+        request,
         options.base_spec(args),
         config,
         args.full,
@@ -324,6 +329,55 @@ def _train_full(
     return 0
 
 
+def _run_options(
+    args: argparse.Namespace,
+    config: UnlearnConfig,
+    replaces: Sequence[str] = (),
+    target: float | Literal["auto"] | None = None,
+) -> RunOptions:
+    """What the flags say of a run beside its settings."""
+    from unlearner.run import RunOptions
+    from unlearner.training.general import read_prompts
+
+    columns, unseen = options.columns(args), getattr(args, "unseen", None)
+    guard = [parse_request(text, args.data, columns=columns).rows for text in args.guard]
+    return RunOptions(
+        on_stack=args.on_stack,
+        label=args.label or "",
+        resume=args.resume,
+        restart=args.restart,
+        template=args.template,
+        system=args.system,
+        refusals=refusals(args, config),
+        neighbours=args.neighbours,
+        guard=[row for rows in guard for row in rows],
+        replaces=replaces,
+        keep_teacher=args.keep_teacher,
+        memory_limit=args.memory_limit,
+        given=chosen_by_user(args),
+        target=target,
+        unseen=rows_named(unseen, args.data) if unseen else (),
+        general=read_prompts(args.general_prompts) if args.general_prompts else (),
+        summarise=True,
+    )
+
+
+def planned(
+    args: argparse.Namespace,
+    config: UnlearnConfig,
+    request: Request,
+    run_options: RunOptions | None = None,
+) -> dict[str, Any]:
+    """The plan of a run with its memory; no weights are loaded."""
+    from unlearner.run import plan, prepare
+
+    path = options.store_path(args)
+    store = AdapterStore.open(path) if (path / "store.json").is_file() else None
+    run_options = run_options or _run_options(args, config)
+    made = prepare(request, options.base_spec(args), config, store, run_options)
+    return plan(made, args.memory_limit)
+
+
 def train_request(
     args: argparse.Namespace,
     console: Console,
@@ -334,44 +388,16 @@ def train_request(
     target: float | Literal["auto"] | None = None,
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
-    request = replace(request, others=other_rows(args))
-    from unlearner.training.general import read_prompts
+    console.words("Loading the libraries ...")
+    from unlearner.run import unlearn
     from unlearner.training.outcome import remarks
 
-    columns = options.columns(args)
-    guard = [
-        row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
-    ]
-    unseen = getattr(args, "unseen", None)
-    path = options.store_path(args)
-    console.words("Loading the libraries ...")
-    from unlearner.run import RunOptions, plan, prepare, unlearn
-
-    run_options = RunOptions(
-        on_stack=args.on_stack,
-        label=args.label or "",
-        resume=args.resume,
-        restart=args.restart,
-        template=args.template,
-        system=args.system,
-        refusals=refusals(args, config),
-        neighbours=args.neighbours,
-        guard=guard,
-        replaces=replaces,
-        keep_teacher=args.keep_teacher,
-        memory_limit=args.memory_limit,
-        given=chosen_by_user(args),
-        target=target,
-        unseen=rows_named(unseen, args.data) if unseen else (),
-        general=read_prompts(args.general_prompts) if args.general_prompts else (),
-        summarise=True,
-    )
-    base = options.base_spec(args)
+    run_options = _run_options(args, config, replaces, target)
     if args.dry_run:
-        store = AdapterStore.open(path) if (path / "store.json").is_file() else None
-        made = plan(prepare(request, base, config, store, run_options), args.memory_limit)
+        made = planned(args, config, request, run_options)
         _print_plan(made, console)
         return 3 if made["fits"] is False else 0
+    base, path = options.base_spec(args), options.store_path(args)
     resolve_base(base.name, base.revision)  # a base that is missing leaves no store behind
     opened = AdapterStore.open(path, create=True)
     adapter = unlearn(

@@ -11,18 +11,25 @@ from adapters.store.store import AdapterStore
 from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from evaluation.report.cards import VERDICT_WORDS
+from evaluation.robustness.quantisation import STATES, Subject
 from ui.cli import models, options
 from ui.cli.options import COUNT, NAMES, NUMBER
 from ui.cli.output.events import progress_of
-from ui.cli.output.gates import check_gates, parse_gate
-from ui.cli.output.robustness_card import report_card
-from ui.cli.output.scoring import effort_of
+from ui.cli.output.scoring import check_gates, effort_of, parse_gate
 from ui.console import Console, json_value
 from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from evaluation.robustness.card import Settings
-    from evaluation.robustness.quantisation import Subject
+
+STATE_COLUMNS = (
+    "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
+    "forget_answer_prob", "forget_nll", "retain_answer_prob",
+)  # fmt: skip
+ASKED_COLUMNS = (
+    "form", "base_answer_prob", "answer_prob", "retrain_answer_prob", "base_fact_recall",
+    "fact_recall", "retrain_fact_recall", "n",
+)  # fmt: skip
 
 
 def register(commands: Any) -> None:
@@ -114,9 +121,10 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
         raise UserError("The card measures nf4 beside full precision.", "Leave out --load-in-4bit.")
     if ranks.world_size() > 1:
         raise UserError("The attacks run in one process.", "Start the command without a launcher.")
-    console.words(f"Attacking {_what(args)} on {args.split} ...")
+    named = "the active adapters" if args.adapters is None else ", ".join(args.adapters)
+    what = args.merged or f"{named} on {args.base}"
+    console.words(f"Attacking {what} on {args.split} ...")
     from evaluation.robustness.card import CARD_FILE, robustness
-    from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.robustness.wordings import read_wordings
     from evaluation.suite import load_eval_data
@@ -151,13 +159,6 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _what(args: argparse.Namespace) -> str:
-    if args.merged is not None:
-        return str(args.merged)
-    named = "the active adapters" if args.adapters is None else ", ".join(args.adapters)
-    return f"{named} on {args.base}"
-
-
 def _settings(args: argparse.Namespace) -> Settings:
     """The attacks' settings, with their own defaults where a flag was not given."""
     from dataclasses import fields
@@ -171,8 +172,6 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _subject(args: argparse.Namespace) -> Subject:
     """What the flags name; refused where there is nothing to attack."""
-    from evaluation.robustness.quantisation import Subject
-
     store: AdapterStore | None = None
     stack: tuple[tuple[str, float], ...] = ()
     if args.merged is None:
@@ -210,3 +209,78 @@ def _attach(
         },
     }
     subject.store.attach_eval(slugs[-1], f"robustness-{args.split}", {**figures, **about})
+
+
+def report_card(card: Mapping[str, Any], console: Console) -> None:
+    """Prints the card as tables and verdict lines, or as one JSON object."""
+    if card["states"]:
+        rows = [{c: state[c] for c in STATE_COLUMNS} for state in card["states"]]
+        console.table(rows, STATE_COLUMNS)
+        limit = card["limit"]
+        part = "" if limit is None else f", only the first {limit} rows of each set"
+        console.text(f"protocol {card['protocol']}, split {card['split']}{part}")
+        console.text()
+    if card["relearning"]:
+        found = card["relearning"]
+        console.text(
+            f"relearning {found['rows_seen']} rows ({found['with']}, learning rate "
+            f"{found['learning_rate']:g}): answer probability of these rows and of "
+            f"{found['rows_unseen']} others"
+        )
+        console.table(relearning_rows(found))
+        console.text()
+    if card["sampling"]:
+        found = card["sampling"]
+        console.text(
+            f"best of n answers, {found['rows']} questions, temperature {found['temperature']:g}"
+        )
+        console.table(sampling_rows(found))
+        console.text()
+    if card["paraphrase"]:
+        names = [name for name in ASKED_COLUMNS if name in card["paraphrase"][0]]
+        console.table(card["paraphrase"], names)
+        console.text()
+    if card["probe"]:
+        console.text("linear probe: share of wrong answers ranked below the true one, by layer")
+        console.table(probe_rows(card["probe"]))
+        console.text()
+    for verdict in card["verdicts"]:
+        value = "-" if verdict["value"] is None else f"{verdict['value']:.3g}"
+        console.text(
+            f"{VERDICT_WORDS[verdict['holds']]:<9}  {verdict['name']:<19}  {value} against "
+            f"{verdict['threshold']:.3g}: {verdict['text']}"
+        )
+    console.text(f"{card['seconds']:.0f} s in all")
+    console.result(card)
+
+
+def relearning_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each step, two columns for each model; Origin is not attacked and has none."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for curve in found["curves"]:
+        if curve["name"] == "origin":
+            continue
+        for point in curve["points"]:
+            row = by_step.setdefault(point["step"], {"step": point["step"]})
+            row[f"{curve['name']}_seen"] = point["seen_answer_prob"]
+            row[f"{curve['name']}_unseen"] = point["unseen_answer_prob"]
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def sampling_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each n, two columns for each model."""
+    rows: list[dict[str, Any]] = [{"n": point["n"]} for point in found["curves"][0]["points"]]
+    for curve in found["curves"]:
+        for row, point in zip(rows, curve["points"], strict=True):
+            row[f"{curve['name']}_rouge_l"] = point["best_rouge_l_recall"]
+            row[f"{curve['name']}_leaked"] = point["share_leaked"]
+    return rows
+
+
+def probe_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each layer, a column for each model."""
+    curves = {curve["name"]: curve["points"] for curve in found["curves"]}
+    return [
+        {"layer": i, **{name: points[i]["forgotten"] for name, points in curves.items()}}
+        for i in range(len(found["curves"][0]["points"]))
+    ]

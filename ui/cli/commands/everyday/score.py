@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from adapters.base.load import load_base, load_tokenizer
+from adapters.base.load import load_base
 from adapters.environment import threads_for
 from adapters.errors import UserError
 from evaluation.logs import read_log
@@ -16,9 +16,7 @@ from ui.cli import options
 from ui.cli.output import scoring
 from ui.cli.output.events import progress_of
 from ui.cli.output.figures import report_figures
-from ui.cli.output.gates import check_gates
 from ui.console import Console, cell_text
-from unlearner.tokens.prompts import prompt_format
 
 
 def register(commands: Any) -> None:
@@ -73,7 +71,7 @@ def run_score(args: argparse.Namespace, console: Console) -> int:
     if fluency is not None:
         console.text()
         console.table([_line(row) for row in fluency["table"]])
-    check_gates(gates, summaries[0])
+    scoring.check_gates(gates, summaries[0])
     return 0
 
 
@@ -85,24 +83,23 @@ def _fluency(
     from evaluation.metrics.text import fluency, recorded_answers
 
     names = ("log", "retain_log", "second_retain_log")
-    pairs = zip(names, (log, *references), strict=True)
-    logs = {name: each for name, each in pairs if each is not None}
     given = (args.log, args.reference_log, args.second_reference_log)
-    paths = {name: str(path) for name, path in zip(names, given, strict=True)}
+    every = zip(names, given, (log, *references), strict=True)
+    logs = [(name, str(path), each) for name, path, each in every if each is not None]
     of_set = args.fluency_set or "forget"
-    answers = recorded_answers([(paths[name], each) for name, each in logs.items()], of_set)
+    answers = recorded_answers([(path, each) for _, path, each in logs], of_set)
     questions = [[row.question for row in rows] for rows in answers]
     same = all(each == questions[0] for each in questions)
     if not same:
         console.words("Note: the logs do not ask the same questions: compare with care.")
     console.words(f"Loading the judge {args.base} ...")
-    fmt = prompt_format(load_tokenizer(args.base), args.template, args.system)
+    fmt = options.prompts(args)
     model: Any = load_base(options.base_spec(args))
     show, table = progress_of(console), []
     with threads_for(model):
-        for name, rows in zip(logs, answers, strict=True):
+        for (name, path, _), rows in zip(logs, answers, strict=True):
             losses = judge_losses(model, fmt, rows, on_progress=partial(show, f"{name}: fluency"))
-            table.append({"log": name, "path": paths[name], **fluency(rows, losses)})
+            table.append({"log": name, "path": path, **fluency(rows, losses)})
     for row in table:
         for key, reason in row["reasons"].items():
             console.words(f"{row['log']}: {key} is missing: {reason}.")

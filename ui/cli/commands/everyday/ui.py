@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters.errors import UserError
-from ui.app.data.runs import Sources
 from ui.app.session import Session
 from ui.cli import config_file, options
 from ui.cli.commands.everyday import forget
 from ui.console import Console
-from unlearner.config import UnlearnConfig
+from ui.preview import Preview, make_preview
 
 HOST = "127.0.0.1"
 
@@ -86,14 +85,17 @@ def jobs_folder() -> Path:
     return Path(given) if given else Path.home() / ".local" / "state" / "unlearner" / "jobs"
 
 
-def settings_of(words: Sequence[str]) -> tuple[UnlearnConfig, str]:
-    """The settings of a `forget` command with its preset, and these as YAML."""
+def planned(words: Sequence[str]) -> tuple[Preview, dict[str, Any], str]:
+    """What a `forget` command trains on, its plan, and its settings as YAML; loads no weights."""
     parser = options.Parser(prog="unlearner")
     commands = parser.add_subparsers(dest="command", parser_class=options.Parser)
     forget.register(commands)
     leaf = commands.choices["forget"]
     args = parser.parse_args(config_file.apply_config(leaf, words))
-    return forget.forget_config(args), config_file.resolved(leaf, args)
+    config, request = forget.forget_config(args), forget.read_request(args)
+    fmt = options.prompts(args)
+    preview = make_preview(request, fmt, config.train.max_length)
+    return preview, forget.planned(args, config, request), config_file.resolved(leaf, args)
 
 
 def run_ui(args: argparse.Namespace, console: Console) -> int:
@@ -120,6 +122,7 @@ def _serve(
 ) -> int:
     try:
         from ui.app.build import App, launch
+        from ui.app.data.runs import Sources
         from ui.app.jobs import Jobs
     except ModuleNotFoundError as error:
         if error.name != "gradio":
@@ -138,7 +141,7 @@ def _serve(
         robustness=tuple(args.robustness),
         calibration=tuple(args.calibration),
     )
-    app = App(session, Jobs(jobs_folder()), settings_of, files, scratch=scratch)
+    app = App(session, Jobs(jobs_folder()), planned, files, scratch=scratch)
     app.sources().probes()  # a file that is none is refused before the page opens
     page, url = launch(app, host=args.host, port=args.port, auth=auth, open_browser=args.open)
     console.text(url)

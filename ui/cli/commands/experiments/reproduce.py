@@ -90,7 +90,12 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     options.require_known(args.preset, PRESETS, f"There is no preset '{args.preset}'.")
     for method in args.methods:
         options.require_known(method, OBJECTIVES, f"There is no objective '{method}'.")
-    _check_full(args)
+    if args.any_size and not args.full:
+        raise UserError("--any-size has an effect only with --full.", "Add --full or drop it.")
+    if args.full and args.load_in_4bit:
+        raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
+    if args.full and args.release:
+        raise UserError("--release merges an adapter, and --full trains none.", "Leave out one.")
     protocols = tuple(args.protocol)
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
     from evaluation.experiments.reproduce import Reproduction, plan, reproduce
@@ -127,18 +132,13 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     if args.release:
         found = {**found, "release": release_system(args, run, found, console)}
     console.result(found)
-    _require_published(args, found)
+    missed = [check["text"] for check in found["checks"] if not check["holds"]]
+    if args.gate and missed:
+        raise GateFailed(
+            f"The gate failed: {'; '.join(missed)}.",
+            "See docs/seven-b.md for what moves these figures.",
+        )
     return 0
-
-
-def _check_full(args: argparse.Namespace) -> None:
-    """Refuses flags that cannot be combined with --full, or that need it."""
-    if args.any_size and not args.full:
-        raise UserError("--any-size has an effect only with --full.", "Add --full or drop it.")
-    if args.full and args.load_in_4bit:
-        raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
-    if args.full and args.release:
-        raise UserError("--release merges an adapter, and --full trains none.", "Leave out one.")
 
 
 def _check_gate(args: argparse.Namespace, run: Reproduction) -> None:
@@ -164,16 +164,6 @@ def _check_gate(args: argparse.Namespace, run: Reproduction) -> None:
         )
 
 
-def _require_published(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Raises GateFailed, naming what misses, where --gate was given and a check fails."""
-    missed = [check["text"] for check in found["checks"] if not check["holds"]]
-    if args.gate and missed:
-        raise GateFailed(
-            f"The gate failed: {'; '.join(missed)}.",
-            "See docs/seven-b.md for what moves these figures.",
-        )
-
-
 def release_system(
     args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
@@ -191,7 +181,9 @@ def release_system(
         limit=args.limit,
     )
     console.words(f"Releasing {method}: {command('merge', *flags)}")
-    return merge.merge_release(options.parse_with(merge.register, ["merge", *flags]), console)
+    parser = options.Parser(prog="unlearner")
+    merge.register(parser.add_subparsers(dest="command", parser_class=options.Parser))
+    return merge.merge_release(parser.parse_args(["merge", *flags]), console)
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:

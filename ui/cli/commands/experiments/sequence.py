@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import counted
 from evaluation.logs.records import write_text
 from ui.cli import options
-from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.commands.everyday.forget import chosen_by_user, forget_config
 from ui.cli.output.events import show_event
+from ui.cli.own_rows import add_alternates_from, other_rows, refusals
 from ui.console import Console
 from unlearner.request.sources import parse_request
 from unlearner.request.tofu import split_name
@@ -20,17 +20,24 @@ from unlearner.request.tofu import split_name
 if TYPE_CHECKING:
     from evaluation.experiments.sequence import Plan
 
-COLUMNS = (
-    "policy", "stage", "FQ", "shift", "requested P", "requested NLL", "waiting P", "retain P", "MU",
-    "MU of six", "stale", "steps",
-)  # fmt: skip
+# The figures of a stage, by the head of their column.
+FIGURES = {
+    "FQ": "forget_quality",
+    "shift": "log_r_shift",
+    "requested P": "requested_answer_prob",
+    "requested NLL": "requested_nll",
+    "waiting P": "waiting_answer_prob",
+    "retain P": "retain_answer_prob",
+    "MU": "model_utility",
+    "MU of six": "utility_teacher_forced",
+}
+COLUMNS = ("policy", "stage", *FIGURES, "stale", "steps")
 LEGEND = (
     "FQ, shift: of the rows of all authors requested so far, against Retrain; P, NLL: of their\n"
     "true answers; waiting: authors of the split that are not requested; MU of six: its six parts\n"
     "without ROUGE; steps: trained in this stage."
 )
-# Drawn over the number of requests: key of a stage, and its name.
-CURVES = {"requested_answer_prob": "requested P", "retain_answer_prob": "retain P"}
+CURVES = ("requested P", "retain P")  # drawn over the number of requests
 
 
 def register(commands: Any) -> None:
@@ -145,12 +152,12 @@ def _write_files(found: Mapping[str, Any], out: Path) -> list[Path]:
     files = [write_text(out / "sequence.md", "\n".join(lines) + "\n")]
     curves = {
         f"{line['policy']}, {name}": [
-            (float(number), stage[key])
+            (float(number), stage[FIGURES[name]])
             for number, stage in enumerate([found["origin"], *line["arrivals"]])
-            if stage[key] is not None
+            if stage[FIGURES[name]] is not None
         ]
         for line in found["policies"]
-        for key, name in CURVES.items()
+        for name in CURVES
     }
     chart = line_chart(
         "sequence", title, curves, "requests", "mean answer probability", ys=(0.0, 1.0)
@@ -183,14 +190,7 @@ def _row(policy: str, name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "policy": policy,
         "stage": name,
-        "FQ": stage["forget_quality"],
-        "shift": stage["log_r_shift"],
-        "requested P": stage["requested_answer_prob"],
-        "requested NLL": stage["requested_nll"],
-        "waiting P": stage["waiting_answer_prob"],
-        "retain P": stage["retain_answer_prob"],
-        "MU": stage["model_utility"],
-        "MU of six": stage["utility_teacher_forced"],
+        **{head: stage[key] for head, key in FIGURES.items()},
         "stale": len(stage.get("stale", ())),
         "steps": stage.get("cost", {}).get("steps"),
     }

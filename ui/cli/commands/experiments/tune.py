@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from adapters.errors import UserError, did_you_mean
 from ui.app.data.commands import flag_words
 from ui.cli import models, options
-from ui.cli.answers import add_alternates_from, other_rows, refusals
+from ui.cli.commands.everyday.forget import read_request
 from ui.cli.output.events import show_event
 from ui.cli.output.figures import print_comparison
+from ui.cli.own_rows import add_alternates_from, refusals
 from ui.console import Console, duration_text
 from unlearner.config import make_config
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.rows import Request
-from unlearner.request.sources import parse_request
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
@@ -120,8 +120,7 @@ def _check(args: argparse.Namespace) -> None:
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
 
-    request = parse_request(args.request, args.data, args.retain, options.columns(args))
-    request = replace(request, others=other_rows(args))
+    request = read_request(args)
     kept = args.retain
     if args.retain_known is not None:
         request, kept = _known(args, request, console)
