@@ -42,6 +42,7 @@ def measure(family: str, folder: Path) -> dict[str, str]:
     from unlearner.baselines.tiny_llama import train_tokenizer
     from unlearner.config import make_config
     from unlearner.request.rows import Request, Row
+    from unlearner.request.sources import parse_request
     from unlearner.run import plan, prepare, unlearn
     from unlearner.tokens.prompts import prompt_format
 
@@ -54,10 +55,8 @@ def measure(family: str, folder: Path) -> dict[str, str]:
     rows.write_text("".join(f'{{"question": "{q}", "answer": "{a}"}}\n' for q, a in PAIRS))
     cells: dict[str, str] = {}
 
-    shown = make_preview(
-        str(rows), str(base), revision=None, data=None, retain=None, template="auto", max_length=99
-    )
     fmt = prompt_format(load_tokenizer(str(base)))
+    shown = make_preview(parse_request(str(rows)), fmt, 99)
     row = shown.forget[0].encoded
     assert fmt.encode_prompt(PAIRS[0][0]) == row.input_ids[: row.n_prompt]
     assert tokenizer.decode(row.input_ids[row.n_prompt :]) == f"{PAIRS[0][1]}</s>"

@@ -31,11 +31,11 @@ save_model(new_model(tokenizer, shape, seed=0), tokenizer, Path("base"))
 WHERE = """
 import json, adapters, evaluation, ui, unlearner
 from evaluation.report.document import html_page
-from ui.app.style import CSS
+from ui.app.style import page_css
 from unlearner.world.build import build_world
 print(json.dumps({
     "files": [package.__file__ for package in (adapters, evaluation, ui, unlearner)],
-    "page": html_page("title", ()), "css": len(CSS), "authors": len(build_world().authors),
+    "page": html_page("title", ()), "css": len(page_css()), "authors": len(build_world().authors),
 }))
 """
 

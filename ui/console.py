@@ -25,7 +25,7 @@ class Console:
         self.as_json = as_json
         self._out = stdout if stdout is not None else sys.stdout
         self._err = stderr if stderr is not None else sys.stderr
-        self._live = _is_terminal(self._err)
+        self.live = _is_terminal(self._err)  # where a line may be rewritten
         self._shown: dict[str, float] = {}
         self._lines: dict[str, str] = {}
         self._line_open = False
@@ -34,11 +34,6 @@ class Console:
     def styled(self) -> bool:
         """Whether stdout may carry escape codes: a terminal, and NO_COLOR is not set."""
         return _is_terminal(self._out) and not os.environ.get("NO_COLOR")
-
-    @property
-    def live(self) -> bool:
-        """Whether stderr is a terminal, where a line may be rewritten."""
-        return self._live
 
     def words(self, text: str) -> None:
         """Prints a line of words on stderr, at once."""
@@ -91,7 +86,7 @@ class Console:
         """
         line, job = progress_line(event), str(event.get("job", ""))
         last = bool(event.get("steps")) and event.get("step") == event.get("steps")
-        pause = LIVE_SECONDS if self._live else PLAIN_SECONDS
+        pause = LIVE_SECONDS if self.live else PLAIN_SECONDS
         now = time.monotonic()
         if not line or (now - self._shown.get(job, -pause) < pause and not last):
             return
@@ -99,7 +94,7 @@ class Console:
         self._lines[job] = line
         if last:
             del self._lines[job]
-        if not self._live:
+        if not self.live:
             self.words(line)
         elif last:
             self._rewrite(line)
@@ -233,9 +228,10 @@ def progress_line(event: Mapping[str, Any]) -> str:
     for key, word in LOSSES:
         if event.get(key) is not None:
             parts.append(f"{word} {number_text(float(event[key]))}")
-    rate = _rate(event)
-    if rate:
-        parts.append(f"{number_text(rate)} {event.get('unit', 'steps')}/s")
+    if step is not None and steps and event.get("remaining"):
+        # From what remains: a resumed run did not do its first steps now.
+        rate = (steps - step) / event["remaining"]
+        parts.append(f"{number_text(rate)} {event.get('unit', 'steps')}/s" if rate else "")
     if event.get("memory_bytes"):
         parts.append(size_text(float(event["memory_bytes"])))
     if event.get("elapsed") is not None:
@@ -244,11 +240,3 @@ def progress_line(event: Mapping[str, Any]) -> str:
             times += f" < {duration_text(float(event['remaining']))}"
         parts.append(times)
     return "  ".join(parts)
-
-
-def _rate(event: Mapping[str, Any]) -> float | None:
-    """Steps a second; from what remains, since a resumed run did not do its first steps now."""
-    step, steps, remaining = event.get("step"), event.get("steps"), event.get("remaining")
-    if step is None or not steps or not remaining:
-        return None
-    return float((steps - step) / remaining)

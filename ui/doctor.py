@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from adapters.base.load import BF16_CAPABILITY, computes_in_bf16, dtype_on
+from adapters.errors import UserError
+from adapters.store.store import AdapterStore
 from ui.console import size_text
 
 Status = Literal["ok", "warn", "fail"]
-OLDEST_PYTHON = (3, 10)
 LOW_DISK, LOW_MEMORY = 10e9, 4e9
 
 
@@ -35,12 +36,9 @@ class Finding:
     detail: str
     fix: str = ""
 
-    def to_json(self) -> dict[str, str]:
-        """name, status, detail, fix."""
-        return asdict(self)
-
 
 NOT_TRIED = "; not tried (--full)"
+INSTALL_TORCH = "Install torch for this machine (https://pytorch.org/get-started)."
 NO_BF16 = "Leave --dtype out: this GPU has no bf16, and fp16 is used in its place."
 NO_GPU = Finding(
     "gpu", "warn", "no CUDA device", "Small models run on the CPU; a 7B base needs a GPU."
@@ -79,11 +77,13 @@ def findings(store: Path, *, full: bool = False) -> Iterator[Finding]:
         yield check()
 
 
+def _judged(name: str, holds: bool, detail: str, fix: str, otherwise: Status = "warn") -> Finding:
+    """A finding that is fine where `holds`, else `otherwise` and to be fixed."""
+    return Finding(name, "ok", detail) if holds else Finding(name, otherwise, detail, fix)
+
+
 def _python() -> Finding:
-    found = platform.python_version()
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        return Finding("python", "fail", found, "Install Python 3.10 or newer.")
-    return Finding("python", "ok", f"{found} ({sys.executable})")
+    return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
 def _our_adapters() -> Finding:
@@ -94,28 +94,25 @@ def _our_adapters() -> Finding:
     fix = "Use a separate environment for unlearner: `pip uninstall adapters`, then reinstall."
     if home is None or home.resolve() != ours:
         return Finding("adapters package", "fail", f"imported from {home}, not from {ours}", fix)
-    if _version("adapters") is not None:
-        detail = f"PyPI's adapters {_version('adapters')} (AdapterHub) is installed over ours"
-        return Finding("adapters package", "fail", detail, fix)
-    return Finding("adapters package", "ok", f"ours, {home}")
+    theirs = _version("adapters")
+    detail = f"PyPI's adapters {theirs} (AdapterHub) is installed over ours"
+    return _judged(
+        "adapters package", theirs is None, detail if theirs else f"ours, {home}", fix, "fail"
+    )
 
 
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
     detail = f"{size_text(memory.available)} free of {size_text(memory.total)}"
-    if memory.available < LOW_MEMORY:
-        fix = "Close other programs, or use --load-in-4bit and small batches."
-        return Finding("memory", "warn", detail, fix)
-    return Finding("memory", "ok", detail)
+    fix = "Close other programs, or use --load-in-4bit and small batches."
+    return _judged("memory", memory.available >= LOW_MEMORY, detail, fix)
 
 
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     detail = f"{size_text(free)} free in {folder}"
-    if free < LOW_DISK:
-        fix = "Free some space: a 7B base takes 13 GB, a merged model as much again."
-        return Finding("disk", "warn", detail, fix)
-    return Finding("disk", "ok", detail)
+    fix = "Free some space: a 7B base takes 13 GB, a merged model as much again."
+    return _judged("disk", free >= LOW_DISK, detail, fix)
 
 
 def _writable(store: Path) -> Finding:
@@ -141,31 +138,22 @@ def _package(name: str) -> Finding:
     fix = "Run `pip install --upgrade unlearner`, which brings every package that it needs."
     if version is None:
         return Finding(name, "fail", "not installed", fix)
-    wanted = _required(name)
-    if not wanted.contains(version, prereleases=True):
-        return Finding(name, "fail", f"{version}, but {name}{wanted} is needed", fix)
-    return Finding(name, "ok", version)
-
-
-def _required(name: str) -> SpecifierSet:
-    """The versions of a package that unlearner needs, as its metadata states."""
     try:
         lines = importlib.metadata.requires("unlearner") or []
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
         lines = []
-    requirements = [Requirement(line) for line in lines]
-    return next(
-        (each.specifier for each in requirements if each.name == name and each.marker is None),
-        SpecifierSet(),
-    )
+    needed = [r for r in map(Requirement, lines) if r.name == name and r.marker is None]
+    wanted = needed[0].specifier if needed else SpecifierSet()
+    if wanted.contains(version, prereleases=True):
+        return Finding(name, "ok", version)
+    return Finding(name, "fail", f"{version}, but {name}{wanted} is needed", fix)
 
 
 def _torch_version() -> Finding:
     found = _package("torch")
     if found.status == "fail":
-        fix = "Install torch for this machine (https://pytorch.org/get-started)."
-        return Finding("torch", "fail", found.detail, fix)
-    return Finding("torch", "ok", f"{found.detail}{NOT_TRIED}")
+        return replace(found, fix=INSTALL_TORCH)
+    return replace(found, detail=f"{found.detail}{NOT_TRIED}")
 
 
 def _gpu_driver() -> Finding:
@@ -180,17 +168,14 @@ def _gpu_driver() -> Finding:
         return NO_GPU
     name, free, total, capability = cells
     detail = f"{name}, {free} of {total} free{NOT_TRIED}"
-    if float(capability) < BF16_CAPABILITY:
-        return Finding("gpu", "warn", detail, NO_BF16)
-    return Finding("gpu", "ok", detail)
+    return _judged("gpu", float(capability) >= BF16_CAPABILITY, detail, NO_BF16)
 
 
 def _torch() -> Finding:
     try:
         import torch
     except ImportError as error:
-        fix = "Install torch for this machine (https://pytorch.org/get-started)."
-        return Finding("torch", "fail", f"cannot be imported: {error}", fix)
+        return Finding("torch", "fail", f"cannot be imported: {error}", INSTALL_TORCH)
     threads = torch.get_num_threads()
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     return Finding("torch", "ok", f"{torch.__version__}, {cuda}, {threads} threads")
@@ -208,9 +193,7 @@ def _gpu() -> Finding:
         f"{name}, {'bf16' if native else 'no bf16'}, {size_text(free)} of {size_text(total)} free"
         + (f", and {more} more" if more else "")
     )
-    if not native:
-        return Finding("gpu", "warn", detail, NO_BF16)
-    return Finding("gpu", "ok", detail)
+    return _judged("gpu", native, detail, NO_BF16)
 
 
 def _import(name: str) -> Any:
@@ -239,9 +222,8 @@ def _four_bit() -> Finding:
         fix = "Reinstall bitsandbytes for this torch, or omit --load-in-4bit."
         return Finding("4-bit", "warn", f"bitsandbytes {bnb.__version__}: {problem}", fix)
     detail = f"bitsandbytes {bnb.__version__} on {device}, nf4 product off by {error:.1%}"
-    if error > 0.2:
-        return Finding("4-bit", "fail", detail, "Reinstall bitsandbytes: its results are wrong.")
-    return Finding("4-bit", "ok", detail)
+    fix = "Reinstall bitsandbytes: its results are wrong."
+    return _judged("4-bit", error <= 0.2, detail, fix, "fail")
 
 
 def _four_bit_error(torch: Any, bnb: Any, device: str) -> float:
@@ -258,9 +240,9 @@ def _four_bit_error(torch: Any, bnb: Any, device: str) -> float:
 
 
 def _attention() -> Finding:
-    if importlib.util.find_spec("flash_attn") is None:
-        return Finding("attention", "ok", "sdpa")
-    return Finding("attention", "ok", f"flash-attention {_version('flash_attn') or '2'}")
+    flash = importlib.util.find_spec("flash_attn") is not None
+    kernel = f"flash-attention {_version('flash_attn') or '2'}" if flash else "sdpa"
+    return Finding("attention", "ok", kernel)
 
 
 def _hub() -> Finding:
@@ -270,16 +252,12 @@ def _hub() -> Finding:
     cache = Path(constants.HF_HUB_CACHE)
     kinds = [path.name.split("--")[0] for path in cache.glob("*--*")] if cache.is_dir() else []
     detail = f"cache {cache}: {kinds.count('models')} models, {kinds.count('datasets')} data sets"
-    if constants.HF_HUB_OFFLINE:
-        fix = "Unset HF_HUB_OFFLINE to download, or give folders with --base and --data."
-        return Finding("hub", "warn", f"offline; {detail}", fix)
-    return Finding("hub", "ok", detail)
+    fix = "Unset HF_HUB_OFFLINE to download, or give folders with --base and --data."
+    offline = constants.HF_HUB_OFFLINE
+    return _judged("hub", not offline, f"offline; {detail}" if offline else detail, fix)
 
 
 def _store(path: Path) -> Finding:
-    from adapters.errors import UserError
-    from adapters.store.store import AdapterStore
-
     if not (path / "store.json").is_file():
         return Finding("store", "ok", f"none in {path} yet")
     try:
@@ -290,9 +268,8 @@ def _store(path: Path) -> Finding:
         return Finding("store", "fail", error.problem, error.fix)
     if not log.ok:
         fix = "See `unlearner adapters log --verify`; restore audit.jsonl from a copy."
-        return Finding(
-            "store", "fail", f"the audit log was changed: {'; '.join(log.problems)}", fix
-        )
+        detail = f"the audit log was changed: {'; '.join(log.problems)}"
+        return Finding("store", "fail", detail, fix)
     bad = [result for result in results if not result.ok]
     if bad:
         detail = "; ".join(f"{result.slug}: {', '.join(result.problems)}" for result in bad)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from unlearner.request.formats import Columns
-    from unlearner.tokens.prompts import Encoded, PromptFormat, Template
+    from unlearner.request.rows import Request
+    from unlearner.tokens.prompts import Encoded, PromptFormat
 
 DIM, UNDERLINE, PLAIN = "\x1b[2m", "\x1b[4m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"
@@ -91,29 +90,10 @@ class Preview:
 
 
 def make_preview(
-    request: str,
-    base: str,
-    *,
-    revision: str | None,
-    data: Path | None,
-    retain: str | None,
-    template: Template,
-    max_length: int,
-    system: str | None = None,
-    columns: Columns | None = None,
+    request: Request, fmt: PromptFormat, max_length: int, *, with_retain: bool = False
 ) -> Preview:
-    """The preview of a request; retain rows are shown only where `retain` names them.
-
-    Raises:
-        UserError: the request, the retain rows or the tokenizer cannot be used.
-    """
-    from adapters.base.load import load_tokenizer
-    from unlearner.request.sources import parse_request
-    from unlearner.tokens.prompts import prompt_format
-
-    asked = parse_request(request, data, retain, columns)
-    fmt = prompt_format(load_tokenizer(base, revision), template, system)
-    sets = {"forget": asked.rows, "retain": asked.retain if retain is not None else ()}
+    """The preview of a request, with its retain rows if asked for."""
+    sets = {"forget": request.rows, "retain": request.retain if with_retain else ()}
     rows = {
         kind: tuple(
             PreviewRow(kind, i, r.question, r.answer, fmt.encode(r.question, r.answer, max_length))

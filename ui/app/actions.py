@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from adapters.store.store import AdapterStore
+from ui.app.data.answers import Sampling
+from ui.app.data.library import adapter_row
+from ui.app.data.sheet import fill, tally
+from ui.app.session import Session
 
 if TYPE_CHECKING:
-    from ui.app.data.answers import Frame
     from ui.app.data.runs import Sources
     from ui.app.jobs import Jobs
-    from ui.app.session import Session
 
 
 class Actions:
@@ -39,16 +42,11 @@ class Actions:
             strengths: by the same names; as filed, or 1, where not given.
             temperature, seed, max_new: of the answers; 0 is greedy.
         """
-        from ui.app.data.decoding import Sampling
-
         stack = self.stack_of(adapters, strengths)
         sampling = Sampling(float(temperature), int(seed), int(max_new))
         self.session.wait()
-        last: Frame | None = None
-        for frame in self.session.compare(question, stack, sampling):
-            last = frame
-        assert last is not None  # a comparison ends with a frame, or raises
-        return frame_json(last)
+        *_, last = self.session.compare(question, stack, sampling)
+        return dataclasses.asdict(last)
 
     def stack_of(
         self, adapters: list[str] | None, strengths: dict[str, float] | None = None
@@ -56,19 +54,15 @@ class Actions:
         """Slugs with strengths, in order."""
         if adapters is None:
             return list(self.session.filed_stack())
-        store = self.session.store()
         if not adapters:
             return []
-        if store is None:
-            raise UserError("There is no store, so there is no adapter.", "File a request first.")
+        store = self._store()
         given = {**dict(self.session.filed_stack()), **(strengths or {})}
         slugs = {ref: store.get(ref).slug for ref in adapters}
         return [(slug, float(given.get(ref, given.get(slug, 1.0)))) for ref, slug in slugs.items()]
 
     def stack(self) -> dict[str, Any]:
         """The store's adapters, and what the model's layers say is active."""
-        from ui.adapter_row import adapter_row
-
         rows = [adapter_row(adapter) for adapter in self.session.adapters()]
         return {"adapters": rows, "read_back": self.read_back()}
 
@@ -76,8 +70,8 @@ class Actions:
         """Active adapters and strengths of the filed stack, read from the model; None without."""
         if self.session.state != "ready":
             return None
-        state = self.session.read_back(self.session.filed_stack())
-        return [[name, state.scales[name]] for name in state.active]
+        with self.session.turns.turn():
+            return [list(pair) for pair in self.session.active(self.session.filed_stack())]
 
     def activate(self, ref: str, strength: float = 1.0) -> dict[str, Any]:
         """Switches an adapter on in the store, with its parents, and reads the model back."""
@@ -101,8 +95,6 @@ class Actions:
         strengths: dict[str, float] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The author's questions and their neighbours, answered and scored both ways."""
-        from ui.app.data.sheet import fill, tally
-
         self.session.wait()
         stack = self.stack_of(adapters, strengths)
         *_, last = fill(self.session, author, stack, neighbours=int(neighbours))
@@ -127,13 +119,8 @@ class Actions:
             for view in views
         ]  # fmt: skip
 
-    def _store(self) -> Any:
+    def _store(self) -> AdapterStore:
         store = self.session.store()
         if store is None:
             raise UserError("There is no store yet.", "File a request first.")
         return store
-
-
-def frame_json(frame: Frame) -> dict[str, Any]:
-    """A comparison as JSON."""
-    return dataclasses.asdict(frame)

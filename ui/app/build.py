@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import gradio as gr
 from adapters.errors import UserError
 from ui.app import guard
 from ui.app.actions import Actions
+from ui.app.data.requests import Planned
 from ui.app.data.runs import Sources
 from ui.app.html import views
 from ui.app.jobs import Jobs
@@ -28,7 +29,6 @@ from ui.app.tabs.pages import PRIVATE, QUIET, note, told
 
 if TYPE_CHECKING:
     from ui.app.session import Session
-    from unlearner.config import UnlearnConfig
 
 LOCAL = "127.0.0.1"
 
@@ -37,17 +37,14 @@ LOCAL = "127.0.0.1"
 class App:
     """What the pages share: session, jobs, files, and each browser's stop button.
 
-    `settings_of` gives the settings of a `forget` command, also as YAML; the command line's parser
-    is passed in, because the app imports nothing of the command line.
+    `planned` tells what a `forget` command would do, as `requests.look` needs it; the command line
+    is passed in, because the app imports nothing of it.
     """
 
     session: Session
     jobs: Jobs
-    settings_of: Callable[[Sequence[str]], tuple[UnlearnConfig, str]]
-    logs: tuple[Path, ...] = ()
-    retain_log: Path | None = None
-    robustness: tuple[Path, ...] = ()
-    calibration: tuple[Path, ...] = ()
+    planned: Callable[[Sequence[str]], Planned]
+    files: Sources = field(default_factory=Sources)
     stops: dict[str, dict[str, threading.Event]] = field(default_factory=dict)
     scratch: Path | None = None
 
@@ -58,9 +55,7 @@ class App:
 
     def sources(self) -> Sources:
         """Where the Runs tab reads."""
-        return Sources(
-            self.session.store(), self.logs, self.retain_log, self.robustness, self.calibration
-        )
+        return replace(self.files, store=self.session.store())
 
     def stop_of(self, request: gr.Request, what: str = "answer") -> threading.Event:
         """A new stop button for this browser's next answer; what was being answered ends."""
@@ -79,16 +74,14 @@ class App:
         for event in list(self.stops.get(str(request.session_hash), {}).values()):
             event.set()
 
+    def leave(self, request: gr.Request) -> None:
+        """Nobody reads on: the answer that is being written ends."""
+        self.halt(request)
+        self.stops.pop(str(request.session_hash), None)
+
     def new_file(self, name: str) -> Path:
         """A path for a download, in a private folder: `scratch`, where one was given."""
         return Path(tempfile.mkdtemp(prefix="unlearner-", dir=self.scratch)) / name
-
-
-def build(app: App) -> gr.Blocks:
-    """All pages."""
-    with gr.Blocks(title="unlearner", analytics_enabled=False) as page:
-        _live(app, page)
-    return page
 
 
 def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any], Any]]) -> None:
@@ -119,20 +112,27 @@ def _strengths(app: App, stack: Any, strengths: Any, again: list[Callable[[Any],
                 again[0](noted.then)
 
 
-def _live(app: App, page: gr.Blocks) -> None:
+def build(app: App) -> gr.Blocks:
+    """All pages."""
+    with gr.Blocks(title="unlearner", analytics_enabled=False) as page:
+        _fill(app, page)
+    return page
+
+
+def _fill(app: App, page: gr.Blocks) -> None:
     head = gr.HTML(_head(app), elem_id="un-head")
     first = app_first.first(app)
     again: list[Callable[[Any], Any]] = []
     with gr.Row(equal_height=True, elem_id="un-bar"):
         stack = gr.CheckboxGroup(
-            choices=_choices(app), value=_on(app), label="Adapters used for the right-hand answer",
-            info=_about_adapters(app),
+            choices=app.session.switchable(), value=app.session.on(),
+            label="Adapters used for the right-hand answer", info=_about_adapters(app),
             elem_id="un-stack", scale=5, min_width=260,
         )  # fmt: skip
         strengths = gr.State({})
         clear = gr.Button("Clear = base", elem_id="un-clear", size="md", scale=1, min_width=120)
     _strengths(app, stack, strengths, again)
-    logs_alone = bool(app.logs) and app.session.base is None
+    logs_alone = bool(app.files.logs) and app.session.base is None
     with gr.Tabs(selected="runs" if logs_alone else "compare"):
         with gr.Tab("Compare", id="compare"):
             compare, wire, examples = app_compare.compare(app, stack, strengths)
@@ -140,7 +140,7 @@ def _live(app: App, page: gr.Blocks) -> None:
         with gr.Tab("Author sheet", id="sheet"):
             sheet_author = app_sheet.sheet(app, stack, strengths)
         with gr.Tab("Stack", id="stack") as stack_tab:
-            show_stack, stack_outputs = app_stack.stack(app, stack, _choices, _on)
+            show_stack, stack_outputs = app_stack.stack(app, stack)
         with gr.Tab("Runs", id="runs") as runs_tab:
             read_runs, runs_outputs = app_runs.runs(app, page)
         with gr.Tab("New request", id="request"):
@@ -151,7 +151,7 @@ def _live(app: App, page: gr.Blocks) -> None:
     runs_tab.select(told(read_runs), None, runs_outputs, **QUIET)
     authors = [compare, sheet_author, request.author]
     _keep_fresh(app, page, [head, stack, *authors, *examples], (request, first))
-    page.unload(_forget_stops(app))
+    page.unload(app.leave)
     for name in ("compare", "stack", "activate", "revert", "clear", "sheet", "runs", "jobs"):
         gr.api(told(getattr(app.actions, name)), api_name=name)
 
@@ -166,7 +166,7 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
         opened = last[2] or (app.session.state == "ready" and bool(app.session.askable()))
         # A page that comes back shows the job that goes on.
         busy_job = None if last[0] else app_request.under_way(app)
-        now = (str(app.session.store_path), repr((_head(app), _choices(app))), opened)
+        now = (str(app.session.store_path), repr((_head(app), app.session.switchable())), opened)
         # An open list would close under the reader's hand: it is filled only where it must be.
         parts = (
             [gr.skip()] * len(outputs)
@@ -192,7 +192,7 @@ def _keep_fresh(app: App, page: gr.Blocks, outputs: list[Any], watched: tuple[An
 
 def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> list[Any]:
     """Header, adapters and the three lists of authors; ticks stay while the store is the same."""
-    choices = _choices(app)
+    choices = app.session.switchable()
     known = [slug for _, slug in choices]
     kept = [slug for slug in chosen or [] if slug in known]
     asked, authors = app.session.choices(), list(app.session.library.authors)
@@ -202,7 +202,9 @@ def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> lis
     return [
         _head(app),
         gr.update(
-            choices=choices, value=kept if same_store else _on(app), info=_about_adapters(app)
+            choices=choices,
+            value=kept if same_store else app.session.on(),
+            info=_about_adapters(app),
         ),
         gr.update(choices=asked, **opening),
         gr.update(choices=asked, **opening),
@@ -211,32 +213,9 @@ def _renewed(app: App, chosen: list[str], same_store: bool, opened: bool) -> lis
     ]
 
 
-def _forget_stops(app: App) -> Callable[[gr.Request], None]:
-    def left(request: gr.Request) -> None:
-        """Nobody reads on: the answer that is being written ends."""
-        app.halt(request)
-        app.stops.pop(str(request.session_hash), None)
-
-    return left
-
-
-def _choices(app: App) -> list[tuple[str, str]]:
-    """What can be switched on: name and slug of all whole adapters, the newest last."""
-    off, names = ("quarantined", "purged", "superseded"), app.session.names()
-    return [
-        (names[adapter.slug], adapter.slug)
-        for adapter in app.session.adapters()
-        if adapter.status not in off and not adapter.problem
-    ]
-
-
-def _on(app: App) -> list[str]:
-    return [slug for slug, _ in app.session.filed_stack()]
-
-
 def _about_adapters(app: App) -> str:
     """What the ticks above the tabs are, or how to get something to tick."""
-    if not _choices(app):
+    if not app.session.switchable():
         return "The store has none yet: New request makes one."
     text = "They add up, in any order. For this page only: the Stack tab changes the store."
     if app.session.library.authors and not app.session.filed():

@@ -71,7 +71,12 @@ class UploadQuota:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers 413."""
-        if self.folder is None or scope["type"] != "http" or not _is_upload(scope):
+        is_upload = (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and scope["path"].rstrip("/").endswith("/upload")
+        )
+        if self.folder is None or not is_upload:
             await self.app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
@@ -82,8 +87,3 @@ class UploadQuota:
             await PlainTextResponse(text, 413)(scope, receive, send)
             return
         await self.app(scope, receive, send)
-
-
-def _is_upload(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return scope["method"] == "POST" and path.rstrip("/").endswith("/upload")

@@ -11,6 +11,7 @@ and an outcome without those names stay in the folder. `clear_history` deletes e
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
+from adapters.atomic_files import write_bytes
 from adapters.errors import UserError
 from ui.console import json_value
 
@@ -35,6 +37,7 @@ JOB, EVENTS, OUTCOME, PROCESS, ERRORS = (
     "job.json", "events.jsonl", "outcome.json", "process.json", "stderr.txt",
 )  # fmt: skip
 REQUEST, RETAIN = "request.jsonl", "retain.jsonl"  # rows that a job reads, private
+SHOWN_FILES = {REQUEST: "rows.jsonl", RETAIN: "keep.jsonl"}  # what a reader's own would be called
 STARTED = "started.json"
 STOPPING, RESUMED = "stopping", "Continuing."
 ENDED = ("done", "saved", "failed", "died", "withdrawn")
@@ -66,11 +69,6 @@ class JobView:
         """Whether nothing more will come."""
         return self.status in ENDED
 
-    @property
-    def log(self) -> str:
-        """The end of the error stream of a job that failed or died."""
-        return str(self.outcome.get("log") or "")
-
 
 class Jobs:
     """The jobs in a folder; one runs at a time, the others wait in the order they came.
@@ -82,8 +80,6 @@ class Jobs:
         """`runner` is what the interpreter is given to run a job's folder."""
         self.folder = folder
         self._runner = list(runner)
-        self._logs: dict[str, _EventLog] = {}
-        self._reading = threading.Lock()
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
@@ -189,7 +185,6 @@ class Jobs:
             ended = [view.name for view in self.views() if view.ended]
             for name in ended:
                 shutil.rmtree(self._place(name))
-                self._logs.pop(name, None)
         return len(ended)
 
     def views(self) -> list[JobView]:
@@ -206,8 +201,7 @@ class Jobs:
     def view(self, name: str, position: int = 0) -> JobView:
         """One job as it is now."""
         place = self._place(name)
-        with self._reading:
-            steps, said, stopping = self._logs.setdefault(name, _EventLog(place / EVENTS)).read()
+        steps, said, stopping = _events(place)
         job, outcome = _read(place / JOB), _read(place / OUTCOME)
         status = str(outcome.get("status") or _status(place, stopping))
         if status == "died":
@@ -223,43 +217,26 @@ class Jobs:
         return place
 
 
-class _EventLog:
-    """The events of one job; only what was appended since the last look is read."""
+def _events(place: Path) -> tuple[tuple[dict[str, Any], ...], str, bool]:
+    """All steps of a job, its last words, and whether it was told to stop."""
+    steps, said, stopping, text = list[dict[str, Any]](), "", False, b""
+    with contextlib.suppress(FileNotFoundError):
+        text = (place / EVENTS).read_bytes()
+    for line in text.rpartition(b"\n")[0].splitlines():  # the last line may be half written
+        event = _event(line)
+        if event.get("step") is not None:
+            steps.append(event)
+        said = str(event.get("said", said))
+        # A job that continues was told to stop once, but that is over.
+        if event.get("said") in (STOPPING, RESUMED):
+            stopping = event["said"] == STOPPING
+    return tuple(steps), said, stopping
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._clear()
 
-    def _clear(self) -> None:
-        self._offset, self._file = 0, 0
-        self._steps: list[dict[str, Any]] = []
-        self._said, self._stopping = "", False
-
-    def read(self) -> tuple[tuple[dict[str, Any], ...], str, bool]:
-        """All steps, the last words, and whether the job was told to stop."""
-        try:
-            with self._path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                if stat.st_ino != self._file or stat.st_size < self._offset:
-                    self._clear()  # rewritten
-                self._file = stat.st_ino
-                file.seek(self._offset)
-                text = file.read()
-        except FileNotFoundError:
-            self._clear()
-            text = b""
-        whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            event = json.loads(line)
-            if event.get("step") is not None:
-                self._steps.append(event)
-            if "said" in event:
-                self._said = str(event["said"])
-            # A job that continues was told to stop once, but that is over.
-            if event.get("said") in (STOPPING, RESUMED):
-                self._stopping = event["said"] == STOPPING
-        return tuple(self._steps), self._said, self._stopping
+@functools.lru_cache(maxsize=100_000)  # a page looks every second: only new lines are parsed
+def _event(line: bytes) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(line)
+    return value
 
 
 def _status(place: Path, stopping: bool) -> str:
@@ -308,9 +285,9 @@ def end(place: Path, outcome: Mapping[str, Any]) -> None:
         job = _without(job, private)
         outcome = _without(dict(outcome), private)
     # Words may quote a row: only numbers are needed for the curves.
-    steps, _, _ = _EventLog(place / EVENTS).read()
+    steps, _, _ = _events(place)
     kept = [{key: v for key, v in step.items() if not isinstance(v, str)} for step in steps]
-    _replace(place / EVENTS, "".join(json.dumps(step) + "\n" for step in kept))
+    write_bytes(place / EVENTS, "".join(json.dumps(step) + "\n" for step in kept).encode())
     _write(place / JOB, {**job, "private": []})
     _write(place / OUTCOME, outcome)
 
@@ -370,10 +347,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    _replace(path, json.dumps(json_value(value)))
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_bytes(path, json.dumps(json_value(value)).encode())

@@ -7,17 +7,36 @@ change of the active adapters is read back from the model's layers before it is 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import threading
-import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from adapters.base.fingerprint import fingerprint_base
+from adapters.base.load import BaseSpec, base_view, load_base, load_tokenizer, resolve_base
+from adapters.digests import key_path, store_key
+from adapters.environment import SMALL_MODEL
 from adapters.errors import UserError
-from ui.app.data.answers import Answer, Frame, Stack, judged
+from adapters.lora.stack import StackState, activate, base_only, load_stack, read_state
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
+from ui.app.data.answers import (
+    Answer,
+    Frame,
+    PairDecoder,
+    Sampling,
+    Scores,
+    Stack,
+    judged,
+    scores_of,
+)
 from ui.app.data.library import (
+    NEIGHBOURS,
     FiledRequest,
     Library,
     filed_requests,
@@ -25,19 +44,61 @@ from ui.app.data.library import (
     read_library,
     readable_names,
 )
-from ui.app.turns import Turns
+from unlearner.request.rows import Row
+from unlearner.tokens.prompts import PromptFormat, Template, prompt_format
 
-NEIGHBOURS = ("retain authors", "real authors", "world facts")
 LOG = logging.getLogger("unlearner.app")
 
-if TYPE_CHECKING:
-    from adapters.base.load import BaseSpec
-    from adapters.lora.stack import StackState
-    from adapters.store.catalog import StoredAdapter
-    from adapters.store.store import AdapterStore
-    from ui.app.data.decoding import Sampling
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat, Template
+
+class Turns:
+    """A first-come line. Take a ticket, wait until nobody is ahead, leave when done."""
+
+    def __init__(self) -> None:
+        self._line: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        """How many are in the line, the one being served included."""
+        return len(self._line)
+
+    def join(self) -> object:
+        """A ticket at the end of the line."""
+        ticket = object()
+        with self._changed:
+            self._line.append(ticket)
+        return ticket
+
+    def leave(self, ticket: object) -> None:
+        """Gives up the ticket, served or not; leaving twice does no harm."""
+        with self._changed:
+            if ticket in self._line:
+                self._line.remove(ticket)
+                self._changed.notify_all()
+
+    def waiting(self, ticket: object, seconds: float = 0.5) -> Iterator[int]:
+        """Yields how many are ahead, now and whenever it changes, and ends when it is 0."""
+        last = -1
+        while True:
+            with self._changed:
+                ahead = self._line.index(ticket)
+                if ahead == 0:
+                    return
+                if ahead == last:
+                    self._changed.wait(seconds)
+                    continue
+                last = ahead
+            yield ahead
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside it is the caller's turn."""
+        ticket = self.join()
+        try:
+            for _ in self.waiting(ticket):
+                continue
+            yield
+        finally:
+            self.leave(ticket)
 
 
 @dataclass
@@ -88,11 +149,6 @@ class Session:
             self._ready.set()
 
     def _load_model(self, spec: BaseSpec) -> None:
-        from adapters.base.fingerprint import fingerprint_base
-        from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
-        from adapters.environment import SMALL_MODEL
-        from unlearner.tokens.prompts import prompt_format
-
         folder = resolve_base(spec.name, spec.revision)
         self._fmt = prompt_format(load_tokenizer(str(folder)), self.template, self.system)
         self._fingerprint = fingerprint_base(folder)
@@ -111,8 +167,6 @@ class Session:
 
     def rest(self) -> None:
         """Lets go of the model's memory, for a training that needs it; `start` loads it again."""
-        import gc
-
         import torch
 
         with self.turns.turn():
@@ -142,8 +196,6 @@ class Session:
 
     def store(self) -> AdapterStore | None:
         """The store, None where there is none yet."""
-        from adapters.store.store import AdapterStore
-
         if not (self.store_path / "store.json").is_file():
             return None
         return AdapterStore.open(self.store_path)
@@ -155,8 +207,6 @@ class Session:
 
     def filed(self) -> dict[str, FiledRequest]:
         """The filed requests whose questions the data holds, by the slug of their adapter."""
-        from adapters.digests import key_path, store_key
-
         adapters, library = self.adapters(), self.library
         if not adapters or not library.authors or not key_path().is_file():
             return {}
@@ -169,24 +219,26 @@ class Session:
         """What people call each adapter, by its slug."""
         return readable_names(self.adapters(), self.filed())
 
-    def askable(self) -> dict[str, tuple[Row, ...]]:
-        """Rows that can be asked about: of each filed request by `filed: LABEL`, of each author."""
-        filed = self.filed()
-        labels = {adapter.slug: f"filed: {adapter.label}" for adapter in self.adapters()}
-        return {**{labels[slug]: each.rows for slug, each in filed.items()}, **self.library.authors}
+    def askable(self) -> dict[str, tuple[str, tuple[Row, ...]]]:
+        """What can be asked about, by its key: its name for people, and its rows.
+
+        Filed requests come first, then authors, of whom those to be forgotten lead.
+        """
+        filed, names, authors = self.filed(), self.names(), self.library.authors
+        found = {
+            f"filed: {adapter.label}": (f"To forget: {names[adapter.slug]}", each.rows)
+            for adapter in self.adapters()
+            if (each := filed.get(adapter.slug)) is not None
+        }
+        forgotten = {author for each in filed.values() for author in each.authors}
+        for author in sorted(authors, key=lambda author: author not in forgotten):
+            shown = f"{author} (to be forgotten)" if author in forgotten else author
+            found[author] = shown, authors[author]
+        return found
 
     def choices(self) -> list[tuple[str, str]]:
-        """The keys of `askable`, each with its name for people; forgotten authors come first."""
-        filed, names = self.filed(), self.names()
-        requests = [
-            (f"To forget: {names[adapter.slug]}", f"filed: {adapter.label}")
-            for adapter in self.adapters()
-            if adapter.slug in filed
-        ]
-        forgotten = {author for each in filed.values() for author in each.authors}
-        authors = sorted(self.library.authors, key=lambda author: author not in forgotten)
-        marked = [(f"{a} (to be forgotten)" if a in forgotten else a, a) for a in authors]
-        return [*requests, *marked]
+        """Names and keys of `askable`, for a list to choose from."""
+        return [(shown, key) for key, (shown, _) in self.askable().items()]
 
     def examples(self) -> list[tuple[str, Row]]:
         """A question to be forgotten, one of a neighbour and a fact of the world, by kind."""
@@ -195,8 +247,8 @@ class Session:
         rows = [("To be forgotten" if filed else "An author", row) for row in forgotten[1:2]]
         away = {row.question for row in forgotten}
         for kind, names in (
-            ("Kept author" if filed else "Another author", NEIGHBOURS[:1]),
-            ("Real fact", NEIGHBOURS[1:]),
+            ("Kept author" if filed else "Another author", [*NEIGHBOURS][:1]),
+            ("Real fact", [*NEIGHBOURS][1:]),
         ):
             kept = [row for name in names for row in self.library.neighbours.get(name, ())]
             rows += [(kind, row) for row in kept if row.question not in away][:1]
@@ -207,14 +259,25 @@ class Session:
         store = self.store()
         return () if store is None else tuple((a.slug, a.scale) for a in store.active())
 
+    def on(self) -> list[str]:
+        """Slugs of the store's active stack."""
+        return [slug for slug, _ in self.filed_stack()]
+
+    def switchable(self) -> list[tuple[str, str]]:
+        """Name and slug of all whole adapters that can be switched on, the newest last."""
+        off, names = ("quarantined", "purged", "superseded"), self.names()
+        return [
+            (names[adapter.slug], adapter.slug)
+            for adapter in self.adapters()
+            if adapter.status not in off and not adapter.problem
+        ]
+
     def use(self, stack: Stack) -> StackState:
         """What the model's layers say after making exactly `stack` active. Only in one's turn.
 
         Raises:
             UserError: no model; a parent is missing; a file or the base is not as recorded.
         """
-        from adapters.lora.stack import activate, load_stack, read_state
-
         model, _ = self.require()
         store = self.store()
         if not stack or store is None:
@@ -225,10 +288,10 @@ class Session:
         self._model.eval()  # peft injects its layers in training mode, and refuses mixed batches so
         return read_state(self._model)
 
-    def read_back(self, stack: Stack) -> StackState:
-        """`use`, waiting for its turn."""
-        with self.turns.turn():
-            return self.use(stack)
+    def active(self, stack: Stack) -> list[tuple[str, float]]:
+        """`use`: the adapters that the layers say are active, with their strengths."""
+        state = self.use(stack)
+        return [(name, state.scales[name]) for name in state.active]
 
     def compare(
         self, question: str, stack: Stack, sampling: Sampling,
@@ -243,19 +306,22 @@ class Session:
         Raises:
             UserError: no question, no model, a stack that cannot be used.
         """
-        from ui.app.data.decoding import PairDecoder
-
         asked = question.strip()
         if not asked:
             raise UserError("There is no question.", "Choose one or type one.")
         self.require()
         stop = stop or threading.Event()
-        frame = _begun(asked, stack, sampling, keep)
+        same = keep is not None and (keep.question, keep.sampling) == (asked, sampling)
+        base = keep.base if keep is not None and same and keep.base_whole else None
+        frame = Frame(
+            asked, base or Answer(""), Answer(""), tuple(stack), sampling=sampling,
+            base_whole=base is not None, kept=base is not None,
+        )  # fmt: skip
         ticket = self.turns.join()
         try:
             for ahead in self.turns.waiting(ticket):
                 yield dataclasses.replace(frame, stage="waiting", ahead=ahead)
-            active = self._active(stack)
+            active = tuple(self.active(stack))
             model, fmt = self.require()
             names = [name for name, _ in active]
             pair = PairDecoder(
@@ -263,14 +329,15 @@ class Session:
                 right_only=frame.base_whole,
             )  # fmt: skip
             row = self.library.row(asked)
-            clock = _Clock()
             truth = row.answer if row else None
             frame = dataclasses.replace(
                 frame, stack=active, truth=truth, one_batch=pair.one_batch, stage="answering"
             )
             while not pair.done and not stop.is_set():
                 pair.step()
-                frame = _framed(frame, pair, clock)
+                left, right = pair.answers()
+                left = frame.base if frame.base_whole else left
+                frame = dataclasses.replace(frame, base=left, unlearned=right)
                 yield frame
             if stop.is_set():
                 yield dataclasses.replace(frame, stage="stopped")
@@ -280,14 +347,8 @@ class Session:
         finally:
             self.turns.leave(ticket)
 
-    def _active(self, stack: Stack) -> tuple[tuple[str, float], ...]:
-        state = self.use(stack)
-        return tuple((name, state.scales[name]) for name in state.active)
-
     def _scored(self, frame: Frame, row: Row | None) -> Frame:
         """The frame with both answers judged; the model keeps its stack."""
-        from adapters.lora.stack import base_only
-
         base, before = frame.base, None
         if not frame.base_whole:
             with base_only(self._model):
@@ -299,57 +360,9 @@ class Session:
         right = judged(frame.unlearned, row, after)
         return dataclasses.replace(frame, base=base, unlearned=right, stage="done", base_whole=True)
 
-    def teacher_forced(self, rows: Sequence[Row]) -> list[tuple[float, float | None]]:
-        """Answer probability and truth ratio R of each row, with what is active now.
-
-        R = P(wrong answers) / P(paraphrased answer), geometric means per token; None without wrong
-        answers. Below 1 the model prefers the right answer.
-        """
-        import math
-
+    def teacher_forced(self, rows: Sequence[Row]) -> list[Scores]:
+        """`scores_of` each row, with what is active now."""
         from evaluation.inference.scoring import score_rows
-        from evaluation.metrics.forget_quality import log_truth_ratio
 
         model, fmt = self.require()
-        found: list[tuple[float, float | None]] = []
-        for record in score_rows(model, fmt, rows):
-            assert record.answer_score is not None  # score_rows fills both
-            assert record.paraphrase is not None
-            ratio = None
-            if record.perturbed:
-                wrong = [[score.mean_nll for score in record.perturbed]]
-                log_r = log_truth_ratio([record.paraphrase.mean_nll], wrong)
-                ratio = math.exp(float(log_r[0]))
-            found.append((math.exp(-record.answer_score.mean_nll), ratio))
-        return found
-
-
-class _Clock:
-    """Seconds until each side ended; decoding both at once costs each the whole time."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._ended: dict[int, float] = {}
-
-    def seconds(self, number: int, done: bool) -> float:
-        now = time.monotonic() - self._started
-        return self._ended.setdefault(number, now) if done else now
-
-
-def _begun(asked: str, stack: Stack, sampling: Sampling, keep: Frame | None) -> Frame:
-    """The frame before the first token, with the base's answer of `keep` where it still holds."""
-    same = keep is not None and (keep.question, keep.sampling) == (asked, sampling)
-    base = keep.base if keep is not None and same and keep.base_whole else None
-    return Frame(
-        asked, base or Answer(""), Answer(""), tuple(stack), sampling=sampling,
-        base_whole=base is not None, kept=base is not None,
-    )  # fmt: skip
-
-
-def _framed(frame: Frame, pair: Any, clock: _Clock) -> Frame:
-    sides = [
-        Answer(text, tokens, clock.seconds(i, pair.sides[i].done))
-        for i, (text, tokens) in enumerate(zip(pair.texts, pair.lengths, strict=True))
-    ]
-    base = frame.base if frame.base_whole else sides[0]
-    return dataclasses.replace(frame, base=base, unlearned=sides[1])
+        return [scores_of(record) for record in score_rows(model, fmt, rows)]

@@ -329,14 +329,6 @@ def resolved(
     return "\n".join(lines) + "\n"
 
 
-def values_in(text: str) -> dict[str, Any]:
-    """The values of a text that `resolved` made."""
-    import yaml
-
-    values: dict[str, Any] = yaml.safe_load(text)
-    return values
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]

@@ -26,7 +26,7 @@ from ui.cli.commands.everyday import (
     score,
     ui,
 )
-from ui.cli.commands.experiments import bench, finetune, gpu_check, reproduce, sequence, tune
+from ui.cli.commands.experiments import bench, finetune, reproduce, sequence, tune
 from ui.cli.config_file import apply_config, keep_beside, lines_named
 from ui.cli.parser import SHELLS, Parser, PrintCompletion
 from ui.console import Console
@@ -72,7 +72,7 @@ SECTIONS = {
         "sequence": sequence,
         "tune": tune,
         "bench": bench,
-        "gpu-check": gpu_check,
+        "gpu-check": bench,
     },
 }
 FAILURE, INTERRUPTED = 1, 130
@@ -151,7 +151,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     _check_command(argv, leaves)
-    words = _command_words(argv, leaves)
+    two = " ".join(argv[:2])
+    words = two if two in leaves else argv[0]
     leaf = leaves.get(words)
     given = argv if leaf is None else apply_config(leaf, argv)
     args, extra = parser.parse_known_args(given)
@@ -191,11 +192,6 @@ def _check_command(argv: Sequence[str], leaves: dict[str, Parser]) -> None:
         raise UserError(f"`unlearner {argv[0]}` has no command '{argv[1]}'.", hint)
 
 
-def _command_words(argv: Sequence[str], leaves: dict[str, Parser]) -> str:
-    two = " ".join(argv[:2])
-    return two if two in leaves else argv[0]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -214,8 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except SystemExit as stop:  # after --help and --version
         return stop.code if isinstance(stop.code, int) else FAILURE
-    except BrokenPipeError:
-        return _reader_left()
+    except BrokenPipeError:  # the reader left
+        # The interpreter flushes stdout once more at exit: give it somewhere to go.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
     except KeyboardInterrupt:
         return _interrupted(console, debug)
     except UserError as error:
@@ -246,13 +245,9 @@ def _interrupted(console: Console, debug: bool) -> int:
 
 def _comes_of_an_interrupt(error: BaseException | None) -> bool:
     """Whether a Ctrl-C is behind the error: Python wraps one that meets it in a class body."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        seen.add(id(error))
+    while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return False
+    return error is not None
 
 
 def run_command(args: argparse.Namespace, console: Console) -> int:
@@ -301,15 +296,6 @@ def quiet_libraries(console: Console) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not console.live:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _reader_left() -> int:
-    # The interpreter flushes stdout once more at exit: give it somewhere to go.
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        return FAILURE
-    return FAILURE
 
 
 if __name__ == "__main__":

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adapters.base.fingerprint import BaseFingerprint, fingerprint_base
+from adapters.base.load import base_view, load_base, resolve_base
 from adapters.errors import Interrupted
+from adapters.store.store import AdapterStore
+from evaluation.cache import key_of
+from evaluation.logs.records import EvalLog
+from ui.app.data.commands import command
 from ui.cli import options, own_rows
 from ui.cli.output.events import progress_of
 from ui.cli.output.scoring import PARTS, effort_of
+from ui.console import Console
+from unlearner.tokens.prompts import PromptFormat
 
 if TYPE_CHECKING:
-    from adapters.base.fingerprint import BaseFingerprint
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
     from evaluation.suite import EvalData
     from ui.cli.commands.everyday.evaluate_metrics import Extras
-    from ui.console import Console
-    from unlearner.tokens.prompts import PromptFormat
 
 Stack = list[tuple[str, float]]
 
@@ -37,11 +39,7 @@ class LoadedBase(NamedTuple):
 
 def load(args: argparse.Namespace) -> LoadedBase:
     """The base that the flags name."""
-    from adapters.base.fingerprint import fingerprint_base
-    from adapters.base.load import base_view, load_base, load_tokenizer, resolve_base
-    from unlearner.tokens.prompts import prompt_format
-
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    fmt = options.prompts(args)
     fingerprint = fingerprint_base(resolve_base(args.base, args.revision))
     model = load_base(options.base_spec(args))
     return LoadedBase(model, fmt, fingerprint, base_view(model))
@@ -71,12 +69,11 @@ def measure(
     extras: Extras | None = None,
 ) -> EvalLog:
     """The log of `model`, which is `base` with `stack` active; parts are cached in `out`."""
-    from evaluation.cache import key_of
     from evaluation.suite import evaluate
 
     key, show = key_of(base=base.fingerprint.digest, adapters=stack), progress_of(console)
-    command = shlex.join(["unlearner", *args.words])
-    meta = {"split": own_rows.name_of(args), "adapters": stack, "command": command, **base.view}
+    about = {"split": own_rows.name_of(args), "command": command(*args.words)}
+    meta = {**about, "adapters": stack, **base.view}
     log = evaluate(
         model,
         base.fmt,

@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adapters.errors import UserError
+from adapters.base.load import BaseSpec, load_tokenizer
+from adapters.errors import UserError, did_you_mean
+from adapters.store.store import AdapterStore
 from evaluation.protocols import DEFAULT, PROTOCOLS, protocol_named, protocols_named
 from ui.cli.parser import Parser as Parser
 from unlearner.config import LoraShape, ObjectiveConfig, TrainConfig, default_objective
 from unlearner.objectives.registry import OBJECTIVES
-from unlearner.request.tofu import split_name
-
-if TYPE_CHECKING:
-    from adapters.base.load import BaseSpec
-    from unlearner.request.formats import Columns
+from unlearner.request.formats import Columns
+from unlearner.request.tofu import FORGET_SPLITS, split_name
+from unlearner.tokens.prompts import PromptFormat, prompt_format
 
 DEFAULT_STORE = "./forget-store"
 PRESETS = ("mini", "smollm2-135m", "llama2-7b", "llama3.2-1b", "llama3.2-3b")
@@ -32,14 +32,6 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def number(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def positive_int(text: str) -> int:
@@ -60,7 +52,10 @@ def seed(text: str) -> int:
 
 def positive_number(text: str) -> float:
     """A finite number above 0."""
-    value = number(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
@@ -90,31 +85,60 @@ def name_list(text: str) -> list[str]:
     return [] if names == ["none"] else names
 
 
-def parse_with(register: Callable[[Any], None], words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of `words`, the command that `register` adds and its flags.
+# What a flag takes, for `add_argument`.
+COUNT: dict[str, Any] = {"type": positive_int, "metavar": "N"}
+NUMBER: dict[str, Any] = {"type": float, "metavar": "X"}
+NAMES: dict[str, Any] = {"type": name_list, "metavar": "A,B"}
+FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+LOG: dict[str, Any] = {"type": Path, "metavar": "LOG"}
 
-    Raises:
-        UserError: another command, an unknown flag, or a missing or bad value.
+
+def require_known(name: str, known: Iterable[str], problem: str) -> None:
+    """Refuses a name that is not known, with the nearest one that is."""
+    if name not in (names := list(known)):
+        raise UserError(problem, did_you_mean(name, names))
+
+
+def require_split(name: str) -> None:
+    """Refuses what is no forget split of TOFU, with the nearest one."""
+    require_known(name, FORGET_SPLITS, f"'{name}' is not a forget split.")
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[..., int],
+    takes: str = "",
+    *,
+    config: Sequence[str] | None = None,
+    **words: str,
+) -> Parser:
+    """The parser of a command, with the flags that several commands share.
+
+    Args:
+        commands: of the parser above it.
+        name: of the command.
+        run: called with the arguments and the console; gives the exit code.
+        takes: which flags of `SHARED`, divided by blanks.
+        config: adds --config, and --preset where a preset has some of these settings.
+        words: help, description and epilog.
     """
-    parser = Parser(prog="unlearner")
-    register(parser.add_subparsers(dest="command", parser_class=Parser))
-    return parser.parse_args(list(words))
-
-
-def common() -> Parser:
-    """--json and --debug, which every command has."""
-    parser = Parser(add_help=False)
+    parser: Parser = commands.add_parser(name, **words)
+    for each in takes.split():
+        SHARED[each](parser)
+    if config is not None:
+        _add_config(parser, config)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--json", action="store_true", help="one JSON object on stdout instead of text"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
     return parser
 
 
-def config(*preset_keys: str) -> Parser:
-    """--config, and --preset where a preset has some of the settings `preset_keys`."""
-    parser = Parser(add_help=False)
+def _add_config(parser: Parser, preset_keys: Sequence[str]) -> None:
     group = parser.add_argument_group("settings from a file")
     group.add_argument(
         "--config",
@@ -129,21 +153,17 @@ def config(*preset_keys: str) -> Parser:
             help=f"settings of a preset of `reproduce`: {', '.join(PRESETS)}",
         )
         parser.set_defaults(preset_keys=preset_keys)
-    return parser
 
 
-def data() -> Parser:
-    """--data."""
-    parser = Parser(add_help=False)
+def _add_data(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         type=_data_folder,
         metavar="DIR",
-        default=_env_path("UNLEARNER_DATA"),
+        default=os.environ.get("UNLEARNER_DATA") or None,
         help="folder of TOFU's JSON-lines files instead of the hub's locuslab/TOFU "
         "(environment: UNLEARNER_DATA)",
     )
-    return parser
 
 
 def _data_folder(text: str) -> Path:
@@ -155,22 +175,14 @@ def _data_folder(text: str) -> Path:
     return Path(text)
 
 
-def _env_path(name: str) -> Path | None:
-    return Path(os.environ[name]) if os.environ.get(name) else None
-
-
-def store() -> Parser:
-    """--store."""
-    parser = Parser(add_help=False)
+def _add_store(parser: Parser) -> None:
     parser.add_argument(
         "--store",
-        type=Path,
-        metavar="DIR",
-        default=_env_path("UNLEARNER_STORE"),
+        **FOLDER,
+        default=os.environ.get("UNLEARNER_STORE") or None,
         help="folder of the forget adapters "
         f"(environment: UNLEARNER_STORE; default: {DEFAULT_STORE})",
     )
-    return parser
 
 
 def store_path(args: argparse.Namespace) -> Path:
@@ -178,11 +190,9 @@ def store_path(args: argparse.Namespace) -> Path:
     return args.store if args.store is not None else Path(DEFAULT_STORE)
 
 
-def base(*, required: bool = True) -> Parser:
-    """--base and --revision."""
-    parser = Parser(add_help=False)
-    add_base(parser.add_argument_group("base model"), required=required)
-    return parser
+def open_store(args: argparse.Namespace) -> AdapterStore:
+    """The store that was named, which must exist."""
+    return AdapterStore.open(store_path(args))
 
 
 def add_base(
@@ -222,9 +232,8 @@ def add_reference_log(
     """--reference-log; `use` says what this command does with it."""
     flags.add_argument(
         "--reference-log",
-        type=Path,
+        **LOG,
         required=required,
-        metavar="LOG",
         help=f"evaluation log of a model that never saw the forget set: {use}",
     )
 
@@ -233,8 +242,7 @@ def add_second_reference_log(flags: Flags) -> None:
     """--second-reference-log."""
     flags.add_argument(
         "--second-reference-log",
-        type=Path,
-        metavar="LOG",
+        **LOG,
         help="log of a second such model; the difference between the two references is the range "
         "within which forget quality cannot tell models apart",
     )
@@ -243,7 +251,7 @@ def add_second_reference_log(flags: Flags) -> None:
 def add_protocol(flags: Flags, *, several: bool = False, default: str | None = DEFAULT) -> None:
     """--protocol: one name, or with `several` a list of names."""
     choices = ", ".join(PROTOCOLS)
-    kind: Callable[[str], Any] = _protocol_list if several else _protocol
+    kind: Callable[[str], Any] = _protocols if several else lambda text: protocol_named(text).name
     flags.add_argument(
         "--protocol",
         type=kind,
@@ -254,11 +262,7 @@ def add_protocol(flags: Flags, *, several: bool = False, default: str | None = D
     )
 
 
-def _protocol(text: str) -> str:
-    return protocol_named(text).name
-
-
-def _protocol_list(text: str) -> list[str]:
+def _protocols(text: str) -> list[str]:
     return [protocol.name for protocol in protocols_named(text)]
 
 
@@ -266,8 +270,7 @@ def add_limit(flags: Flags, text: str = "measure only the first N rows of each s
     """--limit."""
     flags.add_argument(
         "--limit",
-        type=positive_int,
-        metavar="N",
+        **COUNT,
         help=f"{text}: a quick look, not comparable with full figures",
     )
 
@@ -278,7 +281,7 @@ def add_out(flags: Flags, text: str, *, default: str | None = None, required: bo
         "--out",
         type=folder,
         required=required,
-        default=Path(default) if default else None,
+        default=default,
         metavar="DIR",
         help=f"{text} (default: ./{default})" if default else text,
     )
@@ -291,8 +294,7 @@ def add_adapters(flags: Flags, text: str = "use these adapters in this order, or
     """--adapters."""
     flags.add_argument(
         "--adapters",
-        type=name_list,
-        metavar="A,B",
+        **NAMES,
         help=f"{text}; each by {REF} (default: those active in the store)",
     )
 
@@ -328,8 +330,7 @@ def add_questions_per_batch(flags: Flags) -> None:
     """--questions-per-batch."""
     flags.add_argument(
         "--questions-per-batch",
-        type=positive_int,
-        metavar="N",
+        **COUNT,
         help="questions answered at once; reduce it when out of memory",
     )
 
@@ -365,14 +366,11 @@ def add_columns(flags: Flags) -> None:
 
 def columns(args: argparse.Namespace) -> Columns:
     """The columns that these flags name."""
-    from unlearner.request.formats import Columns
-
     return Columns(args.question_column, args.answer_column)
 
 
-def template() -> Parser:
+def _add_template(parser: Parser) -> None:
     """--template and --system, of every command that reads prompts."""
-    parser = Parser(add_help=False)
     parser.add_argument(
         "--system",
         metavar="TEXT",
@@ -387,15 +385,13 @@ def template() -> Parser:
         "template as open-unlearning's Llama-3 models were trained with it (system prompt and "
         "date), or whichever of the first two fits the tokenizer (default: auto)",
     )
-    return parser
 
 
-def loading(*, either_way: bool = False) -> Parser:
+def add_loading(parser: Parser, *, either_way: bool = False) -> None:
     """--dtype, --load-in-4bit, --device, --attention: how the base is held in memory.
 
     `either_way` adds --no-load-in-4bit, for commands where 4 bit may be the default.
     """
-    parser = Parser(add_help=False)
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--dtype",
@@ -418,13 +414,10 @@ def loading(*, either_way: bool = False) -> Parser:
         default="auto",
         help="attention kernel (default: auto: flash_attention_2 where it is installed, else sdpa)",
     )
-    return parser
 
 
 def base_spec(args: argparse.Namespace) -> BaseSpec:
-    """The base that the flags of `base` and `loading` name."""
-    from adapters.base.load import BaseSpec
-
+    """The base that --base and the flags of `add_loading` name."""
     return BaseSpec(
         name=args.base,
         revision=args.revision,
@@ -433,6 +426,11 @@ def base_spec(args: argparse.Namespace) -> BaseSpec:
         device=args.device,
         attention=args.attention,
     )
+
+
+def prompts(args: argparse.Namespace) -> PromptFormat:
+    """The prompts of --base, by its tokenizer and the flags --template and --system."""
+    return prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
 
 
 # One line on what to turn a knob for; names, types and defaults come from the dataclasses.
@@ -496,54 +494,44 @@ SETTINGS = (*OBJECTIVE_FIELDS, *LORA_FIELDS, *TRAIN_FIELDS)
 OF_BASE = ("base", "template", "load_in_4bit")
 
 
-def settings(*, objective: bool = True) -> Parser:
+def _add_settings(parser: Parser) -> None:
     """--objective, and one flag for each field of the config dataclasses (None = its default)."""
-    parser = Parser(add_help=False)
-    if objective:
-        group = parser.add_argument_group("objective")
-        group.add_argument(
-            "--objective",
-            metavar="NAME",
-            default=ObjectiveConfig().name,
-            help=f"{', '.join(OBJECTIVES)} (default: {ObjectiveConfig().name})",
-        )
-        for name in OBJECTIVE_FIELDS:
-            kind = type(getattr(ObjectiveConfig(), name))
-            _add_setting(group, name, kind, _objective_default(name))
-    add_fields(parser.add_argument_group("adapter"), LoraShape, LORA_FIELDS)
-    add_fields(parser.add_argument_group("training"), TrainConfig, TRAIN_FIELDS)
-    return parser
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--objective",
+        metavar="NAME",
+        default=ObjectiveConfig().name,
+        help=f"{', '.join(OBJECTIVES)} (default: {ObjectiveConfig().name})",
+    )
+    for name in OBJECTIVE_FIELDS:
+        kind = type(getattr(ObjectiveConfig(), name))
+        _add_setting(group, name, kind, _objective_default(name))
+    add_fields(parser.add_argument_group("adapter"), LoraShape)
+    add_fields(parser.add_argument_group("training"), TrainConfig)
 
 
-def add_fields(group: argparse._ArgumentGroup, kind: type, names: Sequence[str]) -> None:
-    """One flag for each of the dataclass `kind`'s fields in `names`."""
+def add_fields(group: argparse._ArgumentGroup, kind: type) -> None:
+    """One flag for each field of the dataclass `kind`."""
     for field in fields(kind):
-        if field.name not in names:
-            continue
-        if field.default is MISSING:
-            raise TypeError(f"{kind.__name__}.{field.name} has no plain default")
-        value = field.default
+        value: Any = field.default
         shown = ", ".join(value) if isinstance(value, tuple) else str(value)
-        shown = "off" if value is False else shown
-        _add_setting(group, field.name, type(value), shown)
+        _add_setting(group, field.name, type(value), "off" if value is False else shown)
 
 
 def _add_setting(group: argparse._ArgumentGroup, name: str, kind: type, default: str) -> None:
     flag = "--" + name.replace("_", "-")
     text = f"{SETTING_HELP[name]} (default: {default})"
     if name == "gradient_checkpointing" and kind is str:
-        group.add_argument(flag, nargs="?", const="all", default=None, metavar="HOW", help=text)
+        group.add_argument(flag, nargs="?", const="all", metavar="HOW", help=text)
     elif kind is bool:
         group.add_argument(flag, action="store_true", default=None, help=text)
     elif kind is tuple:
-        group.add_argument(flag, type=_name_tuple, default=None, metavar="A,B", help=text)
+        group.add_argument(
+            flag, type=lambda names: tuple(name_list(names)), metavar="A,B", help=text
+        )
     else:
         metavar = {int: "N", float: "X"}.get(kind, "NAME")
-        group.add_argument(flag, type=kind, default=None, metavar=metavar, help=text)
-
-
-def _name_tuple(text: str) -> tuple[str, ...]:
-    return tuple(name_list(text))
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def _objective_default(name: str) -> str:
@@ -560,3 +548,14 @@ def given_settings(args: argparse.Namespace, names: Sequence[str]) -> dict[str, 
     """The settings among `names` that were given on the command line."""
     found = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in found.items() if value is not None}
+
+
+# The flags that `add_command` can add, by what they name.
+SHARED: dict[str, Callable[[Parser], None]] = {
+    "base": lambda parser: add_base(parser.add_argument_group("base model")),
+    "template": _add_template,
+    "loading": add_loading,
+    "settings": _add_settings,
+    "store": _add_store,
+    "data": _add_data,
+}

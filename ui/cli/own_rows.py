@@ -1,22 +1,25 @@
-"""Which rows `evaluate` measures: a split of TOFU, or rows of one's own and what goes with them."""
+"""Rows beside a request's: those that `evaluate` measures, other answers, and refusals."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.digests import normalised
 from adapters.errors import UserError
 from ui.cli import options
+from ui.console import Console
+from unlearner.config import UnlearnConfig, streams_of
+from unlearner.request.formats import read_rows
+from unlearner.request.neighbours import nearest_rows
+from unlearner.request.rows import Row
+from unlearner.request.sources import refuse_overlap, rows_named
+from unlearner.request.tofu import load_refusals, load_split
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from evaluation.suite import EvalData
-    from ui.console import Console
-    from unlearner.request.rows import Row
 
 OWN = "own-rows"
 OF_OWN_ROWS = ("retain", "neighbours", "variants", "question_column", "answer_column")
@@ -36,14 +39,12 @@ def add_flags(parser: options.Parser) -> None:
     options.add_columns(group)
     group.add_argument(
         "--neighbours",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="of the rows of --retain only the N nearest to the forget rows, by their words",
     )
     group.add_argument(
         "--variants",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="JSONL with paraphrased_answer and perturbed_answer of these rows, by question",
     )
 
@@ -69,13 +70,17 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
             flag = given[0].replace("_", "-")
             raise UserError(f"--{flag} belongs to --rows.", "TOFU's splits bring their own.")
         return load_eval_data(args.split, args.data)
-    from unlearner.request.sources import refuse_overlap, rows_named
-    from unlearner.request.tofu import load_split
-
     forget: Sequence[Row] = rows_named(args.rows, args.data, columns=options.columns(args))
     if args.variants:
-        forget = with_variants(forget, read_rows_of_variants(args.variants))
-    retain = kept_rows(args, forget, console)
+        variants = read_rows(args.variants, unique=False, needs_answer=False)
+        forget = with_variants(forget, variants)
+    retain: Sequence[Row] = ()
+    if args.retain is not None:
+        columns = replace(options.columns(args), optional=True)
+        pool = rows_named(args.retain, args.data, unique=False, columns=columns)
+        retain = mined(pool, forget, args.neighbours, console)
+    elif args.neighbours:
+        raise UserError("--neighbours needs rows to choose from.", "Name them with --retain.")
     refuse_overlap(forget, retain, args.rows, str(args.retain))
     world: dict[str, Any] = {}
     if args.data is not None:
@@ -85,28 +90,12 @@ def eval_data(args: argparse.Namespace, console: Console) -> EvalData:
     return EvalData(forget, retain, **world)
 
 
-def kept_rows(args: argparse.Namespace, forget: Sequence[Row], console: Console) -> Sequence[Row]:
-    """The rows of --retain, or the nearest of them."""
-    from unlearner.request.sources import rows_named
-
-    if args.retain is None:
-        if args.neighbours:
-            raise UserError("--neighbours needs rows to choose from.", "Name them with --retain.")
-        return []
-    found = rows_named(
-        args.retain, args.data, unique=False, columns=replace(options.columns(args), optional=True)
-    )
-    return mined(found, forget, args.neighbours, console)
-
-
 def mined(
     pool: Sequence[Row], forget: Sequence[Row], count: int | None, console: Console
 ) -> Sequence[Row]:
     """The `count` rows of `pool` nearest to `forget`, said in words; None leaves the pool whole."""
     if count is None:
         return pool
-    from unlearner.request.neighbours import nearest_rows
-
     found = nearest_rows(forget, pool, count)
     mean = sum(found.likeness) / len(found.likeness)
     console.words(
@@ -114,17 +103,6 @@ def mined(
         f"out as part of the request: {found.left_out}."
     )
     return found.rows
-
-
-def read_rows_of_variants(path: Path) -> list[Row]:
-    """Rows of a file of variants, which may leave out the answer.
-
-    Raises:
-        UserError: every line that is no row, at once.
-    """
-    from unlearner.request.formats import read_rows
-
-    return read_rows(path, unique=False, needs_answer=False)
 
 
 def with_variants(rows: Sequence[Row], variants: Sequence[Row]) -> list[Row]:
@@ -153,3 +131,31 @@ def with_variants(rows: Sequence[Row], variants: Sequence[Row]) -> list[Row]:
             )
         )
     return made
+
+
+def add_alternates_from(parser: options.Parser) -> None:
+    """Adds the flag."""
+    parser.add_argument(
+        "--alternates-from",
+        metavar="ROWS",
+        help="rows whose answers --alternates takes: a file, hub:OWNER/NAME or a TOFU split "
+        "(default: the retain rows); better of people whom the base does not know",
+    )
+
+
+def other_rows(args: argparse.Namespace) -> tuple[Row, ...]:
+    """The rows of --alternates-from.
+
+    Raises:
+        UserError: it was given without --alternates.
+    """
+    if args.alternates_from is None:
+        return ()
+    if not args.alternates:
+        raise UserError("--alternates-from says nothing alone.", "Add --alternates, such as 20.")
+    return tuple(rows_named(args.alternates_from, args.data, columns=options.columns(args)))
+
+
+def refusals(args: argparse.Namespace, config: UnlearnConfig) -> tuple[str, ...]:
+    """Answers that refuse, where the objective trains on them."""
+    return tuple(load_refusals(args.data)) if "refusal" in streams_of(config.objective) else ()

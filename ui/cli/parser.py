@@ -109,16 +109,6 @@ class Parser(argparse.ArgumentParser):
         words += [formatter._format_args(action, action.dest.upper()) for action in positional]
         return " ".join([self.prog, *words, "[flags]"])
 
-    def shown_flags(self) -> list[str]:
-        """The flags that `--help` shows."""
-        return [
-            action.option_strings[-1]
-            for action in self._actions
-            if action.option_strings
-            and action.help != argparse.SUPPRESS
-            and not self._is_rare(action)
-        ]
-
     def _is_rare(self, action: argparse.Action) -> bool:
         if action.help == argparse.SUPPRESS:
             return False

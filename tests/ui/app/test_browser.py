@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from ui.cli.commands.everyday.ui import settings_of
+from ui.app.data.runs import Sources
+from ui.cli.commands.everyday.ui import planned
 
 pytestmark = pytest.mark.browser
 PATIENCE = 180_000  # milliseconds; only a broken page waits so long
@@ -95,7 +96,7 @@ def _publish(home: Path, label: str, seed: int) -> str:
 def short_answers() -> Iterator[None]:
     """A random model never ends its answers: 24 tokens instead of 200, and in a sheet."""
     from ui.app.data import sheet
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     start, answers = PairDecoder.__init__, sheet._answers
 
@@ -119,7 +120,7 @@ def served(world: Path) -> Iterator[tuple[Any, str]]:
 
     base = BaseSpec(str(world / "base"), dtype="float32", device="cpu")
     session = Session(world / "store", base, world / "world")
-    app = App(session, Jobs(world / "jobs"), settings_of)
+    app = App(session, Jobs(world / "jobs"), planned)
     page, url = launch(app)
     assert session.wait(60)
     assert session.state == "ready", session.problem
@@ -205,7 +206,7 @@ def _question(app: Any) -> str:
 def test_a_new_page_has_asked_its_first_question(page: Any, served: Any) -> None:
     session = served[0].session
     shown, key = session.choices()[0]
-    rows = session.askable()[key]
+    rows = session.askable()[key][1]
     _asked(page, rows[0].question)
     assert page.locator("#un-author input").input_value() == shown
     assert page.locator("#un-list input").input_value() == rows[0].question
@@ -256,7 +257,7 @@ def test_stack_changes_the_right_side_and_clear_gives_the_base(page: Any, served
 def test_a_strength_that_moves_answers_the_right_side_alone(
     page: Any, served: Any, monkeypatch: Any
 ) -> None:
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     page.get_by_label("request-1").check()
     _done(page, "the right side alone")  # its own answer, which would end one that is asked before
@@ -292,7 +293,7 @@ def test_a_strength_that_moves_answers_the_right_side_alone(
 
 
 def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatch: Any) -> None:
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     step = PairDecoder.step
 
@@ -322,7 +323,7 @@ def test_answers_stream_and_escape_stops_them(page: Any, served: Any, monkeypatc
 def test_two_browsers_take_turns_and_see_their_place(
     browser: Any, page: Any, served: Any, monkeypatch: Any
 ) -> None:
-    from ui.app.data.decoding import PairDecoder
+    from ui.app.data.answers import PairDecoder
 
     step = PairDecoder.step
 
@@ -500,8 +501,11 @@ def test_runs_draw_what_is_chosen_and_make_files(
             }
         )
     )  # fmt: skip
-    app.logs = (logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json")
-    app.retain_log, app.robustness = logs / "llama2-7b_retain90_tofu.json", (beside,)
+    app.files = Sources(
+        logs=(logs / "llama2-7b_full.json", logs / "llama2-7b_retain90_npo.json"),
+        retain_log=logs / "llama2-7b_retain90_tofu.json",
+        robustness=(beside,),
+    )
     try:
         _tab(page, "Runs")  # opening the tab reads anew
         page.wait_for_selector("#un-log-r svg.un-plot")
@@ -531,7 +535,7 @@ def test_runs_draw_what_is_chosen_and_make_files(
             page.get_by_role("button", name="LLM Comparator JSON").last.click()
         assert len(json.loads(Path(download.value.path()).read_text())["models"]) == 2
     finally:
-        app.logs, app.retain_log, app.robustness = (), None, ()
+        app.files = Sources()
 
 
 def _pull_and_sort_a_column(page: Any) -> None:
@@ -748,9 +752,8 @@ def test_five_tasks_are_done_by_labels_alone(
     page.get_by_text("Done.").first.wait_for()
 
     logs = shared / "reference-logs"
-    app.logs, app.retain_log = (
-        (logs / "llama2-7b_full.json",),
-        logs / "llama2-7b_retain90_tofu.json",
+    app.files = Sources(
+        logs=(logs / "llama2-7b_full.json",), retain_log=logs / "llama2-7b_retain90_tofu.json"
     )
     try:
         _tab(page, "Runs")
@@ -759,7 +762,7 @@ def test_five_tasks_are_done_by_labels_alone(
         row = page.locator("#un-runs [role=row]", has_text="llama2-7b_full").first.inner_text()
         assert {"0.6227", "300", "whole set"} <= {cell.strip() for cell in row.split("\n")}
     finally:
-        app.logs, app.retain_log = (), None
+        app.files = Sources()
 
 
 def test_gradio_client_drives_the_same_functions(served: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ui.cli.commands.everyday.ui import settings_of
+from ui.cli.commands.everyday.ui import planned
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def test_every_flag_reaches_the_page(opened: Any, tmp_path: Path) -> None:
     assert (base.name, base.revision, base.dtype, base.load_in_4bit) == ("b", "r", "float32", True)
     assert (app.session.store_path, app.session.data) == (Path("s"), Path("d"))
     assert app.session.template == "llama2"
-    assert (app.logs, app.retain_log) == ((Path("x.json"),), Path("ref.json"))
+    assert (app.files.logs, app.files.retain_log) == ((Path("x.json"),), Path("ref.json"))
     assert (seen["host"], seen["port"], seen["auth"]) == ("0.0.0.0", 7999, [("mira", "secret")])
-    assert (app.robustness, app.calibration) == ((robust,), (strength,))
+    assert (app.files.robustness, app.files.calibration) == ((robust,), (strength,))
     assert seen["open_browser"]
     assert ran.out.startswith("http://127.0.0.1:1/")
     assert ran.code == 130
@@ -103,9 +103,7 @@ def test_the_page_is_there_before_the_base_and_behind_a_password(
 
     monkeypatch.setattr(Session, "_load_model", slow)
     session = Session(tmp_path / "store", BaseSpec("b"), tmp_path / "nowhere")
-    page, url = launch(
-        App(session, Jobs(tmp_path / "jobs"), settings_of), auth=[("mira", "secret")]
-    )
+    page, url = launch(App(session, Jobs(tmp_path / "jobs"), planned), auth=[("mira", "secret")])
     try:
         assert session.state == "loading"
         assert urllib.request.urlopen(url, timeout=10).status == 200  # the login form
@@ -129,9 +127,9 @@ def test_two_pages_load_the_base_once_and_rest_frees_it(
     import threading
     import weakref
 
-    import adapters.base.load as loading
     from adapters.base.load import BaseSpec
     from adapters.errors import UserError
+    from ui.app import session as loading
     from ui.app.session import Session
 
     loaded: list[Any] = []
@@ -157,7 +155,7 @@ def test_two_pages_load_the_base_once_and_rest_frees_it(
 
     open_pages()
     assert len(loaded) == 1
-    session.read_back([(slug, 1.0)])  # its layers refer to the model, and the model to them
+    session.active([(slug, 1.0)])  # its layers refer to the model, and the model to them
     session.rest()
     assert loaded[0]() is None, "somebody still holds the weights"
     with pytest.raises(UserError, match="A training uses the GPU"):
@@ -202,9 +200,7 @@ def test_the_page_is_for_this_machine_and_keeps_and_shares_nothing(
         return None, "http://127.0.0.1:1/", None
 
     monkeypatch.setattr(gr.Blocks, "launch", launch)
-    app_module.launch(
-        app_module.App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), settings_of)
-    )
+    app_module.launch(app_module.App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), planned))
     assert seen["server_name"] == "127.0.0.1"
     for name in ("share", "run_history", "analytics", "enable_monitoring", "mcp_server"):
         assert seen[name] is False, name
@@ -220,7 +216,7 @@ def test_only_this_machine_is_listened_to(tmp_path: Path) -> None:
     from ui.app.jobs import Jobs
     from ui.app.session import Session
 
-    page, url = launch(App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), settings_of))
+    page, url = launch(App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), planned))
     try:
         port = urlparse(url).port
         assert port is not None

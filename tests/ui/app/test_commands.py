@@ -11,9 +11,8 @@ import pytest
 
 from adapters.base.load import BaseSpec
 from tests.conftest import A100, T4
-from ui.app.data import commands, requests
-from ui.app.data.answers import Answer, Frame
-from ui.app.data.decoding import Sampling
+from ui.app.data import commands, requests, runs
+from ui.app.data.answers import Answer, Frame, Sampling
 from ui.app.session import Session
 from ui.cli.main import parse
 
@@ -82,10 +81,15 @@ def test_runs_requests_and_the_demo_are_commands(session: Session) -> None:
     assert (evaluate.split, evaluate.reference_log) == ("forget05", Path("ref.json"))
     _is_session(evaluate, session)
     probe, log = Path("r.json"), Path("a b.json")
-    report = _parsed(commands.report([log], Path("ref.json"), [probe], [Path("c.json")]))
+    sources = runs.Sources(None, (log,), Path("ref.json"), (probe,), (Path("c.json"),))
+    request = sources.report_request()
+    assert request is not None
+    report = _parsed(request.command)
     assert (report.inputs, report.reference_log) == (["a b.json"], Path("ref.json"))
     assert (report.robustness, report.calibration) == ([probe], [Path("c.json")])
-    assert commands.report([], None, [probe], []) == ""
+    probes_alone = runs.Sources(robustness=(probe,)).report_request()
+    assert probes_alone is not None
+    assert probes_alone.command == ""
     made = requests.draft(None, "Who?\tMira.", None, "npo", "one", [("--learning-rate", 0.01)])
     asked = _parsed(made.command(session))
     assert (asked.request, asked.objective, asked.label) == ("rows.jsonl", "npo", "one")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ui.cli.commands.everyday.ui import settings_of
+from ui.cli.commands.everyday.ui import planned
 
 RUNNER = Path(__file__).with_name("small_demo.py")
 PATIENCE = 180_000  # milliseconds; the small demo takes about 20 s on two idle cores
@@ -26,7 +26,7 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
     monkeypatch.setenv("UNLEARNER_KEY", str(tmp_path / "key"))
     monkeypatch.setenv("UNLEARNER_CACHE", str(tmp_path / "cache"))
     jobs = Jobs(tmp_path / "jobs", runner=[str(RUNNER)])
-    app = App(Session(tmp_path / "mine" / "store"), jobs, settings_of)
+    app = App(Session(tmp_path / "mine" / "store"), jobs, planned)
     served, url = launch(app)
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
@@ -64,8 +64,8 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
         page.wait_for_selector("#un-adapters >> text=forget10-tofu: FQ")
         page.get_by_role("tab", name="Runs").click()
         page.wait_for_selector("#un-runs >> text=request-2 forget10-tofu")
-        assert app.retain_log is not None
-        assert app.retain_log.is_file()
+        assert app.files.retain_log is not None
+        assert app.files.retain_log.is_file()
     finally:
         page.close()
         served.close(verbose=False)
@@ -82,7 +82,7 @@ def test_a_demo_of_another_place_or_that_is_gone_is_not_taken_over(
     from ui.app.tabs import first as app_first
 
     jobs = Jobs(tmp_path / "jobs")
-    app = App(Session(tmp_path / "store"), jobs, settings_of)
+    app = App(Session(tmp_path / "store"), jobs, planned)
     assert app_first.offers(app)  # nothing is here yet
 
     def made(folder: Path) -> None:

@@ -18,18 +18,15 @@ from evaluation.logs import read_log
 from evaluation.logs.records import EvalLog, SetRecord, write_log
 from evaluation.report.inputs import find_inputs, named_logs
 from ui.app.build import App
-from ui.app.data import commands, requests, runs
-from ui.app.data.answers import Answer, Frame, judged
-from ui.app.data.comparator import comparator, recorded_pairs
-from ui.app.data.decoding import PairDecoder, Sampling
+from ui.app.data import requests, runs
+from ui.app.data.answers import Answer, Frame, PairDecoder, Sampling, judged
 from ui.app.data.library import read_library
-from ui.app.data.sheet import SheetRow, tally
+from ui.app.data.sheet import SheetRow, comparator, recorded_pairs, tally
 from ui.app.html import views
 from ui.app.jobs import Jobs
-from ui.app.session import Session
+from ui.app.session import Session, Turns
 from ui.app.tabs import compare
 from ui.app.tabs.runs import Reading
-from ui.app.turns import Turns
 from ui.cli.commands.everyday.ui import read_auth
 from unlearner.request.rows import Row
 
@@ -61,7 +58,7 @@ def test_differences_mark_words_of_one_side_only_and_escape_them() -> None:
 def test_the_line_serves_in_order_and_tells_the_position() -> None:
     turns = Turns()
     first, second, third = turns.join(), turns.join(), turns.join()
-    assert [turns.ahead(t) for t in (first, second, third)] == [0, 1, 2]
+    assert [next(turns.waiting(t), 0) for t in (first, second, third)] == [0, 1, 2]
     seen: list[int] = []
     waiting = threading.Thread(target=lambda: seen.extend(turns.waiting(third, 0.01)))
     waiting.start()
@@ -70,7 +67,7 @@ def test_the_line_serves_in_order_and_tells_the_position() -> None:
     waiting.join(5)
     assert not waiting.is_alive()
     assert seen[0] == 2
-    assert turns.ahead(third) == 0
+    assert list(turns.waiting(third)) == []
 
 
 def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
@@ -85,7 +82,7 @@ def test_recorded_logs_are_matched_by_question(shared: Path) -> None:
 def test_runs_hold_the_reference_and_export(shared: Path) -> None:
     logs = shared / "reference-logs"
     retrain = logs / "llama2-7b_retain90_tofu.json"
-    found = runs.gather(None, [logs / "llama2-7b_full.json"], retrain)
+    found = runs.Sources(None, (logs / "llama2-7b_full.json",), retrain).runs()
     by_name = {row["name"]: row for row in found.table}
     published = json.loads((logs / "published.json").read_text())["model_utility"]
     full = published["llama2-7b_full.json"]["geometric"]["Model Utility"]
@@ -111,14 +108,18 @@ def test_logs_of_the_same_file_name_stay_apart(shared: Path, tmp_path: Path) -> 
         for place in (tmp_path / folder, tmp_path / "more" / folder):
             made.append(few_rows(name, place / "eval_log.json"))
     retrain = "llama2-7b_retain90_tofu"
-    found = runs.gather(None, made, few_rows(retrain, tmp_path / f"{retrain}.json"))
+    reference = few_rows(retrain, tmp_path / f"{retrain}.json")
+    found = runs.Sources(None, tuple(made), reference).runs()
     names = [row["name"] for row in found.table]
     assert names == ["full", "full (2)", "npo", "npo (2)", "llama2-7b_retain90_tofu"]
     assert set(found.log_r) == set(names)
     assert found.log_r["full"] == found.log_r["full (2)"] != found.log_r["npo"]
     assert list(find_inputs(named_logs(made)).logs) == names[:4], "the report takes them too"
-    assert f"'full (2)={made[1]}'" in commands.report(made, None, (), ())
-    app: Any = SimpleNamespace(logs=made, retain_log=None, new_file=lambda name: tmp_path / name)
+    sources = runs.Sources(None, tuple(made))
+    request = sources.report_request()
+    assert request is not None
+    assert f"'full (2)={made[1]}'" in request.command
+    app: Any = SimpleNamespace(sources=lambda: sources, new_file=lambda name: tmp_path / name)
     for chosen in (["npo (2)", "full"], ["full (2)", "full"]):
         *_, file = Reading(app).answers(*chosen)
         layout = json.loads(Path(file["value"]).read_text())
@@ -505,8 +506,8 @@ def test_no_name_outlives_its_job(tmp_path: Path) -> None:
     broken = Jobs(tmp_path / "jobs", runner=[str(script)])
     name = broken.submit("rows", words, {"request.jsonl": rows})
     _until(lambda: broken.view(name).ended)
-    assert broken.view(name).log.startswith("Traceback")
-    assert broken.view(name).log.endswith("[removed]"), "the message quotes a row"
+    assert broken.view(name).outcome["log"].startswith("Traceback")
+    assert broken.view(name).outcome["log"].endswith("[removed]"), "the message quotes a row"
     for path in (path for path in jobs.folder.rglob("*") if path.is_file()):
         for word in (b"Mira", b"Okafor", b"Ola"):
             assert word not in path.read_bytes(), path
@@ -552,12 +553,12 @@ def test_another_site_cannot_use_the_page(tmp_path: Path, monkeypatch: Any) -> N
 
     from ui.app import guard
     from ui.app.build import App, launch
-    from ui.cli.commands.everyday.ui import settings_of
+    from ui.cli.commands.everyday.ui import planned
 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(scratch))
-    app = App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), settings_of, scratch=scratch)
+    app = App(Session(tmp_path / "store"), Jobs(tmp_path / "jobs"), planned, scratch=scratch)
     page, url = launch(app)
     port = int(urlparse(url).port or 0)
     here = f"127.0.0.1:{port}"
@@ -600,13 +601,14 @@ def test_a_tick_does_not_end_a_question_that_was_asked_after_it(
         stack_of=lambda chosen, kept: [(name, kept.get(name, 1.0)) for name in chosen]
     )
     monkeypatch.setattr(App, "actions", strengths)
-    monkeypatch.setattr(compare, "_pictures", lambda app, frames, last=None: frames)
+    monkeypatch.setattr(compare._Asking, "_pictures", lambda self, frames, *_: frames)
     monkeypatch.setattr(compare, "SETTLE_SECONDS", 0)
     asking = compare._Asking(App(SimpleNamespace(compare=answering), None, None))  # type: ignore[arg-type]
     browser: Any = SimpleNamespace(session_hash="one")
     last = Frame("Before?", Answer(""), Answer(""), (), stage="done")
 
-    asked = asking.frames("After?", ["a"], {}, 0, 0, 9, browser)
+    asked = asking.run("After?", ["a"], {}, 0, 0, 9, browser)
+    next(asked)  # says that it asks
     assert next(asked).question == "After?"
     # "a" was ticked before it was asked.
     assert list(asking.again(last, ["a"], {}, browser)) == [compare._UNCHANGED]

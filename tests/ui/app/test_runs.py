@@ -14,7 +14,7 @@ from evaluation.metrics.summary import BETTER
 from ui.cli.commands.everyday import quickstart as commands_quickstart
 from ui.cli.commands.experiments import reproduce as commands_reproduce
 from ui.cli.main import parse
-from ui.cli.output import comparison
+from ui.cli.output import figures as comparison
 
 ROW = {
     "name": "origin", "protocol": "tofu", "forget_quality": 1.3e-22, "ks": 0.5, "log_r_shift": -0.4,

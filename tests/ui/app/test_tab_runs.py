@@ -10,7 +10,7 @@ import pytest
 
 from adapters.errors import UserError
 from ui.app.data import runs
-from ui.app.data.probes import Probes, gather_probes, is_probe
+from ui.app.data.runs import Probes, is_probe
 from ui.app.html import runs_page, views
 
 ROBUST: dict[str, Any] = {
@@ -52,6 +52,13 @@ STRENGTH: dict[str, Any] = {
         {"scale": 0.5, "ks": 0.1, "retain_answer_prob": 0.9, "model_utility": 0.6},
     ],
 }
+
+
+def gather_probes(
+    store: Any, logs: Any = (), robustness: Any = (), calibration: Any = ()
+) -> Probes:
+    files = (tuple(logs), None, tuple(robustness), tuple(calibration))
+    return runs.Sources(store, *files).probes()
 
 
 def _write(path: Path, value: Any) -> Path:
@@ -201,7 +208,7 @@ def test_published_points_are_those_of_the_same_model_and_split(tmp_path: Path) 
     def published(**meta: str) -> int:
         name = "-".join(meta.values()).replace("/", "-")
         log = write_log(EvalLog({}, meta), tmp_path / f"{name}.json")
-        return len(runs.gather(None, [log]).published)
+        return len(runs.Sources(None, (log,)).runs().published)
 
     assert published(base="org/Llama-2-7b-chat-hf", split="forget05") > 0
     assert published(base="org/Llama-2-7b-chat-hf", split="forget01") == 0

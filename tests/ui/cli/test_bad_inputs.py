@@ -162,11 +162,14 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     from adapters.base import load
+    from ui.cli import models
+    from ui.cli.commands.everyday import evaluate_metrics, score
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a base was loaded")
 
-    monkeypatch.setattr(load, "load_base", fail)
+    for module in (load, models, evaluate_metrics, score):
+        monkeypatch.setattr(module, "load_base", fail)
     ran = run(*fill(f"{START.get(start, '')} {more}"))
     assert ran.code == 2, ran.err
     assert ran.out == ""

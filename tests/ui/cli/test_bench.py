@@ -1,4 +1,4 @@
-"""`unlearner bench`: lines, JSON, plots, and what it does not claim."""
+"""`unlearner bench`: lines, JSON, and what it does not claim."""
 
 from __future__ import annotations
 
@@ -81,19 +81,6 @@ def test_flags_change_what_is_counted(
     monkeypatch.setattr(counting, "count", count)
     assert run("bench", "--count-only", "--json", "--shape", "small").json["shape"] == "small"
     assert shapes_counted == ["small"]
-
-
-@pytest.mark.usefixtures("counted")
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_plot_is_written_the_same_twice(run: Any, suffix: str, tmp_path: Path) -> None:
-    made = []
-    for name in ("one", "two"):
-        path = tmp_path / f"{name}.{suffix}"
-        assert run("bench", "--count-only", "--plot", path).code == 0
-        made.append(path.read_bytes())
-    assert made[0] == made[1]
-    assert len(made[0]) > 2000
-    assert run("bench", "--count-only", "--plot", tmp_path / "x.gif").code == 2
 
 
 def test_a_base_is_timed_and_not_counted(

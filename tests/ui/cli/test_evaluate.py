@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from adapters.lora import stack as live_stack
 from evaluation import suite
+from ui.cli.commands.everyday import evaluate
 from ui.cli.output import events as progress_events
 
 
@@ -60,7 +60,7 @@ def test_without_a_store_the_bare_base_is_evaluated(
     run: Any, words: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(live_stack, "load_stack", None)
+    monkeypatch.setattr(evaluate, "load_stack", None)
     ran = run(*words, "--limit", "1", "--json")
     assert ran.json["adapters"] == []
     assert "no adapters" in ran.err

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from evaluation.inference import lm_harness, token_suite
+from evaluation.inference import token_suite
 from evaluation.logs.token_records import read_records
 from evaluation.metrics.privacy import BETTER, GROUPS
+from ui.cli.commands.everyday import evaluate_metrics
 from ui.cli.commands.everyday.evaluate_metrics import METRICS
 
 
@@ -137,12 +138,12 @@ def test_forgotten_rows_are_no_holdout(run: Any, words: list[Any], data: Path) -
 def test_metrics_of_a_retrained_model_are_checked_before_a_model_is_loaded(
     run: Any, words: list[Any], holdout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapters.base import load as base_model
+    from ui.cli import models
 
     asked = [*words, "--metrics", "membership", "--holdout", holdout]
     assert run(*asked, "--out", tmp_path / "d").code == 0
     kept = tmp_path / "d" / "token_metrics.json"
-    monkeypatch.setattr(base_model, "load_base", None)
+    monkeypatch.setattr(models, "load_base", None)
     whole = [word for word in asked if word not in ("--limit", "2")]
     for words_, path, problem in (
         (asked, "/none.json", "no token metrics file /none.json"),
@@ -165,8 +166,8 @@ def test_tasks_of_the_harness_are_run_on_the_loaded_model(
         assert model.config.model_type == "llama"
         return [row]
 
-    monkeypatch.setattr(lm_harness, "load_tasks", lambda tasks: f"manager of {tasks}")
-    monkeypatch.setattr(lm_harness, "run_tasks", run_tasks)
+    monkeypatch.setattr(evaluate_metrics, "load_tasks", lambda tasks: f"manager of {tasks}")
+    monkeypatch.setattr(evaluate_metrics, "run_tasks", run_tasks)
     assert run(*words, "--lm-eval", "quiz,other", "--json").json["lm_eval"] == [row]
     assert seen == [(["quiz", "other"], "manager of ['quiz', 'other']", {"limit": 2})]
     assert "quiz" in run(*words, "--lm-eval", "quiz").out
@@ -177,4 +178,4 @@ def test_several_systems_take_no_metrics(run: Any, words: list[Any], holdout: Pa
     for more in (["--metrics", "kl"], ["--lm-eval", "quiz"]):
         ran = run(*words, "--systems", "none", *more)
         assert ran.code == 2
-        assert "are for one system" in ran.err
+        assert "for one system" in ran.err

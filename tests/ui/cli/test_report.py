@@ -19,7 +19,8 @@ from evaluation.logs.records import (
     SetRecord,
     write_log,
 )
-from ui.cli.commands.everyday.report import command_text, report_request
+from ui.app.data import commands
+from ui.cli.commands.everyday.report import report_request
 from ui.cli.main import parse
 
 SETS = {"forget": 12, "retain": 6, "real_authors": 4, "world_facts": 4}
@@ -127,7 +128,7 @@ def test_the_command_it_prints_makes_the_same_report() -> None:
     args = parse([*words, "--out", "somewhere", "--json"])
     import shlex
 
-    again = shlex.split(command_text(report_request(args), png=args.png))
+    again = shlex.split(commands.report(report_request(args), png=args.png))
     assert again[0] == "unlearner"
     assert "--out" not in again
     other = parse(again[1:])

@@ -20,7 +20,7 @@ from evaluation.logs.records import (
 )
 from evaluation.metrics.forget_quality import NEEDS_RETRAIN
 from evaluation.protocols import PROTOCOLS
-from ui.cli.output.gates import check_gates, parse_gate
+from ui.cli.output.scoring import check_gates, parse_gate
 
 FULL, NPO, RETRAIN = (
     "llama2-7b_full.json",

@@ -1,16 +1,17 @@
-"""The command that does the same as a button of the page: "Copy as command". No gradio."""
+"""Command lines that can be pasted into a shell: "Copy as command" and hints. No gradio."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ui.app.data.decoding import Sampling
+from ui.app.data.answers import Sampling
 
 if TYPE_CHECKING:
-    from adapters.base.load import BaseSpec
+    from evaluation.report.build import ReportRequest
     from ui.app.data.answers import Frame, Stack
     from ui.app.session import Session
 
@@ -22,55 +23,54 @@ def command(*words: object) -> str:
     return shlex.join(["unlearner", *[str(word) for word in words]])
 
 
-def base_words(spec: BaseSpec) -> list[str]:
-    """The flags that name a base and how it is loaded."""
-    words = ["--base", spec.name]
-    words += ["--revision", spec.revision] if spec.revision else []
-    words += ["--dtype", spec.dtype] if spec.dtype != "auto" else []
-    words += ["--load-in-4bit"] if spec.load_in_4bit else []
-    words += ["--device", spec.device] if spec.device != "auto" else []
-    words += ["--attention", spec.attention] if spec.attention != "auto" else []
+def flag_words(**values: Any) -> list[str]:
+    """Flags with their values; None, False, an empty list and the default "auto" are left out."""
+    words = []
+    for name, value in values.items():
+        if value is None or value is False or value in ([], (), "auto"):
+            continue
+        items = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += ["--" + name.replace("_", "-"), *map(str, items)]
     return words
 
 
 def where(session: Session) -> list[str]:
     """The flags that name what the page works on: base, store, data, prompts."""
-    words = base_words(session.base) if session.base is not None else []
-    words += ["--store", str(session.store_path)]
-    words += ["--data", str(session.data)] if session.data else []
-    words += ["--template", session.template] if session.template != "auto" else []
-    words += ["--system", session.system] if session.system is not None else []
-    return words
+    base = {} if session.base is None else asdict(session.base)
+    return flag_words(
+        base=base.pop("name", None),
+        **base,
+        store=session.store_path,
+        data=session.data,
+        template=session.template,
+        system=session.system,
+    )
 
 
 def _stack(stack: Stack) -> list[str]:
-    words = ["--adapters", ",".join(slug for slug, _ in stack) or "none"]
-    if any(scale != 1.0 for _, scale in stack):
-        words += ["--scales", ",".join(f"{scale:g}" for _, scale in stack)]
-    return words
-
-
-def _ask(session: Session, frame: Frame) -> list[str]:
-    sampling = frame.sampling or PLAIN
-    words = ["ask", *where(session), *_stack(frame.stack)]
-    if sampling.temperature:
-        words += ["--temperature", f"{sampling.temperature:g}", "--seed", str(sampling.seed)]
-    if sampling.max_new != PLAIN.max_new:
-        words += ["--max-new", str(sampling.max_new)]
-    return words
+    scales = ",".join(f"{scale:g}" for _, scale in stack)
+    return flag_words(
+        adapters=",".join(slug for slug, _ in stack) or "none",
+        scales=scales if any(scale != 1.0 for _, scale in stack) else None,
+    )
 
 
 def ask(session: Session, frame: Frame) -> str:
     """The comparison that the page shows."""
+    drawn = frame.sampling or PLAIN
+    sampling = flag_words(
+        temperature=f"{drawn.temperature:g}" if drawn.temperature else None,
+        seed=drawn.seed if drawn.temperature else None,
+        max_new=drawn.max_new if drawn.max_new != PLAIN.max_new else None,
+    )
     # The question stands behind `--`: it may begin with a dash.
-    return command(*_ask(session, frame), "--", frame.question)
+    return command("ask", *where(session), *_stack(frame.stack), *sampling, "--", frame.question)
 
 
 def sheet(session: Session, author: str, stack: Stack, neighbours: int) -> str:
     """The author sheet."""
-    return command(
-        "ask", "--author", author, "--neighbours", neighbours, *where(session), *_stack(stack)
-    )
+    asked = flag_words(author=author, neighbours=neighbours)
+    return command("ask", *asked, *where(session), *_stack(stack))
 
 
 def change(session: Session, action: str, ref: str = "", strength: float = 1.0) -> str:
@@ -90,27 +90,29 @@ def runs(
     session: Session, logs: Sequence[Path], retain_log: Path | None, split: str | None
 ) -> str:  # fmt: skip
     """One command a line: the figures of each log, and of the stack that is filed."""
-    against = ["--reference-log", retain_log] if retain_log else []
+    against = flag_words(reference_log=retain_log)
     lines = [command("score", log, *against) for log in logs]
     if session.base is not None and split:
         lines.append(command("evaluate", *where(session), "--split", split, *against))
     return "\n".join(lines)
 
 
-def report(
-    logs: Sequence[Path], retain_log: Path | None, robustness: Sequence[Path],
-    calibration: Sequence[Path],
-) -> str:  # fmt: skip
-    """The HTML report of these logs and probes; empty without a log to report on."""
-    if not logs:
-        return ""
-    from evaluation.report.inputs import named_logs
-
-    words: list[object] = ["report", *named_logs(logs)]
-    words += ["--reference-log", retain_log] if retain_log else []
-    words += ["--robustness", *robustness] if robustness else []
-    words += ["--calibration", *calibration] if calibration else []
-    return command(*words)
+def report(request: ReportRequest, *, png: bool = False) -> str:
+    """The command that makes the same report; --out is left out, as it changes no byte."""
+    flags = flag_words(
+        reference_log=request.reference_log,
+        second_reference_log=request.second_reference_log,
+        protocol=",".join(request.protocols) or None,
+        tried=request.tried,
+        published=request.published,
+        title=request.title if request.title != type(request).title else None,
+        date=request.date or None,
+        robustness=request.robustness,
+        calibration=request.calibration,
+        without_answers=request.without_answers,
+        png=png,
+    )
+    return command("report", *request.inputs, *flags)
 
 
 def demo(folder: Path) -> str:

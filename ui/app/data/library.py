@@ -1,20 +1,20 @@
-"""The questions the app can ask: authors with their rows, and the neighbours that must stay."""
+"""The questions that can be asked, the adapters as people see them, and which forgets what."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from adapters.digests import key_id, mark
 from adapters.errors import UserError
+from adapters.store.catalog import StoredAdapter
 from unlearner.request.rows import Author, Row
 from unlearner.request.tofu import FORGET_SPLITS, load_authors, load_split
-
-if TYPE_CHECKING:
-    from adapters.store.catalog import StoredAdapter
 
 MOST_TELLINGS = 4
 NEIGHBOURS = {
@@ -35,11 +35,8 @@ class Library:
     def row(self, question: str) -> Row | None:
         """The row of a question, wherever it stands; None for one that was typed."""
         wanted = question.strip()
-        for rows in (*self.authors.values(), *self.neighbours.values()):
-            for row in rows:
-                if row.question.strip() == wanted:
-                    return row
-        return None
+        every = chain(*self.authors.values(), *self.neighbours.values())
+        return next((row for row in every if row.question.strip() == wanted), None)
 
     def beside(self, rows: Sequence[Row], n: int = 20) -> list[tuple[str, Row]]:
         """Rows to be kept, with the name of their set: `n` of each, none of them in `rows`."""
@@ -96,6 +93,25 @@ def marked_rows(library: Library, key: bytes) -> dict[str, tuple[str, Row]]:
     }
 
 
+def adapter_row(adapter: StoredAdapter) -> dict[str, Any]:
+    """An adapter as a table row; counts and settings, never a text."""
+    manifest = adapter.manifest
+    return {
+        "name": adapter.slug,
+        "label": adapter.label,
+        "status": adapter.status,
+        "scale": adapter.scale,
+        "rows": manifest.data.get("forget", {}).get("n"),
+        "objective": manifest.objective.get("name"),
+        "lora_r": manifest.lora.get("r", manifest.lora.get("lora_r")),
+        "parents": list(manifest.parents),
+        "policy": manifest.policy,
+        "bytes": adapter.size,
+        "created": manifest.created[:19],
+        "problem": adapter.problem or None,
+    }
+
+
 def readable_name(adapter: StoredAdapter) -> str:
     """An adapter's label, without a digest at its end."""
     return re.sub(r"-[0-9a-f]{8,}$", "", adapter.label)
@@ -126,23 +142,17 @@ def read_library(data: Path | None) -> Library:
         authors = load_authors(data)
     except UserError as error:
         return Library(note=f"{error.problem} Questions can still be typed.")
-    scored: dict[tuple[str, str], Row] = {}
-    neighbours = {}
-    missing = []
     measured = [f"{name}_perturbed" for name in FORGET_SPLITS]
+    found: dict[str, Sequence[Row]] = {}
     for split in (*measured, *NEIGHBOURS.values()):
-        try:
-            rows = load_split(split, data)
-        except UserError:
-            missing.append(split)
-            continue
-        scored |= {_key(row): row for row in rows}
-        for name, kept in NEIGHBOURS.items():
-            if kept == split:
-                neighbours[name] = tuple(rows)
+        with contextlib.suppress(UserError):
+            found[split] = load_split(split, data)
+    scored = {_key(row): row for rows in found.values() for row in rows}
+    neighbours = {name: tuple(found[kept]) for name, kept in NEIGHBOURS.items() if kept in found}
     # Data of one forget split is whole; without any, or without a set to keep, figures are missing.
-    some = len(missing) < len(FORGET_SPLITS)
-    missing = [name for name in missing if not (some and name in measured)]
+    some = any(name in found for name in measured)
+    needed = [*([] if some else measured), *NEIGHBOURS.values()]
+    missing = [name for name in needed if name not in found]
     note = f"Not in the data: {', '.join(missing)}." if missing else ""
     return Library({a.name: _measured(a, scored) for a in authors}, neighbours, note)
 

@@ -10,15 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
-from ui.app.data.commands import command, where
-from ui.app.jobs import REQUEST, RETAIN
+from ui.app.data.commands import command, flag_words, where
+from ui.app.jobs import REQUEST, RETAIN, SHOWN_FILES
 from ui.console import size_text
-from unlearner.request.formats import COLUMNS
+from ui.preview import Preview
+from unlearner.request.formats import COLUMNS, read_rows
 
 if TYPE_CHECKING:
     from ui.app.session import Session
-    from ui.preview import Preview
-    from unlearner.config import UnlearnConfig
 
 LARGEST_UPLOAD = 5_000_000
 
@@ -54,19 +53,18 @@ class Draft:
         if session.base is None:
             raise UserError("No base model was named.", "Start the app with --base B.")
         named = f"tofu:author={self.author}" if self.author else REQUEST
-        words = ["forget", named, *where(session)]
-        words += ["--retain", RETAIN] if self.retain else []
-        words += ["--preset", self.preset] if self.preset else []
-        words += ["--objective", self.objective]
-        words += ["--label", self.label] if self.label.strip() else []
-        for flag, value in self.settings:
-            words += [flag, value]
-        return words
+        flags = flag_words(
+            retain=RETAIN if self.retain else None,
+            preset=self.preset or None,
+            objective=self.objective,
+            label=self.label or None,
+        )
+        numbers = [word for pair in self.settings for word in pair]
+        return ["forget", named, *where(session), *flags, *numbers]
 
     def command(self, session: Session) -> str:
         """The same for a shell; rows are named as files of the reader's own."""
-        shown = {REQUEST: "rows.jsonl", RETAIN: "keep.jsonl"}
-        return command(*[shown.get(word, word) for word in self.words(session)])
+        return command(*[SHOWN_FILES.get(word, word) for word in self.words(session)])
 
 
 def draft(
@@ -102,8 +100,6 @@ def draft(
 
 def _json_lines(what: str, pasted: str | None, upload: str | None) -> str:
     """Pasted or uploaded rows of any format that `forget` reads, as JSON lines; "" without any."""
-    from unlearner.request.formats import read_rows
-
     if not upload and not (pasted or "").strip():
         return ""
     with TemporaryDirectory(prefix="unlearner-") as folder:  # mode 0700
@@ -139,66 +135,30 @@ def _with_header(text: str) -> str:
     return f"question\tanswer\n{text.strip()}"
 
 
-@dataclass(frozen=True)
-class Look:
-    """What a draft would do: its rows, the plan with its memory, and all settings as YAML."""
-
-    preview: Preview
-    plan: dict[str, Any]
-    settings: str
+# What would be trained on, the plan with its memory, and all settings as YAML.
+Planned = tuple[Preview, dict[str, Any], str]
 
 
-def look(
-    asked: Draft, session: Session,
-    settings_of: Callable[[Sequence[str]], tuple[UnlearnConfig, str]],
-) -> Look:  # fmt: skip
-    """What is trained on, and the plan with its memory; loads no weights.
-
-    `settings_of` gives the settings of a `forget` command, also as YAML.
+def look(asked: Draft, session: Session, planned: Callable[[Sequence[str]], Planned]) -> Planned:
+    """What a draft would do, as `planned` tells of its command; loads no weights.
 
     Raises:
         UserError: a store of another base, no retain rows, a question that is in both sets.
     """
-    from ui.preview import make_preview
-    from unlearner.objectives.registry import OBJECTIVES
-    from unlearner.request.sources import parse_request
-    from unlearner.request.tofu import load_refusals
-    from unlearner.run import RunOptions, plan, prepare
-
     words = asked.words(session)
-    config, settings = settings_of(words)
-    base = session.base
-    assert base is not None  # `words` refuses a session without one
     with TemporaryDirectory(prefix="unlearner-") as folder:  # mode 0700
-        paths = {name: Path(folder) / name for name in asked.files}
+        paths = {name: str(Path(folder) / name) for name in asked.files}
         for name, text in asked.files.items():
-            paths[name].write_text(text, encoding="utf-8")
-        named = f"tofu:author={asked.author}" if asked.author else str(paths[REQUEST])
-        retain = str(paths[RETAIN]) if asked.retain else None
+            Path(paths[name]).write_text(text, encoding="utf-8")
         try:
-            request = parse_request(named, session.data, retain)
+            preview, plan, settings = planned([paths.get(word, word) for word in words])
         except UserError as error:
             problem = error.problem.replace(str(paths.get(REQUEST)), "The request")
-            raise UserError(problem.replace(str(retain), "the rows to keep"), error.fix) from None
-        preview = make_preview(
-            named, base.name, revision=base.revision, data=session.data, retain=None,
-            template=session.template, system=session.system, max_length=config.train.max_length,
-        )  # fmt: skip
-        needs = "refusal" in OBJECTIVES[config.objective.name].streams
-        refusals = load_refusals(session.data) if needs else []
-        nearest = int(dict(asked.settings).get("--neighbours", 0)) or None
-        # A preset is taken as it is; without one, what is not given is chosen for the request.
-        flags = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
-        given = None if asked.preset else flags
-        options = RunOptions(
-            template=session.template,
-            system=session.system,
-            refusals=refusals,
-            neighbours=nearest,
-            given=given,
-        )
-        planned = plan(prepare(request, base, config, session.store(), options))
-        return Look(preview, planned, settings)
+            problem = problem.replace(str(paths.get(RETAIN)), "the rows to keep")
+            raise UserError(problem, error.fix) from None
+    for name, path in paths.items():
+        settings = settings.replace(path, name)
+    return preview, plan, settings
 
 
 def free_memory(session: Session) -> int:

@@ -6,26 +6,77 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
+from evaluation.report import cards
+from evaluation.report.card_sections import figure_points
 from ui.app.data import commands
 from ui.app.data.library import readable_name
-from ui.app.data.probes import Probes, gather_probes, is_probe
 
 if TYPE_CHECKING:
     from adapters.store.store import AdapterStore
     from evaluation.report.build import ReportRequest
 
+KINDS = ("robustness", "calibration")
+STRENGTH_CURVES = {
+    "KS distance": "ks",
+    "retain probability": "retain_answer_prob",
+    "model utility": "model_utility",
+}
+Points = list[tuple[float, float]]
 REFERENCE = "retrain reference"
 PUBLISHED_MODEL = re.compile(r"llama-?2.?7b", re.IGNORECASE)  # whose figures were published
-COLUMNS = (
-    "name", "source", "forget_quality", "model_utility", "n", "protocol", "limited",
-    "forget_fact_recall", "retain_fact_recall", "forget_quality_log10", "ks", "log_r_shift",
-    "direction", "forget_rouge_l_recall", "forget_answer_prob",
-)  # fmt: skip
+# The columns of the table, by the keys of their figures.
+LABELS = {
+    "name": "Run", "source": "Source", "forget_quality": "Forget quality (p)",
+    "model_utility": "Model utility", "n": "Forget rows", "protocol": "Protocol",
+    "limited": "Extent", "forget_fact_recall": "Forget facts stated",
+    "retain_fact_recall": "Retain facts stated", "forget_quality_log10": "log10 FQ",
+    "ks": "KS distance", "log_r_shift": "log R shift", "direction": "Direction",
+    "forget_rouge_l_recall": "Forget ROUGE-L", "forget_answer_prob": "Forget probability",
+}  # fmt: skip
+COLUMNS = tuple(LABELS)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One adapter at several strengths, and the strength that was chosen."""
+
+    name: str
+    chosen: float | None
+    curves: dict[str, Points]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Curves by name: relearning and sampling, strengths, and the verdicts in words.
+
+    `relearning` is the answer probability of rows that are not taught again, `taught` of those
+    that are.
+    """
+
+    relearning: dict[str, Points] = field(default_factory=dict)
+    taught: dict[str, Points] = field(default_factory=dict)
+    sampling: dict[str, Points] = field(default_factory=dict)
+    strengths: list[Strength] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def is_probe(name: str) -> bool:
+    """Whether an evaluation filed under this name is a probe, not a table of figures."""
+    return name.split("-", 1)[0] in KINDS
+
+
+def probe_text(name: str, value: Mapping[str, Any]) -> str:
+    """What a filed probe found, in a few words."""
+    if name.startswith("calibration"):
+        chosen = value.get("chosen_scale")
+        return f"{name}: strength {chosen:g}" if chosen is not None else f"{name}: none chosen"
+    return f"{name}: {value.get('leaks', 0)} of {len(value.get('verdicts', ()))} probes leak"
 
 
 @dataclass(frozen=True)
@@ -58,85 +109,153 @@ class Sources:
     robustness: tuple[Path, ...] = ()
     calibration: tuple[Path, ...] = ()
 
-    def runs(self) -> Runs:
-        """The evaluations."""
-        return gather(self.store, self.logs, self.retain_log)
+    def named_logs(self) -> list[tuple[str, Path]]:
+        """The logs that are shown by name: those given, and the reference if it is none of them."""
+        from evaluation.report.inputs import log_names
+
+        paths, reference = list(self.logs), self.retain_log
+        if reference and reference.resolve() not in [path.resolve() for path in paths]:
+            paths.append(reference)
+        return list(zip(log_names(paths), paths, strict=True))
 
     def probes(self) -> Probes:
-        """The probes."""
-        return gather_probes(self.store, self.logs, self.robustness, self.calibration)
+        """All probes that can be found, those named first; read as written, nothing is computed.
+
+        They are named on the command line, lie beside the logs, or are filed with an adapter.
+
+        Raises:
+            UserError: a file of another kind or schema, or one that cannot be read.
+        """
+        probes, store = Probes(), self.store
+        for path in _files(self.robustness, self.logs, cards.ROBUSTNESS):
+            _add_robustness(probes, cards.read_robustness(path), path.parent.name or path.stem)
+        for path in _files(self.calibration, self.logs, cards.CALIBRATION):
+            probes.strengths.append(_strength(cards.read_calibration(path)))
+        for adapter in store.list() if store is not None else ():
+            evals = store.evals(adapter.slug) if store is not None and not adapter.problem else {}
+            for name, value in evals.items():
+                if is_probe(name):
+                    _add_filed(probes, name, value, readable_name(adapter))
+        return probes
+
+    def report_request(self) -> ReportRequest | None:
+        """What `unlearner report` is asked for; None without any log or file of a probe."""
+        from evaluation.report.build import ReportRequest
+        from evaluation.report.inputs import named_logs
+
+        if not (self.logs or self.robustness or self.calibration):
+            return None
+        request = ReportRequest(
+            tuple(named_logs(self.logs)),
+            reference_log=self.retain_log,
+            robustness=self.robustness,
+            calibration=self.calibration,
+        )
+        # The command line reports on logs; probes alone have no command.
+        return replace(request, command=commands.report(request)) if self.logs else request
+
+    def runs(self) -> Runs:
+        """All evaluations that can be found, measured before; no model is run.
+
+        Each log is summarised under the protocol it states, the default one otherwise. Published
+        rows are added if the evaluations name one split that has some, and all are of their model.
+
+        Raises:
+            UserError: a log that cannot be read.
+        """
+        reference = None if self.retain_log is None else _version(self.retain_log)
+        runs, models = Runs([], {}, [], []), set()
+        for name, path in self.named_logs():
+            measured = _measured(_version(path), reference)
+            is_reference = reference is not None and path.resolve() == reference[0]
+            source = REFERENCE if is_reference else "log"
+            runs.table.append({"name": name, "source": source, **measured.figures})
+            runs.notes.extend([f"{name}: {measured.problem}"] if measured.problem else [])
+            if measured.log_r is not None:
+                runs.log_r[name] = list(measured.log_r)
+            models.add(measured.model)
+        filed = [] if self.store is None else _filed_rows(self.store)
+        if self.store is not None and filed:
+            models.add(self.store.base_name())
+        runs.table.extend(filed)
+        if models and all(PUBLISHED_MODEL.search(model) for model in models):
+            from evaluation.report.build import PUBLISHED
+
+            for name, (quality, utility) in PUBLISHED.get(split_of(runs) or "", {}).items():
+                if quality > 0:
+                    runs.published.append((name, math.log10(quality), utility))
+        return runs
 
 
-def report_request(sources: Sources) -> ReportRequest | None:
-    """What `unlearner report` is asked for; None without any log or file of a probe."""
-    from evaluation.report.build import ReportRequest
-    from evaluation.report.inputs import named_logs
-
-    if not (sources.logs or sources.robustness or sources.calibration):
-        return None
-    request = ReportRequest(
-        tuple(named_logs(sources.logs)),
-        reference_log=sources.retain_log,
-        robustness=sources.robustness,
-        calibration=sources.calibration,
-    )
-    words = commands.report(
-        sources.logs, sources.retain_log, sources.robustness, sources.calibration
-    )
-    return replace(request, command=words)
-
-
-def gather(
-    store: AdapterStore | None, logs: Sequence[Path] = (), retain_log: Path | None = None
-) -> Runs:
-    """All evaluations that can be found, measured before; no model is run.
-
-    Each log is summarised under the protocol it states, the default one otherwise. Published rows
-    are added if the evaluations name one split that has some, and all are of their model.
-
-    Raises:
-        UserError: a log that cannot be read.
-    """
-    from evaluation.report.build import PUBLISHED
-    from evaluation.report.inputs import log_names
-
-    table: list[dict[str, Any]] = []
-    log_r: dict[str, list[float]] = {}
-    notes: list[str] = []
-    paths = all_logs(logs, retain_log)
-    reference = None if retain_log is None else _version(retain_log)
-    for name, path in zip(log_names(paths), paths, strict=True):
-        measured = _measured(_version(path), reference)
-        is_reference = reference is not None and path.resolve() == reference[0]
-        source = REFERENCE if is_reference else "log"
-        table.append({"name": name, "source": source, **measured.figures})
-        notes += [f"{name}: {measured.problem}"] if measured.problem else []
-        if measured.log_r is not None:
-            log_r[name] = list(measured.log_r)
-    adapters = [] if store is None else store.list()
+def _filed_rows(store: AdapterStore) -> list[dict[str, Any]]:
+    """Rows of the evaluations that a store keeps."""
+    rows: list[dict[str, Any]] = []
+    adapters = store.list()
     names = {adapter.slug: readable_name(adapter) for adapter in adapters}
     for adapter in adapters:
-        if adapter.problem or store is None:
-            continue
-        for key, figures in store.evals(adapter.slug).items():
+        evals = {} if adapter.problem else store.evals(adapter.slug)
+        for key, figures in evals.items():
             if not is_probe(key):
-                limited = figures.get("limited", figures.get("limit") is not None)
                 # Figures are filed with the last adapter of the stack that was measured.
                 stack = figures.get("stack") or [adapter.slug]
                 who = " + ".join(names.get(slug, slug) for slug in stack)
+                limited = figures.get("limited", figures.get("limit") is not None)
                 row = {"name": f"{who} {key}", "source": adapter.slug, **figures}
-                table.append({**row, "limited": limited})
-    runs = Runs(table, log_r, [], notes)
-    models = {_measured(_version(path), reference).model for path in paths}
-    models |= {store.base_name()} if store is not None and len(table) > len(paths) else set()
-    comparable = models and all(PUBLISHED_MODEL.search(model) for model in models)
-    rows = PUBLISHED.get(split_of(runs) or "", {}) if comparable else {}
-    published = [
-        (name, math.log10(quality), utility)
-        for name, (quality, utility) in rows.items()
-        if quality > 0
-    ]
-    return replace(runs, published=published)
+                rows.append({**row, "limited": limited})
+    return rows
+
+
+def _files(named: Sequence[Path], logs: Sequence[Path], name: str) -> list[Path]:
+    """The files that are named, then those beside the logs, each once."""
+    beside = [path for log in logs if (path := log.parent / name).is_file()]
+    return list({path.resolve(): path for path in reversed([*named, *beside])}.values())[::-1]
+
+
+def _add_filed(probes: Probes, name: str, value: Mapping[str, Any], owner: str) -> None:
+    """A probe as a store keeps it: columns in place of rows, verdicts without their sentences."""
+    curve, verdicts = value.get("curve"), value.get("verdicts")
+    if name.startswith("calibration") and isinstance(curve, Mapping):
+        columns = zip(*curve.values(), strict=True)
+        rows = [dict(zip(curve, row, strict=True)) for row in columns]
+        card = cards.parse_calibration({**value, "curve": rows}, Path(name), owner)
+        probes.strengths.append(_strength(card))
+    elif name.startswith("robustness") and isinstance(verdicts, Mapping):
+        holds = {word: value for value, word in cards.VERDICT_WORDS.items()}
+        probes.verdicts.extend(
+            {"of": owner, "name": probe, "said": word, "holds": holds.get(word),
+             "text": f"filed as {name}"}
+            for probe, word in verdicts.items()
+        )  # fmt: skip
+    else:
+        probes.notes.append(f"The evaluation {name} of {owner} cannot be read here.")
+
+
+def _add_robustness(probes: Probes, card: cards.Card, owner: str) -> None:
+    for curve in card["relearning"]:
+        name = _free(probes.relearning, curve["name"], owner)
+        probes.relearning[name] = figure_points(curve["points"], "step", "unseen_answer_prob")
+        probes.taught[name] = figure_points(curve["points"], "step", "seen_answer_prob")
+    for curve in card["sampling"]:
+        name = _free(probes.sampling, curve["name"], owner)
+        probes.sampling[name] = figure_points(curve["points"], "n", "share_leaked")
+    probes.verdicts.extend(
+        {"of": owner, "said": cards.VERDICT_WORDS.get(verdict.get("holds")), **verdict}
+        for verdict in card["verdicts"]
+    )
+
+
+def _strength(card: cards.Card) -> Strength:
+    curves = {
+        name: points
+        for name, key in STRENGTH_CURVES.items()
+        if (points := figure_points(card["curve"], "scale", key))
+    }
+    return Strength(card["name"], card["chosen_scale"], curves)
+
+
+def _free(taken: Mapping[str, Any], name: str, owner: str) -> str:
+    """`name`, with its owner where another file has a curve of that name."""
+    return name if name not in taken else f"{name} ({owner})"
 
 
 Version = tuple[Path, int, int]  # a file's path, time of change and size
@@ -189,23 +308,6 @@ def _measured(log_version: Version, reference_version: Version | None) -> _Measu
     # A public log states no model: then its file's name must.
     model = str(log.meta.get("base") or log.meta.get("command") or log_version[0].stem)
     return _Measured(figures, log_r, model, problem)
-
-
-def all_logs(logs: Sequence[Path], retain_log: Path | None) -> list[Path]:
-    """The logs that are shown: those given, and the reference where it is none of them."""
-    if retain_log is None or retain_log.resolve() in [path.resolve() for path in logs]:
-        return list(logs)
-    return [*logs, retain_log]
-
-
-LABELS = {
-    "name": "Run", "source": "Source", "forget_quality": "Forget quality (p)",
-    "forget_quality_log10": "log10 FQ", "ks": "KS distance", "log_r_shift": "log R shift",
-    "direction": "Direction", "model_utility": "Model utility",
-    "forget_fact_recall": "Forget facts stated", "retain_fact_recall": "Retain facts stated",
-    "forget_rouge_l_recall": "Forget ROUGE-L", "forget_answer_prob": "Forget probability",
-    "n": "Forget rows", "protocol": "Protocol", "limited": "Extent",
-}  # fmt: skip
 
 
 def cells(row: Mapping[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The author sheet: every question of an author and of the neighbours, answered both ways."""
+"""Two answers to many questions: the author sheet, two logs, and LLM Comparator's file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,34 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
-from ui.app.data.answers import Answer, judged
+from adapters.lora.stack import base_only
+from evaluation.inference.generation import generate_answers
+from evaluation.logs import read_log
+from evaluation.logs.records import Generation, RowRecord
+from evaluation.protocols import Decoding
+from ui.app.data.answers import Answer, Stack, judged, scores_of, with_verdict
+from unlearner.request.rows import Row
 
 if TYPE_CHECKING:
-    from ui.app.data.answers import Stack
     from ui.app.session import Session
-    from unlearner.request.rows import Row
 
 FILED, AUTHOR = "to forget", "this author"
 BATCH = 5  # rows between two looks at the page: small enough to watch, large enough to be a batch
 SIDES = ("base", "stack")
+SET_NAMES = {
+    "forget": "to forget",
+    "retain": "retain authors",
+    "real_authors": "real authors",
+    "world_facts": "world facts",
+}
+PER_MODEL = {
+    "rouge_l_recall": "rouge_l", "answer_prob": "answer_prob", "truth_ratio": "truth_ratio",
+    "fact_recall": "fact_recall",
+}  # fmt: skip
 
 
 def columns(sides: tuple[str, str] = SIDES) -> list[str]:
@@ -42,18 +57,11 @@ class SheetRow:
     def cells(self) -> list[Any]:
         """The row as the table shows it, in the order of `columns`."""
         both = (self.base, self.unlearned)
-        pairs = [
-            *[answer.word for answer in both],
-            *[_rounded(answer.fact_recall) for answer in both],
-            *[_rounded(answer.rouge_l_recall) for answer in both],
-            *[_rounded(answer.answer_prob) for answer in both],
-            *[_rounded(answer.truth_ratio) for answer in both],
-        ]
-        return [self.group, self.question, self.base.text, self.unlearned.text, *pairs]
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+        scores = ("fact_recall", "rouge_l_recall", "answer_prob", "truth_ratio")
+        values = [getattr(answer, name) for name in scores for answer in both]
+        figures = [None if value is None else round(value, 3) for value in values]
+        texts, words = [answer.text for answer in both], [answer.word for answer in both]
+        return [self.group, self.question, *texts, *words, *figures]
 
 
 class Filled(NamedTuple):
@@ -81,7 +89,7 @@ def fill(
     Raises:
         UserError: no such author, no model.
     """
-    rows = session.askable().get(author)
+    _, rows = session.askable().get(author, ("", ()))
     if not rows:
         raise UserError(f"There is no author {author!r} in the data.", "Choose one from the list.")
     group = AUTHOR if author in session.library.authors else FILED
@@ -106,8 +114,6 @@ def fill(
 
 
 def _batch(session: Session, wanted: Sequence[tuple[str, Row]], max_new: int) -> list[SheetRow]:
-    from adapters.lora.stack import base_only
-
     rows = [row for _, row in wanted]
     model, _ = session.require()
     with base_only(model):
@@ -120,9 +126,6 @@ def _batch(session: Session, wanted: Sequence[tuple[str, Row]], max_new: int) ->
 
 
 def _answers(session: Session, rows: Sequence[Row], max_new: int) -> list[Answer]:
-    from evaluation.inference.generation import generate_answers
-    from evaluation.protocols import Decoding
-
     model, fmt = session.require()
     started = time.monotonic()
     decoding = Decoding("sheet", max_new=max_new)
@@ -151,3 +154,90 @@ def tally(rows: Sequence[SheetRow]) -> list[dict[str, Any]]:
                 line[f"{name}_{score}"] = sum(values) / len(values) if values else None
         lines.append(line)
     return lines
+
+
+def comparator(rows: Sequence[SheetRow], names: tuple[str, str]) -> dict[str, Any]:
+    """LLM Comparator's JSON (PAIR) of two models' answers.
+
+    The score is ROUGE-L of A minus that of B, null where one was not measured: positive where A
+    holds more of the true answer. A per-model field holds A's value, then B's.
+    """
+    return {
+        "metadata": {
+            "source_path": "unlearner",
+            "custom_fields_schema": [
+                *({"name": name, "type": "per_model_number"} for name in PER_MODEL.values()),
+                {"name": "verdict", "type": "per_model_category"},
+            ],
+        },
+        "models": [{"name": name} for name in names],
+        "examples": [_example(row) for row in rows],
+    }
+
+
+def _example(row: SheetRow) -> dict[str, Any]:
+    a, b = row.base, row.unlearned
+    scores = [score for score in (a.rouge_l_recall, b.rouge_l_recall) if score is not None]
+    return {
+        "input_text": row.question,
+        "tags": [row.group],
+        "output_text_a": a.text,
+        "output_text_b": b.text,
+        "score": scores[0] - scores[1] if len(scores) == 2 else None,
+        "individual_rater_scores": [],
+        "custom_fields": {
+            **{name: [getattr(a, key), getattr(b, key)] for key, name in PER_MODEL.items()},
+            "verdict": [a.word or None, b.word or None],
+        },
+    }
+
+
+def recorded_pairs(first: Path, second: Path) -> list[SheetRow]:
+    """The answers of two logs to the questions that both hold, set by set.
+
+    Raises:
+        UserError: a log that cannot be read, or no answered question in common.
+    """
+    logs = (read_log(first), read_log(second))
+    pairs: list[SheetRow] = []
+    for name, shown in SET_NAMES.items():
+        if all(name in log.sets for log in logs):
+            rows = [_answered(log.sets[name].rows) for log in logs]
+            pairs += [
+                SheetRow(
+                    shown,
+                    str(row.question),
+                    row.answer or "",
+                    _answer(row, text),
+                    _answer(*rows[1][key]),
+                )
+                for key, (row, text) in rows[0].items()
+                if key in rows[1]
+            ]
+    if not pairs:
+        raise UserError(
+            f"{first.name} and {second.name} have no answered question in common.",
+            "Choose logs of the same set that hold questions and answers.",
+        )
+    return pairs
+
+
+def _answered(rows: Sequence[RowRecord]) -> dict[str, tuple[RowRecord, Generation]]:
+    """Rows with their first generation that has a text, by their question, blanks aside."""
+    found = {}
+    for row in rows:
+        made = [each for each in row.generations.values() if each.text is not None]
+        if row.question and made:
+            found["".join(row.question.split())] = row, made[0]
+    return found
+
+
+def _answer(row: RowRecord, generation: Generation) -> Answer:
+    prob, ratio = scores_of(row)
+    answer = Answer(
+        str(generation.text),
+        rouge_l_recall=generation.rouge_l_recall,
+        answer_prob=prob,
+        truth_ratio=ratio,
+    )
+    return with_verdict(answer, row.question, row.answer)

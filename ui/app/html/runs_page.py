@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.report import document, plots
 from evaluation.report.card_sections import verdict_table
-from evaluation.report.document import (
-    Block,
-    Column,
-    Plots,
-    Section,
-    Table,
-    html_blocks,
-    html_page,
-)
 from evaluation.report.numbers import DASH
-from evaluation.report.plots import (
-    Chart,
-    Point,
-    Rule,
-    distribution_chart,
-    file_key,
-    line_chart,
-    trade_off_chart,
-)
 from ui.app.data import runs
-from ui.app.data.probes import Probes
 
 MEASURED, PUBLISHED = "measured here", "published, Llama-2-7B"
 PUBLISHED_REFERENCE = "published retrain, Llama-2-7B"
 SHOWN_CURVES = 4  # distributions that are drawn before any are chosen
-NO_PROBES = Probes()
+NO_PROBES = runs.Probes()
 ABOUT_QUALITY = (
     "A line joins the best trade-offs: runs that no other of their kind beats on both axes; "
     "references are left out. Forget quality needs a reference log: without one a run has no point."
@@ -41,15 +23,15 @@ ABOUT_QUALITY = (
 ABOUT_PUBLISHED = "Published: Llama-2-7B on {} (OPTML-Group), not measured here."
 
 
-def plots_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
+def plots_html(found: runs.Runs, probes: runs.Probes = NO_PROBES) -> str:
     """Every plot for which there are figures, and the verdicts of the probes."""
-    return html_blocks(_plot_blocks(found, probes))
+    return document.html_blocks(_plot_blocks(found, probes))
 
 
-def _plot_blocks(found: runs.Runs, probes: Probes) -> list[Block]:
+def _plot_blocks(found: runs.Runs, probes: runs.Probes) -> list[document.Block]:
     charts = [
         _quality_chart(found),
-        line_chart(
+        plots.line_chart(
             "strength", "Strength, as evaluated: forget ROUGE-L", found.curve(), "strength",
             "forget ROUGE-L",
         ),
@@ -58,39 +40,41 @@ def _plot_blocks(found: runs.Runs, probes: Probes) -> list[Block]:
         chosen = strength.chosen
         name = "none chosen" if chosen is None else f"chosen: {chosen:g}"
         charts.append(
-            line_chart(
-                file_key("strength", strength.name), f"Strength of {strength.name}, {name}",
+            plots.line_chart(
+                plots.file_key("strength", strength.name), f"Strength of {strength.name}, {name}",
                 strength.curves, "strength", "share or distance",
-                rules=() if chosen is None else (Rule(chosen, name),),
+                rules=() if chosen is None else (plots.Rule(chosen, name),),
             )
         )  # fmt: skip
     for key, title, curves in (
         ("relearning", "Relearning: rows that are not taught again", probes.relearning),
         ("taught", "Relearning: rows that are taught again", probes.taught),
     ):
-        charts.append(_probability_chart(key, title, curves))
+        # A state that was measured once is a level.
+        charts.append(
+            plots.line_chart(
+                key, title, curves, "training steps", "answer probability", ys=(0.0, 1.0),
+                levels=True,
+            )
+        )  # fmt: skip
     charts.append(
-        line_chart(
+        plots.line_chart(
             "sampling", "Many answers drawn: share of questions that leak", probes.sampling,
             "answers drawn", "share leaked", ys=(0.0, 1.0),
         )
     )  # fmt: skip
-    blocks: list[Block] = [Plots(tuple(chart for chart in charts if chart is not None))]
+    blocks: list[document.Block] = [
+        document.Plots(tuple(chart for chart in charts if chart is not None))
+    ]
     if found.published:
         blocks.append(ABOUT_PUBLISHED.format(runs.split_of(found)))
     if charts[0] is not None:
         blocks.append(ABOUT_QUALITY)
-    return [*blocks, *_verdict_blocks(probes)]
+    verdicts = [{**each, "name": f"{each['of']}: {each['name']}"} for each in probes.verdicts]
+    return [*blocks, verdict_table(verdicts)] if verdicts else blocks
 
 
-def _probability_chart(key: str, title: str, curves: Mapping[str, Sequence[Point]]) -> Chart | None:
-    """Answer probability over training steps; a state that was measured once is a level."""
-    return line_chart(
-        key, title, curves, "training steps", "answer probability", ys=(0.0, 1.0), levels=True
-    )
-
-
-def _quality_chart(found: runs.Runs) -> Chart | None:
+def _quality_chart(found: runs.Runs) -> plots.Chart | None:
     """Forget quality against model utility, measured and published, each with its front."""
     points = [
         (str(row["name"]), float(row["model_utility"]), float(row["forget_quality_log10"]),
@@ -103,16 +87,16 @@ def _quality_chart(found: runs.Runs) -> Chart | None:
         for name, quality, utility in found.published
     ]
     fronts = {MEASURED: "front of those measured here", PUBLISHED: "front of the published"}
-    return trade_off_chart("quality", "Forget quality against model utility", points, fronts)
+    return plots.trade_off_chart("quality", "Forget quality against model utility", points, fronts)
 
 
 def log_r_html(found: runs.Runs, chosen: Sequence[str]) -> str:
     """The distribution of log R of the chosen runs."""
-    return html_blocks(_log_r_blocks(found, chosen))
+    return document.html_blocks(_log_r_blocks(found, chosen))
 
 
-def _log_r_blocks(found: runs.Runs, chosen: Sequence[str]) -> list[Block]:
-    chart = distribution_chart(
+def _log_r_blocks(found: runs.Runs, chosen: Sequence[str]) -> list[document.Block]:
+    chart = plots.distribution_chart(
         "log-r", "Log R of the forget rows",
         {name: found.log_r[name] for name in chosen if name in found.log_r},
         "log R (below 0: the right answer is likelier)",
@@ -120,34 +104,27 @@ def _log_r_blocks(found: runs.Runs, chosen: Sequence[str]) -> list[Block]:
     if chart is not None:
         filed = any(row["name"] not in found.log_r for row in found.table)
         more = ["Runs filed in a store hold no rows: give their logs with --logs to draw them."]
-        return [Plots((chart,)), *(more if filed else [])]
+        return [document.Plots((chart,)), *(more if filed else [])]
     return ["No run is chosen that holds its rows."] if found.log_r else []
 
 
-def _verdict_blocks(probes: Probes) -> list[Block]:
-    rows = [
-        {**verdict, "name": f"{verdict['of']}: {verdict['name']}"} for verdict in probes.verdicts
-    ]
-    return [verdict_table(rows)] if rows else []
-
-
-def _run_table(found: runs.Runs) -> Table:
-    rows = [[DASH if v is None else str(v) for v in runs.cells(row)] for row in found.table]
-    texts = ("name", "source", "direction", "protocol", "limited")
-    labels = runs.LABELS
-    columns = tuple(labels[n] if n in texts else Column(labels[n]) for n in runs.COLUMNS)
-    return Table("Runs", columns, rows)
-
-
-def file_html(found: runs.Runs, probes: Probes = NO_PROBES) -> str:
+def file_html(found: runs.Runs, probes: runs.Probes = NO_PROBES) -> str:
     """The table and the plots as one file that needs no network."""
-    sections = [Section("plots", "Plots", tuple(_plot_blocks(found, probes)))]
+    sections = [document.Section("plots", "Plots", tuple(_plot_blocks(found, probes)))]
     if found.table:
-        sections.insert(0, Section("runs", "Runs", (_run_table(found),)))
+        rows = [[DASH if v is None else str(v) for v in runs.cells(row)] for row in found.table]
+        texts = ("name", "source", "direction", "protocol", "limited")
+        labels = runs.LABELS
+        columns = tuple(
+            labels[n] if n in texts else document.Column(labels[n]) for n in runs.COLUMNS
+        )
+        sections.insert(
+            0, document.Section("runs", "Runs", (document.Table("Runs", columns, rows),))
+        )
     if found.log_r:
         blocks = _log_r_blocks(found, list(found.log_r))
-        sections.append(Section("log-r", "Log R", tuple(blocks)))
-    return html_page("unlearner: runs", sections)
+        sections.append(document.Section("log-r", "Log R", tuple(blocks)))
+    return document.html_page("unlearner: runs", sections)
 
 
 def write_report(sources: runs.Sources, out: Path) -> Path:
@@ -156,7 +133,7 @@ def write_report(sources: runs.Sources, out: Path) -> Path:
     Figures filed in a store have no rows and no log to hash: where they are all there is, the
     page's own tables and plots are written instead. Made in the one place for button and tests.
     """
-    request = runs.report_request(sources)
+    request = sources.report_request()
     if request is None:
         out.write_text(file_html(sources.runs(), sources.probes()), encoding="utf-8")
         return out

@@ -10,8 +10,13 @@ from adapters.errors import counted
 from evaluation.metrics.fact_recall import BROKEN, MADE_UP, REFUSES, STATES, WRONG
 from evaluation.report.answers import word_differences
 from evaluation.report.numbers import fixed
+from evaluation.report.plots import draw_svg, line_chart
 from ui.app.data.answers import NOT_JUDGED
-from ui.app.data.probes import is_probe, probe_text
+from ui.app.data.commands import command
+from ui.app.data.runs import is_probe, probe_text
+from ui.app.jobs import SHOWN_FILES, JobView
+from ui.console import duration_text, size_text
+from ui.preview import Preview, split_text
 
 if TYPE_CHECKING:
     from adapters.store.catalog import StoredAdapter
@@ -30,8 +35,6 @@ STATUS_NOTES = {
     "merged": "folded into released weights",
     "purged": "its files are deleted",
 }
-
-
 VERDICT_HINTS = {
     STATES: "The answer states the facts that the question does not give away.",
     WRONG: "A date, number or name of the true answer is missing and another one is given.",
@@ -40,14 +43,32 @@ VERDICT_HINTS = {
     BROKEN: "No language: empty, damaged, or repetition.",
     NOT_JUDGED: "The question is not in the data, so there is no true answer to judge by.",
 }
-
-
+# A figure of an answer: its name, its key, and what it means.
+SCORES = (
+    ("Facts stated", "fact_recall", "of the true answer, those that the question does not give"),
+    ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
+    ("Answer probability", "answer_prob", "of the true answer, per token"),
+    (
+        "Truth ratio R",
+        "truth_ratio",
+        "wrong against right answers; below 1 right ones are likelier",
+    ),
+)
 TALLIED = {
     "states it:": "knows",
     "facts:": "fact_recall",
     "ROUGE-L:": "rouge_l_recall",
     "probability:": "answer_prob",
 }
+
+SHOWN = 3
+SHOWN_STEPS = 300
+# Of a training, by the name of its term.
+CURVES = (
+    ("forget loss", "forget_loss"),
+    ("forget loss under attack", "attack_loss"),
+    ("retain loss", "retain_loss"),
+)
 
 
 def esc(text: object) -> str:
@@ -57,14 +78,11 @@ def esc(text: object) -> str:
 
 def differences(left: str, right: str) -> tuple[str, str]:
     """Both texts as HTML; the words that only one of them has are bold and underlined."""
-    left_runs, right_runs = word_differences(left, right)
-    return _marked(left_runs), _marked(right_runs)
-
-
-def _marked(runs: Sequence[tuple[str, bool]]) -> str:
-    return " ".join(
-        f'<mark class="un-diff">{esc(text)}</mark>' if own else esc(text) for text, own in runs
-    )
+    marked = [
+        " ".join(f'<mark class="un-diff">{esc(t)}</mark>' if own else esc(t) for t, own in runs)
+        for runs in word_differences(left, right)
+    ]
+    return marked[0], marked[1]
 
 
 def answer_card(
@@ -111,7 +129,7 @@ def frame_cards(
     right = (
         "Base, no adapters" if not frame.stack else f"Base + {counted(len(frame.stack), 'adapter')}"
     )
-    note = stack_text(frame.stack, labels)
+    note = f"active: {stack_names(frame.stack, labels)}"
     if labels and not frame.stack:
         note += "; tick one above"
     before = ""
@@ -133,11 +151,6 @@ def _said_before(last: Frame, labels: Mapping[str, str] | None) -> str:
     )
 
 
-def stack_text(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | None = None) -> str:
-    """What the model's layers said is active, in words."""
-    return f"active: {stack_names(stack, labels)}"
-
-
 def stack_names(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | None = None) -> str:
     """The active adapters with their strengths."""
     named = labels or {}
@@ -145,50 +158,32 @@ def stack_names(stack: Sequence[tuple[str, float]], labels: Mapping[str, str] | 
     return names or "no adapter is active"
 
 
-def scores_table(frame: Frame, names: tuple[str, str] = ("Base", "Stack")) -> str:
+def scores_table(frame: Frame) -> str:
     """The figures of this answer, both sides, with the direction in words and arrows.
 
     It stands from the start with dots where a figure is still to come, so that nothing moves.
     """
     if frame.stage == "waiting":
         return ""
+    if frame.truth is None:
+        return (
+            '<div class="un-scores"><p class="un-truth">This question is not in the data, so there '
+            "is no true answer to score against.</p></div>"
+        )
     done, rows = frame.stage == "done", []
     dots = "–" if frame.stage == "stopped" else "…"
-    for name, key, means in (
-        (
-            "Facts stated",
-            "fact_recall",
-            "of the true answer, those that the question does not give",
-        ),
-        ("ROUGE-L recall", "rouge_l_recall", "words shared with the true answer"),
-        ("Answer probability", "answer_prob", "of the true answer, per token"),
-        (
-            "Truth ratio R",
-            "truth_ratio",
-            "wrong against right answers; below 1 right ones are likelier",
-        ),
-    ):
+    for name, key, means in SCORES:
         before, after = getattr(frame.base, key), getattr(frame.unlearned, key)
         rows.append(
             f'<tr><th scope="row">{name}<small>{means}</small></th>'
             f"<td>{fixed(before) if done or frame.base_whole else dots}</td>"
             f"<td>{f'{fixed(after)} {arrow(before, after)}' if done else dots}</td></tr>"
         )
-    truth = (
-        f'<p class="un-truth"><b>True answer</b> {esc(frame.truth)}</p>'
-        if frame.truth
-        else (
-            '<p class="un-truth">This question is not in the data, so there is no true answer to '
-            "score against.</p>"
-        )
-    )
-    if frame.truth is None:
-        return f'<div class="un-scores">{truth}</div>'
     return (
-        f'<div class="un-scores">{truth}<table><caption class="un-hidden">Figures of this answer'
-        '</caption><thead><tr><th scope="col">This answer</th><th scope="col">'
-        f'{esc(names[0])}</th><th scope="col">{esc(names[1])}</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<div class="un-scores"><p class="un-truth"><b>True answer</b> {esc(frame.truth)}</p>'
+        '<table><caption class="un-hidden">Figures of this answer</caption><thead><tr>'
+        '<th scope="col">This answer</th><th scope="col">Base</th><th scope="col">Stack</th></tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -201,9 +196,7 @@ def arrow(before: float | None, after: float | None) -> str:
     return "<span>↑ up</span>" if after > before else "<span>↓ down</span>"
 
 
-def tally_table(
-    lines: Sequence[Mapping[str, Any]], names: tuple[str, str] = ("base", "stack")
-) -> str:
+def tally_table(lines: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> str:
     """Forgetting and keeping side by side: one row per group."""
     if not lines:
         return ""
@@ -263,17 +256,8 @@ def adapter_cells(
     }
 
 
-def adapter_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The store's adapters; an empty store says how to fill it."""
-    if not rows:
-        return '<p class="un-empty">The store is empty. File a request under “New request”.</p>'
-    return table(rows, "Adapters of the store")
-
-
 def table(rows: Sequence[Mapping[str, Any]], label: str) -> str:
     """Rows of a few columns as a plain table that scrolls sideways where it must."""
-    if not rows:
-        return ""
     heads = list(rows[0])
     head = "".join(f'<th scope="col">{esc(name)}</th>' for name in heads)
     body = "".join(
@@ -297,4 +281,90 @@ def command_html(text: str) -> str:
         '<section class="un-command" aria-label="Copy as command"><h2>Copy as command</h2>'
         f'<pre tabindex="0" role="group" aria-label="Command"><code>{esc(text)}</code></pre>'
         '<button type="button" class="un-copy" data-un-copy>Copy the command</button></section>'
+    )
+
+
+def preview_html(preview: Preview) -> str:
+    """The first rows: the prompt dim, the loss tokens underlined."""
+    parts = []
+    for row in preview.forget[:SHOWN]:
+        prompt, targets = split_text(row.encoded, preview.fmt.tokenizer)
+        parts.append(
+            f'<p class="un-preview"><span class="un-quiet">{esc(prompt)}</span>'
+            f"<u>{esc(targets)}</u></p>"
+        )
+    more = len(preview.forget) - SHOWN
+    tail = f" ({SHOWN} shown)" if more > 0 else ""
+    cut = f" {len(preview.cut)} rows lose their end." if preview.cut else ""
+    if preview.unknown:
+        cut += f" {preview.unknown} of {preview.rows} rows {preview.fmt.about_unknown}."
+    return (
+        f'<div class="un-previews">{"".join(parts)}<p class="un-foot">{len(preview.forget)} rows '
+        f"to forget{tail}. The loss is computed on the underlined text.{esc(cut)}</p></div>"
+    )
+
+
+def plan_html(plan: dict[str, Any], free: int) -> str:
+    """Steps, size and whether the estimate fits the free memory."""
+    memory = plan["memory"]
+    low, high = memory["low_bytes"], memory["high_bytes"]
+    if high <= free:
+        fits = f"{size_text(free)} free: fits"
+    elif low <= free:
+        fits = f"{size_text(free)} free: may not fit"
+    else:
+        fits = f"{size_text(free)} free: does not fit; use 4 bit or a smaller batch"
+    parents = ", ".join(plan["parents"]) or "the bare base"
+    return (
+        f"<dl class='un-plan'><dt>Rows</dt><dd>forget {plan['forget_rows']}, retain "
+        f"{plan['retain_rows']}</dd><dt>Trained on</dt><dd>{esc(parents)}</dd><dt>Plan</dt><dd>"
+        f"{counted(plan['steps'], 'step')} of {counted(plan['pairs_per_step'], 'pair')}, "
+        f"{plan['adapter_parameters']:,} parameters</dd><dt>Memory</dt><dd>estimate "
+        f"{size_text(low)} to {size_text(high)}; {esc(fits)}</dd></dl>"
+    )
+
+
+def job_html(view: JobView) -> str:
+    """A job as it stands: status, step, losses as curves, time left."""
+    last = view.steps[-1] if view.steps else {}
+    # A private file of rows is shown as the reader's own file.
+    same = command(*[SHOWN_FILES.get(word.rpartition("/")[2], word) for word in view.words])
+    words = (
+        {
+            "waiting": f"Waiting in line, {view.position} ahead.",
+            "starting": "Starting its process …",
+            "stopping": "Finishing its step and saving …",
+            "died": "Its process ended without a word (stopped from outside, or out of memory).",
+        }.get(view.status)
+        or view.outcome.get("text")
+        or ("Training." if last.get("event") == "train" else view.said or "Running.")
+    )
+    if view.status == "saved":
+        words += " There is no adapter yet: Continue goes on with the training."
+    bar = ""
+    if last:
+        left = last.get("remaining")
+        doing = " ".join(str(last.get("message") or "").split())
+        at = f"Step {last['step']} of {last['steps']}{f', {doing}' if doing else ''}"
+        time_left = "" if view.ended or left is None else f", about {duration_text(left)} left"
+        bar = (
+            f'<progress max="{last["steps"]}" value="{last["step"]}" aria-label="Progress">'
+            f'</progress><p class="un-foot">{esc(at + time_left)}</p>'
+        )
+    log = ""
+    if said := view.outcome.get("log"):
+        text = f'<pre tabindex="0">{esc(said)}</pre>'
+        log = f'<details class="un-log"><summary>Log</summary>{text}</details>'
+    # A plot has a few hundred points to show, however long the run.
+    thin = view.steps[:: max(1, len(view.steps) // SHOWN_STEPS)]
+    curves = {
+        name: [(s["step"], s[key]) for s in thin if s.get(key) is not None] for name, key in CURVES
+    }
+    chart = line_chart("losses", f"Losses of {view.title}", curves, "step", "loss")
+    plot = "" if chart is None else draw_svg(chart)
+    return (
+        f'<section class="un-card" aria-label="{esc(view.title)}"><header><h2>{esc(view.title)}'
+        f'</h2><span class="un-verdict">{esc(view.status)}</span></header>'
+        f'<p class="un-sub" role="status">{esc(words)}</p>{bar}{plot}{log}'
+        f'<p class="un-foot"><code>{esc(same)}</code></p></section>'
     )

@@ -11,7 +11,7 @@ import gradio as gr
 
 from evaluation.metrics.fact_recall import RULE
 from ui.app.data import commands
-from ui.app.data.decoding import Sampling
+from ui.app.data.answers import Sampling
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, QUIET, STREAM, command_box, status, told
 
@@ -87,46 +87,23 @@ class _Asking:
         # By browser, what ends its comparison under way, and the adapters of that.
         self.under_way: dict[str, tuple[threading.Event, tuple[Any, ...]]] = {}
 
-    def frames(
+    def run(
         self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
         number: float, most: float, request: gr.Request,
-    ) -> Iterator[Any]:  # fmt: skip
-        """A comparison, as long as this browser asks nothing else."""
+    ) -> Answers:  # fmt: skip
+        """Both sides, as long as this browser asks nothing else."""
+        yield _only_status("Asking …", asked)
         event = self.app.stop_of(request)
         wanted = self.app.actions.stack_of(chosen or [], kept or {})
         sampling = Sampling(float(temperature), int(number or 0), int(most))
         browser = str(request.session_hash)
         self.under_way[browser] = event, tuple(wanted)
         try:
-            for frame in self.app.session.compare(asked, wanted, sampling, event):
-                if not self.app.superseded(request, event):
-                    yield frame
+            frames = self.app.session.compare(asked, wanted, sampling, event)
+            yield from self._pictures(frames, request, event)
         finally:
             if self.under_way.get(browser, (None,))[0] is event:  # not of a newer question
                 del self.under_way[browser]
-
-    def right_frames(
-        self, last: Frame, chosen: list[str], kept: dict[str, float], request: gr.Request,
-        event: threading.Event,
-    ) -> Iterator[Frame]:  # fmt: skip
-        """The last comparison again, with another right side; as it is where nothing changed."""
-        wanted = self.app.actions.stack_of(chosen or [], kept or {})
-        if last.stage == "done" and tuple(wanted) == last.stack:
-            yield last
-            return
-        sampling = last.sampling or Sampling()
-        for frame in self.app.session.compare(last.question, wanted, sampling, event, keep=last):
-            if not self.app.superseded(request, event):
-                yield frame
-
-    def run(
-        self, asked: str, chosen: list[str], kept: dict[str, float], temperature: float,
-        number: float, most: float, request: gr.Request,
-    ) -> Answers:  # fmt: skip
-        """Both sides."""
-        yield _only_status("Asking …", asked)
-        found = self.frames(asked, chosen, kept, temperature, number, most, request)
-        yield from _pictures(self.app, found)
 
     def opening(
         self, last: Any, asked: str, chosen: list[str], kept: dict[str, float],
@@ -143,9 +120,9 @@ class _Asking:
     ) -> Answers:
         """The right side of the last comparison with the adapters as they are now."""
         _, stack = self.under_way.get(str(request.session_hash), (None, None))
+        wanted = tuple(self.app.actions.stack_of(chosen or [], kept or {}))
         # A question that is asked after the change is already answered with them.
-        answered = stack == tuple(self.app.actions.stack_of(chosen or [], kept or {}))
-        if last is None or answered:
+        if last is None or stack == wanted:
             yield _UNCHANGED
             return
         event = self.app.stop_of(request)
@@ -154,8 +131,36 @@ class _Asking:
                 yield _only_status("Stopped.", last.question)
             return
         yield _only_status("Asking …", last.question)
-        frames = self.right_frames(last, chosen, kept, request, event)
-        yield from _pictures(self.app, frames, last)
+        sampling = last.sampling or Sampling()
+        frames = self.app.session.compare(last.question, wanted, sampling, event, keep=last)
+        if last.stage == "done" and wanted == last.stack:  # nothing changed
+            frames = iter([last])
+        yield from self._pictures(frames, request, event, last)
+
+    def _pictures(
+        self, frames: Iterator[Frame], request: gr.Request, event: threading.Event,
+        last: Frame | None = None,
+    ) -> Answers:  # fmt: skip
+        """What the page shows of a comparison after `last`, not more often than can be seen."""
+        session, shown, stage = self.app.session, 0.0, ""
+        names = session.names()
+        try:
+            for frame in frames:
+                now = time.monotonic()
+                too_soon = frame.stage == stage and now - shown < FRAME_SECONDS
+                if too_soon or self.app.superseded(request, event):
+                    continue
+                shown, stage = now, frame.stage
+                yield (
+                    status(_stage(frame), frame.question),
+                    *views.frame_cards(frame, names, last),
+                    views.scores_table(frame),
+                    frame,
+                    views.command_html(commands.ask(session, frame)),
+                )
+        except Exception:
+            yield _only_status("Not answered.", "")  # the reason is shown beside the page
+            raise
 
 
 def example_buttons(app: App) -> list[Any]:
@@ -177,7 +182,8 @@ def compare(
     asking = _Asking(app)
 
     def questions(name: str | None, last: Any, text: str) -> tuple[Any, Any]:
-        rows = [row.question for row in app.session.askable().get(name or "", ())]
+        _, found = app.session.askable().get(name or "", ("", ()))
+        rows = [row.question for row in found]
         first = rows[0] if rows and last is None and not text else None
         return gr.update(choices=rows, value=first), gr.skip() if first is None else first
 
@@ -215,24 +221,6 @@ def compare(
         )  # fmt: skip
     stop.click(app.halt, queue=False, **PRIVATE)
     return author, wire, examples
-
-
-def _pictures(app: App, frames: Iterator[Frame], last: Frame | None = None) -> Answers:
-    """What the page shows of a comparison after `last`, not more often than can be seen."""
-    names, shown = app.session.names(), 0.0
-    last_stage = ""
-    try:
-        for frame in frames:
-            now = time.monotonic()
-            if frame.stage == last_stage and now - shown < FRAME_SECONDS:
-                continue
-            shown, last_stage = now, frame.stage
-            yield (status(_stage(frame), frame.question), *views.frame_cards(frame, names, last),
-                   views.scores_table(frame), frame,
-                   views.command_html(commands.ask(app.session, frame)))  # fmt: skip
-    except Exception:
-        yield _only_status("Not answered.", "")  # the reason is shown beside the page
-        raise
 
 
 def _only_status(text: str, question: str) -> tuple[Any, ...]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gradio as gr
 
 from ui.app.data import commands
-from ui.app.html import request_page, views
-from ui.app.tabs.pages import PRIVATE, command_box, told
+from ui.app.data.runs import Sources
+from ui.app.html import views
+from ui.app.tabs.pages import PRIVATE, button, command_box, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
@@ -37,14 +38,8 @@ def first(app: App) -> First:
         gr.HTML(f'<section class="un-first" aria-label="First steps">{OFFER}</section>')
         live = gr.HTML("", elem_id="un-demo-live")
         with gr.Row():
-            make = gr.Button(
-                "Make the demo world", variant="primary", elem_id="un-demo", size="md", scale=0,
-                min_width=240,
-            )  # fmt: skip
-            stop = gr.Button(
-                "Stop and keep what is done", visible=False, elem_id="un-demo-stop", size="md",
-                scale=0, min_width=240,
-            )  # fmt: skip
+            make = button("Make the demo world", "un-demo", 240, variant="primary")
+            stop = button("Stop and keep what is done", "un-demo-stop", 240, visible=False)
         words = command_box(commands.demo(folder(app)))
     began = make.click(told(lambda: _begin(app)), None, None, **PRIVATE)
     stop.click(told(lambda: _stop(app)), None, None, **PRIVATE)
@@ -53,7 +48,7 @@ def first(app: App) -> First:
 
 def offers(app: App) -> bool:
     """Whether there is nothing to work on: no base, no adapter and no log."""
-    return app.session.base is None and not app.session.adapters() and not app.logs
+    return app.session.base is None and not app.session.adapters() and not app.files.logs
 
 
 def folder(app: App) -> Path:
@@ -91,7 +86,7 @@ def shown(app: App) -> tuple[Any, ...]:
     words = "Continue the demo world" if halted else "Make the demo world"
     return (
         gr.update(visible=offers(app)),
-        "" if view is None else request_page.job_html(view),
+        "" if view is None else views.job_html(view),
         gr.update(value=words, visible=not busy),
         gr.update(visible=busy),
         # The card of a job holds its command already.
@@ -113,6 +108,6 @@ def adopt(app: App) -> None:
     session, logs = app.session, Path(found["folder"]) / "logs"
     session.base = BaseSpec(str(base))
     session.data, session.store_path = Path(found["data"]), Path(found["store"])
-    app.logs = tuple(sorted(logs.glob("*.json")))
-    app.retain_log = logs / "retrain.json"
+    found_logs = tuple(sorted(logs.glob("*.json")))
+    app.files = Sources(logs=found_logs, retain_log=logs / "retrain.json")
     session.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from adapters.errors import UserError
-from ui.app.data.comparator import comparator
+from ui.app.data.sheet import comparator
 from ui.app.html import views
 
 if TYPE_CHECKING:
@@ -30,50 +31,46 @@ LOG = logging.getLogger("unlearner.app")
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose errors reach the page as a sentence; nothing of a question is logged."""
 
-    def fail(error: Exception) -> gr.Error:
-        if isinstance(error, UserError):
-            return gr.Error(str(error), title="That did not work", print_exception=False)
-        debug = LOG.isEnabledFor(logging.DEBUG)
-        # A message may quote a question: without --debug only its type is logged.
-        LOG.error(
-            "%s in %s", type(error).__name__, function.__name__, exc_info=error if debug else None
-        )
-        place = (
-            "The terminal shows the traceback."
-            if debug
-            else (
-                "Start `unlearner ui --debug` to see the traceback; `unlearner doctor` checks this "
-                "machine."
-            )
-        )
-        return gr.Error(
-            f"{type(error).__name__}. {place}", title="Unexpected error", print_exception=False
-        )
+    @contextlib.contextmanager
+    def sentences() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            said = gr.Error(str(error), title="That did not work", print_exception=False)
+            raise said from None
+        except Exception as error:
+            debug = LOG.isEnabledFor(logging.DEBUG)
+            # A message may quote a question: without --debug only its type is logged.
+            name, shown = type(error).__name__, error if debug else None
+            LOG.error("%s in %s", name, function.__name__, exc_info=shown)
+            place = "The terminal shows the traceback."
+            if not debug:
+                place = (
+                    "Start `unlearner ui --debug` to see the traceback; `unlearner doctor` checks "
+                    "this machine."
+                )
+            text = f"{name}. {place}"
+            raise gr.Error(text, title="Unexpected error", print_exception=False) from None
 
-    if inspect.isgeneratorfunction(function):
-
-        @functools.wraps(function)
-        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            try:
-                yield from function(*args, **kwargs)
-            except Exception as error:
-                raise fail(error) from None
-
-        return stream
+    if not inspect.isgeneratorfunction(function):
+        return sentences()(function)
 
     @functools.wraps(function)
-    def plain(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            raise fail(error) from None
+    def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with sentences():
+            yield from function(*args, **kwargs)
 
-    return plain
+    return stream
 
 
 def command_box(value: str = "") -> gr.HTML:
     """Where `views.command_html` stands, once there is a command."""
     return gr.HTML(views.command_html(value), elem_classes="un-command-box")
+
+
+def button(text: str, name: str, width: int, **more: Any) -> gr.Button:
+    """A button that is as wide as its words need."""
+    return gr.Button(text, elem_id=name, size="md", scale=0, min_width=width, **more)
 
 
 def note(text: str) -> str:

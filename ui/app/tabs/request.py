@@ -10,9 +10,9 @@ import gradio as gr
 
 from adapters.errors import UserError
 from ui.app.data import requests
-from ui.app.html import request_page, views
+from ui.app.html import views
 from ui.app.tabs import first as app_first
-from ui.app.tabs.pages import PRIVATE, command_box, note, told
+from ui.app.tabs.pages import PRIVATE, button, command_box, note, told
 
 if TYPE_CHECKING:
     from ui.app.build import App
@@ -122,13 +122,8 @@ def request(app: App) -> RequestTab:
     """The New request tab."""
     fields = _form(app)
     with gr.Row():
-        preview = gr.Button(
-            "Preview and check memory", elem_id="un-preview", size="md", scale=0, min_width=260
-        )
-        start = gr.Button(
-            "Start training", variant="primary", elem_id="un-start", size="md", scale=0,
-            min_width=180,
-        )  # fmt: skip
+        preview = button("Preview and check memory", "un-preview", 260)
+        start = button("Start training", "un-start", 180, variant="primary")
     previewed = gr.HTML("", elem_id="un-previewed")
     with gr.Accordion("This run as YAML", open=False, elem_id="un-settings"):
         yaml = gr.Code(
@@ -139,10 +134,10 @@ def request(app: App) -> RequestTab:
     jobs, events = _watch(app)
 
     def looked(asked: requests.Draft) -> tuple[str, str, str]:
-        seen = requests.look(asked, app.session, app.settings_of)
-        plan = request_page.plan_html(seen.plan, requests.free_memory(app.session))
-        shown = request_page.preview_html(seen.preview) + plan
-        return shown, seen.settings, views.command_html(asked.command(app.session))
+        preview, plan, settings = requests.look(asked, app.session, app.planned)
+        free = requests.free_memory(app.session)
+        shown = views.preview_html(preview) + views.plan_html(plan, free)
+        return shown, settings, views.command_html(asked.command(app.session))
 
     def look(*values: Any) -> tuple[str, str, str]:
         return looked(_draft(*values))
@@ -238,6 +233,6 @@ def _jobs(app: App) -> list[tuple[str, str]]:
 
 
 def _jobs_html(app: App) -> str:
-    views = app.jobs.views()
-    shown_ = [view for view in views if not view.ended][:3] or views[-1:]
-    return "".join(map(request_page.job_html, shown_))
+    found = app.jobs.views()
+    busy = [view for view in found if not view.ended][:3]
+    return "".join(map(views.job_html, busy or found[-1:]))

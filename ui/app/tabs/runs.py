@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -11,11 +10,13 @@ import gradio as gr
 from adapters.errors import UserError
 from ui.app.data import commands
 from ui.app.data import runs as runs_data
+from ui.app.data.sheet import recorded_pairs
 from ui.app.html import runs_page, views
 from ui.app.tabs.pages import (
     PRIVATE,
     QUIET,
     TABLE_BUTTONS,
+    button,
     command_box,
     comparator_file,
     note,
@@ -25,7 +26,6 @@ from ui.app.tabs.sheet import rows_table, shown_rows
 
 if TYPE_CHECKING:
     from ui.app.build import App
-    from ui.app.data.sheet import SheetRow
 
 EMPTY = (
     '<p class="un-note">No evaluation yet. <code>unlearner evaluate --store S ...</code> stores '
@@ -47,9 +47,10 @@ class Reading:
         path.write_text(runs_data.as_csv(found), encoding="utf-8")
         notes = "".join(map(note, [*found.notes, *probes.notes]))
         names = list(found.log_r)
-        logs = [name for name, _ in _named_logs(app)]
+        logs = [name for name, _ in sources.named_logs()]
         first = names[: runs_page.SHOWN_CURVES]
-        words = commands.runs(app.session, app.logs, app.retain_log, runs_data.split_of(found))
+        split = runs_data.split_of(found)
+        words = commands.runs(app.session, sources.logs, sources.retain_log, split)
         return (
             notes or ("" if found.table else EMPTY),
             gr.update(
@@ -72,14 +73,18 @@ class Reading:
 
     def report(self) -> tuple[Any, str]:
         """The report's file and command."""
-        app = self.app
-        path = runs_page.write_report(app.sources(), app.new_file("report.html"))
-        words = commands.report(app.logs, app.retain_log, app.robustness, app.calibration)
+        sources = self.app.sources()
+        path = runs_page.write_report(sources, self.app.new_file("report.html"))
+        request = sources.report_request()
+        words = "" if request is None else request.command
         return gr.update(value=str(path), visible=True), views.command_html(words)
 
     def answers(self, first: str | None, second: str | None) -> tuple[Any, ...]:
         """The recorded answers of two logs, and the button of their file."""
-        rows, names = _pair(self.app, first, second)
+        logs = dict(self.app.sources().named_logs())
+        if first not in logs or second not in logs or first == second:
+            raise UserError("Two different logs are needed.", "Choose them from the lists.")
+        rows, names = recorded_pairs(logs[first], logs[second]), (first, second)
         path = comparator_file(self.app, rows, names)
         return *shown_rows(rows, names), gr.update(value=path, visible=True)
 
@@ -114,9 +119,7 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
         with gr.Row():
             first = gr.Dropdown([], label="Log", elem_id="un-first-log")
             second = gr.Dropdown([], label="beside", elem_id="un-second-log")
-            answers = gr.Button(
-                "Show their answers", size="md", elem_id="un-pair", scale=0, min_width=190
-            )
+            answers = button("Show their answers", "un-pair", 190)
         pair = rows_table("un-logs", "Recorded answers: click a heading to sort, a row to compare")
         pair_file = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)
     outputs = [said, grid, chosen, spread, figures, table, report, box, first, second, two_logs]
@@ -126,23 +129,3 @@ def runs(app: App, page: gr.Blocks) -> tuple[Callable[[], Any], list[Any]]:
     report.click(told(behind.report), None, [report_file, box], **PRIVATE)
     answers.click(told(behind.answers), [first, second], [*pair, pair_file], **PRIVATE)
     return behind.read, outputs
-
-
-def _named_logs(app: App) -> list[tuple[str, Path]]:
-    """The logs of the tab by name, each once."""
-    from evaluation.report.inputs import log_names
-
-    logs = runs_data.all_logs(app.logs, app.retain_log)
-    return list(zip(log_names(logs), logs, strict=True))
-
-
-def _pair(
-    app: App, first: str | None, second: str | None
-) -> tuple[list[SheetRow], tuple[str, str]]:
-    """The rows that both logs answer, and their names."""
-    from ui.app.data.comparator import recorded_pairs
-
-    logs = dict(_named_logs(app))
-    if first not in logs or second not in logs or first == second:
-        raise UserError("Two different logs are needed.", "Choose them from the lists.")
-    return recorded_pairs(logs[first], logs[second]), (first, second)

@@ -14,6 +14,7 @@ from ui.app.tabs.pages import (
     PRIVATE,
     STREAM,
     TABLE_BUTTONS,
+    button,
     command_box,
     comparator_file,
     status,
@@ -43,9 +44,11 @@ class _Sheet:
         event = app.stop_of(request, "sheet")
         wanted = app.actions.stack_of(chosen or [], kept or {})
         words = views.command_html(commands.sheet(app.session, name or "", wanted, int(n)))
-        label = next((label for label, key in app.session.choices() if key == name), name or "")
+        label, _ = app.session.askable().get(name or "", (name or "", ()))
         about = label.removeprefix("To forget: ").removesuffix(" (to be forgotten)")
-        against = self._names(wanted)
+        names = app.session.names()
+        on = [f"{names[slug]} × {scale:g}" for slug, scale in wanted]
+        against = ", ".join(on) or "itself"
         for found, total, ahead in sheet_data.fill(
             app.session, name or "", wanted, neighbours=int(n), stop=event
         ):  # fmt: skip
@@ -53,10 +56,6 @@ class _Sheet:
             text += f" Waiting in line: {ahead} ahead." if ahead else ""
             text += " Stopped." if event.is_set() else ""
             yield status(text), *shown_rows(found), words
-
-    def _names(self, stack: Sequence[tuple[str, float]]) -> str:
-        names = self.app.session.names()
-        return ", ".join(f"{names[slug]} × {scale:g}" for slug, scale in stack) or "itself"
 
     def export(self, rows: tuple[list[SheetRow], Any]) -> Any:
         """The button of the file for LLM Comparator, once there are rows."""
@@ -129,13 +128,8 @@ def sheet(app: App, stack: Any, strengths: Any) -> Any:
             1, 20, value=5, step=1, label="Related questions of each kind", scale=1, min_width=260
         )
     with gr.Row():
-        fill = gr.Button(
-            "Fill the sheet", variant="primary", elem_id="un-fill", size="md", scale=0,
-            min_width=180,
-        )  # fmt: skip
-        stop = gr.Button(
-            "Stop the sheet (Esc)", elem_id="un-sheet-stop", size="md", scale=0, min_width=190
-        )
+        fill = button("Fill the sheet", "un-fill", 180, variant="primary")
+        stop = button("Stop the sheet (Esc)", "un-sheet-stop", 190)
     state = gr.HTML(status(NOTHING), elem_id="un-sheet-status")
     table = rows_table("un-sheet", "Click a heading to sort, a row to compare its answers")
     export = gr.DownloadButton("LLM Comparator JSON", size="sm", visible=False, scale=0)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError, did_you_mean
 from ui.cli import config_file, options
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "config",
-        parents=[options.common()],
+        run_config,
         help="print the settings of a command as YAML, for its --config",
         description="Prints every setting of a command that takes --config, as its flags, a "
         "--config and a --preset resolve it. Edit the file and pass it back with --config.",
@@ -29,16 +28,12 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "flags", nargs=argparse.REMAINDER, metavar="...", help="what the command takes"
     )
-    parser.set_defaults(run=run_config)
 
 
 def run_config(args: argparse.Namespace, console: Console) -> int:
     """Prints the YAML; nothing is read but the config."""
     known = {name: leaf for name, leaf in args.leaves.items() if "--config" in leaf.option_names()}
-    if args.name not in known:
-        raise UserError(
-            f"There are no settings of a command '{args.name}'.", did_you_mean(args.name, known)
-        )
+    options.require_known(args.name, known, f"There are no settings of a command '{args.name}'.")
     parser = known[args.name]
     flags = config_file.apply_config(parser, [args.name, *args.flags])[1:]
     with config_file.nothing_required(parser):
@@ -48,8 +43,10 @@ def run_config(args: argparse.Namespace, console: Console) -> int:
             f"`{parser.prog}` has no option {extra[0]}.",
             did_you_mean(extra[0], parser.option_names()),
         )
+    import yaml
+
     with config_file.lines_named(given.config_lines):
         text = config_file.resolved(parser, given)
     console.text(text.rstrip())
-    console.result({"command": args.name, "settings": config_file.values_in(text)})
+    console.result({"command": args.name, "settings": yaml.safe_load(text)})
     return 0

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ui.console import size_text
+from ui.console import Console, size_text
 
-if TYPE_CHECKING:
-    from ui.console import Console
+Progress = Callable[[str, int, int], None]
 
 WORDS = {
     "load": "Loading the base ...",
@@ -70,7 +69,7 @@ def outcome_lines(outcome: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def progress_of(console: Console) -> Callable[[str, int, int], None]:
+def progress_of(console: Console) -> Progress:
     """A callback that shows a label with done of all, elapsed and remaining seconds."""
     started: dict[str, float] = {}
     last = time.monotonic()

@@ -1,13 +1,31 @@
-"""The figures of an evaluation in words: quality with error and direction, utility, every set."""
+"""Figures in words: of one evaluation with every set, and of systems beside each other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.console import Console
 
+# The columns of a comparison, by the keys of their figures.
+HEADS = {
+    "name": "name",
+    "forget_quality": "FQ",
+    "ks": "D",
+    "log_r_shift": "shift",
+    "direction": "direction",
+    "model_utility": "MU",
+    "forget_answer_prob": "forget P",
+    "forget_nll": "forget NLL",
+    "retain_answer_prob": "retain P",
+    "retain_nll": "retain NLL",
+}
+COLUMNS = tuple(HEADS)
+LEGEND = (
+    "FQ: forget quality, p of the KS test against Retrain, higher is better; D: its distance;\n"
+    "shift: of log R against Retrain, best at 0; MU: model utility, higher is better;\n"
+    "P: mean answer probability; NLL: nats per token."
+)
 SETS = ("forget", "retain", "real_authors", "world_facts")
 SET_METRICS = ("rouge_l_recall", "answer_prob", "truth_ratio", "nll")
 
@@ -17,13 +35,8 @@ def report_figures(figures: Mapping[str, Any], console: Console) -> None:
     from evaluation.metrics.summary import figure_table
 
     for summary in figures.get("protocols", [figures]):
-        for line in (
-            quality_text(summary), utility_text(summary), recall_text(summary), nll_text(summary),
-        ):  # fmt: skip
-            if line:
-                console.text(line)
-        if summary.get("retrain_band"):
-            console.text(band_text(summary["retrain_band"]))
+        for line in summary_lines(summary):
+            console.text(line)
         console.text(f"protocol        {summary['protocol']}")
         console.text()
         console.table(set_table(summary))
@@ -53,64 +66,46 @@ def missing_lines(figures: Mapping[str, Any]) -> list[str]:
     return [f"Not measured: {', '.join(names)} ({why})." for why, names in by_reason.items()]
 
 
-def band_text(band: Mapping[str, Any]) -> str:
-    """The distance between two retrained models, below which forget quality says nothing."""
-    return (
-        f"retrain band    {band['forget_quality']:.4g} between the two retrain references "
-        f"(KS D {band['ks']:.4f}, shift {band['log_r_shift']:+.4f})"
-    )
-
-
-def quality_text(figures: Mapping[str, Any]) -> str:
-    """Forget quality: p, log10 p, D, the signed shift and the word for it, or why there is none."""
-    p = figures["forget_quality"]
+def summary_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Forget quality with its errors and direction, utility, facts stated and NLL, as measured."""
+    reasons, p, utility = figures["reasons"], figures["forget_quality"], figures["model_utility"]
+    lines = []
     if p is None:
-        return f"forget_quality  - ({figures['reasons']['forget_quality']})"
-    return (
-        f"forget_quality  {p:.4g}{_spread(figures.get('forget_quality_interval'))} "
-        f"(log10 {figures['forget_quality_log10']:.2f}), higher is better\n"
-        f"  KS D {figures['ks']:.4f}{_interval(figures.get('ks_interval'))}, "
-        f"shift of log R {figures['log_r_shift']:+.4f}"
-        f"{_interval(figures.get('log_r_shift_interval'))}: "
-        f"{figures['direction']}, n = {figures['n']}"
-    )
-
-
-def utility_text(figures: Mapping[str, Any]) -> str:
-    """Model utility with its interval, or why there is none."""
-    value = figures["model_utility"]
-    if value is None:
-        return f"model_utility   - ({figures['reasons']['model_utility']})"
-    spread = _interval(figures.get("model_utility_interval"))
-    return f"model_utility   {value:.4f}{spread}, higher is better"
-
-
-def recall_text(figures: Mapping[str, Any]) -> str:
-    """The share of facts that the answers state, of each set that was measured."""
-    keys = {f"{name}_fact_recall": name.replace("_", " ") for name in SETS}
-    parts = [
-        f"{name} {value:.4f}{_interval(figures.get(f'{key}_interval'))}"
-        for key, name in keys.items()
-        if (value := figures.get(key)) is not None
+        lines.append(f"forget_quality  - ({reasons['forget_quality']})")
+    else:
+        # The ends of an interval of p may be as small as a p-value.
+        lines += [
+            f"forget_quality  {p:.4g}{_interval(figures, 'forget_quality', '.3g')} "
+            f"(log10 {figures['forget_quality_log10']:.2f}), higher is better",
+            f"  KS D {figures['ks']:.4f}{_interval(figures, 'ks')}, shift of log R "
+            f"{figures['log_r_shift']:+.4f}{_interval(figures, 'log_r_shift')}: "
+            f"{figures['direction']}, n = {figures['n']}",
+        ]
+    if utility is None:
+        lines.append(f"model_utility   - ({reasons['model_utility']})")
+    else:
+        spread = _interval(figures, "model_utility")
+        lines.append(f"model_utility   {utility:.4f}{spread}, higher is better")
+    recalls = [
+        f"{name.replace('_', ' ')} {value:.4f}{_interval(figures, f'{name}_fact_recall')}"
+        for name in SETS
+        if (value := figures.get(f"{name}_fact_recall")) is not None
     ]
-    return f"fact_recall     {', '.join(parts)}" if parts else ""
-
-
-def nll_text(figures: Mapping[str, Any]) -> str:
-    """Mean forget NLL beside the retrain reference's: a broken model shows here, not in FQ."""
+    lines += [f"fact_recall     {', '.join(recalls)}"] if recalls else []
     ours, theirs = figures.get("forget_nll"), figures.get("retrain_forget_nll")
-    if ours is None or theirs is None:
-        return ""
-    return f"forget_nll      {ours:.3f} nats per token (retrain reference {theirs:.3f})"
+    if ours is not None and theirs is not None:  # a broken model shows here, not in FQ
+        lines.append(f"forget_nll      {ours:.3f} nats per token (retrain reference {theirs:.3f})")
+    if band := figures.get("retrain_band"):  # below which forget quality says nothing
+        lines.append(
+            f"retrain band    {band['forget_quality']:.4g} between the two retrain references "
+            f"(KS D {band['ks']:.4f}, shift {band['log_r_shift']:+.4f})"
+        )
+    return lines
 
 
-def _spread(pair: Any) -> str:
-    """An interval whose ends may be as small as a p-value."""
-    return f" [{pair[0]:.3g}, {pair[1]:.3g}]" if pair else ""
-
-
-def _interval(pair: Any) -> str:
-    return f" [{pair[0]:.4f}, {pair[1]:.4f}]" if pair else ""
+def _interval(figures: Mapping[str, Any], name: str, digits: str = ".4f") -> str:
+    pair = figures.get(f"{name}_interval")
+    return f" [{pair[0]:{digits}}, {pair[1]:{digits}}]" if pair else ""
 
 
 def set_table(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -124,3 +119,11 @@ def set_table(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name in SETS
         if name in figures["rows"]
     ]
+
+
+def print_comparison(table: list[dict[str, Any]], console: Console) -> None:
+    """Prints the systems of a comparison, one a line."""
+    several = len({row.get("protocol") for row in table}) > 1
+    columns = ("protocol", *COLUMNS) if several else COLUMNS
+    console.table([{HEADS.get(key, key): row.get(key) for key in columns} for row in table])
+    console.text(LEGEND)

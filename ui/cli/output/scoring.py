@@ -3,66 +3,135 @@
 from __future__ import annotations
 
 import argparse
+import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evaluation.protocols import protocol_named
+from adapters.errors import GateFailed, UserError, did_you_mean
+from evaluation.logs import read_log
+from evaluation.logs.lm_eval import to_lm_eval
+from evaluation.logs.records import RECORDED, EvalLog, write_json
+from evaluation.logs.tofu import to_tofu
+from evaluation.protocols import Protocol, protocol_named
 from ui.cli import options
-from ui.cli.output.gates import parse_gate
+from ui.console import Console
 
 if TYPE_CHECKING:
-    from evaluation.logs.records import EvalLog
-    from evaluation.protocols import Protocol
     from evaluation.suite import Effort
-    from ui.cli.output.gates import Gate
-    from ui.console import Console
 
+OPERATORS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_GATE = re.compile(
+    r"\s*([A-Za-z0-9_]+)\s*(<=|>=|==|!=|<|>)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*"
+)
+# Words in the reason why a figure is missing, and how to measure it.
+_REMEDIES = {
+    "retrain reference": "Give --reference-log the log of a model that never saw the forget rows",
+    "--retain-metrics": "Give --retain-metrics the token metrics of such a model",
+    "--reference)": "Give --reference another base",
+    "holdout": "Add --metrics membership and --holdout rows that the base never saw",
+    "perturbed answers": "Evaluate a TOFU split, or give --variants with paraphrased_answer and "
+    "perturbed_answer",
+    "decoded as": "Evaluate again under the --protocol of the gate, with answers",
+    "not measured:": "Evaluate a TOFU split, which has all sets, with answers",
+    " set": "Evaluate a TOFU split, which has all sets",
+    "not measured": "Add what measures it: --metrics all in `evaluate`, the attack or the state in "
+    "`robustness`",
+    "": "Evaluate every row",
+}
 LOG_FILE, FIGURES_FILE, PARTS = "eval_log.json", "figures.json", "parts"
 
 
-def reference_flags() -> options.Parser:
-    """--reference-log, --second-reference-log and --protocol."""
-    parser = options.Parser(add_help=False)
+def add_flags(parser: options.Parser) -> None:
+    """--reference-log, --protocol, --fail-if and --write-...: what is made of a log's rows."""
     options.add_reference_log(parser)
     options.add_second_reference_log(parser)
     options.add_protocol(parser, several=True)
-    return parser
-
-
-def scoring_flags() -> options.Parser:
-    """The flags of `reference_flags`, --fail-if, --write-tofu and --write-open-unlearning."""
-    parser = options.Parser(add_help=False, parents=[reference_flags()])
     options.add_fail_if(parser, "model_utility<0.55")
     parser.add_argument(
         "--write-tofu",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="write the rows as TOFU's eval_log_aggregated.json, for other tools",
     )
     parser.add_argument(
         "--write-open-unlearning",
-        type=Path,
-        metavar="DIR",
+        **options.FOLDER,
         help="write open-unlearning's TOFU_EVAL.json and TOFU_SUMMARY.json into this folder",
     )
     parser.add_argument(
         "--write-lm-eval",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help="write the figures in the layout of the lm-evaluation-harness's results",
     )
-    return parser
 
 
 def effort_of(args: argparse.Namespace) -> Effort:
     """What the flags say of how the work is done; none of it changes a figure."""
     from evaluation.suite import Effort
 
-    chosen = Effort(shared=not args.plain, drafts=not args.plain)
+    fast = not getattr(args, "plain", False)
+    chosen = Effort(shared=fast, drafts=fast)
     size = args.questions_per_batch
     return replace(chosen, batch_size=size) if size else chosen
+
+
+class Gate(NamedTuple):
+    """The command fails if `figure sign limit` holds; `text` is what the user typed."""
+
+    figure: str
+    sign: str
+    limit: float
+    text: str
+
+
+def parse_gate(text: str, figures: Sequence[str]) -> Gate:
+    """The condition in `text`.
+
+    Raises:
+        UserError: not `name op number`, or a figure that is not measured (with the nearest one).
+    """
+    match = _GATE.fullmatch(text)
+    if match is None:
+        signs = " ".join(OPERATORS)
+        raise UserError(
+            f"--fail-if {text!r} is not a condition.",
+            f'Write NAME OP NUMBER with OP one of {signs}, as in "model_utility<0.55".',
+        )
+    if match[1] not in figures:
+        hint = did_you_mean(match[1], figures)
+        raise UserError(f"--fail-if {text!r}: there is no figure '{match[1]}'.", hint)
+    return Gate(match[1], match[2], float(match[3]), text)
+
+
+def check_gates(gates: Sequence[Gate], figures: Mapping[str, Any]) -> None:
+    """Returns where no condition holds.
+
+    Raises:
+        GateFailed: naming every condition that holds or whose figure could not be measured.
+    """
+    failed, fixes = [], list[str]()
+    for gate in gates:
+        value = figures.get(gate.figure)
+        if value is None:
+            reason = figures.get("reasons", {}).get(gate.figure, "not measured")
+            failed.append(f"{gate.text!r} cannot be checked ({reason})")
+            fixes.append(next(fix for words, fix in _REMEDIES.items() if words in reason))
+        elif OPERATORS[gate.sign](value, gate.limit):
+            failed.append(f"{gate.text!r} holds: {gate.figure} is {value:.6g}")
+            fixes.append("Train longer, with other weights, or change the gate")
+    if failed:
+        raise GateFailed(
+            f"The quality gate failed: {'; '.join(failed)}.",
+            " ".join(f"{fix}." for fix in dict.fromkeys(fixes)),
+        )
 
 
 class References(NamedTuple):
@@ -78,9 +147,6 @@ def read_references(args: argparse.Namespace) -> References:
     Raises:
         UserError: a log that cannot be read, or a second one without a first.
     """
-    from adapters.errors import UserError
-    from evaluation.logs import read_log
-
     if args.second_reference_log and not args.reference_log:
         raise UserError(
             "--second-reference-log is measured against --reference-log, which is missing.",
@@ -129,8 +195,6 @@ def write_for_others(
     Raises:
         UserError: a row lacks a score that the format demands.
     """
-    from evaluation.logs.records import RECORDED, write_json
-    from evaluation.logs.tofu import to_tofu
     from evaluation.metrics.summary import write_open_unlearning
 
     protocols = [protocol_named(name) for name in args.protocol]
@@ -147,8 +211,6 @@ def write_for_others(
         for path in write_open_unlearning(log, folder, references.first, chosen.name):
             console.words(f"Wrote {path} (protocol {chosen.name})")
     if args.write_lm_eval:
-        from evaluation.logs.lm_eval import to_lm_eval
-
         name = str(args.log if hasattr(args, "log") else args.base)
         split = str(log.meta.get("split", "forget"))
         results = to_lm_eval(figures_of(args, log, references), split, name)
@@ -161,8 +223,6 @@ def _has_answers(log: EvalLog, decoding: str) -> bool:
 
 def _is_answered(log: EvalLog, protocol: Protocol) -> bool:
     """Whether figures under `protocol` can be had from the log's scores and answers."""
-    from evaluation.logs.records import RECORDED
-
     cut, longest = log.meta.get("max_length"), log.meta.get("longest_text")
     if cut is not None and longest is not None and longest > min(cut, protocol.max_length):
         return bool(cut == protocol.max_length)

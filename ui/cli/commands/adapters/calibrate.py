@@ -6,19 +6,25 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from adapters.environment import versions
 from adapters.errors import UserError
+from adapters.lora.stack import MAX_SCALE, load_stack
+from adapters.store.catalog import StoredAdapter
+from adapters.store.derive import scaled
+from adapters.store.store import AdapterStore
+from evaluation.cache import key_of
+from evaluation.logs import read_log
+from evaluation.logs.records import write_json, write_log
 from evaluation.report.inputs import LOG_FILE
 from ui.cli import models, options
 from ui.cli.output.events import progress_of
 from ui.cli.output.scoring import PARTS
+from ui.console import Console, json_value
 from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
-    from adapters.store.catalog import StoredAdapter
-    from adapters.store.store import AdapterStore
     from evaluation.tuning.calibrate import Settings
     from evaluation.tuning.sweep import Sweep
-    from ui.console import Console
 
 FILE = "calibration.json"
 COLUMNS = (
@@ -29,17 +35,12 @@ COLUMNS = (
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "calibrate",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.store(),
-            options.data(),
-            options.config(*options.OF_BASE, "protocol"),
-            options.common(),
-        ],
+        run_calibrate,
+        "base template loading store data",
+        config=(*options.OF_BASE, "protocol"),
         help="choose an adapter's strength against a retrain reference, and publish it so",
         description="Sweeps the strength of one adapter, the rest of its stack held fixed, chooses "
         "the scale nearest to the retrain reference within a bound on the loss of model utility, "
@@ -49,12 +50,6 @@ def register(commands: Any) -> None:
         "--reference-log retrain.json --out results",
     )
     parser.add_argument("ref", metavar="REF", help=f"adapter: {options.REF}")
-    _add_flags(parser)
-    _add_output_flags(parser)
-    parser.set_defaults(run=run_calibrate)
-
-
-def _add_flags(parser: options.Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     options.add_split(what)
     what.add_argument(
@@ -84,9 +79,6 @@ def _add_flags(parser: options.Parser) -> None:
         help="the most that model utility may lose against scale 0 (default: 0.05)",
     )
     options.add_protocol(parser)
-
-
-def _add_output_flags(parser: options.Parser) -> None:
     options.add_out(parser, f"folder for {FILE} and the logs")
     options.add_limit(
         parser,
@@ -102,8 +94,6 @@ def _add_output_flags(parser: options.Parser) -> None:
 
 def scale_list(text: str) -> tuple[float, ...]:
     """Scales divided by commas, each 0 to 1.5."""
-    from adapters.lora.stack import MAX_SCALE
-
     values = options.number_list(text)
     if not all(0 <= value <= MAX_SCALE for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not within 0 to {MAX_SCALE}")
@@ -114,11 +104,9 @@ def run_calibrate(args: argparse.Namespace, console: Console) -> int:
     """Prints the curve and the choice, attaches it to the adapter, publishes the scaled one."""
     settings = _settings(args)
     console.words(f"Calibrating {args.ref} on {args.split or args.rows} ...")
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import write_log
     from evaluation.tuning.calibrate import calibrate
 
-    store = AdapterStore.open(options.store_path(args))
+    store = options.open_store(args)
     sweep = _sweep(args, store, console)
 
     def measure(scale: float) -> Any:
@@ -135,25 +123,24 @@ def run_calibrate(args: argparse.Namespace, console: Console) -> int:
 
 def _settings(args: argparse.Namespace) -> Settings:
     """Grid, rule and bound; everything that can be refused before a model is loaded."""
-    from evaluation.tuning.calibrate import MAX_MU_LOSS, Settings
+    from evaluation.tuning.calibrate import Settings
 
     if args.reference_log is None:
         raise UserError(
             "Calibration needs a retrain reference: without one nothing says how much is enough.",
             "Give --reference-log the log of a model that never saw the forget set.",
         )
-    bound = MAX_MU_LOSS if args.max_mu_loss is None else args.max_mu_loss
-    if not 0 <= bound <= 1:
-        raise UserError(f"--max-mu-loss {bound:g} is not between 0 and 1.", "Use 0.05, say.")
-    scales = {} if args.scales is None else {"scales": args.scales}
-    return Settings(by=args.by, max_mu_loss=bound, protocol=args.protocol, **scales)
+    given = options.given_settings(args, ("by", "max_mu_loss", "protocol", "scales"))
+    settings = Settings(**given)
+    if not 0 <= settings.max_mu_loss <= 1:
+        raise UserError(
+            f"--max-mu-loss {settings.max_mu_loss:g} is not between 0 and 1.", "Use 0.05, say."
+        )
+    return settings
 
 
 def _sweep(args: argparse.Namespace, store: AdapterStore, console: Console) -> Sweep:
     """The loaded model with the adapter's stack attached."""
-    from adapters.lora.stack import load_stack
-    from evaluation.cache import key_of
-    from evaluation.logs import read_log
     from evaluation.tuning.sweep import Sweep, calibration_data, stack_of
 
     slug, stack = stack_of(store, args.ref)
@@ -186,10 +173,7 @@ def _finish(
     console: Console,
 ) -> None:
     """Publishes, writes, attaches and prints what was found."""
-    from adapters.environment import versions
-    from evaluation.logs.records import write_json
     from evaluation.tuning.sweep import flat
-    from ui.console import json_value
 
     made = ranks.from_first(lambda: _publish(args, store, sweep, found))
     told = {
@@ -216,7 +200,6 @@ def _publish(
     args: argparse.Namespace, store: AdapterStore, sweep: Sweep, found: Mapping[str, Any]
 ) -> StoredAdapter | None:
     """The scaled adapter with the figures it was chosen by, where there is one to publish."""
-    from adapters.store.derive import scaled
     from evaluation.metrics.summary import figures_to_file
 
     scale = found["chosen_scale"]

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from adapters.errors import UserError
 from ui.cli import options
-from ui.cli.commands.everyday.forget import (
-    add_run_flags,
-    forget_config,
-    resolved_settings,
-    train_request,
-)
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.cli.commands.everyday import forget
+from ui.cli.own_rows import other_rows
+from ui.console import Console
+from unlearner.request.past_requests import joined
+from unlearner.request.sources import parse_request
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "consolidate",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.settings(),
-            options.store(),
-            options.data(),
-            options.config(*options.OF_BASE, *options.SETTINGS),
-            options.common(),
-        ],
+        run_consolidate,
+        "base template loading settings store data",
+        config=(*options.OF_BASE, *options.SETTINGS),
         help="retrain several requests into one adapter that supersedes them",
         description="Trains one adapter for the rows of several requests. It supersedes their "
         "adapters: activating it takes them off the stack. With one REF this is a rebase: its "
@@ -46,8 +37,8 @@ def register(commands: Any) -> None:
         "--rows", metavar="REQUEST", action="append", required=True, help=options.REQUEST_HELP
     )
     options.add_columns(parser)
-    add_run_flags(parser)
-    parser.set_defaults(run=run_consolidate, resolve=resolved_settings)
+    forget.add_run_flags(parser)
+    parser.set_defaults(resolve=forget.resolved_settings)
 
 
 def run_consolidate(args: argparse.Namespace, console: Console) -> int:
@@ -55,11 +46,9 @@ def run_consolidate(args: argparse.Namespace, console: Console) -> int:
     path = options.store_path(args)
     if not (path / "store.json").is_file():
         raise UserError(f"There is no store at {path}.", "Name one with --store.")
-    config = forget_config(args)
+    config = forget.forget_config(args)
     console.words(f"Reading {', '.join(args.rows)} ...")
-    from unlearner.request.past_requests import joined
-    from unlearner.request.sources import parse_request
-
     columns = options.columns(args)
     request = joined([parse_request(text, args.data, args.retain, columns) for text in args.rows])
-    return train_request(args, console, config, request, args.refs)
+    request = replace(request, others=other_rows(args))
+    return forget.train_request(args, console, config, request, args.refs)

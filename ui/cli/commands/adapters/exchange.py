@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapters.base.load import resolve_base
 from adapters.errors import UserError
-from ui.adapter_row import adapter_row
+from adapters.lora.export import export_serving
+from adapters.lora.hub import pull_adapter, push_adapter
+from adapters.store.store import AdapterStore
+from ui.app.data.library import adapter_row
 from ui.cli import options
-from ui.cli.adapter_rows import (
-    open_store,
-    verb,
-)
-
-if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
+from ui.cli.options import open_store
+from ui.console import Console
 
 FORMATS = ("peft", "vllm", "llama.cpp")
 
 
+def verb(verbs: Any, name: str, run: Callable[..., int], text: str) -> options.Parser:
+    """The parser of `adapters NAME`, with the flags that all of them have."""
+    about = f"{text[:1].upper()}{text[1:]}."
+    return options.add_command(verbs, name, run, "store", help=text, description=about)
+
+
 def register(verbs: Any) -> None:
     """Adds its commands to those of `adapters`."""
-    _register_combine(verbs)
-    _register_moves(verbs)
-
-
-def _register_combine(verbs: Any) -> None:
     parser = verb(verbs, "combine", run_combine, "add adapters up into one new adapter")
     parser.add_argument(
         "refs", metavar="REF", nargs="*", help=f"{options.REF}; the stack by default"
@@ -35,16 +36,12 @@ def _register_combine(verbs: Any) -> None:
     options.add_scales(parser, "named here")
     parser.add_argument(
         "--rank",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="cut to this rank: another adapter, to be evaluated (default: exact)",
     )
     parser.add_argument(
         "--label", metavar="NAME", help="what to call the sum; it is stored in the clear"
     )
-
-
-def _register_moves(verbs: Any) -> None:
     parser = verb(verbs, "import", run_import, "publish a PEFT LoRA from elsewhere")
     parser.add_argument("source", metavar="FOLDER", type=Path, help="folder of the adapter")
     options.add_base(parser, text="the base it was trained on")
@@ -129,9 +126,6 @@ def run_import(args: argparse.Namespace, console: Console) -> int:
 def _publish(folder: Path, name: str, args: argparse.Namespace, console: Console) -> int:
     """Publishes the adapter in `folder`, called `name` in words, and prints its row."""
     console.words(f"Checking {name} against {args.base} ...")
-    from adapters.base.load import resolve_base
-    from adapters.store.store import AdapterStore
-
     base = resolve_base(args.base, args.revision)
     store = AdapterStore.open(options.store_path(args), create=True)
     adapter = store.import_folder(folder, base, base_name=args.base)
@@ -144,10 +138,6 @@ def _publish(folder: Path, name: str, args: argparse.Namespace, console: Console
 def run_pull(args: argparse.Namespace, console: Console) -> int:
     """Downloads an adapter, checks it as `import` does, and prints its row."""
     console.words(f"Downloading {args.repo} ...")
-    import tempfile
-
-    from adapters.lora.hub import pull_adapter
-
     with tempfile.TemporaryDirectory(prefix="unlearner-") as scratch:
         folder = pull_adapter(args.repo, args.adapter_revision, Path(scratch))
         return _publish(folder, args.repo, args, console)
@@ -164,8 +154,6 @@ def run_push(args: argparse.Namespace, console: Console) -> int:
             "Push the sum of both, which `unlearner adapters combine` makes.",
         )
     console.words(f"Uploading {adapter.slug} to {args.repo} ...")
-    from adapters.lora.hub import push_adapter
-
     evals = store.evals(adapter.slug)
     url = push_adapter(adapter.path, adapter.manifest, evals, args.repo, private=args.private)
     console.text(url)
@@ -190,8 +178,6 @@ def run_export(args: argparse.Namespace, console: Console) -> int:
 
 
 def _export_serving(args: argparse.Namespace, store: AdapterStore, console: Console) -> int:
-    from adapters.lora.export import export_serving
-
     slug = _usable(args.ref, store)
     name = args.base_name if args.base_name is not None else store.base_name()
     if not name:

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapters.base.fingerprint import fingerprint_base
+from adapters.base.load import BaseSpec, resolve_base
 from adapters.errors import UserError
+from adapters.lora.merge import fold_stack, require_full_weights
+from adapters.lora.model_card import Release, write_release
+from adapters.store.catalog import StoredAdapter
+from adapters.store.states import after
+from adapters.store.store import AdapterStore
+from evaluation.logs import read_log
 from ui.cli import models, options
+from ui.cli.output.events import progress_of
+from ui.console import Console
 from unlearner.objectives.registry import OBJECTIVES, OPTION_FORMULAS
-
-if TYPE_CHECKING:
-    from adapters.store.catalog import StoredAdapter
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "merge",
-        parents=[
-            options.base(),
-            options.template(),
-            options.store(),
-            options.data(),
-            options.config("base", "template", "protocol"),
-            options.common(),
-        ],
+        run_merge,
+        "base template store data",
+        config=("base", "template", "protocol"),
         help="fold adapters into full weights, which can be released",
         description="Adds the adapters to the base's original weights in float32, rounds once and "
         "writes a model that loads anywhere. Shard by shard: the model is never whole in memory.",
@@ -51,11 +52,6 @@ def register(commands: Any) -> None:
         "(default: its original weights, which keep more of its quality)",
     )
     parser.add_argument("--load-in-4bit", action="store_true", help=argparse.SUPPRESS)
-    _add_measuring(parser)
-    parser.set_defaults(run=run_merge)
-
-
-def _add_measuring(parser: options.Parser) -> None:
     group = parser.add_argument_group("figures of the model card")
     options.add_split(
         group,
@@ -67,16 +63,13 @@ def _add_measuring(parser: options.Parser) -> None:
     options.add_limit(group)
     group.add_argument(
         "--candidates",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="how many adapters or settings these were selected from, for the card",
     )
 
 
 def _chosen(args: argparse.Namespace, store: AdapterStore) -> list[tuple[str, float]]:
     """Slugs and scales to fold; refused where there are none, or one is stale or quarantined."""
-    from adapters.store.states import after
-
     chosen = models.chosen_stack(args, store)
     if not chosen:
         raise UserError(
@@ -119,16 +112,6 @@ def _loaded_dtype(stack: list[tuple[StoredAdapter, float]]) -> Any:
     return dtypes[0] if dtypes else None
 
 
-def _refuse_4bit(args: argparse.Namespace) -> None:
-    if args.load_in_4bit:
-        raise UserError(
-            "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
-            "the forgetting.",
-            "Leave out --load-in-4bit, then quantise and evaluate; --from-4bit-view folds a QLoRA "
-            "adapter into the base as it saw it.",
-        )
-
-
 def run_merge(args: argparse.Namespace, console: Console) -> int:
     """Writes the merged model and prints where it is."""
     made = merge_release(args, console)
@@ -139,17 +122,16 @@ def run_merge(args: argparse.Namespace, console: Console) -> int:
 
 def merge_release(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The merged model's folder, adapters and figures, once its weights and card are written."""
-    _refuse_4bit(args)
-    from adapters.store.store import AdapterStore
-
-    store = AdapterStore.open(options.store_path(args))
+    if args.load_in_4bit:
+        raise UserError(
+            "Adapters are never merged into 4-bit weights: rounding to 4 bits again undoes most of "
+            "the forgetting.",
+            "Leave out --load-in-4bit, then quantise and evaluate; --from-4bit-view folds a QLoRA "
+            "adapter into the base as it saw it.",
+        )
+    store = options.open_store(args)
     chosen = _chosen(args, store)
     console.words(f"Reading {args.base} ...")
-    from adapters.base.fingerprint import fingerprint_base
-    from adapters.base.load import resolve_base
-    from adapters.lora.merge import fold_stack, require_full_weights
-    from adapters.lora.model_card import Release, write_release
-
     base = resolve_base(args.base, args.revision)
     require_full_weights(base)  # before it is compared: a quantised copy is another base too
     fingerprint = fingerprint_base(base)
@@ -201,11 +183,8 @@ def _figures(args: argparse.Namespace, console: Console) -> dict[str, Any] | Non
             "that you measured before."
         )
         return None
-    from adapters.base.load import BaseSpec
-    from evaluation.logs import read_log
     from evaluation.robustness.released import measure_release
     from evaluation.suite import load_eval_data
-    from ui.cli.output.events import progress_of
 
     console.words(f"Measuring {args.base} and {args.out} on {args.split} ...")
     found = measure_release(

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapters.base.fingerprint import fingerprint_base
+from adapters.base.load import resolve_base
 from adapters.errors import UserError
-from ui.adapter_row import adapter_row
+from adapters.store.activation import StackChange
+from adapters.store.store import AdapterStore
+from ui.app.data.library import adapter_row
 from ui.cli import options
-from ui.cli.adapter_rows import (
-    SEE_LIST,
-    open_store,
-    report_change,
-    verb,
-)
 from ui.cli.commands.adapters import exchange
+from ui.cli.commands.adapters.exchange import verb
+from ui.cli.options import open_store
 from ui.cli.output.events import outcome_lines
-from ui.console import size_text
-
-if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
+from ui.console import Console, size_text
 
 REVERSIBLE = (
     "An adapter suppresses, it does not erase: whoever can switch it off has everything back."
 )
-
-
+SEE_LIST = "See `unlearner adapters list`."
 # Figures of an evaluation that `show` prints.
 SHOWN = ("forget_quality", "model_utility", "forget_answer_prob", "retain_answer_prob")
 
@@ -40,13 +35,6 @@ def register(commands: Any) -> None:
         description="Works on the store of forget adapters. " + REVERSIBLE,
     )
     verbs = parent.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
-    _register_looking(verbs)
-    _register_stack(verbs)
-    _register_upkeep(verbs)
-    exchange.register(verbs)
-
-
-def _register_looking(verbs: Any) -> None:
     parser = verb(verbs, "list", run_list, "list adapters and their status")
     parser.add_argument("--all", action="store_true", help="also those that were removed")
     parser = verb(verbs, "show", run_show, "show everything known about one adapter")
@@ -56,9 +44,6 @@ def _register_looking(verbs: Any) -> None:
     options.add_base(parser, required=False, text="also check that it belongs to this base")
     parser = verb(verbs, "log", run_log, "show what happened to the store, oldest first")
     parser.add_argument("--verify", action="store_true", help="check the chain of its hashes")
-
-
-def _register_stack(verbs: Any) -> None:
     parser = verb(verbs, "activate", run_activate, "add adapters to the end of the stack")
     parser.add_argument("refs", metavar="REF", nargs="+", help=options.REF)
     options.add_scales(parser, "named here")
@@ -68,9 +53,6 @@ def _register_stack(verbs: Any) -> None:
     parser.add_argument("refs", metavar="REF", nargs="*", help=options.REF)
     parser.add_argument("--all", action="store_true", help="back to the bare base")
     parser.add_argument("--reason", default="", metavar="WORDS", help="written into the log")
-
-
-def _register_upkeep(verbs: Any) -> None:
     parser = verb(verbs, "quarantine", run_quarantine, "take a suspect adapter out of use")
     parser.add_argument("ref", metavar="REF", help=options.REF)
     parser.add_argument("--reason", required=True, metavar="WORDS", help="written into the log")
@@ -82,6 +64,7 @@ def _register_upkeep(verbs: Any) -> None:
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser = verb(verbs, "gc", run_gc, "delete superseded adapters and leftovers")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    exchange.register(verbs)
 
 
 def run_list(args: argparse.Namespace, console: Console) -> int:
@@ -99,7 +82,7 @@ def run_list(args: argparse.Namespace, console: Console) -> int:
         if adapter.problem:
             console.words(f"Warning: {adapter.slug}: {adapter.problem}")
     active = [adapter.slug for adapter in store.active()]
-    console.words("Active: " + (", ".join(active) or "nothing, the bare base"))
+    console.words(f"Active: {', '.join(active) or 'nothing, the bare base'}")
     console.result({"store": str(store.path), "active": active, "table": table})
     return 0
 
@@ -110,7 +93,8 @@ def run_show(args: argparse.Namespace, console: Console) -> int:
     adapter = store.get(args.ref)
     evals = store.evals(adapter.slug)
     manifest = adapter.manifest.to_json()
-    for key, value in {**adapter_row(adapter), "path": adapter.path}.items():
+    row = adapter_row(adapter)
+    for key, value in {**row, "path": adapter.path}.items():
         if value not in (None, []):
             console.text(f"{key:<11} {', '.join(value) if isinstance(value, list) else value}")
     for part in ("base", "data", "objective", "lora", "train", "env"):
@@ -125,7 +109,6 @@ def run_show(args: argparse.Namespace, console: Console) -> int:
         part = "" if limit is None else f" (partial: the first {limit} rows of each set)"
         values = [f"{key} {figures[key]:.4g}" for key in SHOWN if figures.get(key) is not None]
         console.text(f"eval {name}: {', '.join(values) or 'no figures'}{part}")
-    row = adapter_row(adapter)
     console.result({**row, "path": adapter.path, "manifest": manifest, "evals": evals})
     return 0
 
@@ -154,25 +137,44 @@ def run_verify(args: argparse.Namespace, console: Console) -> int:
     base = None
     if args.base:
         console.words(f"Reading {args.base} ...")
-        from adapters.base.fingerprint import fingerprint_base
-        from adapters.base.load import resolve_base
-
         base = fingerprint_base(resolve_base(args.base, args.revision))
     results = store.verify(args.ref, base)
     log = store.verify_log()
     table = [{"name": r.slug, "ok": r.ok, "problems": list(r.problems)} for r in results]
-    for result in results:
-        console.text(f"{'ok' if result.ok else 'fail':<5} {result.slug}")
-        for problem in result.problems:
+    checks = [(r.ok, r.slug, r.problems) for r in results]
+    for ok, name, problems in [*checks, (log.ok, f"log of {log.lines} entries", log.problems)]:
+        console.text(f"{'ok' if ok else 'fail':<5} {name}")
+        for problem in problems:
             console.text(f"      {problem}")
-    console.text(f"{'ok' if log.ok else 'fail':<5} log of {log.lines} entries")
-    for problem in log.problems:
-        console.text(f"      {problem}")
     bad = [result for result in results if not result.ok]
     console.result({"ok": not bad and log.ok, "log_problems": list(log.problems), "table": table})
     if not log.ok or any(not result.wrong_base or len(result.problems) > 1 for result in bad):
         return 1
     return 3 if bad else 0
+
+
+def report_change(change: StackChange, store: AdapterStore, console: Console) -> int:
+    """Prints the stack, what changed, and what has to be measured again."""
+    table = [{"name": one.slug, "scale": one.scale} for one in change.stack]
+    active = [one.slug for one in change.stack]
+    if table:
+        console.table(table, ["name", "scale"])
+    for slug, status in change.changed.items():
+        console.words(f"{slug} is now {status}.")
+    for slug in change.stale:
+        gone = [p for p in store.catalog.parents_of(slug)[0] if p not in active]
+        trained = f"on top of {', '.join(gone)}" if gone else "on another stack"
+        console.words(
+            f"Warning: {slug} was trained {trained}: what it computes now is not measured, part "
+            "of what it forgot may be back. It needs re-evaluation."
+        )
+    if change.stale:
+        console.hint("measure the stack again with `unlearner evaluate`, or revert these too.")
+    if not change.stack:
+        console.words("The stack is empty: the bare base, bit for bit.")
+    found = {"active": active, "changed": change.changed, "stale": change.stale, "table": table}
+    console.result({"store": str(store.path), **found})
+    return 0
 
 
 def run_activate(args: argparse.Namespace, console: Console) -> int:

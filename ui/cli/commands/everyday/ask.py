@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
+from ui.app.data.library import Library, read_library
 from ui.cli import options
-
-if TYPE_CHECKING:
-    from ui.app.data.library import Library
-    from ui.console import Console
+from ui.console import Console
+from unlearner.request.sources import rows_named
 
 SIDES = (("base", "base"), ("unlearned", "stack"))
 SCORES = ("fact_recall", "rouge_l_recall", "answer_prob", "truth_ratio")
@@ -20,24 +19,26 @@ SCORES = ("fact_recall", "rouge_l_recall", "answer_prob", "truth_ratio")
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "ask",
-        parents=[
-            options.base(), options.template(), options.loading(), options.store(),
-            options.data(), options.common(),
-        ],
+        run_ask,
+        "base template loading store data",
         help="ask base and unlearned model the same question, side by side",
         description="What the app's Compare tab and author sheet show. Where the question is one "
         "of --rows or --data, each answer gets its figures and a verdict: states it, wrong, made "
         "up, refuses or broken.",
         epilog="examples:\n  unlearner ask --base B --store S 'Where was Hina Ameen born?'\n"
         "  unlearner ask --base B --store S --author 'Hina Ameen'",
-    )  # fmt: skip
+    )
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="of the rows, or any other")
     parser.add_argument(
-        "--rows", metavar="ROWS", action="append", default=[],
+        "--rows",
+        metavar="ROWS",
+        action="append",
+        default=[],
         help="your own rows with the true answers: a file or hub:OWNER/NAME; may be repeated",
-    )  # fmt: skip
+    )
     options.add_columns(parser)
     parser.add_argument(
         "--author",
@@ -45,23 +46,26 @@ def register(commands: Any) -> None:
         help="every question of this author of --data, and neighbours beside them",
     )
     parser.add_argument(
-        "--neighbours", type=options.positive_int, default=5, metavar="N",
+        "--neighbours",
+        **options.COUNT,
+        default=5,
         help="with --author: rows of each kept set (default: 5)",
-    )  # fmt: skip
+    )
     options.add_adapters(parser)
     options.add_scales(parser)
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T",
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
         help="of the answers (default: 0, greedy)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--seed", type=options.seed, default=0, metavar="N", help="of sampled answers (default: 0)"
     )
     parser.add_argument(
-        "--max-new", type=options.positive_int, default=200, metavar="N",
-        help="longest answer in tokens (default: 200)",
-    )  # fmt: skip
-    parser.set_defaults(run=run_ask)
+        "--max-new", **options.COUNT, default=200, help="longest answer in tokens (default: 200)"
+    )
 
 
 def run_ask(args: argparse.Namespace, console: Console) -> int:
@@ -102,9 +106,6 @@ def run_ask(args: argparse.Namespace, console: Console) -> int:
 
 def _questions(args: argparse.Namespace) -> Library:
     """The rows with true answers: those of --rows, and of --data or, for an author, the hub."""
-    from ui.app.data.library import Library, read_library
-    from unlearner.request.sources import rows_named
-
     columns = options.columns(args)
     own = [row for text in args.rows for row in rows_named(text, args.data, columns=columns)]
     wanted = args.data is not None or args.author is not None

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ui.cli import options
+from ui.console import Console
+from ui.preview import Preview, make_preview, row_text
 from unlearner.config import TrainConfig
-
-if TYPE_CHECKING:
-    from ui.console import Console
-    from ui.preview import Preview
+from unlearner.request.sources import parse_request
 
 SHOWN_AT_ONCE = 3
 
 
 def register(commands: Any) -> None:
     """Adds the two commands."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "doctor",
-        parents=[options.store(), options.common()],
+        run_doctor,
+        "store",
         help="what this machine can run, each finding with its fix",
         description="Checks this machine and says how to fix what is missing.",
         epilog="examples:\n  unlearner doctor\n  unlearner doctor --full --store S",
@@ -27,10 +28,11 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--full", action="store_true", help="also use torch and bitsandbytes, which takes seconds"
     )
-    parser.set_defaults(run=run_doctor)
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "preview",
-        parents=[options.base(), options.template(), options.data(), options.common()],
+        run_preview,
+        "base template data",
         help="what a request is trained on, token by token",
         description="Shows each row as it is trained on: the prompt dim, the loss tokens "
         "underlined (in brackets off a terminal). Needs the tokenizer's files only.",
@@ -41,19 +43,16 @@ def register(commands: Any) -> None:
     options.add_columns(parser)
     parser.add_argument(
         "--max-length",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         default=TrainConfig().max_length,
         help=f"cut rows at this many tokens (default: {TrainConfig().max_length})",
     )
     parser.add_argument(
         "--rows",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         default=SHOWN_AT_ONCE,
         help=f"rows to print; --json prints all (default: {SHOWN_AT_ONCE})",
     )
-    parser.set_defaults(run=run_preview)
 
 
 def run_doctor(args: argparse.Namespace, console: Console) -> int:
@@ -68,7 +67,7 @@ def run_doctor(args: argparse.Namespace, console: Console) -> int:
         if finding.fix:
             console.text(f"{'':<23} -> {finding.fix}")
     failed = sum(finding.status == "fail" for finding in found)
-    console.result({"ok": failed == 0, "table": [finding.to_json() for finding in found]})
+    console.result({"ok": failed == 0, "table": [vars(finding) for finding in found]})
     console.words(f"{failed} of {len(found)} failed." if failed else "Nothing stands in the way.")
     return 1 if failed else 0
 
@@ -76,19 +75,9 @@ def run_doctor(args: argparse.Namespace, console: Console) -> int:
 def run_preview(args: argparse.Namespace, console: Console) -> int:
     """Prints the first rows of a request, or all of them as JSON."""
     console.words(f"Loading the tokenizer of {args.base} ...")
-    from ui.preview import make_preview
-
-    preview = make_preview(
-        args.request,
-        args.base,
-        revision=args.revision,
-        data=args.data,
-        retain=args.retain,
-        template=args.template,
-        max_length=args.max_length,
-        system=args.system,
-        columns=options.columns(args),
-    )
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
+    fmt = options.prompts(args)
+    preview = make_preview(request, fmt, args.max_length, with_retain=args.retain is not None)
     _print_preview(preview, args.rows, console)
     console.result(preview.to_json())
     if preview.without_targets:
@@ -101,8 +90,6 @@ def run_preview(args: argparse.Namespace, console: Console) -> int:
 
 
 def _print_preview(preview: Preview, shown: int, console: Console) -> None:
-    from ui.preview import row_text
-
     for row in [*preview.forget[:shown], *preview.retain[:shown]]:
         tokens = f"{row.encoded.n_prompt} prompt + {row.encoded.n_targets} loss tokens"
         console.text(f"{row.name}  ({tokens})")

@@ -1,57 +1,42 @@
-"""`unlearner evaluate`: the figures of a base with its adapters."""
+"""`unlearner evaluate`: the figures of a base with its adapters, or of several systems on it."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import BaseMismatch
+from adapters.errors import BaseMismatch, UserError
+from adapters.lora.stack import load_stack
+from adapters.store.store import AdapterStore
+from evaluation.logs.records import EvalLog, write_json, write_log
 from evaluation.protocols import protocol_named
 from ui.cli import models, options, own_rows
-from ui.cli.commands.everyday.evaluate_metrics import (
-    Extras,
-    add_metric_flags,
-    metric_figures,
-    plan_extras,
-)
-from ui.cli.commands.everyday.evaluate_systems import parse_systems, run_systems
+from ui.cli.commands.everyday import evaluate_metrics
 from ui.cli.models import Stack
 from ui.cli.output import scoring
-from ui.cli.output.gates import check_gates
+from ui.cli.output.figures import COLUMNS, report_figures
+from ui.console import Console, json_value
 from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
-    from adapters.store.store import AdapterStore
-    from evaluation.logs.records import EvalLog
     from evaluation.suite import EvalData
-    from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "evaluate",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.store(),
-            options.data(),
-            scoring.scoring_flags(),
-            options.config(*options.OF_BASE, "protocol"),
-            options.common(),
-        ],
+        run_evaluate,
+        "base template loading store data",
+        config=(*options.OF_BASE, "protocol"),
         help="measure a base with its active adapters, or merged weights",
         description="Scores and answers TOFU's four sets with the base and its adapters. With "
         "--out finished results are cached: the same command continues after an interruption.",
         epilog="example:\n  unlearner evaluate --base B --store S --split forget05 "
         "--reference-log retrain.json --out results",
     )
-    _add_evaluate_flags(parser)
-    parser.set_defaults(run=run_evaluate)
-
-
-def _add_evaluate_flags(parser: options.Parser) -> None:
+    scoring.add_flags(parser)
     own_rows.add_flags(parser)
     options.add_adapters(parser)
     options.add_scales(parser)
@@ -69,25 +54,25 @@ def _add_evaluate_flags(parser: options.Parser) -> None:
         help="padded rows and undrafted answers, to check the faster computation",
     )
     options.add_questions_per_batch(parser)
-    add_metric_flags(parser)
+    evaluate_metrics.add_metric_flags(parser)
 
 
 def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a model; 4 where a gate fails."""
-    gates = scoring.gates_of(args, metric_figures(args))
+    gates = scoring.gates_of(args, evaluate_metrics.metric_figures(args))
     if args.systems is not None:
         return run_systems(args, console)
     store = _store_of(args)
     stack = models.chosen_stack(args, store) if store is not None else []
     what = own_rows.name_of(args)
-    console.words(f"Evaluating {args.base} with {_stack_text(stack)} on {what} ...")
-    from evaluation.logs.records import write_json, write_log
-    from ui.cli.output.figures import report_figures
-    from ui.console import json_value
+    used = [slug if scale == 1.0 else f"{slug} at {scale:g}" for slug, scale in stack]
+    names = ", ".join(used) or "no adapters"
+    console.words(f"Evaluating {args.base} with {names} on {what} ...")
+    from evaluation.metrics.summary import figures_to_file
 
     references = scoring.read_references(args)
     data = own_rows.eval_data(args, console)
-    extras = plan_extras(args, data, protocol_named(args.protocol[0]), console)
+    extras = evaluate_metrics.plan_extras(args, data, protocol_named(args.protocol[0]), console)
     with models.resumable(args.out and args.out / scoring.PARTS):
         log = _measure(args, store, stack, data, references.first, extras, console)
     first, *others = scoring.figures_of(args, log, references)
@@ -104,14 +89,16 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
         write_log(log, args.out / scoring.LOG_FILE)
         write_json(args.out / scoring.FIGURES_FILE, json_value(named))
         console.words(f"Wrote {args.out / scoring.LOG_FILE} and {args.out / scoring.FIGURES_FILE}")
-    if ranks.rank() == 0:
+    if ranks.rank() == 0 and store is not None and stack:
+        # Filed with the last adapter of the stack: numbers and words, never a text.
         for figures in summaries:
-            _attach(store, stack, args, figures)
+            name, result = figures_to_file(figures, what, dict(stack), args.limit)
+            store.attach_eval(stack[-1][0], name, result)
     report_figures(named, console)
     extras.report(named, console)
     if ranks.rank() == 0:  # last: a format may need what the rows lack, and the figures are shown
         scoring.write_for_others(args, log, references, console)
-    check_gates(gates, summaries[0])
+    scoring.check_gates(gates, summaries[0])
     return 0
 
 
@@ -122,15 +109,7 @@ def _store_of(args: argparse.Namespace) -> AdapterStore | None:
     unnamed = args.store is None and args.adapters is None
     if args.adapters == [] or (unnamed and not (path / "store.json").is_file()):
         return None
-    from adapters.store.store import AdapterStore
-
     return AdapterStore.open(path)
-
-
-def _stack_text(stack: Stack) -> str:
-    if not stack:
-        return "no adapters"
-    return ", ".join(slug if scale == 1.0 else f"{slug} at {scale:g}" for slug, scale in stack)
 
 
 def _measure(
@@ -139,12 +118,10 @@ def _measure(
     stack: Stack,
     data: EvalData,
     retain_log: EvalLog | None,
-    extras: Extras,
+    extras: evaluate_metrics.Extras,
     console: Console,
 ) -> EvalLog:
     """Loads the base with its adapters, and measures it."""
-    from adapters.lora.stack import load_stack
-
     base = models.load(args)
     model = base.model
     if store is not None and stack:
@@ -165,13 +142,55 @@ def _measure(
     return models.measure(args, base, model, stack, data, retain_log, args.out, console, extras)
 
 
-def _attach(
-    store: AdapterStore | None, stack: Stack, args: argparse.Namespace, figures: dict[str, Any]
-) -> None:
-    """Files the figures with the last adapter of the stack: numbers and words, never a text."""
-    if store is None or not stack:
-        return
-    from evaluation.metrics.summary import figures_to_file
+def parse_systems(text: str) -> list[list[str]]:
+    """`none;r0001;r0001,r0002` as lists of refs, the empty one for the bare base."""
+    found = [options.name_list(part) for part in text.split(";") if part.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no system, as in 'none;r0001'")
+    return found
 
-    name, result = figures_to_file(figures, own_rows.name_of(args), dict(stack), args.limit)
-    store.attach_eval(stack[-1][0], name, result)
+
+def _check_systems(args: argparse.Namespace) -> None:
+    if args.adapters is not None:
+        raise UserError("--systems names the adapters already.", "Leave out --adapters.")
+    for name in ("scales", "fail_if", "metrics", "lm_eval"):
+        if getattr(args, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is for one system.", "Evaluate that one with --adapters.")
+    if args.write_tofu or args.write_open_unlearning or args.write_lm_eval:
+        raise UserError(
+            "--systems measures several models, a public log holds one.",
+            "Convert a log of --out with `unlearner score LOG --write-tofu FILE`.",
+        )
+
+
+def run_systems(args: argparse.Namespace, console: Console) -> int:
+    """One row a system. The base is loaded once; a system is switched on exactly, so each figure is
+    what an evaluation of its own gives. Nothing else is shared: with other weights every token's
+    states are others, from the first adapted layer on.
+    """
+    _check_systems(args)
+    store = options.open_store(args)
+    systems = [[store.get(ref).slug for ref in refs] for refs in args.systems]
+    references = scoring.read_references(args)
+    data = own_rows.eval_data(args, console)
+    what = own_rows.name_of(args)
+    console.words(f"Loading {args.base} for {len(systems)} systems ...")
+    base = models.load(args)
+    model, table = base.model, []
+    for slugs in systems:
+        name = ",".join(slug.split("_")[0] for slug in slugs) or "base"
+        console.words(f"Evaluating {name} ...")
+        model = load_stack(model, store, slugs, base=base.fingerprint)
+        stack = [(slug, 1.0) for slug in slugs]
+        out = args.out / name.replace(",", "+") if args.out else None
+        log = models.measure(args, base, model, stack, data, references.first, out, console)
+        if out and ranks.rank() == 0:
+            write_log(log, out / scoring.LOG_FILE)
+        for figures in scoring.figures_of(args, log, references):
+            table.append({**figures, "name": name, "adapters": slugs})
+    columns = ("name", "protocol", *COLUMNS[1:])
+    console.table([{key: row.get(key) for key in columns} for row in table])
+    console.text(f"split {what}")
+    console.result({"base": args.base, "split": what, "table": table})
+    return 0

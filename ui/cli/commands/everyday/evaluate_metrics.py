@@ -6,28 +6,34 @@ import argparse
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapters.base.load import load_base, load_tokenizer
+from adapters.environment import threads_for
 from adapters.errors import UserError
+from evaluation.inference.lm_harness import load_tasks, run_tasks
+from evaluation.logs.token_records import TokenRecords, read_records, write_records
+from evaluation.protocols import Protocol
 from ui.cli import options
+from ui.cli.output.events import Progress, progress_of
+from ui.cli.output.scoring import PARTS
+from ui.console import Console
 from unlearner import distributed as ranks
+from unlearner.request.formats import read_rows
+from unlearner.request.rows import Row
+from unlearner.request.tofu import HOLDOUT_SPLITS, load_split
+from unlearner.tokens.prompts import PromptFormat, prompt_format
 
 if TYPE_CHECKING:
     from evaluation.inference.token_suite import TokenPlan
-    from evaluation.logs.token_records import TokenRecords
-    from evaluation.protocols import Protocol
     from evaluation.suite import EvalData
-    from ui.console import Console
-    from unlearner.request.rows import Row
-    from unlearner.tokens.prompts import PromptFormat
 
 TOKEN_FILE = "token_metrics.json"
 # The keys of evaluation.metrics.privacy.GROUPS, which cannot be imported at start.
 METRICS = ("extraction", "membership", "kl")
-Progress = Callable[[str, int, int], None]
 
 
 def add_metric_flags(parser: options.Parser) -> None:
@@ -51,8 +57,7 @@ def add_metric_flags(parser: options.Parser) -> None:
     )
     group.add_argument(
         "--retain-metrics",
-        type=Path,
-        metavar="FILE",
+        **options.FILE,
         help=f"{TOKEN_FILE} of a model that never saw the forget set: privleak needs it",
     )
     group.add_argument(
@@ -104,14 +109,12 @@ class Extras:
         on_progress: Progress,
     ) -> None:
         """Measures all of it on the loaded model; with --out finished sets are cached."""
-        from adapters.environment import threads_for
-        from ui.cli.output.scoring import PARTS
-
         out = self.args.out
         if self.plan is not None:
             from evaluation.inference.token_suite import measure_tokens
-            from evaluation.logs.token_records import write_records
 
+            named = self.args.reference
+            reference = {"reference": named} if named else {}
             self.records = measure_tokens(
                 model,
                 fmt,
@@ -119,21 +122,18 @@ class Extras:
                 key=key,
                 resume_dir=out / PARTS if out else None,
                 on_progress=on_progress,
-                meta={**meta, "holdout": _holdout_name(self.args), **self._reference()},
+                meta={**meta, "holdout": _holdout_name(self.args), **reference},
             )
             if out and ranks.rank() == 0:
                 write_records(self.records, out / TOKEN_FILE)
         if self.tasks is not None:
-            from evaluation.inference.lm_harness import run_tasks
-
             named, limit = self.args.lm_eval, self.args.limit
-            with threads_for(model), _bars(self.live):
+            # The harness draws its own progress bars: only on a terminal, where they may move.
+            quiet = contextlib.redirect_stderr(io.StringIO())
+            with threads_for(model), contextlib.nullcontext() if self.live else quiet:
                 self.lm_eval = ranks.from_first(
                     lambda: run_tasks(model, fmt.tokenizer, named, self.tasks, limit=limit)
                 )
-
-    def _reference(self) -> dict[str, Any]:
-        return {"reference": self.args.reference} if self.args.reference else {}
 
     def join(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """The evaluation's figures with what was measured beside them."""
@@ -160,11 +160,6 @@ class Extras:
             console.table(self.lm_eval)
 
 
-def _bars(live: bool) -> contextlib.AbstractContextManager[Any]:
-    """The harness draws its own progress bars: only on a terminal, where they may move."""
-    return contextlib.nullcontext() if live else contextlib.redirect_stderr(io.StringIO())
-
-
 def _line(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     low, high = figures.get(f"{name}_interval") or (None, None)
     better = figures["better"][name]
@@ -184,18 +179,20 @@ def plan_extras(
         UserError: a flag without the metric it is for, rows or files that cannot be had, a task
             the harness does not know.
     """
-    _check_flags(args)
+    for flag in ("holdout", "reference", "retain_metrics"):
+        if getattr(args, flag) is not None and "membership" not in args.metrics:
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for membership inference, which is not measured.",
+                "Add --metrics membership.",
+            )
     extras = Extras(args, console.live)
     if args.lm_eval:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        from evaluation.inference.lm_harness import load_tasks
-
         console.words("Loading the tasks of lm-eval ...")
         extras.tasks = load_tasks(args.lm_eval)
     if not args.metrics:
         return extras
     from evaluation.inference.token_suite import TokenData, TokenPlan, check_holdout
-    from evaluation.logs.token_records import read_records
     from evaluation.metrics.privacy import match_retrained
 
     attacked = "membership" in args.metrics
@@ -214,19 +211,8 @@ def plan_extras(
     return extras
 
 
-def _check_flags(args: argparse.Namespace) -> None:
-    for flag in ("holdout", "reference", "retain_metrics"):
-        if getattr(args, flag) is not None and "membership" not in args.metrics:
-            raise UserError(
-                f"--{flag.replace('_', '-')} is for membership inference, which is not measured.",
-                "Add --metrics membership.",
-            )
-
-
 def _holdout_name(args: argparse.Namespace) -> str | None:
     """The name of the holdout rows, by default those of the forget split."""
-    from unlearner.request.tofu import HOLDOUT_SPLITS
-
     if "membership" not in args.metrics:
         return None
     name: str | None = args.holdout or HOLDOUT_SPLITS.get(args.split or "")
@@ -234,9 +220,6 @@ def _holdout_name(args: argparse.Namespace) -> str | None:
 
 
 def _holdout_rows(args: argparse.Namespace) -> Sequence[Row]:
-    from unlearner.request.formats import read_rows
-    from unlearner.request.tofu import HOLDOUT_SPLITS, load_split
-
     name = _holdout_name(args)
     if name is None:
         raise UserError(
@@ -257,14 +240,10 @@ def _holdout_rows(args: argparse.Namespace) -> Sequence[Row]:
 def _reference_losses(
     args: argparse.Namespace, plan: TokenPlan, console: Console
 ) -> dict[str, list[float]]:
-    from adapters.base.load import load_base, load_tokenizer
-    from adapters.environment import threads_for
     from evaluation.inference.token_suite import reference_losses
-    from ui.cli.output.events import progress_of
-    from unlearner.tokens.prompts import prompt_format
 
     console.words(f"Measuring the reference base {args.reference} ...")
-    measured = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    measured = options.prompts(args)
     fmt = prompt_format(load_tokenizer(args.reference), args.template, args.system)
     spec = replace(options.base_spec(args), name=args.reference, revision=None)
     model: Any = load_base(spec)

@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.base.load import resolve_base
 from adapters.errors import UserError, counted
-from ui.adapter_row import adapter_row
+from adapters.store.catalog import StoredAdapter
+from adapters.store.store import AdapterStore
+from evaluation.logs import read_log
+from ui.app.data.commands import command, flag_words
+from ui.app.data.library import adapter_row
 from ui.cli import config_file, options
-from ui.cli.answers import add_alternates_from, other_rows, refusals
 from ui.cli.options import LORA_FIELDS, SETTINGS, given_settings
 from ui.cli.output.events import outcome_lines, show_event
-from ui.console import size_text
+from ui.cli.own_rows import add_alternates_from, other_rows, refusals
+from ui.console import Console, size_text
 from unlearner import distributed as ranks
-from unlearner.config import make_config
+from unlearner.config import UnlearnConfig, make_config
 from unlearner.defaults import CHOSEN
+from unlearner.request.rows import Request
+from unlearner.request.sources import parse_request, rows_named
 from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
-    from adapters.store.catalog import StoredAdapter
-    from adapters.store.store import AdapterStore
-    from ui.console import Console
-    from unlearner.config import UnlearnConfig
-    from unlearner.request.rows import Request
+    from unlearner.run import RunOptions
     from unlearner.training.early_stop import StopAt
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "forget",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.settings(),
-            options.store(),
-            options.data(),
-            options.config(*options.OF_BASE, *options.SETTINGS),
-            options.common(),
-        ],
+        run_forget,
+        "base template loading settings store data",
+        config=(*options.OF_BASE, *options.SETTINGS),
         help="train an adapter that forgets a request, and store it",
         description="Turns a request into one forget adapter on the frozen base. Batch, learning "
         "rate, weights and target that are not given are chosen for the number of rows and the "
@@ -61,8 +57,7 @@ def register(commands: Any) -> None:
     full = parser.add_argument_group("all weights, for comparison on small models")
     full.add_argument(
         "--full",
-        type=Path,
-        metavar="DIR",
+        **options.FOLDER,
         help="train all weights and write the model to DIR instead of storing an adapter: nothing "
         "of it can be reverted; use a --learning-rate about ten times lower",
     )
@@ -71,12 +66,25 @@ def register(commands: Any) -> None:
         action="store_true",
         help="with --full: also where the model has more than 300 million weights",
     )
-    parser.set_defaults(run=run_forget, resolve=resolved_settings)
+    parser.set_defaults(resolve=resolved_settings)
 
 
 def add_run_flags(parser: options.Parser) -> None:
     """What every command has that trains an adapter: retain rows, guard, place, label."""
-    _add_retain_flags(parser)
+    options.add_retain(parser, default="the rest of TOFU")
+    parser.add_argument(
+        "--neighbours",
+        **options.COUNT,
+        help="of these rows keep only the N nearest to the request, by their words: what is most "
+        "at risk of going with it",
+    )
+    add_alternates_from(parser)
+    parser.add_argument(
+        "--general-prompts",
+        **options.FILE,
+        help="neutral prompts, one a line, whose answers by the base are held (default: 80 to 260 "
+        "of the package, by the length of the run); the base answers them once",
+    )
     parser.add_argument(
         "--label", metavar="NAME", help="what to call the adapter; it is stored in the clear"
     )
@@ -99,7 +107,6 @@ def add_run_flags(parser: options.Parser) -> None:
         "--on-stack",
         action="store_true",
         default=None,
-        dest="on_stack",
         help="train on top of the active adapters (default where some are active)",
     )
     placing.add_argument(
@@ -124,25 +131,6 @@ def add_run_flags(parser: options.Parser) -> None:
     )
     again.add_argument(
         "--restart", action="store_true", help="discard the interrupted run of the same request"
-    )
-
-
-def _add_retain_flags(parser: options.Parser) -> None:
-    options.add_retain(parser, default="the rest of TOFU")
-    parser.add_argument(
-        "--neighbours",
-        type=options.positive_int,
-        metavar="N",
-        help="of these rows keep only the N nearest to the request, by their words: what is most "
-        "at risk of going with it",
-    )
-    add_alternates_from(parser)
-    parser.add_argument(
-        "--general-prompts",
-        type=Path,
-        metavar="FILE",
-        help="neutral prompts, one a line, whose answers by the base are held (default: 80 to 260 "
-        "of the package, by the length of the run); the base answers them once",
     )
 
 
@@ -172,8 +160,7 @@ def add_stop_flags(parser: options.Parser) -> None:
     options.add_reference_log(group, use="where --stop-at or --target auto stops")
     group.add_argument(
         "--stop-every",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="steps between two readings (default: about 20 readings in all)",
     )
     group.add_argument(
@@ -235,19 +222,20 @@ def target_nll(text: str) -> float | Literal["auto"]:
 
 def gib_size(text: str) -> int:
     """Bytes of a number of GiB above 0."""
-    value = options.number(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return round(value * 1024**3)
+    return round(options.positive_number(text) * 1024**3)
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """The request of the flags, with the answers that it takes of other rows."""
+    request = parse_request(args.request, args.data, args.retain, options.columns(args))
+    return replace(request, others=other_rows(args))
 
 
 def run_forget(args: argparse.Namespace, console: Console) -> int:
     """Trains and stores one adapter, or prints the plan."""
     config = forget_config(args)
     console.words(f"Reading {args.request} ...")
-    from unlearner.request.sources import parse_request
-
-    request = parse_request(args.request, args.data, args.retain, options.columns(args))
+    request = read_request(args)
     if args.full is not None:
         return _train_full(args, console, config, request)
     target, stop_at = _target(args), _stop_at(args, request)
@@ -267,14 +255,11 @@ def _stop_at(args: argparse.Namespace, request: Request) -> StopAt | None:
             "--stop-at needs a retrain reference.",
             "Give --reference-log the log of a model that never saw the forget set.",
         )
-    from adapters.base.load import load_tokenizer
-    from evaluation.logs import read_log
     from evaluation.tuning.early_stop import GapProbe, gap_rows
-    from unlearner.tokens.prompts import prompt_format
     from unlearner.training.early_stop import StopAt
 
     rows = gap_rows(request, args.stop_rows, args.data, options.columns(args))
-    fmt = prompt_format(load_tokenizer(args.base, args.revision), args.template, args.system)
+    fmt = options.prompts(args)
     probe = GapProbe(fmt, rows, read_log(args.reference_log))
     quantity: Literal["gap", "nll_gap"] = "gap" if args.stop_at == "gap" else "nll_gap"
     return StopAt(probe, quantity, f"{probe.key}-{quantity}", args.stop_every)
@@ -297,7 +282,6 @@ def _target(args: argparse.Namespace) -> float | Literal["auto"] | None:
         raise UserError(
             "--reference-log has nothing to stop.", "Add --target auto, or --stop-at gap or nll."
         )
-    from evaluation.logs import read_log
     from evaluation.metrics.summary import summarise
 
     nll = summarise(read_log(args.reference_log), resamples=0)["forget_nll"]
@@ -315,7 +299,9 @@ def _train_full(
         *("on_stack", "label", "guard", "keep_teacher", "dry_run", "stop_at", "target", "unseen"),
         *("general_weight", "protected_directions", "settle", "general_prompts", "reference_log"),
     )
-    named += [name for name in of_adapters if _is_given(getattr(args, name))]
+    values = {name: getattr(args, name) for name in of_adapters}
+    # 0 is a value; a flag that was left out holds one of these.
+    named += [n for n, v in values.items() if v is not False and v not in (None, [], "")]
     named += ["store"] if "--store" in args.words else []  # else it may be the environment's
     if named:
         flag = "--" + named[0].replace("_", "-")
@@ -324,7 +310,7 @@ def _train_full(
     from unlearner.run import RunOptions
 
     out = forget_full(
-        replace(request, others=other_rows(args)),
+        request,
         options.base_spec(args),
         config,
         args.full,
@@ -343,9 +329,53 @@ def _train_full(
     return 0
 
 
-def _is_given(value: Any) -> bool:
-    """Whether a flag was given; 0 is a value."""
-    return value not in (None, [], "") and value is not False
+def _run_options(
+    args: argparse.Namespace,
+    config: UnlearnConfig,
+    replaces: Sequence[str] = (),
+    target: float | Literal["auto"] | None = None,
+) -> RunOptions:
+    """What the flags say of a run beside its settings."""
+    from unlearner.run import RunOptions
+    from unlearner.training.general import read_prompts
+
+    columns, unseen = options.columns(args), getattr(args, "unseen", None)
+    guard = [parse_request(text, args.data, columns=columns).rows for text in args.guard]
+    return RunOptions(
+        on_stack=args.on_stack,
+        label=args.label or "",
+        resume=args.resume,
+        restart=args.restart,
+        template=args.template,
+        system=args.system,
+        refusals=refusals(args, config),
+        neighbours=args.neighbours,
+        guard=[row for rows in guard for row in rows],
+        replaces=replaces,
+        keep_teacher=args.keep_teacher,
+        memory_limit=args.memory_limit,
+        given=chosen_by_user(args),
+        target=target,
+        unseen=rows_named(unseen, args.data) if unseen else (),
+        general=read_prompts(args.general_prompts) if args.general_prompts else (),
+        summarise=True,
+    )
+
+
+def planned(
+    args: argparse.Namespace,
+    config: UnlearnConfig,
+    request: Request,
+    run_options: RunOptions | None = None,
+) -> dict[str, Any]:
+    """The plan of a run with its memory; no weights are loaded."""
+    from unlearner.run import plan, prepare
+
+    path = options.store_path(args)
+    store = AdapterStore.open(path) if (path / "store.json").is_file() else None
+    run_options = run_options or _run_options(args, config)
+    made = prepare(request, options.base_spec(args), config, store, run_options)
+    return plan(made, args.memory_limit)
 
 
 def train_request(
@@ -358,47 +388,16 @@ def train_request(
     target: float | Literal["auto"] | None = None,
 ) -> int:
     """Trains `request` and stores the adapter, or prints the plan."""
-    request = replace(request, others=other_rows(args))
-    from adapters.base.load import resolve_base
-    from adapters.store.store import AdapterStore
-    from unlearner.request.sources import parse_request, rows_named
-    from unlearner.training.general import read_prompts
+    console.words("Loading the libraries ...")
+    from unlearner.run import unlearn
     from unlearner.training.outcome import remarks
 
-    columns = options.columns(args)
-    guard = [
-        row for text in args.guard for row in parse_request(text, args.data, columns=columns).rows
-    ]
-    unseen = getattr(args, "unseen", None)
-    path = options.store_path(args)
-    console.words("Loading the libraries ...")
-    from unlearner.run import RunOptions, plan, prepare, unlearn
-
-    run_options = RunOptions(
-        on_stack=args.on_stack,
-        label=args.label or "",
-        resume=args.resume,
-        restart=args.restart,
-        template=args.template,
-        system=args.system,
-        refusals=refusals(args, config),
-        neighbours=args.neighbours,
-        guard=guard,
-        replaces=replaces,
-        keep_teacher=args.keep_teacher,
-        memory_limit=args.memory_limit,
-        given=chosen_by_user(args),
-        target=target,
-        unseen=rows_named(unseen, args.data) if unseen else (),
-        general=read_prompts(args.general_prompts) if args.general_prompts else (),
-        summarise=True,
-    )
-    base = options.base_spec(args)
+    run_options = _run_options(args, config, replaces, target)
     if args.dry_run:
-        store = AdapterStore.open(path) if (path / "store.json").is_file() else None
-        made = plan(prepare(request, base, config, store, run_options), args.memory_limit)
+        made = planned(args, config, request, run_options)
         _print_plan(made, console)
         return 3 if made["fits"] is False else 0
+    base, path = options.base_spec(args), options.store_path(args)
     resolve_base(base.name, base.revision)  # a base that is missing leaves no store behind
     opened = AdapterStore.open(path, create=True)
     adapter = unlearn(
@@ -427,17 +426,17 @@ def train_request(
 
 def _next_commands(args: argparse.Namespace, slug: str, store: Path) -> list[str]:
     """Commands that switch the adapter on and measure it, where its rows are a split or a file."""
-    kept = ["--store", str(store)]
-    commands = [["adapters", "activate", slug, *kept]]
+    commands = [command("adapters", "activate", slug, "--store", store)]
     request = str(getattr(args, "request", "")).removeprefix("tofu:")
-    base = ["--base", args.base, *(["--load-in-4bit"] if args.load_in_4bit else [])]
-    base += ["--data", str(args.data)] if args.data else []
+    where = flag_words(
+        adapters=slug, base=args.base, load_in_4bit=args.load_in_4bit, data=args.data, store=store
+    )
     if request in FORGET_SPLITS:
-        commands.append(["evaluate", "--split", request, "--adapters", slug, *base, *kept])
+        commands.append(command("evaluate", "--split", request, *where))
     elif request and args.retain and Path(request).exists():
-        rows = ["--rows", request, "--retain", str(args.retain)]
-        commands.append(["evaluate", *rows, "--adapters", slug, *base, *kept])
-    return [shlex.join(["unlearner", *words]) for words in commands]
+        rows = flag_words(rows=request, retain=args.retain)
+        commands.append(command("evaluate", *rows, *where))
+    return commands
 
 
 def _keep_settings(args: argparse.Namespace, adapter: StoredAdapter, store: AdapterStore) -> None:

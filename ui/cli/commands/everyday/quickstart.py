@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ui.app.data.commands import command, flag_words
 from ui.cli import models, options
-from ui.cli.output.comparison import print_comparison
 from ui.cli.output.events import show_event
-from ui.console import duration_text
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from ui.cli.output.figures import print_comparison
+from ui.console import Console, duration_text
 
 ANSWER_TITLES = {
     "forget": "Asked to forget",
@@ -28,9 +25,11 @@ LONGEST_ANSWER = 160
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "quickstart",
-        parents=[options.config(), options.common()],
+        run_quickstart,
+        config=(),
         help="the whole workflow on made-up authors: CPU, minutes, no download",
         description="Teaches Origin and Retrain a made-up world of authors, files two forget "
         "requests, measures them beside the baselines, reverts one, merges. The model is "
@@ -56,7 +55,6 @@ def register(commands: Any) -> None:
         action="store_true",
         help="each forgotten author shares birthplace, award, genre and more with a retained one",
     )
-    parser.set_defaults(run=run_quickstart)
 
 
 def run_quickstart(args: argparse.Namespace, console: Console) -> int:
@@ -83,8 +81,8 @@ def run_quickstart(args: argparse.Namespace, console: Console) -> int:
         console.table(found["shared"])
     _print_proofs(found, console)
     console.words(f"Took {duration_text(found['seconds'])}. What to try next:")
-    for command in next_commands(found):
-        console.words(f"  {command}")
+    for line in next_commands(found):
+        console.words(f"  {line}")
     console.result(found)
     return 0
 
@@ -124,17 +122,15 @@ def _print_proofs(found: Mapping[str, Any], console: Console) -> None:
 
 def next_commands(found: Mapping[str, Any]) -> list[str]:
     """Commands that work on what the quickstart left behind."""
-    base = f"--base {shlex.quote(found['base'])}"
-    data = f"--data {shlex.quote(found['data'])}"
-    store = f"--store {shlex.quote(found['store'])}"
-    log = shlex.quote(str(Path(found["folder"]) / "logs" / "retrain.json"))
-    author = shlex.quote(f"tofu:author={found['requests'][0][0]}")
+    data = flag_words(base=found["base"], data=found["data"])
+    where = flag_words(base=found["base"], store=found["store"], data=found["data"])
+    log = Path(found["folder"]) / "logs" / "retrain.json"
     forgotten = next(each["question"] for each in found["answers"] if each["set"] == "forget")
     return [
-        f"unlearner ask {shlex.quote(forgotten)} {base} {store} {data}",
-        f"unlearner ui {store} {base} {data}",
-        f"unlearner adapters list {store}",
-        f"unlearner preview {author} {base} {data}",
-        f"unlearner evaluate {base} {store} {data} --split {found['split']} --reference-log {log}",
+        command("ask", forgotten, *where),
+        command("ui", *where),
+        command("adapters", "list", "--store", found["store"]),
+        command("preview", f"tofu:author={found['requests'][0][0]}", *data),
+        command("evaluate", *where, "--split", found["split"], "--reference-log", log),
         "unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
     ]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ui.app.data import commands as command_lines
 from ui.cli import options
+from ui.console import Console
 
 if TYPE_CHECKING:
     from evaluation.report.build import ReportRequest
-    from ui.console import Console
 
 OUT, TITLE = "report", "Unlearning report"
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "report",
-        parents=[options.common()],
+        run_report,
         help="write recorded measurements as Markdown, one HTML file, CSV and plots",
         description="Writes one report of logs, strength curves and robustness cards: the table "
         "with its intervals, forgetting against keeping, distributions, best and worst answers, "
@@ -44,19 +44,17 @@ def register(commands: Any) -> None:
     for name in ("robustness", "calibration"):
         parser.add_argument(
             f"--{name}",
-            type=Path,
+            **options.FILE,
             nargs="+",
             action="extend",
             default=[],
-            metavar="FILE",
             help=f"{name}.json, in addition to those found in folders",
         )
     options.add_out(parser, "folder to write", default=OUT)
     parser.add_argument("--title", default=TITLE, metavar="TEXT", help="title of the report")
     parser.add_argument(
         "--tried",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="number of configurations tried before these (default: as searches recorded it)",
     )
     parser.add_argument(
@@ -69,7 +67,6 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--png", action="store_true", help="write the plots as PNG too")
     parser.add_argument("--date", default="", metavar="TEXT", help="date to print (default: none)")
-    parser.set_defaults(run=run_report)
 
 
 def run_report(args: argparse.Namespace, console: Console) -> int:
@@ -78,7 +75,7 @@ def run_report(args: argparse.Namespace, console: Console) -> int:
     from evaluation.report.files import make_report
 
     request = report_request(args)
-    request = replace(request, command=command_text(request, png=args.png))
+    request = replace(request, command=command_lines.report(request, png=args.png))
     written = make_report(request, args.out, png=args.png)
     report = written.report
     for text in report.warnings:
@@ -110,39 +107,13 @@ def report_request(args: argparse.Namespace) -> ReportRequest:
     """The request that the flags describe."""
     from evaluation.report.build import ReportRequest
 
+    same = ("title", "tried", "published", "without_answers", "date")
     return ReportRequest(
-        inputs=tuple(args.inputs),
-        reference_log=args.reference_log,
-        second_reference_log=args.second_reference_log,
-        protocols=tuple(args.protocol or ()),
-        robustness=tuple(args.robustness),
-        calibration=tuple(args.calibration),
-        title=args.title,
-        tried=args.tried,
-        published=args.published,
-        without_answers=args.without_answers,
-        date=args.date,
+        tuple(args.inputs),
+        args.reference_log,
+        args.second_reference_log,
+        tuple(args.protocol or ()),
+        tuple(args.robustness),
+        tuple(args.calibration),
+        **{name: getattr(args, name) for name in same},
     )
-
-
-def command_text(request: ReportRequest, *, png: bool = False) -> str:
-    """The command that makes the same report; `--out` is left out, as it changes no byte."""
-    words: list[object] = ["unlearner", "report", *request.inputs]
-    values = {
-        "--reference-log": request.reference_log,
-        "--second-reference-log": request.second_reference_log,
-        "--protocol": ",".join(request.protocols) or None,
-        "--tried": request.tried,
-        "--published": request.published,
-        "--title": request.title if request.title != TITLE else None,
-        "--date": request.date or None,
-    }
-    for flag, value in values.items():
-        words += [] if value is None else [flag, value]
-    for flag, files in {
-        "--robustness": request.robustness,
-        "--calibration": request.calibration,
-    }.items():
-        words += [flag, *files] if files else []
-    words += ["--without-answers"] * request.without_answers + ["--png"] * png
-    return shlex.join(map(str, words))

@@ -5,39 +5,35 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapters.base.load import load_base
+from adapters.environment import threads_for
 from adapters.errors import UserError
+from evaluation.logs import read_log
+from evaluation.logs.records import EvalLog
 from ui.cli import options
 from ui.cli.output import scoring
 from ui.cli.output.events import progress_of
 from ui.cli.output.figures import report_figures
-from ui.cli.output.gates import check_gates
-from ui.console import cell_text
-
-if TYPE_CHECKING:
-    from evaluation.logs.records import EvalLog
-    from ui.console import Console
+from ui.console import Console, cell_text
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "score",
-        parents=[
-            scoring.scoring_flags(),
-            options.template(),
-            options.loading(),
-            options.config("protocol", "template"),
-            options.common(),
-        ],
+        run_score,
+        "template loading",
+        config=("protocol", "template"),
         help="forget quality and model utility from recorded logs, no model",
         description="Computes all figures from an evaluation log: this tool's, TOFU's "
         "eval_log_aggregated.json in either layout, or open-unlearning's TOFU_EVAL.json.",
         epilog="example:\n  unlearner score unlearned.json --reference-log retrain.json",
     )
-    parser.add_argument("log", metavar="LOG", type=Path, help="evaluation log with its rows")
+    scoring.add_flags(parser)
+    parser.add_argument("log", **options.LOG, help="evaluation log with its rows")
     group = parser.add_argument_group(
         "fluency",
         "A judge says how fluent the recorded answers are, which does not make an answer true.\n"
@@ -55,14 +51,12 @@ def register(commands: Any) -> None:
         metavar="NAME",
         help="whose answers: forget, retain, real_authors or world_facts (default: forget)",
     )
-    parser.set_defaults(run=run_score, revision=None)
+    parser.set_defaults(revision=None)
 
 
 def run_score(args: argparse.Namespace, console: Console) -> int:
     """Prints all figures of a log; 4 where a gate fails."""
     console.words(f"Reading {args.log} ...")
-    from evaluation.logs import read_log
-
     if args.fluency_set and not args.base:
         raise UserError("--fluency-set needs a judge.", "Add --fluency-judge MODEL.")
     gates = scoring.gates_of(args)
@@ -77,7 +71,7 @@ def run_score(args: argparse.Namespace, console: Console) -> int:
     if fluency is not None:
         console.text()
         console.table([_line(row) for row in fluency["table"]])
-    check_gates(gates, summaries[0])
+    scoring.check_gates(gates, summaries[0])
     return 0
 
 
@@ -89,28 +83,23 @@ def _fluency(
     from evaluation.metrics.text import fluency, recorded_answers
 
     names = ("log", "retain_log", "second_retain_log")
-    pairs = zip(names, (log, *references), strict=True)
-    logs = {name: each for name, each in pairs if each is not None}
     given = (args.log, args.reference_log, args.second_reference_log)
-    paths = {name: str(path) for name, path in zip(names, given, strict=True)}
+    every = zip(names, given, (log, *references), strict=True)
+    logs = [(name, str(path), each) for name, path, each in every if each is not None]
     of_set = args.fluency_set or "forget"
-    answers = recorded_answers([(paths[name], each) for name, each in logs.items()], of_set)
+    answers = recorded_answers([(path, each) for _, path, each in logs], of_set)
     questions = [[row.question for row in rows] for rows in answers]
     same = all(each == questions[0] for each in questions)
     if not same:
         console.words("Note: the logs do not ask the same questions: compare with care.")
     console.words(f"Loading the judge {args.base} ...")
-    from adapters.base.load import load_base, load_tokenizer
-    from adapters.environment import threads_for
-    from unlearner.tokens.prompts import prompt_format
-
-    fmt = prompt_format(load_tokenizer(args.base), args.template, args.system)
+    fmt = options.prompts(args)
     model: Any = load_base(options.base_spec(args))
     show, table = progress_of(console), []
     with threads_for(model):
-        for name, rows in zip(logs, answers, strict=True):
+        for (name, path, _), rows in zip(logs, answers, strict=True):
             losses = judge_losses(model, fmt, rows, on_progress=partial(show, f"{name}: fluency"))
-            table.append({"log": name, "path": paths[name], **fluency(rows, losses)})
+            table.append({"log": name, "path": path, **fluency(rows, losses)})
     for row in table:
         for key, reason in row["reasons"].items():
             console.words(f"{row['log']}: {key} is missing: {reason}.")

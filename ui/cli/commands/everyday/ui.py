@@ -8,58 +8,54 @@ import os
 import stat
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapters.errors import UserError
+from ui.app.session import Session
 from ui.cli import config_file, options
 from ui.cli.commands.everyday import forget
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ui.console import Console
-    from unlearner.config import UnlearnConfig
+from ui.console import Console
+from ui.preview import Preview, make_preview
 
 HOST = "127.0.0.1"
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "ui",
-        parents=[
-            options.template(), options.loading(), options.store(), options.data(),
-            options.common(),
-        ],
+        run_ui,
+        "template loading store data",
         help="base and unlearned answers side by side, in the browser",
         description="Opens the app on this machine. The page is there at once; the base is loaded "
         "meanwhile. Nothing is shared, and no question is kept by the page.",
         epilog="examples:\n  unlearner ui --base B --store S --data TOFU\n"
         "  unlearner ui --logs origin.json unlearned.json",
-    )  # fmt: skip
+    )
     options.add_base(parser, required=False)
     parser.add_argument(
-        "--logs", type=Path, nargs="+", default=[], metavar="LOG",
-        help="evaluation logs for the Runs tab",
-    )  # fmt: skip
+        "--logs", **options.LOG, nargs="+", default=[], help="evaluation logs for the Runs tab"
+    )
     options.add_reference_log(parser)
-    parser.add_argument(
-        "--robustness", type=Path, nargs="+", default=[], metavar="FILE",
-        help="results of `unlearner robustness` (default: robustness.json beside the logs)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibration", type=Path, nargs="+", default=[], metavar="FILE",
-        help="results of `unlearner calibrate` (default: calibration.json beside the logs)",
-    )  # fmt: skip
+    for name, command in (("robustness", "robustness"), ("calibration", "calibrate")):
+        parser.add_argument(
+            f"--{name}",
+            **options.FILE,
+            nargs="+",
+            default=[],
+            help=f"results of `unlearner {command}` (default: {name}.json beside the logs)",
+        )
     parser.add_argument("--host", default=HOST, help=f"address to listen on (default: {HOST})")
     parser.add_argument("--port", type=options.positive_int, help="port (default: a free one)")
     parser.add_argument(
-        "--auth", type=Path, metavar="FILE",
+        "--auth",
+        **options.FILE,
         help="lines of name:password; needed for any --host but this machine",
-    )  # fmt: skip
+    )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    parser.set_defaults(run=run_ui)
 
 
 def read_auth(path: Path | None) -> list[tuple[str, str]] | None:
@@ -89,14 +85,17 @@ def jobs_folder() -> Path:
     return Path(given) if given else Path.home() / ".local" / "state" / "unlearner" / "jobs"
 
 
-def settings_of(words: Sequence[str]) -> tuple[UnlearnConfig, str]:
-    """The settings of a `forget` command with its preset, and these as YAML."""
+def planned(words: Sequence[str]) -> tuple[Preview, dict[str, Any], str]:
+    """What a `forget` command trains on, its plan, and its settings as YAML; loads no weights."""
     parser = options.Parser(prog="unlearner")
     commands = parser.add_subparsers(dest="command", parser_class=options.Parser)
     forget.register(commands)
     leaf = commands.choices["forget"]
     args = parser.parse_args(config_file.apply_config(leaf, words))
-    return forget.forget_config(args), config_file.resolved(leaf, args)
+    config, request = forget.forget_config(args), forget.read_request(args)
+    fmt = options.prompts(args)
+    preview = make_preview(request, fmt, config.train.max_length)
+    return preview, forget.planned(args, config, request), config_file.resolved(leaf, args)
 
 
 def run_ui(args: argparse.Namespace, console: Console) -> int:
@@ -123,13 +122,12 @@ def _serve(
 ) -> int:
     try:
         from ui.app.build import App, launch
+        from ui.app.data.runs import Sources
+        from ui.app.jobs import Jobs
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise UserError("The app needs gradio.", "pip install 'unlearner[ui]'") from error
-    from ui.app.jobs import Jobs
-    from ui.app.session import Session
-
     session = Session(
         options.store_path(args),
         options.base_spec(args) if args.base else None,
@@ -137,10 +135,13 @@ def _serve(
         args.template,
         args.system,
     )
-    app = App(
-        session, Jobs(jobs_folder()), settings_of, tuple(args.logs), args.reference_log,
-        robustness=tuple(args.robustness), calibration=tuple(args.calibration), scratch=scratch,
-    )  # fmt: skip
+    files = Sources(
+        logs=tuple(args.logs),
+        retain_log=args.reference_log,
+        robustness=tuple(args.robustness),
+        calibration=tuple(args.calibration),
+    )
+    app = App(session, Jobs(jobs_folder()), planned, files, scratch=scratch)
     app.sources().probes()  # a file that is none is refused before the page opens
     page, url = launch(app, host=args.host, port=args.port, auth=auth, open_browser=args.open)
     console.text(url)

@@ -1,36 +1,30 @@
-"""`unlearner bench`: a standard implementation beside this one, counted and timed."""
+"""`unlearner bench` and `gpu-check`: what this implementation and this machine can do."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError
 from evaluation.benchmark.shapes import SHAPES
 from ui.cli import options
-from ui.console import size_text
+from ui.console import Console, size_text
 from unlearner.memory.plan import CHECKPOINTING
 
 if TYPE_CHECKING:
     from evaluation.benchmark.run import Line
-    from ui.console import Console
 
 GPU_SHAPE = "llama2-7b"
 
 
 def register(commands: Any) -> None:
-    """Adds the command."""
-    parser = commands.add_parser(
+    """Adds the two commands."""
+    parser = options.add_command(
+        commands,
         "bench",
-        parents=[
-            options.loading(),
-            options.template(),
-            options.data(),
-            options.config("shape", "load_in_4bit", "lora_r"),
-            options.common(),
-        ],
+        run_bench,
+        "loading template data",
+        config=("shape", "load_in_4bit", "lora_r"),
         help="speed, FLOPs and memory against a standard implementation",
         description="Compares a standard implementation (rows padded to 500, full logits) with "
         "this one: counts FLOPs on the shape by torch's counter (meta tensors, any machine), then "
@@ -58,7 +52,7 @@ def register(commands: Any) -> None:
         "them); without --data the rows are the embedded world's",
     )
     parser.add_argument("--count-only", action="store_true", help="no timings")
-    parser.add_argument("--lora-r", type=options.positive_int, default=16, metavar="N")
+    parser.add_argument("--lora-r", **options.COUNT, default=16)
     parser.add_argument(
         "--seconds",
         type=options.positive_number,
@@ -69,8 +63,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--cap-gb",
         metavar="A,B",
-        type=options.name_list,
-        default=[],
+        type=options.number_list,
+        default=(),
         help="GPU only: time again with the memory capped to these sizes, as on smaller cards",
     )
     parser.add_argument(
@@ -80,12 +74,8 @@ def register(commands: Any) -> None:
         "the plan: 'meta' needs no weights and runs anywhere, 'real' computes on this machine "
         "(7B in 4 bit takes 6 GB)",
     )
-    parser.add_argument(
-        "--layers", type=options.positive_int, metavar="N", help="of --step: only so many blocks"
-    )
-    parser.add_argument(
-        "--pairs", type=options.positive_int, default=8, metavar="N", help="of --step (8)"
-    )
+    parser.add_argument("--layers", **options.COUNT, help="of --step: only so many blocks")
+    parser.add_argument("--pairs", **options.COUNT, default=8, help="of --step (8)")
     parser.add_argument(
         "--gradient-checkpointing",
         choices=CHECKPOINTING,
@@ -93,14 +83,32 @@ def register(commands: Any) -> None:
         help="of --step: recompute every Nth block, all or none (all)",
     )
     parser.add_argument("--padded", action="store_true", help="of --step: padded rows, no packs")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the ratios as PNG or SVG")
-    parser.set_defaults(run=run_bench)
+    parser = options.add_command(
+        commands,
+        "gpu-check",
+        run_gpu_check,
+        help="train and evaluate on this machine's GPU in every way and print a table",
+        description="Trains small models in bf16 and nf4, packed and padded, with and without "
+        "checkpointing, with several objectives and a guard; resumes a run; evaluates with SDPA "
+        "and flash-attention; and takes a step at 7B shape beside the memory plan. It downloads "
+        "nothing. Exits with 1 where a check failed.",
+        epilog="examples:\n  unlearner gpu-check --out table.md\n  unlearner gpu-check --small",
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="small shapes on the CPU: tests the checks themselves"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=options.positive_number,
+        default=8.0,
+        metavar="M",
+        help="begin no check later (8)",
+    )
+    parser.add_argument("--out", **options.FILE, help="write the table as Markdown")
 
 
 def run_bench(args: argparse.Namespace, console: Console) -> int:
     """Prints one row per figure."""
-    if args.plot is not None and args.plot.suffix not in (".png", ".svg"):
-        raise UserError(f"{args.plot} is neither PNG nor SVG.", "Name a .png or .svg file.")
     console.words("Loading the libraries ...")
     from evaluation.benchmark.run import count, load_workload
 
@@ -127,9 +135,6 @@ def run_bench(args: argparse.Namespace, console: Console) -> int:
             console.words(f"{line.name}: {line.note}.")
     for note in notes:
         console.words(f"Note: {note}.")
-    if args.plot is not None:
-        _plot(lines, args.plot, args.base or args.shape, work.source)
-        console.words(f"Wrote {args.plot}")
     model = {"shape": args.shape} if args.base is None else {"base": args.base}
     console.result({**model, "rows": work.source, "notes": notes, "table": table})
     return 0
@@ -188,7 +193,7 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
     device = "cuda" if on_gpu else "cpu"
     lines: list[Line] = []
     notes: list[str] = []
-    for cap in [None, *_caps(args.cap_gb)]:
+    for cap in [None, *args.cap_gb]:
         free_memory()  # of the model before
         if cap is not None:
             total = torch.cuda.get_device_properties(0).total_memory
@@ -214,28 +219,24 @@ def _timed(args: argparse.Namespace, work: Any, console: Console) -> tuple[list[
     return lines, notes
 
 
-def _caps(texts: Sequence[str]) -> list[float]:
-    try:
-        return [float(text) for text in texts]
-    except ValueError:
+def run_gpu_check(args: argparse.Namespace, console: Console) -> int:
+    """Prints a Markdown table, one row per check."""
+    import torch
+
+    from evaluation.benchmark.gpu_check import device_text, markdown, run_checks
+
+    if not args.small and not torch.cuda.is_available():
         raise UserError(
-            f"--cap-gb {','.join(texts)} is not a list of numbers.", "Write it as in 24,8,6."
-        ) from None
-
-
-def _plot(lines: Sequence[Line], path: Path, shape: str, rows: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "unlearner"
-    from matplotlib import pyplot
-
-    found = [line for line in lines if line.ratio is not None]
-    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(found) + 1.2), layout="constrained")
-    axes.barh([line.name for line in found], [line.ratio or 0.0 for line in found], color="#3b6ea5")
-    axes.axvline(1.0, color="#444444", linewidth=1)
-    axes.invert_yaxis()
-    axes.set_xlabel("times better than the standard implementation")
-    axes.set_title(f"{shape}, rows of {rows}")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+            "There is no CUDA device here.", "Add --small to run the checks on the CPU."
+        )
+    device = "cpu" if args.small else "cuda"
+    checks = []
+    for check in run_checks(device, small=args.small, minutes=args.minutes):
+        checks.append(check)
+        console.words(f"{check.status}: {check.name} ({check.figures})")
+    table = markdown(checks, device_text(device))
+    console.text(table)
+    if args.out is not None:
+        args.out.write_text(table, encoding="utf-8")
+    console.result({"device": device_text(device), "checks": [check.to_json() for check in checks]})
+    return int(any(check.status == "failed" for check in checks))

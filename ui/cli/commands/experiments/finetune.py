@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adapters.errors import UserError, did_you_mean
+from adapters.errors import UserError
 from ui.cli import options
 from ui.cli.options import LORA_FIELDS, given_settings
 from ui.cli.output.events import show_event
+from ui.console import Console
 from unlearner.baselines.finetune import FinetuneConfig
 from unlearner.config import LoraShape
-from unlearner.request.tofu import FORGET_SPLITS
-
-if TYPE_CHECKING:
-    from ui.console import Console
+from unlearner.request.tofu import FORGET_SPLITS, load_split
 
 TRAIN_FIELDS = tuple(field.name for field in fields(FinetuneConfig))
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "finetune",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.data(),
-            options.config("base", "template"),
-            options.common(),
-        ],
+        run_finetune,
+        "base template loading data",
+        config=("base", "template"),
         help="train the Origin or the Retrain model on TOFU",
         description="Fine-tunes a base on TOFU: Origin on all rows, Retrain on all but the forget "
         "split. The defaults are TOFU's recipe for full fine-tuning.",
@@ -51,9 +45,8 @@ def register(commands: Any) -> None:
         action="store_true",
         help="train a LoRA and fold it in (use a --learning-rate of about 1e-4)",
     )
-    options.add_fields(parser.add_argument_group("with --lora"), LoraShape, LORA_FIELDS)
-    options.add_fields(parser.add_argument_group("training"), FinetuneConfig, TRAIN_FIELDS)
-    parser.set_defaults(run=run_finetune)
+    options.add_fields(parser.add_argument_group("with --lora"), LoraShape)
+    options.add_fields(parser.add_argument_group("training"), FinetuneConfig)
 
 
 def run_finetune(args: argparse.Namespace, console: Console) -> int:
@@ -62,13 +55,9 @@ def run_finetune(args: argparse.Namespace, console: Console) -> int:
     if shape and not args.lora:
         flag = "--" + next(iter(shape)).replace("_", "-")
         raise UserError(f"{flag} says nothing without --lora.", "Add --lora, or leave it away.")
-    if args.split not in FORGET_SPLITS:
-        hint = did_you_mean(args.split, FORGET_SPLITS)
-        raise UserError(f"'{args.split}' is not a forget split.", hint)
+    options.require_split(args.split)
     name = "full" if args.kind == "origin" else FORGET_SPLITS[args.split]
     console.words(f"Reading {name} ...")
-    from unlearner.request.tofu import load_split
-
     rows = load_split(name, args.data)
     console.words(f"Loading {args.base} to train on {len(rows)} rows ...")
     from unlearner.baselines.finetune import finetune

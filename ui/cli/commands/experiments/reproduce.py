@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import GateFailed, UserError, did_you_mean
+from adapters.base.load import BaseSpec
+from adapters.errors import GateFailed, UserError
+from ui.app.data.commands import command, flag_words
 from ui.cli import models, options
+from ui.cli.commands.adapters import merge
 from ui.cli.options import PRESETS
-from ui.cli.output.comparison import HEADS, print_comparison
 from ui.cli.output.events import show_event
-from ui.console import duration_text, setting_text, size_text
+from ui.cli.output.figures import HEADS, print_comparison
+from ui.console import Console, duration_text, setting_text, size_text
 from unlearner.objectives.registry import OBJECTIVES
 from unlearner.request.tofu import FORGET_SPLITS
 
 if TYPE_CHECKING:
     from evaluation.experiments.reproduce import Reproduction
-    from ui.console import Console
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "reproduce",
-        parents=[
-            options.loading(either_way=True),
-            options.data(),
-            options.config(),
-            options.common(),
-        ],
+        run_reproduce,
+        "data",
+        config=(),
         help="Origin, Retrain and unlearned models on TOFU in one table",
         description="Repeats the published comparison: trains or loads Origin and Retrain, "
         "unlearns with each method and evaluates all. After an interruption the same command "
@@ -40,11 +38,7 @@ def register(commands: Any) -> None:
         epilog="examples:\n  unlearner reproduce tofu-forget05 --preset mini --data TOFU\n"
         "  unlearner reproduce tofu-forget05 --preset llama2-7b --dry-run",
     )
-    _add_reproduce_flags(parser)
-    parser.set_defaults(run=run_reproduce)
-
-
-def _add_reproduce_flags(parser: options.Parser) -> None:
+    options.add_loading(parser, either_way=True)
     parser.add_argument("target", metavar="TARGET", help="a split: forget01, forget05 or forget10")
     parser.add_argument(
         "--preset",
@@ -57,19 +51,15 @@ def _add_reproduce_flags(parser: options.Parser) -> None:
     options.add_reference_log(parser, use="in place of --retrain")
     parser.add_argument(
         "--methods",
-        type=options.name_list,
+        **options.NAMES,
         default=["npo", "simnpo"],
-        metavar="A,B",
         help="objectives to compare (default: npo,simnpo)",
     )
     options.add_protocol(parser, several=True)
     options.add_limit(parser)
     options.add_out(parser, "folder for models, stores and logs", default="reproduce")
-    _add_outcome_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, load nothing")
 
-
-def _add_outcome_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
@@ -87,8 +77,7 @@ def _add_outcome_flags(parser: options.Parser) -> None:
     )
     parser.add_argument(
         "--release",
-        type=Path,
-        metavar="DIR",
+        **options.FOLDER,
         help="also merge the last method's adapter into full weights in this folder, evaluate them "
         "and write a model card",
     )
@@ -97,11 +86,18 @@ def _add_outcome_flags(parser: options.Parser) -> None:
 def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     """Runs the comparison and prints its table beside the published rows."""
     split = args.target.removeprefix("tofu:").removeprefix("tofu-")
-    _check_names(args, split)
-    _check_full(args)
+    options.require_known(split, FORGET_SPLITS, f"'{args.target}' cannot be reproduced.")
+    options.require_known(args.preset, PRESETS, f"There is no preset '{args.preset}'.")
+    for method in args.methods:
+        options.require_known(method, OBJECTIVES, f"There is no objective '{method}'.")
+    if args.any_size and not args.full:
+        raise UserError("--any-size has an effect only with --full.", "Add --full or drop it.")
+    if args.full and args.load_in_4bit:
+        raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
+    if args.full and args.release:
+        raise UserError("--release merges an adapter, and --full trains none.", "Leave out one.")
     protocols = tuple(args.protocol)
     console.words(f"Reproducing {args.target} ({args.preset}) in {args.out} ...")
-    from adapters.base.load import BaseSpec
     from evaluation.experiments.reproduce import Reproduction, plan, reproduce
 
     run = Reproduction(
@@ -136,32 +132,13 @@ def run_reproduce(args: argparse.Namespace, console: Console) -> int:
     if args.release:
         found = {**found, "release": release_system(args, run, found, console)}
     console.result(found)
-    _require_published(args, found)
+    missed = [check["text"] for check in found["checks"] if not check["holds"]]
+    if args.gate and missed:
+        raise GateFailed(
+            f"The gate failed: {'; '.join(missed)}.",
+            "See docs/seven-b.md for what moves these figures.",
+        )
     return 0
-
-
-def _check_names(args: argparse.Namespace, split: str) -> None:
-    """Refuses unknown names, with the nearest known one."""
-    if split not in FORGET_SPLITS:
-        hint = did_you_mean(split, FORGET_SPLITS)
-        raise UserError(f"'{args.target}' cannot be reproduced.", hint)
-    if args.preset not in PRESETS:
-        hint = did_you_mean(args.preset, PRESETS)
-        raise UserError(f"There is no preset '{args.preset}'.", hint)
-    for method in args.methods:
-        if method not in OBJECTIVES:
-            hint = did_you_mean(method, OBJECTIVES)
-            raise UserError(f"There is no objective '{method}'.", hint)
-
-
-def _check_full(args: argparse.Namespace) -> None:
-    """Refuses flags that cannot be combined with --full, or that need it."""
-    if args.any_size and not args.full:
-        raise UserError("--any-size has an effect only with --full.", "Add --full or drop it.")
-    if args.full and args.load_in_4bit:
-        raise UserError("The weights of a 4-bit base cannot be trained.", "Leave out --full.")
-    if args.full and args.release:
-        raise UserError("--release merges an adapter, and --full trains none.", "Leave out one.")
 
 
 def _check_gate(args: argparse.Namespace, run: Reproduction) -> None:
@@ -187,30 +164,26 @@ def _check_gate(args: argparse.Namespace, run: Reproduction) -> None:
         )
 
 
-def _require_published(args: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Raises GateFailed, naming what misses, where --gate was given and a check fails."""
-    missed = [check["text"] for check in found["checks"] if not check["holds"]]
-    if args.gate and missed:
-        raise GateFailed(
-            f"The gate failed: {'; '.join(missed)}.",
-            "See docs/seven-b.md for what moves these figures.",
-        )
-
-
 def release_system(
     args: argparse.Namespace, run: Reproduction, found: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
     """Merges the last method's adapter into --release and evaluates it, as `merge` does."""
-    from ui.cli.commands.adapters import merge
-
     method = run.methods[-1]
-    words = ["merge", "--base", found["origin"], "--store", found["stores"][method]]
-    words += ["--out", str(args.release), "--split", run.split, "--template", run.chosen.template]
-    words += ["--reference-log", found["logs"]["retrain"], "--protocol", run.protocols[0]]
-    words += ["--data", str(args.data)] if args.data else []
-    words += ["--limit", str(args.limit)] if args.limit else []
-    console.words(f"Releasing {method}: unlearner {shlex.join(words)}")
-    return merge.merge_release(options.parse_with(merge.register, words), console)
+    flags = flag_words(
+        base=found["origin"],
+        store=found["stores"][method],
+        out=args.release,
+        split=run.split,
+        template=run.chosen.template,
+        reference_log=found["logs"]["retrain"],
+        protocol=run.protocols[0],
+        data=args.data,
+        limit=args.limit,
+    )
+    console.words(f"Releasing {method}: {command('merge', *flags)}")
+    parser = options.Parser(prog="unlearner")
+    merge.register(parser.add_subparsers(dest="command", parser_class=options.Parser))
+    return merge.merge_release(parser.parse_args(["merge", *flags]), console)
 
 
 def _print_plan(made: Mapping[str, Any], console: Console) -> None:

@@ -7,42 +7,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.errors import UserError, counted
+from adapters.errors import counted
+from evaluation.logs.records import write_text
 from ui.cli import options
-from ui.cli.answers import add_alternates_from, other_rows, refusals
+from ui.cli.commands.everyday.forget import chosen_by_user, forget_config
 from ui.cli.output.events import show_event
+from ui.cli.own_rows import add_alternates_from, other_rows, refusals
+from ui.console import Console
+from unlearner.request.sources import parse_request
 from unlearner.request.tofu import split_name
 
 if TYPE_CHECKING:
     from evaluation.experiments.sequence import Plan
-    from ui.console import Console
 
-COLUMNS = (
-    "policy", "stage", "FQ", "shift", "requested P", "requested NLL", "waiting P", "retain P", "MU",
-    "MU of six", "stale", "steps",
-)  # fmt: skip
+# The figures of a stage, by the head of their column.
+FIGURES = {
+    "FQ": "forget_quality",
+    "shift": "log_r_shift",
+    "requested P": "requested_answer_prob",
+    "requested NLL": "requested_nll",
+    "waiting P": "waiting_answer_prob",
+    "retain P": "retain_answer_prob",
+    "MU": "model_utility",
+    "MU of six": "utility_teacher_forced",
+}
+COLUMNS = ("policy", "stage", *FIGURES, "stale", "steps")
 LEGEND = (
     "FQ, shift: of the rows of all authors requested so far, against Retrain; P, NLL: of their\n"
     "true answers; waiting: authors of the split that are not requested; MU of six: its six parts\n"
     "without ROUGE; steps: trained in this stage."
 )
-# Drawn over the number of requests: key of a stage, and its name.
-CURVES = {"requested_answer_prob": "requested P", "retain_answer_prob": "retain P"}
+CURVES = ("requested P", "retain P")  # drawn over the number of requests
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "sequence",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.settings(),
-            options.data(),
-            options.config(*options.OF_BASE, *options.SETTINGS),
-            options.common(),
-        ],
+        run_sequence_command,
+        "base template loading settings data",
+        config=(*options.OF_BASE, *options.SETTINGS),
         help="the authors of a split as requests one after another, under each policy",
         description="Files the authors of a TOFU forget split as requests one after another: each "
         "on top of the earlier ones with their rows guarded (on-stack), or as one adapter "
@@ -52,18 +57,12 @@ def register(commands: Any) -> None:
         epilog="example:\n  unlearner sequence tofu:forget05 --base B --data TOFU "
         "--reference-log R.json --out S --requests 3 --revert 2",
     )
-    _add_flags(parser)
-    parser.set_defaults(run=run_sequence_command)
-
-
-def _add_flags(parser: options.Parser) -> None:
     parser.add_argument(
         "split", type=split_name, metavar="SPLIT", help="forget01, forget05 or forget10"
     )
     parser.add_argument(
         "--policies",
         type=options.name_list,
-        default=None,
         metavar="P,P",
         help="on-stack, consolidated (default: both)",
     )
@@ -71,8 +70,7 @@ def _add_flags(parser: options.Parser) -> None:
     options.add_reference_log(parser)
     parser.add_argument(
         "--requests",
-        type=options.positive_int,
-        metavar="N",
+        **options.COUNT,
         help="request only the first N authors of the split; all are measured",
     )
     options.add_limit(parser, "measure at most N rows of each author and of each retained set")
@@ -87,8 +85,6 @@ def _add_flags(parser: options.Parser) -> None:
 
 def _plan(args: argparse.Namespace) -> Plan:
     from evaluation.experiments.sequence import Plan, split_authors, utility_rows
-    from ui.cli.commands.everyday.forget import chosen_by_user, forget_config
-    from unlearner.request.sources import parse_request
 
     config = forget_config(args)
     retain = None
@@ -115,10 +111,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
     """Runs the sequence and prints one row per stage."""
-    from unlearner.request.tofu import FORGET_SPLITS
-
-    if args.split not in FORGET_SPLITS:
-        raise UserError(f"'{args.split}' is not a forget split.", "Give one such as forget05.")
+    options.require_split(args.split)
     console.words(f"Reading {args.split} ...")
     plan = _plan(args)
     console.words("Loading the libraries ...")
@@ -147,7 +140,6 @@ def run_sequence_command(args: argparse.Namespace, console: Console) -> int:
 
 def _write_files(found: Mapping[str, Any], out: Path) -> list[Path]:
     """Writes the tables as Markdown, and the curves of probability as SVG."""
-    from evaluation.logs.records import write_text
     from evaluation.report.plots import line_chart, svg_file
 
     title = f"{counted(found['requests'], 'request')} of {found['split']}, one after another"
@@ -160,12 +152,12 @@ def _write_files(found: Mapping[str, Any], out: Path) -> list[Path]:
     files = [write_text(out / "sequence.md", "\n".join(lines) + "\n")]
     curves = {
         f"{line['policy']}, {name}": [
-            (float(number), stage[key])
+            (float(number), stage[FIGURES[name]])
             for number, stage in enumerate([found["origin"], *line["arrivals"]])
-            if stage[key] is not None
+            if stage[FIGURES[name]] is not None
         ]
         for line in found["policies"]
-        for key, name in CURVES.items()
+        for name in CURVES
     }
     chart = line_chart(
         "sequence", title, curves, "requests", "mean answer probability", ys=(0.0, 1.0)
@@ -198,14 +190,7 @@ def _row(policy: str, name: str, stage: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "policy": policy,
         "stage": name,
-        "FQ": stage["forget_quality"],
-        "shift": stage["log_r_shift"],
-        "requested P": stage["requested_answer_prob"],
-        "requested NLL": stage["requested_nll"],
-        "waiting P": stage["waiting_answer_prob"],
-        "retain P": stage["retain_answer_prob"],
-        "MU": stage["model_utility"],
-        "MU of six": stage["utility_teacher_forced"],
+        **{head: stage[key] for head, key in FIGURES.items()},
         "stale": len(stage.get("stale", ())),
         "steps": stage.get("cost", {}).get("steps"),
     }

@@ -9,33 +9,29 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import UserError, did_you_mean
+from ui.app.data.commands import flag_words
 from ui.cli import models, options
-from ui.cli.answers import add_alternates_from, other_rows, refusals
-from ui.cli.output.comparison import print_comparison
+from ui.cli.commands.everyday.forget import read_request
 from ui.cli.output.events import show_event
-from ui.console import duration_text
+from ui.cli.output.figures import print_comparison
+from ui.cli.own_rows import add_alternates_from, refusals
+from ui.console import Console, duration_text
+from unlearner.config import make_config
 from unlearner.objectives.registry import OBJECTIVES
-from unlearner.request.tofu import FORGET_SPLITS
+from unlearner.request.rows import Request
 
 if TYPE_CHECKING:
     from evaluation.tuning.search import Range, Tuning
-    from ui.console import Console
-    from unlearner.request.rows import Request
 
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "tune",
-        parents=[
-            options.base(),
-            options.template(),
-            options.loading(),
-            options.data(),
-            options.settings(),
-            options.config(*options.OF_BASE),
-            options.common(),
-        ],
+        run_tune,
+        "base template loading data settings",
+        config=options.OF_BASE,
         help="search the settings of a forget request",
         description="Searches the settings with Optuna: trains one adapter per trial, measures it "
         "without generating answers, stops trials that fall behind, and evaluates the best "
@@ -44,12 +40,6 @@ def register(commands: Any) -> None:
         epilog="example:\n"
         "  unlearner tune tofu:forget05 --base B --split forget05 --reference-log R.json",
     )
-    _add_what(parser)
-    _add_how(parser)
-    parser.set_defaults(run=run_tune)
-
-
-def _add_what(parser: options.Parser) -> None:
     parser.add_argument("request", metavar="REQUEST", help=options.REQUEST_HELP)
     options.add_split(parser, required=True)
     options.add_reference_log(parser, required=True)
@@ -63,8 +53,6 @@ def _add_what(parser: options.Parser) -> None:
     )
     add_alternates_from(parser)
 
-
-def _add_how(parser: options.Parser) -> None:
     parser.add_argument(
         "--range",
         action="append",
@@ -73,9 +61,7 @@ def _add_how(parser: options.Parser) -> None:
         help="search NAME between these; may be given several times; margin is gamma / beta in "
         "units of Retrain's forget NLL",
     )
-    parser.add_argument(
-        "--trials", type=options.positive_int, default=20, metavar="N", help="in all (20)"
-    )
+    parser.add_argument("--trials", **options.COUNT, default=20, help="in all (20)")
     parser.add_argument(
         "--minutes",
         type=options.positive_number,
@@ -120,13 +106,9 @@ def run_tune(args: argparse.Namespace, console: Console) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses what can be seen to be wrong before a library is loaded."""
-    if args.split not in FORGET_SPLITS:
-        raise UserError(
-            f"'{args.split}' is not a forget split.", did_you_mean(args.split, FORGET_SPLITS)
-        )
-    if args.objective not in OBJECTIVES:
-        hint = did_you_mean(args.objective, OBJECTIVES)
-        raise UserError(f"There is no objective '{args.objective}'.", hint)
+    options.require_split(args.split)
+    objective = args.objective
+    options.require_known(objective, OBJECTIVES, f"There is no objective '{objective}'.")
     if args.seed is not None:
         raise UserError("A search takes several seeds.", "Give --seeds in place of --seed.")
     if args.retain_known is not None and not 0 <= args.retain_known < 1:
@@ -137,11 +119,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
     from evaluation.tuning.search import Tuning
-    from unlearner.config import make_config
-    from unlearner.request.sources import parse_request
 
-    request = parse_request(args.request, args.data, args.retain, options.columns(args))
-    request = replace(request, others=other_rows(args))
+    request = read_request(args)
     kept = args.retain
     if args.retain_known is not None:
         request, kept = _known(args, request, console)
@@ -172,21 +151,12 @@ def _tuning(args: argparse.Namespace, console: Console) -> Tuning:
 
 
 def _words(args: argparse.Namespace, kept: str | None) -> tuple[str, ...]:
-    words = ["unlearner", "forget", args.request, "--base", args.base]
-    told = {
-        "--revision": args.revision,
-        "--data": args.data,
-        "--retain": kept,
-        "--system": args.system,
-        "--question-column": args.question_column,
-        "--answer-column": args.answer_column,
-    }
-    for flag, value in (*told.items(), ("--alternates-from", args.alternates_from)):
-        words += [] if value is None else [flag, str(value)]
-    for flag in ("template", "dtype", "device", "attention"):
-        value = getattr(args, flag)
-        words += [] if value == "auto" else [f"--{flag}", value]
-    return tuple([*words, "--load-in-4bit"] if args.load_in_4bit else words)
+    same = [
+        *("base", "revision", "data", "system", "question_column", "answer_column"),
+        *("alternates_from", "template", "dtype", "device", "attention", "load_in_4bit"),
+    ]
+    flags = flag_words(**{name: getattr(args, name) for name in same}, retain=kept)
+    return ("unlearner", "forget", args.request, *flags)
 
 
 def _known(args: argparse.Namespace, request: Request, console: Console) -> tuple[Request, str]:
