@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.lora.stack import base_only
-from evaluation.inference.generation import _Draw
 from evaluation.logs.records import RowRecord
 from evaluation.protocols import Decoding
 from unlearner.request.rows import Row
@@ -170,6 +169,8 @@ class PairDecoder:
                 seed=sampling.seed,
             )  # fmt: skip
             drawn = Prompt(self._prompt, sampling.max_new)
+            from evaluation.inference.generation import _Draw
+
             self._draws = [_Draw(decoding, [drawn]) for _ in self.sides]
 
     @property

@@ -11,7 +11,6 @@ from adapters.store.store import AdapterStore
 from evaluation.logs import read_log
 from evaluation.logs.records import write_json
 from evaluation.report.cards import VERDICT_WORDS
-from evaluation.robustness.quantisation import STATES, Subject
 from ui.cli import models, options
 from ui.cli.options import COUNT, NAMES, NUMBER
 from ui.cli.output.events import progress_of
@@ -21,6 +20,7 @@ from unlearner import distributed as ranks
 
 if TYPE_CHECKING:
     from evaluation.robustness.card import Settings
+    from evaluation.robustness.quantisation import Subject
 
 STATE_COLUMNS = (
     "name", "forget_quality", "ks", "log_r_shift", "direction", "model_utility",
@@ -125,6 +125,7 @@ def run_robustness(args: argparse.Namespace, console: Console) -> int:
     what = args.merged or f"{named} on {args.base}"
     console.words(f"Attacking {what} on {args.split} ...")
     from evaluation.robustness.card import CARD_FILE, Examination
+    from evaluation.robustness.quantisation import STATES
     from evaluation.robustness.verdicts import figure_names, flat_figures
     from evaluation.robustness.wordings import read_wordings
     from evaluation.suite import load_eval_data
@@ -172,6 +173,8 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _subject(args: argparse.Namespace) -> Subject:
     """What the flags name; refused where there is nothing to attack."""
+    from evaluation.robustness.quantisation import Subject
+
     store: AdapterStore | None = None
     stack: tuple[tuple[str, float], ...] = ()
     if args.merged is None:
