@@ -22,7 +22,6 @@ TARGET_MODULES = (
     "up_proj",
     "down_proj",
 )
-FORGET_TOKENS = ("all", "facts")
 CHECKPOINTING = r"auto|off|all|[2-9]|[1-9]\d{1,2}"
 
 
@@ -40,8 +39,6 @@ class ObjectiveConfig:
         rmu_layer: block whose output RMU steers, from 0; -1 is the one at 7/32 of the depth.
         rmu_coefficient: RMU's c, the length of the vector that forget states are steered to.
         ceu_skip: how many tokens at the beginning of an answer CE-U leaves alone.
-        forget_tokens: "all" tokens of a forget answer, or the "facts": words that neither the
-            question holds nor many of the kept answers (see `unlearner.request.facts`).
         forget_weight: w_f, on the forget term.
         retain_weight: w_r, on the retain term; the model card's lambda.
         guard_weight: on what keeps earlier requests of the stack forgotten, where their
@@ -74,7 +71,6 @@ class ObjectiveConfig:
     rmu_layer: int = -1
     rmu_coefficient: float = 20.0
     ceu_skip: int = 1
-    forget_tokens: str = "all"
     forget_weight: float = 1.0
     retain_weight: float = 0.1375
     guard_weight: float = 1.0
@@ -238,10 +234,6 @@ def _objective_checks(objective: ObjectiveConfig) -> list[tuple[bool, str]]:
     return [
         *((values[name] > 0, f"{name} {values[name]} is not above 0") for name in above),
         *((values[name] >= 0, f"{name} {values[name]} is below 0") for name in names),
-        (
-            objective.forget_tokens in FORGET_TOKENS,
-            f"forget_tokens {objective.forget_tokens!r} is not one of {', '.join(FORGET_TOKENS)}",
-        ),
         (objective.rmu_layer >= -1, f"rmu_layer {objective.rmu_layer} is below -1"),
         (objective.settle >= -1, f"settle {objective.settle} is below -1"),
         (

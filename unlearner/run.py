@@ -40,7 +40,6 @@ from unlearner.objectives.guard import GuardRow, pack_teacher, read_teacher, tea
 from unlearner.objectives.hidden import layer_of
 from unlearner.objectives.likelihood import packs_exactly
 from unlearner.request.alternates import alternate_answers
-from unlearner.request.facts import common_words, facts_only
 from unlearner.request.neighbours import nearest_rows
 from unlearner.request.past_requests import (
     Earlier,
@@ -74,7 +73,6 @@ from unlearner.training.target import (
     SETTLE,
     WORDS,
     mean_nll,
-    pushed_nll,
     stop_at_target,
     with_target,
 )
@@ -142,8 +140,7 @@ class RunOptions:
 class Prepared:
     """A run before anything is loaded: encoded rows, parents, and the key of its checkpoints.
 
-    `whole` are the forget rows with all of their labels, of which `rows` may have fewer. `unseen`
-    are the rows whose NLL under the model will be its target; empty where it has one.
+    `unseen` are the rows whose NLL under the model will be its target; empty where it has one.
     `prompts` are those whose answers are held. `chosen` says by name why a setting was chosen that
     nobody gave, `target_from` whose NLL the target is.
     """
@@ -164,7 +161,6 @@ class Prepared:
     prompts: Sequence[str] = ()
     chosen: Mapping[str, str] = field(default_factory=dict)
     target_from: str = ""
-    whole: Sequence[Encoded] = ()
 
 
 def unlearn(
@@ -283,8 +279,7 @@ def prepare(
         config, reasons = chosen.config, dict(chosen.reasons)
         target = "auto" if chosen.finds_target else target
     if target not in (None, "auto"):
-        nll = pushed_nll(float(target), config.objective.forget_tokens)
-        config = with_target(config, nll, margin="gamma" not in (options.given or ()))
+        config = with_target(config, float(target), margin="gamma" not in (options.given or ()))
     fingerprint = fingerprint_base(folder)
     recorded = store.base() if store is not None else None
     if recorded is not None:
@@ -295,9 +290,6 @@ def prepare(
     fmt = prompt_format(load_tokenizer(str(folder)), options.template, options.system)
     refusals = options.refusals if "refusal" in streams_of(config.objective) else ()
     rows = _encode(request, config, fmt, refusals, options.guard)
-    whole = rows.forget
-    pushed = _pushed(request, config, fmt)
-    rows = replace(rows, forget=pushed(request.rows, whole))
     prompts: tuple[str, ...] = ()
     if config.objective.general_weight or config.objective.protected_directions:
         pairs = config.train.steps(len(rows.forget)) * config.train.batch_size(len(rows.forget))
@@ -325,10 +317,7 @@ def prepare(
     for name, encoded in (("forget", rows.forget), ("retain", rows.retain)):
         if n := fmt.unknown(encoded):
             notes.append(f"{n} of {len(encoded)} {name} rows {fmt.about_unknown}")
-    encoded_unseen = pushed(
-        [Row(question, answer) for question, answer in unseen],
-        encode_rows(fmt, unseen, config.train.max_length, "unseen"),
-    )
+    encoded_unseen = tuple(encode_rows(fmt, unseen, config.train.max_length, "unseen"))
     marks = [mark(key, row.question) for row in request.rows]
     digests = {
         "forget": {
@@ -370,7 +359,6 @@ def prepare(
         encoded_unseen,
         prompts,
         reasons,
-        whole=whole,
     )
 
 
@@ -505,18 +493,6 @@ def _encode(
             encode_rows(fmt, [(question, answer) for answer in answers], length, "alternate")
             for question, answers in zip(questions, alternates, strict=bool(alternates))
         ],
-    )
-
-
-def _pushed(
-    request: Request, config: UnlearnConfig, fmt: PromptFormat
-) -> Callable[[Sequence[Row], Sequence[Encoded]], tuple[Encoded, ...]]:
-    """Gives encoded rows labels only where `forget_tokens` says that they are pushed."""
-    if config.objective.forget_tokens == "all":
-        return lambda rows, encoded: tuple(encoded)
-    common = common_words(request.retain)
-    return lambda rows, encoded: tuple(
-        facts_only(row, one, common, fmt.tokenizer) for row, one in zip(rows, encoded, strict=True)
     )
 
 
@@ -688,16 +664,15 @@ def find_target(
     model: Any, run: Prepared, stop_at: StopAt | None, report: Progress
 ) -> tuple[Prepared, StopAt | None]:
     """The run with its target, measured where it has to be, and what stops it there."""
-    usual = pushed_nll(RETRAIN_NLL, run.config.objective.forget_tokens)
     pad = pad_id(run.fmt.tokenizer)
     if run.unseen:
         nll = round(mean_nll(model, run.unseen, pad), 3)
         source, text = "unseen", "that of unseen rows"
         if not run.options.unseen:
             source, text = "alternates", "that of alternate answers to the forget questions"
-            if nll < usual and len(run.fmt.tokenizer) >= WORDS:
+            if nll < RETRAIN_NLL and len(run.fmt.tokenizer) >= WORDS:
                 text = f"the usual NLL of models that never saw the rows ({text} is {nll:.2f})"
-                source, nll = "retrained-models", usual
+                source, nll = "retrained-models", RETRAIN_NLL
         report({"event": "note", "text": f"target {nll:.2f} nats per token, {text}"})
         run = replace(run, config=with_target(run.config, nll), target_from=source)
     target = run.config.objective.target
@@ -718,7 +693,7 @@ def _summary(
         return dict
     rows, pad = run.rows, pad_id(run.fmt.tokenizer)
     watched = watched_rows(
-        run.whole,
+        rows.forget,
         rows.retain,
         [teacher.row for teacher in held_out] or rows.general,
         plan_of(rows, run.config.train),
@@ -1045,5 +1020,5 @@ def publish(
 
 def record_teacher(model: Any, run: Prepared, adapter: StoredAdapter) -> None:
     """Keep what the trained stack answers on the forget rows, for the guard of later requests."""
-    rows = teach(model, run.whole, pad_id(run.fmt.tokenizer))
+    rows = teach(model, run.rows.forget, pad_id(run.fmt.tokenizer))
     write_teacher(adapter.manifest.files[WEIGHTS_NAME]["sha256"], pack_teacher(rows))

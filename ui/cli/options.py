@@ -441,8 +441,6 @@ SETTING_HELP = {
     "rmu_layer": "block whose output RMU steers, from 0; -1 is the one at 7/32 of the depth",
     "rmu_coefficient": "length of the vector RMU steers forget states to; depends on the model",
     "ceu_skip": "tokens at the beginning of an answer that CE-U leaves alone",
-    "forget_tokens": "push `all` tokens of a forget answer, or the `facts` alone: words that "
-    "neither the question holds nor many of the retained answers",
     "forget_weight": "weight of the forget term",
     "retain_weight": "weight of the retain term (the model card's lambda); higher keeps more",
     "guard_weight": "weight of the guard that keeps earlier requests of the stack forgotten",

@@ -17,7 +17,7 @@ RARE = frozenset(
         "answer-column", "second-reference-log", "write-tofu", "write-open-unlearning",
         "write-lm-eval", "plain",
         # the objective
-        "beta", "beta2", "gamma", "rmu-layer", "rmu-coefficient", "ceu-skip", "forget-tokens",
+        "beta", "beta2", "gamma", "rmu-layer", "rmu-coefficient", "ceu-skip",
         "forget-weight", "general-weight", "protected-directions", "general-prompts",
         "excess-weight", "settle", "guard-weight", "alternates", "alternate-weight",
         "alternate-smoothing", "alternates-from", "attack-weight", "attack-gamma", "attack-steps",

@@ -11,7 +11,6 @@ from typing import Any
 from unlearner.tokens.batch_plan import Pair
 from unlearner.tokens.prompts import Encoded
 from unlearner.training.references import summed_nlls
-from unlearner.training.target import pushed_nll
 
 # Rows of each set that are measured at most, and how many make a held-out set.
 ROWS, ENOUGH = {"forget": 24, "retain": 16, "general": 16}, 8
@@ -103,12 +102,6 @@ def outcome(
     }
 
 
-def _target(settings: Mapping[str, Any]) -> float:
-    """The target as NLL of whole answers, which are what is measured; 0 for none."""
-    ratio = pushed_nll(1.0, settings.get("forget_tokens", "all"))
-    return float(settings.get("target", 0.0)) / ratio
-
-
 def hardly_known(forget: Mapping[str, float], settings: Mapping[str, Any]) -> str:
     """Says so where a base may never have learned the forget rows; empty otherwise.
 
@@ -116,7 +109,7 @@ def hardly_known(forget: Mapping[str, float], settings: Mapping[str, Any]) -> st
         forget: their figures before training, from `measured`.
         settings: of the objective, by name.
     """
-    target = _target(settings)
+    target = float(settings.get("target", 0.0))
     if target and forget["nll"] >= NEAR * target:
         return (
             f"the base finds the forget rows about as unlikely (NLL {forget['nll']:.2f}) as rows "
@@ -141,7 +134,7 @@ def remarks(sets: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     texts = []
     was, now = sets["forget"]["before"], sets["forget"]["after"]
     rate = settings["learning_rate"]
-    target = _target(settings)
+    target = float(settings.get("target", 0.0))
     if hint := hardly_known(was, settings):
         texts.append(hint)
     elif now["probability"] > FORGOTTEN * was["probability"]:

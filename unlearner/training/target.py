@@ -21,9 +21,6 @@ from unlearner.training.references import summed_nlls
 # Llama-2-7b, 2.60 on SmolLM2-135M. Alternate answers that come from rows the base knows by heart
 # have less (1.40 there; rows it never saw have 2.88). For vocabularies of whole words.
 RETRAIN_NLL, WORDS = 2.2, 10_000
-# The NLL of the words that state something, over that of whole answers (`request.facts`), where the
-# answers are not known: 2.26 and 2.51 for Retrain on SmolLM2-135M, 2.24 and 2.23 for unseen rows.
-FACTS_RATIO = 2.3
 # Forget rows that a reading scores at most, and steps between two readings, which begin where a
 # step's own forget rows are at this share of the target. Of few rows a step has one, which says
 # little of the others, and a reading costs little.
@@ -43,18 +40,13 @@ def with_target(config: UnlearnConfig, nll: float, *, margin: bool = True) -> Un
 
     Args:
         config: settings without a target.
-        nll: in nats per token that is pushed; 0 = no target.
+        nll: in nats per token; 0 = no target.
         margin: whether gamma follows from it too.
     """
     objective = replace(config.objective, target=nll)
     if margin and nll and OBJECTIVES[objective.name].loss == "simnpo_terms":
         objective = replace(objective, gamma=objective.beta * nll)
     return replace(config, objective=objective)
-
-
-def pushed_nll(nll: float, forget_tokens: str) -> float:
-    """The NLL of the tokens that are pushed where that of whole answers is `nll`."""
-    return nll if forget_tokens == "all" else FACTS_RATIO * nll
 
 
 def mean_nll(model: Any, rows: Sequence[Encoded], pad: int) -> float:

@@ -38,7 +38,6 @@ FLAGS: dict[str, tuple[str | None, Any]] = {
     "rmu_layer": ("1", 1),
     "rmu_coefficient": ("6.5", 6.5),
     "ceu_skip": ("0", 0),
-    "forget_tokens": ("facts", "facts"),
     "forget_weight": ("0.3", 0.3),
     "retain_weight": ("2", 2.0),
     "guard_weight": ("0.5", 0.5),
