@@ -63,7 +63,7 @@ def test_an_empty_store_offers_the_demo_and_goes_over_to_it(
         page.get_by_role("tab", name="Stack").click()
         page.wait_for_selector("#un-adapters >> text=forget10-tofu: FQ")
         page.get_by_role("tab", name="Runs").click()
-        page.wait_for_selector("#un-runs >> text=request-2 forget10-tofu")
+        page.wait_for_selector("#un-runs >> text=request-2 forget10-tofu >> visible=true")
         assert app.files.retain_log is not None
         assert app.files.retain_log.is_file()
     finally:
