@@ -111,7 +111,7 @@ def measure(
         if work.fmt is not None:
             sets = {name: rows[:EVALUATED] for name, rows in work.sets.items()}
             data = EvalData(sets.pop("forget05"), **sets)
-            lines += measure_evaluation(model, work.fmt, data, say)
+            lines += measure_evaluation(model, work.fmt, data, say, None if cuda else (5.0, 3.0))
     return lines
 
 
@@ -203,8 +203,8 @@ def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) 
         for i in range(0, len(forget), size):
             rows = [*forget[i : i + size], *retain[i : i + size]]
             losses = answer_nll(model, on_device(pack_rows(rows), device))
-            f, n = losses.nll[:size], losses.n[:size]
-            r = losses.per_token[size:]
+            pushed = len(forget[i : i + size])
+            f, n, r = losses.nll[:pushed], losses.n[:pushed], losses.per_token[pushed:]
             (simnpo(f, n, 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
     model.zero_grad(set_to_none=True)
 

@@ -183,6 +183,7 @@ class Jobs:
         """Deletes every ended job; how many. Interrupted ones can then no longer continue."""
         with self._changing():
             ended = [view.name for view in self.views() if view.ended]
+            _event.cache_clear()  # they may quote a row
             for name in ended:
                 shutil.rmtree(self._place(name))
         return len(ended)
@@ -233,7 +234,7 @@ def _events(place: Path) -> tuple[tuple[dict[str, Any], ...], str, bool]:
     return tuple(steps), said, stopping
 
 
-@functools.lru_cache(maxsize=100_000)  # a page looks every second: only new lines are parsed
+@functools.lru_cache(maxsize=20_000)  # a page looks every second: only new lines are parsed
 def _event(line: bytes) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(line)
     return value

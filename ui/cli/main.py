@@ -245,9 +245,13 @@ def _interrupted(console: Console, debug: bool) -> int:
 
 def _comes_of_an_interrupt(error: BaseException | None) -> bool:
     """Whether a Ctrl-C is behind the error: Python wraps one that meets it in a class body."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    seen: set[int] = set()  # causes may form a circle
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error is not None
+    return False
 
 
 def run_command(args: argparse.Namespace, console: Console) -> int:

@@ -160,7 +160,7 @@ def _add_data(parser: Parser) -> None:
         "--data",
         type=_data_folder,
         metavar="DIR",
-        default=os.environ.get("UNLEARNER_DATA") or None,
+        default=Path(named) if (named := os.environ.get("UNLEARNER_DATA")) else None,
         help="folder of TOFU's JSON-lines files instead of the hub's locuslab/TOFU "
         "(environment: UNLEARNER_DATA)",
     )

@@ -288,9 +288,11 @@ class EarlyStop:
         weights: Mapping[str, torch.nn.Parameter],
         figures: Mapping[str, float],
     ) -> dict[str, float]:
-        """Put the nearest weights between the last two readings into the model; their figures.
+        """Put the nearest of the last two readings and some between into the model; its figures.
 
-        The distance is taken for a straight line between the nearest weights on both sides of 0.
+        Where a straight line between the nearest weights on both sides crosses 0, and, as a curve
+        would leave one side where it is, every second time in the middle. Of the untrained weights
+        at least one step is gone.
         """
         after = {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -301,18 +303,26 @@ class EarlyStop:
                     weight.copy_(torch.lerp(before, after[name], share))
 
         (before, under), (_, over) = self.trace.readings[-2:]
-        low, high, nearest = (0.0, under), (1.0, over), (1.0, over, dict(figures))
-        for _ in range(self._stop.refine):
-            share = low[0] - low[1] * (high[0] - low[0]) / (high[1] - low[1])
+        low, high, least = (0.0, under), (1.0, over), 0.0 if before else 1 / step
+        tried = [(1.0, over, dict(figures))]
+        for number in range(self._stop.refine if least < 1 else 0):
+            part = 0.5 if number % 2 else -low[1] / (high[1] - low[1])
+            share = max(least, low[0] + part * (high[0] - low[0]))
             go_to(share)
             found, distance = self._measure(step, model)
+            tried.append((share, distance, found))
             low, high = ((share, distance), high) if distance < 0 else (low, (share, distance))
-            if abs(distance) < abs(nearest[1]):
-                nearest = (share, distance, found)
-        go_to(nearest[0])
-        if nearest[0] < 1.0:
-            self.trace.kept = round(before + nearest[0] * (step - before), 3)
-            self.trace.readings.append([self.trace.kept, nearest[1]])
-        else:
-            self.trace.kept = step
-        return nearest[2]
+        share, distance, found = min(tried, key=lambda one: abs(one[1]))
+        if before and abs(under) < abs(distance):
+            go_to(0.0)
+            self.trace.kept = int(before)
+            return self._measure(step, model)[0]
+        go_to(share)
+        self.trace.kept = step
+        if share < 1:
+            # Never a whole step, which would be another reading's.
+            place = before + share * (step - before)
+            place += 0.0005 * (place == int(place))
+            self.trace.kept = min(max(round(place, 4), before + 0.0001), step - 0.0001)
+            self.trace.readings.append([self.trace.kept, distance])
+        return found

@@ -61,6 +61,23 @@ print(json.dumps([codes, [name for name in {HEAVY!r} if name in sys.modules]]))
     assert codes == [0] * (len(COMMANDS) + 2)
 
 
+def test_the_page_opens_without_torch() -> None:
+    done = python(f"""
+import json, sys
+import ui.app.build
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+""")
+    assert not {"torch", "transformers", "peft"} & set(json.loads(done.stdout))
+
+
+def test_an_error_that_causes_itself_is_no_interrupt() -> None:
+    error = ValueError("x")
+    error.__cause__ = error
+    assert not cli._comes_of_an_interrupt(error)
+    error.__cause__ = KeyboardInterrupt()
+    assert cli._comes_of_an_interrupt(error)
+
+
 def test_wrong_usage_and_the_store_list_need_no_torch(tmp_path: Path) -> None:
     code = """
 import sys, json

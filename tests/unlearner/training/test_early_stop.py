@@ -24,7 +24,7 @@ from unlearner.request.rows import Request
 from unlearner.run import RunOptions, unlearn
 from unlearner.tokens.packing import pack_attention, plain_attention
 from unlearner.tokens.prompts import pad_batch, prompt_format
-from unlearner.training.early_stop import StopAt, Trace, undisturbed
+from unlearner.training.early_stop import EarlyStop, StopAt, Trace, undisturbed
 
 Config = Callable[..., UnlearnConfig]
 NEVER = 1e6
@@ -406,3 +406,41 @@ def test_a_reading_that_is_no_number_ends_the_run(
 ) -> None:
     with pytest.raises(Diverged, match="The gap after step 0 is not a finite number"):
         unlearn(request_, base, quick(), store, stop_at=StopAt(lambda model: {"gap": float("nan")}))
+
+
+class Line(torch.nn.Module):
+    """One weight, whose distance is given by a function of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = None
+
+
+@pytest.mark.parametrize(
+    ("distance", "before", "kept", "left"),
+    [
+        (lambda w: w - 0.3, 3, 3.3, 1e-6),  # a straight line
+        (lambda w: 2 * w**4 - 0.3, 3, 3.6, 0.06),
+        (lambda w: 0.7 * w**0.05 - 0.01, 3, 3, 0.0101),  # the reading before is the nearest
+        (lambda w: w - 1e-6, 0, 1, 1.0),  # untrained weights forget nothing
+    ],
+)
+def test_a_run_ends_at_the_nearest_weights_between_two_readings(
+    distance: Callable[[float], float], before: int, kept: float, left: float, tmp_path: Path
+) -> None:
+    model = Line()
+
+    def measure(model: Any) -> Mapping[str, float]:
+        return {"target_gap": distance(float(model.weight)), "target": 1.0}
+
+    stop = EarlyStop(StopAt(measure, "target_gap", every=1, refine=3), tmp_path / "log", print)
+    stop.begin(before, 10, model)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    assert stop.after_step(before + 1, 10, model, {})
+    record = stop.record(10)
+    assert record["kept_step"] == pytest.approx(kept, abs=0.02)
+    assert abs(record["gap"]) <= left
+    assert record["gap"] == pytest.approx(distance(float(model.weight)))
+    assert isinstance(record["kept_step"], int) == (kept == int(kept))

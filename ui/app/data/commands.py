@@ -24,10 +24,12 @@ def command(*words: object) -> str:
 
 
 def flag_words(**values: Any) -> list[str]:
-    """Flags with their values; None, False, an empty list and the default "auto" are left out."""
+    """Flags with their values; None, False, an empty list and a default "auto" are left out."""
     words = []
     for name, value in values.items():
-        if value is None or value is False or value in ([], (), "auto"):
+        if value is None or value is False or value in ([], ()):
+            continue
+        if value == "auto" and name in ("dtype", "template", "device", "attention"):
             continue
         items = value if isinstance(value, list | tuple) else [] if value is True else [value]
         words += ["--" + name.replace("_", "-"), *map(str, items)]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapters.errors import UserError
 from adapters.lora.stack import base_only
-from evaluation.inference.generation import generate_answers
 from evaluation.logs import read_log
 from evaluation.logs.records import Generation, RowRecord
 from evaluation.protocols import Decoding
@@ -129,6 +128,8 @@ def _answers(session: Session, rows: Sequence[Row], max_new: int) -> list[Answer
     model, fmt = session.require()
     started = time.monotonic()
     decoding = Decoding("sheet", max_new=max_new)
+    from evaluation.inference.generation import generate_answers
+
     texts = generate_answers(model, fmt, [row.question for row in rows], [decoding])["sheet"]
     seconds = (time.monotonic() - started) / len(rows)
     scores = session.teacher_forced(rows)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ui.app.data import commands
-from ui.app.data.runs import Sources
 from ui.app.html import views
 from ui.app.tabs.pages import PRIVATE, button, command_box, told
 
@@ -109,5 +109,5 @@ def adopt(app: App) -> None:
     session.base = BaseSpec(str(base))
     session.data, session.store_path = Path(found["data"]), Path(found["store"])
     found_logs = tuple(sorted(logs.glob("*.json")))
-    app.files = Sources(logs=found_logs, retain_log=logs / "retrain.json")
+    app.files = replace(app.files, logs=found_logs, retain_log=logs / "retrain.json")
     session.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,11 +27,11 @@ def show_event(event: Mapping[str, Any], console: Console) -> None:
     elif kind == "gap" and event.get("stopped_at_step") is not None:
         reached, kept = event.get("reached_at_step"), event["kept_step"]
         when = "reached" if reached in (None, event["step"]) else f"reached at step {reached}"
-        weights = f"weights of step {kept}"
-        if kept != int(kept):
-            weights = f"weights between steps {math.floor(kept)} and {math.ceil(kept)}"
+        weights = f"the weights of step {kept}"
+        if isinstance(kept, float):
+            weights = "weights between those of the last two readings"
         console.words(
-            f"Step {event['step']}: {reading_text(event)}, {when}: stopping with the {weights}."
+            f"Step {event['step']}: {reading_text(event)}, {when}: stopping with {weights}."
         )
     elif event.get("step") is not None:
         reading = reading_text(event) if kind == "gap" else ""
