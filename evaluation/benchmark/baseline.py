@@ -11,7 +11,7 @@ from adapters.environment import evaluating
 from evaluation.benchmark import flops
 from evaluation.benchmark.run import PAIRS, PLAIN_DECODE, Line, Workload
 from evaluation.benchmark.shapes import new_llama, with_lora
-from evaluation.benchmark.whole_evaluation import measure_evaluation
+from evaluation.benchmark.whole_evaluation import measure_evaluation, plain_nll
 from evaluation.inference.generation import BATCH_SIZE
 from evaluation.inference.prefix_sharing import score_trees
 from evaluation.suite import EvalData
@@ -20,8 +20,6 @@ from unlearner.tokens.decoding import Prompt, greedy
 from unlearner.tokens.prompts import Encoded, pad_batch
 
 if TYPE_CHECKING:
-    import torch
-
     from adapters.base.load import BaseSpec
 
 # Rows of each set that are evaluated on a real model.
@@ -67,29 +65,29 @@ def measure(
         loaded = load_base(base)
         cuda = next(loaded.parameters()).is_cuda
     model = with_lora(loaded, rank)
-    length, text = (flops.PLAIN_TRAIN, flops.PLAIN_EVAL) if base is None else (None, None)
-    goal = 4.0 if base is None else 2.0
+    length, goal = (flops.PLAIN_TRAIN, 4.0) if base is None else (None, 2.0)
     forget, retain = work.forget[:PAIRS], work.retain[:PAIRS]
-    questions = work.questions[:: max(1, len(work.questions) // 24)][: 24 if cuda else 8]
-    score, answer = (sum(map(len, questions)), goal), (len(questions), 0.0)
     ways: dict[str, tuple[tuple[int, float], Callable[[], Any], Callable[[], Any]]] = {
         "training rows/s": (
             (2 * PAIRS, goal), lambda: _plain_step(model, forget, retain, length),
             lambda: _our_step(model, forget, retain),
         ),
-        "scoring rows/s": (
-            score, lambda: _plain_scores(model, questions, text),
-            lambda: score_trees(model, questions),
-        ),
-        "generation rows/s": (
-            answer, lambda: _plain_answers(model, questions),
-            lambda: _our_answers(model, questions),
-        ),
     }  # fmt: skip
+    if base is None:
+        questions = work.questions[:: max(1, len(work.questions) // 24)][: 24 if cuda else 8]
+        ways |= {
+            "scoring rows/s": (
+                (sum(map(len, questions)), goal),
+                lambda: _plain_scores(model, questions, flops.PLAIN_EVAL),
+                lambda: score_trees(model, questions),
+            ),
+            "generation rows/s": (
+                (len(questions), 0.0), lambda: _plain_answers(model, questions),
+                lambda: _our_answers(model, questions),
+            ),
+        }  # fmt: skip
     lines = []
     for name, ((rows, target), plain, ours) in ways.items():
-        if base is not None and not name.startswith("training"):
-            continue
         say(name)
         within = nullcontext() if name.startswith("training") else evaluating(model)
         with threads_for(model), within:
@@ -162,22 +160,6 @@ def _in_turns(
     return best, peaks
 
 
-def _plain_nll(model: Any, rows: Sequence[Encoded], length: int | None) -> torch.Tensor:
-    """Mean NLL per row, padded to `length` or the longest, from the logits of all positions."""
-    import torch.nn.functional as F
-
-    length = length or max(len(row.input_ids) for row in rows)
-    filler = Encoded([0] * length, [-100] * length)
-    padded = pad_batch([*rows, filler], 0)
-    batch = {name: t[:-1, :length].to(model.device) for name, t in padded.items()}
-    out = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
-    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return nll.sum(-1) / (labels != -100).sum(-1)
-
-
 def _plain_step(
     model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded], length: int | None
 ) -> None:
@@ -185,8 +167,8 @@ def _plain_step(
 
     model.train()
     for i in range(0, len(forget), 2):  # forwards of a few rows, as in the released recipe
-        f = _plain_nll(model, forget[i : i + 2], length)
-        r = _plain_nll(model, retain[i : i + 2], length)
+        f = plain_nll(model, forget[i : i + 2], length)
+        r = plain_nll(model, retain[i : i + 2], length)
         (simnpo(f, f.new_ones(len(f)), 2.5, 0.0).sum() + 0.1375 * r.sum()).backward()
     model.zero_grad(set_to_none=True)
 
@@ -211,7 +193,7 @@ def _our_step(model: Any, forget: Sequence[Encoded], retain: Sequence[Encoded]) 
 
 def _plain_scores(model: Any, questions: Sequence[Sequence[Encoded]], length: int | None) -> None:
     for texts in questions:
-        _plain_nll(model, texts, length)
+        plain_nll(model, texts, length)
 
 
 def _prompts(questions: Sequence[Sequence[Encoded]]) -> list[tuple[list[int], int]]:

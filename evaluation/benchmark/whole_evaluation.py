@@ -7,8 +7,9 @@ logits of every position, and answers with `generate`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from adapters.environment import evaluating, threads_for
@@ -19,6 +20,8 @@ from unlearner.tokens.decoding import stop_tokens
 from unlearner.tokens.prompts import Encoded, PromptFormat, pad_batch, pad_id
 
 if TYPE_CHECKING:
+    import torch
+
     from evaluation.suite import EvalData
 
 # Rows of a batch in open-unlearning's evaluation of TOFU; its protocol is that of both.
@@ -30,7 +33,7 @@ def measure_evaluation(
     fmt: PromptFormat,
     data: EvalData,
     on_progress: Callable[[str], None],
-    goals: tuple[float, float] | None = (5.0, 3.0),
+    goals: tuple[float, float] | None,
 ) -> list[Line]:
     """Questions per second of a whole evaluation: scored, and scored and answered.
 
@@ -70,29 +73,33 @@ def measure_evaluation(
     return lines
 
 
-def plain_scores(model: Any, fmt: PromptFormat, data: EvalData) -> dict[str, list[list[float]]]:
-    """By set and answer column (true, paraphrased, each perturbed) the summed NLL of every row."""
+def plain_nll(model: Any, rows: Sequence[Encoded], length: int | None = None) -> torch.Tensor:
+    """Mean NLL per row, padded to `length` or the longest, from the logits of all positions."""
     import torch.nn.functional as F
 
+    length = length or max(len(row.input_ids) for row in rows)
+    filler = Encoded([0] * length, [-100] * length)
+    padded = pad_batch([*rows, filler], 0)
+    batch = {name: t[:-1, :length].to(model.device) for name, t in padded.items()}
+    out = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
+    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return nll.sum(-1) / (labels != -100).sum(-1)
+
+
+def plain_scores(model: Any, fmt: PromptFormat, data: EvalData) -> dict[str, list[list[float]]]:
+    """By set and answer column (true, paraphrased, each perturbed) the mean NLL of every row."""
     nll: dict[str, list[list[float]]] = {}
     for name, rows in data.sets.items():
         texts = [row.texts for row in encode_answers(fmt, rows)]
         nll[name] = []
         for column in range(max(map(len, texts))):
             part = [each[column] for each in texts if column < len(each)]
-            sums: list[float] = []
-            for start in range(0, len(part), BATCH):
-                batch = pad_batch(part[start : start + BATCH], pad_id(fmt.tokenizer))
-                out = model(
-                    input_ids=batch["input_ids"].to(model.device),
-                    attention_mask=batch["attention_mask"].to(model.device),
-                    use_cache=False,
-                )
-                logits = out.logits[:, :-1].float().transpose(1, 2)
-                labels = batch["labels"][:, 1:].to(model.device)
-                losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-                sums += losses.sum(-1).tolist()
-            nll[name].append(sums)
+            starts = range(0, len(part), BATCH)
+            batches = [plain_nll(model, part[start : start + BATCH]).tolist() for start in starts]
+            nll[name].append(list(chain(*batches)))
     return nll
 
 

@@ -219,7 +219,7 @@ class Jobs:
 
 
 def _events(place: Path) -> tuple[tuple[dict[str, Any], ...], str, bool]:
-    """All steps of a job, its last words, and whether it was told to stop."""
+    """All steps of a job, its last message, and whether it was asked to stop."""
     steps, said, stopping, text = list[dict[str, Any]](), "", False, b""
     with contextlib.suppress(FileNotFoundError):
         text = (place / EVENTS).read_bytes()
@@ -228,7 +228,7 @@ def _events(place: Path) -> tuple[tuple[dict[str, Any], ...], str, bool]:
         if event.get("step") is not None:
             steps.append(event)
         said = str(event.get("said", said))
-        # A job that continues was told to stop once, but that is over.
+        # A job that was stopped and resumed is no longer stopping.
         if event.get("said") in (STOPPING, RESUMED):
             stopping = event["said"] == STOPPING
     return tuple(steps), said, stopping
