@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 PACKAGES = ("adapters", "unlearner", "evaluation", "ui")
 TINY_BASE = """
 from pathlib import Path
-from unlearner.baselines.tiny_llama import TinyShape, new_model, save_model, train_tokenizer
+from unlearner.baselines.tiny_llama import new_model, save_model, train_tokenizer
+from unlearner.baselines.tiny_recipe import TinyShape
 tokenizer = train_tokenizer(["Who wrote it? Mira Okafor wrote it in Lagos."] * 4, 300)
 shape = TinyShape(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
                   num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128)

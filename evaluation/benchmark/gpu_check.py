@@ -150,12 +150,8 @@ class _Bench:
     @cached_property
     def _base(self) -> Path:
         """A base with random weights, wide enough for every kernel."""
-        from unlearner.baselines.tiny_llama import (
-            TinyShape,
-            new_model,
-            save_model,
-            train_tokenizer,
-        )
+        from unlearner.baselines.tiny_llama import new_model, save_model, train_tokenizer
+        from unlearner.baselines.tiny_recipe import TinyShape
 
         tokenizer = train_tokenizer([f"{r.question} {r.answer}" for r in self._rows], 700)
         shape = TinyShape(700, 64, 128, 2, 2) if self.small else TinyShape(700, 512, 1024, 4, 8)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from adapters.errors import UserError, did_you_mean
 from evaluation.metrics.forget_quality import ALPHA
 from unlearner.baselines.finetune import FinetuneConfig
-from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
+from unlearner.baselines.tiny_recipe import TinyRecipe, TinyShape
 from unlearner.config import LoraShape
 from unlearner.memory import plan as memory
 from unlearner.tokens.prompts import Template

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer, resolve_base
-from adapters.environment import threads_for
+from adapters.environment import free_memory, threads_for
 from adapters.errors import UserError
 from adapters.lora.merge import fold_stack
 from adapters.lora.stack import activate, load_stack
@@ -46,7 +46,8 @@ from evaluation.metrics.fact_recall import facts_asked_for
 from evaluation.metrics.facts import facts_of, is_stated
 from evaluation.metrics.summary import figures_to_file, set_values
 from evaluation.protocols import protocol_named
-from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_tokenizer
+from unlearner.baselines.tiny_llama import train_tokenizer
+from unlearner.baselines.tiny_recipe import TinyRecipe, TinyShape
 from unlearner.config import UnlearnConfig, make_config
 from unlearner.request.rows import Request
 from unlearner.run import RunOptions
@@ -62,6 +63,8 @@ CHAT_TEMPLATE = (
 WORLD = "world"  # folder of its rows
 SPLIT = "forget10"  # of the embedded world: all its forget authors
 SHOWN = 3
+# Rows of a request whose logits are compared around its revert.
+COMPARED = 8
 PROTOCOL = "tofu"
 SYSTEMS = ("origin", "retrain", "npo", "simnpo")
 STORES = {"simnpo": "forget-store", "npo": "npo-store"}
@@ -424,7 +427,7 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
     slugs = [active.slug for active in opened.active()]
     tokenizer = load_tokenizer(base.name)
     fmt = prompt_format(tokenizer)
-    rows = [fmt.encode(row.question, row.answer) for row in request.rows[:16]]
+    rows = [fmt.encode(row.question, row.answer) for row in request.rows[:COMPARED]]
     batch = pad_batch(rows, pad_id(tokenizer))
 
     def logits(model: Any) -> torch.Tensor:
@@ -437,8 +440,11 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
     def difference(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).abs().max())
 
-    never: Any = load_stack(load_base(base), opened, slugs[:-1])
-    without_it, bare = logits(never), logits(load_base(base))
+    # One model at a time: three would be the peak of the whole quickstart.
+    without_it = logits(load_stack(load_base(base), opened, slugs[:-1]))
+    free_memory()
+    bare = logits(load_base(base))
+    free_memory()
     stack: Any = load_stack(load_base(base), opened, slugs)
     full = logits(stack)
     opened.revert(slugs[-1], "quickstart")
@@ -467,9 +473,15 @@ def merge_and_compare(base: BaseSpec, store: Path, out: Path) -> dict[str, Any]:
     if out.exists():
         shutil.rmtree(out)
     fold_stack(Path(base.name), stack_files, out)
-    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    stack: Any = load_stack(load_base(base), opened)
     ids = torch.arange(5, 69).unsqueeze(0)
-    with torch.no_grad(), threads_for(merged):
-        gap = (merged(input_ids=ids).logits - stack(input_ids=ids).logits).abs().max()
-    return {"folder": str(out), "max_logit_difference": float(gap)}
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad(), threads_for(model):
+            output: torch.Tensor = model(input_ids=ids).logits
+        return output
+
+    free_memory()  # of the stack that was reverted
+    stack = logits(load_stack(load_base(base), opened))
+    free_memory()
+    merged = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
+    return {"folder": str(out), "max_logit_difference": float((merged - stack).abs().max())}

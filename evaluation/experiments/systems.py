@@ -24,7 +24,8 @@ from evaluation.metrics.summary import summarise
 from evaluation.suite import EvalData, evaluate, load_eval_data
 from unlearner.baselines.finetune import FinetuneConfig, finetune
 from unlearner.baselines.full import forget_full
-from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape, train_from_scratch
+from unlearner.baselines.tiny_llama import train_from_scratch
+from unlearner.baselines.tiny_recipe import TinyRecipe, TinyShape
 from unlearner.config import LoraShape, UnlearnConfig
 from unlearner.request.rows import Request, Row
 from unlearner.run import RunOptions, unlearn

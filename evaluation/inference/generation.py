@@ -197,13 +197,13 @@ def _sampled(
         batch["input_ids"].to(model.device),
         attention_mask=batch["attention_mask"].to(model.device),
         generation_config=config,
-        logits_processor=LogitsProcessorList([_Draw(draw, prompts)]),
+        logits_processor=LogitsProcessorList([Draw(draw, prompts)]),
     )
     new: list[list[int]] = out[:, batch["input_ids"].shape[1] :].tolist()
     return new
 
 
-class _Draw:
+class Draw:
     """Turns greedy choice into a draw: temperature, top-k, top-p, then Gumbel noise.
 
     The likeliest token after adding Gumbel noise is a draw from the softmax. The noise comes from

@@ -13,7 +13,7 @@ def main(place: Path) -> int:
     """`ui.cli.job.main` with small sizes; everything else is the real quickstart."""
     from evaluation.experiments import quickstart
     from ui.cli import job
-    from unlearner.baselines.tiny_llama import TinyRecipe, TinyShape
+    from unlearner.baselines.tiny_recipe import TinyRecipe, TinyShape
 
     small = quickstart.Quickstart(
         world=SIZES,

@@ -41,12 +41,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def world(home: Path) -> Path:
     """A small world, a model that read it a few times, and a store with two random adapters."""
-    from unlearner.baselines.tiny_llama import (
-        TinyRecipe,
-        TinyShape,
-        train_from_scratch,
-        train_tokenizer,
-    )
+    from unlearner.baselines.tiny_llama import train_from_scratch, train_tokenizer
+    from unlearner.baselines.tiny_recipe import TinyRecipe, TinyShape
     from unlearner.world.build import build_world
 
     made = build_world(0, n_authors=6, forget_authors=2, evaluated_authors=3, requests=1)

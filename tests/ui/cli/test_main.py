@@ -61,10 +61,11 @@ print(json.dumps([codes, [name for name in {HEAVY!r} if name in sys.modules]]))
     assert codes == [0] * (len(COMMANDS) + 2)
 
 
-def test_the_page_opens_without_torch() -> None:
+@pytest.mark.parametrize("module", ["ui.app.build", "evaluation.report.build"])
+def test_the_page_and_reports_need_no_torch(module: str) -> None:
     done = python(f"""
 import json, sys
-import ui.app.build
+import {module}
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
 """)
     assert not {"torch", "transformers", "peft"} & set(json.loads(done.stdout))

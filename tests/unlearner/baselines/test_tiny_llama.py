@@ -11,14 +11,13 @@ import torch
 
 from adapters.base.load import BaseSpec, load_base, load_tokenizer
 from unlearner.baselines.tiny_llama import (
-    TinyRecipe,
-    TinyShape,
     _step,
     length_batches,
     new_model,
     train_from_scratch,
     train_tokenizer,
 )
+from unlearner.baselines.tiny_recipe import TinyRecipe, TinyShape
 from unlearner.objectives.likelihood import answer_logits, answer_nll
 from unlearner.request.rows import Request
 from unlearner.tokens.prompts import pad_batch, prompt_format

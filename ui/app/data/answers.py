@@ -164,14 +164,14 @@ class PairDecoder:
         self._started = time.monotonic()
         self._draws: list[Any] = []
         if sampling.temperature > 0:
+            from evaluation.inference.generation import Draw  # which loads torch
+
             decoding = Decoding(
                 "app", max_new=sampling.max_new, sample=True, temperature=sampling.temperature,
                 seed=sampling.seed,
             )  # fmt: skip
             drawn = Prompt(self._prompt, sampling.max_new)
-            from evaluation.inference.generation import _Draw
-
-            self._draws = [_Draw(decoding, [drawn]) for _ in self.sides]
+            self._draws = [Draw(decoding, [drawn]) for _ in self.sides]
 
     @property
     def done(self) -> bool:
