@@ -16,6 +16,9 @@ from unlearner.config import UnlearnConfig
 # Optimizer steps of the published run: 200 rows, 10 epochs, 32 pairs a step (arXiv 2410.07163).
 STEPS = 62
 LARGEST_BATCH, LARGEST_FORWARD = 32, 8
+# Pairs of a small model's step at most, where the run ends at a target: on SmolLM2-135M-Instruct
+# 100 rows reach it with 378 pairs in steps of 6 and with 624 in steps of 16, and less is lost.
+LARGEST_SMALL_BATCH = 6
 # Pairs of one forward on a CPU, which gains nothing from more: a step of 8 pairs of SmolLM2 takes
 # 4.2 GB and 9.2 seconds at once, 2.5 GB and 9.5 seconds in twos, 1.7 GB and 10.2 one by one.
 LARGEST_ON_CPU = 2
@@ -64,23 +67,35 @@ def _millions(weights: int) -> str:
 
 
 def suited(
-    config: UnlearnConfig, given: Collection[str], rows: int, weights: int, *, on_cpu: bool = False
+    config: UnlearnConfig,
+    given: Collection[str],
+    rows: int,
+    weights: int,
+    *,
+    target: float | str | None = None,
+    on_cpu: bool = False,
 ) -> Suited:
     """`config` with the settings that are not `given` chosen for the request and the model.
 
     Args:
         config: what was given, over the published defaults.
-        given: names of settings that stay as they are; "target" among them for one that is given.
+        given: names of settings that stay as they are.
         rows: forget rows.
         weights: of the base.
+        target: where the run is to end, in nats per token, or "auto"; 0: nowhere; None: not given.
         on_cpu: divide the steps of a small model into smaller forwards, which does not change
             their result.
     """
     objective: dict[str, Any] = {}
     train: dict[str, Any] = {}
     reasons: dict[str, str] = {}
+    targeted = config.objective.name in TARGETED
+    finds_target = targeted and target is None and "gamma" not in given
     if not set(BATCH_SETTINGS) & set(given):
-        pairs = min(LARGEST_BATCH, max(1, round(rows * config.train.num_train_epochs / STEPS)))
+        small = weights < SMALL and targeted and (finds_target or bool(target))
+        largest = LARGEST_SMALL_BATCH if small else LARGEST_BATCH
+        wanted = max(1, round(rows * config.train.num_train_epochs / STEPS))
+        pairs = min(largest, wanted)
         forwards = -(-pairs // LARGEST_FORWARD)
         size = -(-pairs // forwards)
         if on_cpu and weights < SMALL:
@@ -90,10 +105,11 @@ def suited(
         train |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": forwards}
         chosen = replace(config.train, **train)
         batch = chosen.batch_size(rows)
+        at_most = f", a small model takes {largest} at most" if small and wanted > largest else ""
         reasons["batch"] = (
             f"{counted(chosen.steps(rows), 'step')} of {counted(batch, 'pair')} (a row to "
             f"forget and one to keep): the published run has {STEPS} steps of {LARGEST_BATCH} for "
-            "200 rows"
+            f"200 rows{at_most}"
         )
     if "learning_rate" not in given and weights < SMALL:
         train["learning_rate"] = SMALL_RATE
@@ -117,7 +133,6 @@ def suited(
         objective=replace(config.objective, **objective),
         train=replace(config.train, **train),
     )
-    finds_target = config.objective.name in TARGETED and not {"target", "gamma"} & set(given)
     if finds_target:
         reasons["target"] = (
             "target auto: forgotten answers are to end as unlikely as rows that the base never saw"

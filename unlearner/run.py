@@ -272,10 +272,11 @@ def prepare(
     config = replace(config, lora=with_targets(config.lora, meta))
     target, reasons = options.target, dict[str, str]()
     if options.given is not None:
-        named = {*options.given, *(() if target is None else ("target",))}
         weights = sum(p.numel() for p in meta.parameters())
         on_cpu = base.device == "cpu" or (base.device == "auto" and not torch.cuda.is_available())
-        chosen = suited(config, named, len(request.rows), weights, on_cpu=on_cpu)
+        chosen = suited(
+            config, options.given, len(request.rows), weights, target=target, on_cpu=on_cpu
+        )
         config, reasons = chosen.config, dict(chosen.reasons)
         target = "auto" if chosen.finds_target else target
     if target not in (None, "auto"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from unlearner.config import make_config
@@ -21,6 +23,18 @@ def test_a_small_request_keeps_the_published_steps_by_smaller_batches(
     train = suited(make_config(), (), rows, PUBLISHED).config.train
     assert (train.batch_size(rows), train.steps(rows)) == (pairs, steps)
     assert train.per_device_train_batch_size <= 8
+
+
+def test_a_small_model_that_ends_at_a_target_takes_small_steps() -> None:
+    def batch(objective: str = "simnpo", weights: int = SMOLLM2, **options: Any) -> int:
+        given = options.pop("given", ())
+        chosen = suited(make_config(objective), given, 100, weights, **options)
+        assert ("at most" in chosen.reasons["batch"]) == (chosen.config.train.batch_size(100) == 6)
+        return chosen.config.train.batch_size(100)
+
+    assert [batch(), batch(target="auto"), batch(target=2.2), batch("npo")] == [6] * 4
+    nowhere = [batch(target=0.0), batch(given=["gamma"]), batch("idk"), batch(weights=PUBLISHED)]
+    assert nowhere == [16] * 4
 
 
 @pytest.mark.parametrize("rows", [5, 20, 40, 60, 100, 200, 400])
@@ -82,4 +96,4 @@ def test_what_is_given_wins_and_every_choice_is_explained() -> None:
 )
 def test_only_objectives_that_may_overshoot_look_for_a_target(objective: str, finds: bool) -> None:
     assert suited(make_config(objective), (), 20, SMOLLM2).finds_target is finds
-    assert not suited(make_config(objective), ["target"], 20, SMOLLM2).finds_target
+    assert not suited(make_config(objective), (), 20, SMOLLM2, target=2.0).finds_target
