@@ -37,8 +37,9 @@ PROTECTED_DIRECTIONS = 192
 # What a run chooses where it is not given; gamma follows the target.
 CHOSEN = (*BATCH_SETTINGS, "learning_rate", *SMALL_SIMNPO, "gamma", "protected_directions")
 # The objectives that stop at the NLL of unseen rows by themselves. All but the first two push past
-# any target: all steps of `kl` leave SmolLM2-135M-Instruct a forget NLL of 126, of `wga` 20.
-TARGETED = ("simnpo", "npo", "grad_ascent", "grad_diff", "kl", "ihl", "wga")
+# any target: all steps of `kl` leave SmolLM2-135M-Instruct a forget NLL of 126, of `ceu` 24, of
+# `wga` 20, of `satimp` 13.
+TARGETED = ("simnpo", "npo", "grad_ascent", "grad_diff", "kl", "ihl", "wga", "satimp", "ceu")
 # Why something was chosen, in one word for manifests; "model-size" for all that is not here.
 CAUSES = {
     "batch": "published-steps",

@@ -113,16 +113,18 @@ class Quickstart:
     strangers: int = 0
 
 
-# What SmolLM2 differs in from what `forget` chooses: fewer and larger steps, for time; and answers
-# about authors nobody met (see `Quickstart.strangers`), without which the truth ratio still prefers
-# the forgotten facts. Chosen on seeds 0 and 11 of the world, see docs/results/index.md.
+# What SmolLM2 differs in from what `forget` chooses: answers about authors nobody met (see
+# `Quickstart.strangers`), without which the truth ratio still prefers the forgotten facts, and more
+# that keeps what these would disturb. Chosen on seeds 0 and 11 of the world, see
+# docs/results/index.md.
 CHAT_TRAINING: dict[str, Any] = {
     "alternates": 8,
     "alternate_weight": 1.0,
     "retain_weight": 4.0,
     "protected_directions": 256,
-    "learning_rate": 2e-3,
-    "num_train_epochs": 9,
+    # At twice the rate the same takes a third fewer steps, and two of 24 known facts turn wrong.
+    "learning_rate": 1e-3,
+    "num_train_epochs": 14,
     # Three pairs a step, one by one: 2.1 GB for 3.3, in the same time.
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 3,

@@ -90,7 +90,8 @@ def test_what_is_given_wins_and_every_choice_is_explained() -> None:
 @pytest.mark.parametrize(
     ("objective", "finds"),
     [
-        *(("npo", True), ("kl", True), ("grad_diff", True), ("ihl", True)),
+        *(("npo", True), ("kl", True), ("grad_diff", True), ("ihl", True), ("wga", True)),
+        *(("satimp", True), ("ceu", True)),
         *(("idk", False), ("rmu", False)),
     ],
 )
