@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from adapters.errors import UserError
@@ -51,11 +55,18 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def alive(pid: int) -> bool:
+    """An orphan that ended may stay a zombie where the first process does not reap."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    return True
+
+
+def wait_for(found: Callable[[], bool], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_jobs_run_at_once_with_one_thread_and_report_by_name(
@@ -91,6 +102,25 @@ def test_an_error_comes_with_its_traceback_and_ends_the_others(
     assert "in fail" in told, "the traceback in the other process"
     assert time.monotonic() - started < 100
     assert not (note.exists() and alive(int(note.read_text())))
+
+
+def test_a_job_ends_with_a_parent_that_is_killed(work: ModuleType, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = (
+        "import some_work\n"
+        "from evaluation.experiments.processes import Job, side_by_side\n"
+        "if __name__ == '__main__':\n"
+        f"    job = Job('long', some_work.wait, {{'note': {str(note)!r}}})\n"
+        "    side_by_side([job], lambda event: None)\n"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    root = str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])}
+    with subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=environment) as parent:
+        wait_for(lambda: note.exists() and note.read_text() != "")
+        parent.kill()
+    pid = int(note.read_text())
+    wait_for(lambda: not alive(pid))
 
 
 def test_an_error_of_the_user_passes_through_as_it_is(work: ModuleType) -> None:
