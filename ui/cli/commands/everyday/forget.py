@@ -22,7 +22,7 @@ from ui.cli.own_rows import add_alternates_from, other_rows, refusals
 from ui.console import Console, size_text
 from unlearner import distributed as ranks
 from unlearner.config import UnlearnConfig, make_config
-from unlearner.defaults import CHOSEN
+from unlearner.defaults import CHOSEN, TARGETED
 from unlearner.request.rows import Request
 from unlearner.request.sources import parse_request, rows_named
 from unlearner.request.tofu import FORGET_SPLITS
@@ -143,8 +143,7 @@ def add_stop_flags(parser: options.Parser) -> None:
         metavar="NLL",
         help="stop where the mean forget NLL per token is this, which sets SimNPO's gamma too; "
         "`auto` measures it on --unseen, else on alternate answers, or takes the forget NLL of "
-        "--reference-log; 0 = none (default: auto in simnpo, npo, kl, grad_diff, grad_ascent and "
-        "ihl)",
+        f"--reference-log; 0 = none (default: auto in {', '.join(TARGETED)})",
     )
     group.add_argument(
         "--unseen",
