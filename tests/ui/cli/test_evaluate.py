@@ -133,6 +133,8 @@ def test_the_stack_is_evaluated_and_its_figures_filed(
         "--num-train-epochs", "8", "--learning-rate", "1e-2", "--lora-r", "2", "--label", "one",
     )  # fmt: skip
     slug = made.json["name"]
+    idle = run(*words, "--store", store, "--limit", "1")
+    assert "no adapter of the store is active, so the bare base is measured" in idle.err
     run("adapters", "activate", "one", "--store", store)
     on = run(*words, "--store", store, "--json").json
     off = run(*words, "--store", store, "--adapters", "none", "--json").json

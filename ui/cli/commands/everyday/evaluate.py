@@ -122,6 +122,8 @@ def _measure(
     console: Console,
 ) -> EvalLog:
     """Loads the base with its adapters, and measures it."""
+    if store is not None and not stack and args.adapters is None and store.list():
+        console.words("Note: no adapter of the store is active, so the bare base is measured.")
     base = models.load(args)
     model = base.model
     if store is not None and stack:
