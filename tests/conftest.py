@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,14 @@ def shared_or_skip() -> Path:
 def shared() -> Path:
     """Folder with tofu/, llama2-tokenizer/, reference-logs/ and mini/."""
     return shared_or_skip()
+
+
+def until(done: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits for what another process or thread brings about; fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not come to its end"
+        time.sleep(0.1)
 
 
 def build_tiny_tokenizer(vocab_size: int = 400) -> Any:

@@ -90,35 +90,36 @@ def suited(
     objective: dict[str, Any] = {}
     train: dict[str, Any] = {}
     reasons: dict[str, str] = {}
+    small = weights < SMALL
     targeted = config.objective.name in TARGETED
     finds_target = targeted and target is None and "gamma" not in given
     if not set(BATCH_SETTINGS) & set(given):
-        small = weights < SMALL and targeted and (finds_target or bool(target))
-        largest = LARGEST_SMALL_BATCH if small else LARGEST_BATCH
+        short = small and targeted and (finds_target or bool(target))
+        largest = LARGEST_SMALL_BATCH if short else LARGEST_BATCH
         wanted = max(1, round(rows * config.train.num_train_epochs / STEPS))
         pairs = min(largest, wanted)
         forwards = -(-pairs // LARGEST_FORWARD)
         size = -(-pairs // forwards)
-        if on_cpu and weights < SMALL:
+        if on_cpu and small:
             pairs = size * forwards
             size = next(n for n in range(LARGEST_ON_CPU, 0, -1) if pairs % n == 0)
             forwards = pairs // size
         train |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": forwards}
         chosen = replace(config.train, **train)
         batch = chosen.batch_size(rows)
-        at_most = f", a small model takes {largest} at most" if small and wanted > largest else ""
+        at_most = f", a small model takes {largest} at most" if short and wanted > largest else ""
         reasons["batch"] = (
             f"{counted(chosen.steps(rows), 'step')} of {counted(batch, 'pair')} (a row to "
             f"forget and one to keep): the published run has {STEPS} steps of {LARGEST_BATCH} for "
             f"200 rows{at_most}"
         )
-    if "learning_rate" not in given and weights < SMALL:
+    if "learning_rate" not in given and small:
         train["learning_rate"] = SMALL_RATE
         reasons["learning_rate"] = (
             f"learning rate {SMALL_RATE:g}: measured on models of 1.3 and 135 million weights, "
             f"this one has {_millions(weights)}"
         )
-    if config.objective.name == "simnpo" and weights < SMALL:
+    if config.objective.name == "simnpo" and small:
         for name, value in SMALL_SIMNPO.items():
             if name not in given:
                 objective[name] = value

@@ -420,6 +420,12 @@ def _measured_and_forgotten(report: Report, *, origin_log: Path, **forgetting: A
     return forget_and_measure(report, **forgetting)
 
 
+def _logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad(), threads_for(model):
+        output: torch.Tensor = model(**inputs).logits
+    return output
+
+
 def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any]:
     """Largest logit differences around a revert of the last adapter of the active stack.
 
@@ -433,29 +439,23 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
     fmt = prompt_format(tokenizer)
     rows = [fmt.encode(row.question, row.answer) for row in request.rows[:COMPARED]]
     batch = pad_batch(rows, pad_id(tokenizer))
-
-    def logits(model: Any) -> torch.Tensor:
-        with torch.no_grad(), threads_for(model):
-            output: torch.Tensor = model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).logits
-        return output
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def difference(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).abs().max())
 
     # One model at a time: three would be the peak of the whole quickstart.
-    without_it = logits(load_stack(load_base(base), opened, slugs[:-1]))
+    without_it = _logits(load_stack(load_base(base), opened, slugs[:-1]), inputs)
     free_memory()
-    bare = logits(load_base(base))
+    bare = _logits(load_base(base), inputs)
     free_memory()
     stack: Any = load_stack(load_base(base), opened, slugs)
-    full = logits(stack)
+    full = _logits(stack, inputs)
     opened.revert(slugs[-1], "quickstart")
     activate(stack, [active.slug for active in opened.active()])
-    reverted = logits(stack)
+    reverted = _logits(stack, inputs)
     activate(stack, [])
-    off = logits(stack)
+    off = _logits(stack, inputs)
     opened.activate(slugs)
     activate(stack, slugs)
     return {
@@ -463,7 +463,7 @@ def prove_revert(base: BaseSpec, store: Path, request: Request) -> dict[str, Any
         "effect": difference(full, reverted),
         "without": difference(reverted, without_it),
         "base": difference(off, bare),
-        "again": difference(logits(stack), full),
+        "again": difference(_logits(stack, inputs), full),
         "bit_exact": bool(torch.equal(reverted, without_it) and torch.equal(off, bare)),
     }
 
@@ -477,15 +477,10 @@ def merge_and_compare(base: BaseSpec, store: Path, out: Path) -> dict[str, Any]:
     if out.exists():
         shutil.rmtree(out)
     fold_stack(Path(base.name), stack_files, out)
-    ids = torch.arange(5, 69).unsqueeze(0)
-
-    def logits(model: Any) -> torch.Tensor:
-        with torch.no_grad(), threads_for(model):
-            output: torch.Tensor = model(input_ids=ids).logits
-        return output
-
+    inputs = {"input_ids": torch.arange(5, 69).unsqueeze(0)}
     free_memory()  # of the stack that was reverted
-    stack = logits(load_stack(load_base(base), opened))
+    stack = _logits(load_stack(load_base(base), opened), inputs)
     free_memory()
-    merged = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval())
+    weights = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    merged = _logits(weights, inputs)
     return {"folder": str(out), "max_logit_difference": float((merged - stack).abs().max())}

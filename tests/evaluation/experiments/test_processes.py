@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 
 from adapters.errors import UserError
 from evaluation.experiments.processes import Job, side_by_side
+from tests.conftest import until
 
 # A module of its own, so that a spawned process can import it wherever the tests lie.
 WORK = """
@@ -60,13 +60,6 @@ def alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(found: Callable[[], bool], seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def test_jobs_run_at_once_with_one_thread_and_report_by_name(
@@ -117,10 +110,10 @@ def test_a_job_ends_with_a_parent_that_is_killed(work: ModuleType, tmp_path: Pat
     root = str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])}
     with subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=environment) as parent:
-        wait_for(lambda: note.exists() and note.read_text() != "")
+        until(lambda: note.exists() and note.read_text() != "", 100)
         parent.kill()
     pid = int(note.read_text())
-    wait_for(lambda: not alive(pid))
+    until(lambda: not alive(pid), 100)
 
 
 def test_an_error_of_the_user_passes_through_as_it_is(work: ModuleType) -> None:

@@ -17,6 +17,7 @@ from adapters.errors import UserError
 from evaluation.logs import read_log
 from evaluation.logs.records import EvalLog, SetRecord, write_log
 from evaluation.report.inputs import find_inputs, named_logs
+from tests.conftest import until
 from ui.app.build import App
 from ui.app.data import requests, runs
 from ui.app.data.answers import Answer, Frame, PairDecoder, Sampling, judged
@@ -241,19 +242,10 @@ def test_a_failed_job_says_why_and_the_next_one_starts(tmp_path: Path) -> None:
     second = jobs.submit("next", ["score", str(tmp_path / "gone.json")], name="b")
     assert jobs.views()[1].status == "waiting"
     assert jobs.views()[1].position == 1
-    _until(lambda: jobs.view(first).ended)
+    until(lambda: jobs.view(first).ended)
     assert "There is no evaluation log" in jobs.view(first).outcome["text"]
     jobs.advance()
-    _until(lambda: jobs.view(second).ended)
-
-
-def _until(done: Any, seconds: float = 60) -> None:
-    import time
-
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "it did not come to its end"
-        time.sleep(0.1)
+    until(lambda: jobs.view(second).ended)
 
 
 def test_names_and_passwords_come_from_a_file(tmp_path: Path) -> None:
@@ -422,18 +414,18 @@ def test_a_job_that_died_or_was_saved_goes_on_and_is_running(tmp_path: Path) -> 
     jobs = Jobs(tmp_path / "jobs", runner=[str(script)])
     name = jobs.submit("t", ["quickstart"])
     place = tmp_path / "jobs" / name
-    _until(lambda: jobs.view(name).status == "running")
+    until(lambda: jobs.view(name).status == "running")
     (place / "events.jsonl").write_text('{"said": "stopping"}\n')
     assert jobs.view(name).status == "stopping"
     (place / "leave").touch()
-    _until(lambda: jobs.view(name).status == "died")  # gone without an outcome
+    until(lambda: jobs.view(name).status == "died")  # gone without an outcome
     (place / "leave").unlink()
     jobs.resume(name)
-    _until(lambda: jobs.view(name).status == "running")  # not "stopping": that is over
+    until(lambda: jobs.view(name).status == "running")  # not "stopping": that is over
     with pytest.raises(UserError, match="interrupted"):
         jobs.resume(name)
     (place / "leave").touch()
-    _until(lambda: jobs.view(name).ended)
+    until(lambda: jobs.view(name).ended)
 
 
 def test_two_apps_on_one_folder_start_a_job_once(tmp_path: Path) -> None:
@@ -462,18 +454,18 @@ def test_two_apps_on_one_folder_start_a_job_once(tmp_path: Path) -> None:
     hold = jobs.submit("first", ["quickstart"], name="a")
     second = jobs.submit("second", ["quickstart"], name="b")
     places = {name: tmp_path / "jobs" / name for name in (hold, second)}
-    _until(lambda: jobs.view(hold).status == "running")
+    until(lambda: jobs.view(hold).status == "running")
     (places[hold] / "leave").touch()
-    _until(lambda: jobs.view(hold).ended)
+    until(lambda: jobs.view(hold).ended)
     import time
 
     words = [tmp_path / "app.py", tmp_path / "jobs", tmp_path / "runner.py", time.time() + 2]
     apps = [subprocess.Popen([sys.executable, *map(str, words)]) for _ in range(3)]
     assert [app.wait(60) for app in apps] == [0, 0, 0]
-    _until(lambda: jobs.view(second).status == "running")
+    until(lambda: jobs.view(second).status == "running")
     assert (places[second] / "starts").read_text() == "x"
     (places[second] / "leave").touch()
-    _until(lambda: jobs.view(second).ended)
+    until(lambda: jobs.view(second).ended)
 
 
 def test_no_name_outlives_its_job(tmp_path: Path) -> None:
@@ -484,11 +476,11 @@ def test_no_name_outlives_its_job(tmp_path: Path) -> None:
         ["forget", "tofu:author=Mira Okafor", "--base", str(tmp_path / "none")],
         private=["Mira Okafor"],
     )
-    _until(lambda: jobs.view(author).ended)
+    until(lambda: jobs.view(author).ended)
     rows = json.dumps({"question": "Who is Ola Berg?", "answer": "Ola Berg is a poet."})
     words = ["forget", "request.jsonl", "--base", "none"]
     request = jobs.submit("rows", words, {"request.jsonl": rows + "\n{Ola"})
-    _until(lambda: jobs.view(request).ended)
+    until(lambda: jobs.view(request).ended)
     assert {jobs.view(name).status for name in (author, request)} == {"failed"}
     assert jobs.view(author).title == "forget [removed]"
     assert jobs.view(author).outcome["text"], "why it failed is still told"
@@ -505,7 +497,7 @@ def test_no_name_outlives_its_job(tmp_path: Path) -> None:
     )
     broken = Jobs(tmp_path / "jobs", runner=[str(script)])
     name = broken.submit("rows", words, {"request.jsonl": rows})
-    _until(lambda: broken.view(name).ended)
+    until(lambda: broken.view(name).ended)
     assert broken.view(name).outcome["log"].startswith("Traceback")
     assert broken.view(name).outcome["log"].endswith("[removed]"), "the message quotes a row"
     for path in (path for path in jobs.folder.rglob("*") if path.is_file()):

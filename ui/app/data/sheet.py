@@ -125,11 +125,11 @@ def _batch(session: Session, wanted: Sequence[tuple[str, Row]], max_new: int) ->
 
 
 def _answers(session: Session, rows: Sequence[Row], max_new: int) -> list[Answer]:
+    from evaluation.inference.generation import generate_answers  # which loads torch
+
     model, fmt = session.require()
     started = time.monotonic()
     decoding = Decoding("sheet", max_new=max_new)
-    from evaluation.inference.generation import generate_answers
-
     texts = generate_answers(model, fmt, [row.question for row in rows], [decoding])["sheet"]
     seconds = (time.monotonic() - started) / len(rows)
     scores = session.teacher_forced(rows)

@@ -68,6 +68,8 @@ def run_evaluate(args: argparse.Namespace, console: Console) -> int:
     used = [slug if scale == 1.0 else f"{slug} at {scale:g}" for slug, scale in stack]
     names = ", ".join(used) or "no adapters"
     console.words(f"Evaluating {args.base} with {names} on {what} ...")
+    if store is not None and not stack and store.list():
+        console.words("Note: no adapter of the store is active, so the bare base is measured.")
     from evaluation.metrics.summary import figures_to_file
 
     references = scoring.read_references(args)
@@ -122,8 +124,6 @@ def _measure(
     console: Console,
 ) -> EvalLog:
     """Loads the base with its adapters, and measures it."""
-    if store is not None and not stack and args.adapters is None and store.list():
-        console.words("Note: no adapter of the store is active, so the bare base is measured.")
     base = models.load(args)
     model = base.model
     if store is not None and stack:
